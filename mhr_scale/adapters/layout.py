@@ -1,0 +1,159 @@
+"""Which linears of a backbone are adapted, and which of them share one routing table.
+
+A backbone family is one row of `FAMILIES`: how its models are recognised, how the name of a linear
+tells where it sits, and what each layout wraps. A new family with other names is one more row.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mhr_scale.errors import LayoutError, did_you_mean
+
+ATTENTION = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A row of the table of backbone families.
+
+    `site` matches the full name of a linear with groups stack, block, sublayer, kind and linear.
+    `layouts` maps a layout to the last name parts it wraps.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    gated: bool
+    site: re.Pattern[str]
+    layouts: dict[str, tuple[str, ...]]
+
+    def expected_sites(self, layout: str, config: Any) -> int:
+        """Number of linears `layout` must match in a model with this configuration."""
+        attention = sum(name in ATTENTION for name in self.layouts[layout])
+        feed_forward = len(self.layouts[layout]) - attention
+        encoder, decoder = config.num_layers, config.num_decoder_layers
+        return encoder * (attention + feed_forward) + decoder * (2 * attention + feed_forward)
+
+
+T5_SITE = re.compile(
+    r"(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.(?P<sublayer>\d+)"
+    r"\.(?P<kind>SelfAttention|EncDecAttention|DenseReluDense)\.(?P<linear>\w+)"
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
+        model_types=("t5", "mt5"),
+        gated=True,
+        site=T5_SITE,
+        layouts={
+            "full": (*ATTENTION, "wi_0", "wi_1", "wo"),
+            "light": ("k", "v", "wi_1"),
+            "attention": ATTENTION,
+        },
+    ),
+    Family(
+        name="T5 v1.0 (ungated)",
+        model_types=("t5",),
+        gated=False,
+        site=T5_SITE,
+        layouts={
+            "full": (*ATTENTION, "wi", "wo"),
+            "light": ("k", "v", "wi"),
+            "attention": ATTENTION,
+        },
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One adapted linear: its name in the backbone, its widths and where it sits."""
+
+    name: str
+    in_features: int
+    out_features: int
+    stack: str
+    block: int
+    sublayer: int
+
+    def routing_group(self, granularity: str, block_span: int) -> str:
+        """Name of the routing table this linear reads (method notes 1.5)."""
+        return {
+            "linear": self.name,
+            "sublayer": f"{self.stack}.block.{self.block}.layer.{self.sublayer}",
+            "block": f"{self.stack}.block.{self.block}",
+            "blocks": f"{self.stack}.blocks.{self.block // block_span * block_span}",
+            "stack": self.stack,
+            "model": "model",
+        }[granularity]
+
+
+def find_family(config: Any) -> Family:
+    """Return the family of a model configuration; raises `LayoutError` for an unknown one."""
+    gated = bool(getattr(config, "is_gated_act", False))
+    for family in FAMILIES:
+        if config.model_type in family.model_types and family.gated == gated:
+            return family
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
+    raise LayoutError(
+        f"no layout for backbones of type '{config.model_type}'; known types: {known} "
+        "(a new family is one row of FAMILIES in mhr_scale/adapters/layout.py)"
+    )
+
+
+def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
+    """Return the linears of `model` that `layout` names, in the model's own order.
+
+    Raises `LayoutError` if the layout is unknown to the model's family, matches nothing, or does
+    not match the number of linears the configuration implies.
+    """
+    config: Any = model.config
+    family = find_family(config)
+    known = ", ".join(family.layouts)
+    if layout not in family.layouts:
+        hint = did_you_mean(layout, family.layouts)
+        raise LayoutError(f"layout '{layout}' is unknown to {family.name}; known: {known}{hint}")
+    children = family.layouts[layout]
+    sites = []
+    for name, module in model.named_modules():
+        place = family.site.fullmatch(name)
+        if place and place["linear"] in children and isinstance(module, nn.Linear):
+            sites.append(
+                Site(
+                    name=name,
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    stack=place["stack"],
+                    block=int(place["block"]),
+                    sublayer=int(place["sublayer"]),
+                )
+            )
+    expected = family.expected_sites(layout, config)
+    if not sites or len(sites) != expected:
+        counts = Counter(site.name.rsplit(".", 1)[1] for site in sites)
+        raise LayoutError(
+            f"layout '{layout}' matches {len(sites)} linears of a {family.name} model with "
+            f"{config.num_layers}+{config.num_decoder_layers} blocks, expected {expected} "
+            f"(found {dict(counts)}); known layouts: {known}"
+        )
+    return tuple(sites)
+
+
+def check_splits(sites: tuple[Site, ...], *, n_splits: int, kind: str) -> None:
+    """Raise `LayoutError` if `n_splits` does not divide a width it has to split."""
+    for site in sites:
+        widths = {"output": site.out_features}
+        if kind == "lora":
+            widths = {"input": site.in_features, **widths}
+        for side, width in widths.items():
+            if width % n_splits:
+                divisors = [d for d in range(1, width + 1) if width % d == 0]
+                near = sorted(divisors, key=lambda d: abs(d - n_splits))[:2]
+                raise LayoutError(
+                    f"adapter.n_splits: {n_splits} does not divide the {side} width {width} of "
+                    f"{site.name}; use a divisor such as {' or '.join(map(str, sorted(near)))}"
+                )

@@ -1,0 +1,258 @@
+"""The adapter: all trainable tensors of a run, and the methods that fill slots from them.
+
+Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S skills.
+
+| method | slots of a batch | filled from |
+|---|---|---|
+| LoRA, (IA)3 | 1 | the only skill |
+| Poly, MHR | the distinct tasks | inventory mixed by the task's routing row, split by split |
+| noisy routing | the rows | the same, with noise of the row's own |
+| Random | the rows while training, then 1 | inventory mixed by a random mask, then the mean |
+| uniform | 1 | mean of the inventory |
+| private | the distinct tasks | one pair per task |
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.adapters import routing
+from mhr_scale.adapters.inventory import Inventory, seed_from
+from mhr_scale.adapters.layout import Site, check_splits, find_sites
+from mhr_scale.adapters.linear import AdaptedLinear, RowMap
+from mhr_scale.adapters.slots import Slots, mix_pairs, mix_vectors, pick_pairs, pick_vectors
+from mhr_scale.config import AdapterConfig
+from mhr_scale.errors import AdapterError, did_you_mean
+
+
+class Adapter(nn.Module):
+    """Inventory and routing of one backbone. Float32, whole on every rank, never sharded.
+
+    Made by `attach`. `parameters()` are the trainable tensors; the backbone is not among them.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        sites: tuple[Site, ...],
+        *,
+        task_names: Sequence[str],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        duplicates = sorted({name for name in task_names if list(task_names).count(name) > 1})
+        if duplicates or not task_names:
+            raise AdapterError(f"task names must be unique and at least one; twice: {duplicates}")
+        check_splits(sites, n_splits=config.n_splits, kind=config.kind)
+        self.config = config
+        self.sites = sites
+        self.task_names = tuple(task_names)
+        self.linears: list[AdaptedLinear] = []
+        self.inventory = Inventory(config, sites, n_tasks=len(task_names), seed=seed)
+        groups = [site.routing_group(config.granularity, config.block_span) for site in sites]
+        self.groups = tuple(dict.fromkeys(groups))
+        self._group_of_site = tuple(self.groups.index(group) for group in groups)
+        self.row_gradients = False
+        self.routing_logits: nn.Parameter | None = None
+        if config.has_logits:
+            shape = (len(self.task_names), len(self.groups), config.n_splits, config.n_skills)
+            generator = torch.Generator().manual_seed(seed_from("routing", seed))
+            logits_TGQS = routing.init_logits(shape, generator=generator)
+            self.routing_logits = nn.Parameter(logits_TGQS, config.policy != "fixed")
+
+    # -- slots ---------------------------------------------------------------------------------
+
+    def slots(
+        self, task_ids: Sequence[int | str] | Tensor, *, seeds: Sequence[int] | None = None
+    ) -> Slots:
+        """Fill the slots of one step: `with adapter.slots(task_ids) as slots: ...`.
+
+        `task_ids` holds one task number or name per example, on the host. `seeds`, one integer per
+        example, feeds policies that draw numbers while the model trains; by default they come from
+        torch's global generator. Raises `AdapterError` for unknown tasks or ids on a device.
+        """
+        ids = self.check_task_ids(task_ids)
+        seeds = self._row_seeds(len(ids), seeds)
+        config = self.config
+        per_row = seeds is not None and config.is_routed and config.policy in routing.ROW_POLICIES
+        shared = not (config.has_logits or config.policy == "private" or per_row)
+        distinct = tuple(dict.fromkeys(ids))
+        if shared:
+            slot_of_row = (0,) * len(ids)
+        elif per_row:
+            slot_of_row = tuple(range(len(ids)))
+        else:
+            slot_of_row = tuple(distinct.index(task) for task in ids)
+        rows = RowMap(slot_of_row=slot_of_row, n_slots=max(slot_of_row) + 1)
+        leaf = None
+        dtype = self.compute_dtype()
+        with torch.autocast(next(self.inventory.parameters()).device.type, enabled=False):
+            if config.policy == "private" or not config.is_routed:
+                mixed = self._pick(distinct if config.policy == "private" else (0,))
+            else:
+                weights_UGQS, leaf = self._weights(ids, distinct, seeds)
+                mixed = self.mix(weights_UGQS)
+        slots = Slots(self, rows, [tuple(side.to(dtype) for side in sides) for sides in mixed])
+        if leaf is not None:
+            slots.watch_rows(leaf, distinct)
+        return slots
+
+    def mix(self, weights_UGQS: Tensor) -> list[tuple[Tensor, ...]]:
+        """Mix all linears for U slots, one batched product per shape and side."""
+        mixed: list[tuple[Tensor, ...]] = []
+        for stack in self.inventory.stacks:
+            index = torch.tensor(
+                [self._group_of_site[member] for member in stack.members],
+                device=weights_UGQS.device,
+            )
+            w_UNQS = weights_UGQS.index_select(1, index)
+            if self.config.kind == "ia3":
+                mixed.append((mix_vectors(self.inventory.stacked(stack, "l"), w_UNQS),))
+            else:
+                a_NQSIR, b_NQSRO = (self.inventory.stacked(stack, side) for side in "AB")
+                mixed.append(mix_pairs(a_NQSIR, b_NQSRO, w_UNQS, scale=self.config.scale))
+        return mixed
+
+    def _pick(self, skills: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        picked: list[tuple[Tensor, ...]] = []
+        for stack in self.inventory.stacks:
+            if self.config.kind == "ia3":
+                picked.append((pick_vectors(self.inventory.stacked(stack, "l"), skills),))
+            else:
+                a_NQSIR, b_NQSRO = (self.inventory.stacked(stack, side) for side in "AB")
+                picked.append(pick_pairs(a_NQSIR, b_NQSRO, skills, scale=self.config.scale))
+        return picked
+
+    def _weights(
+        self, ids: tuple[int, ...], distinct: tuple[int, ...], seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixing weights (U, G, Q, S) of the slots, and the leaf of the routing rows they read."""
+        config = self.config
+        shape_GQS = (len(self.groups), config.n_splits, config.n_skills)
+        device = next(self.inventory.parameters()).device
+        if self.routing_logits is None:
+            if config.policy == "random" and seeds is not None:
+                return routing.random_weights(seeds, shape_GQS, config).to(device), None
+            return torch.full((1, *shape_GQS), 1.0 / config.n_skills, device=device), None
+        rows = torch.tensor(distinct, device=device)
+        leaf = self.routing_logits.detach().index_select(0, rows)
+        leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
+        logits_UGQS = leaf
+        if config.policy in routing.ROW_POLICIES and seeds is not None:
+            positions = torch.tensor([distinct.index(task) for task in ids], device=device)
+            logits_UGQS = leaf.index_select(0, positions)
+        return routing.mixing_weights(logits_UGQS, config, seeds=seeds), leaf
+
+    def _row_seeds(self, n_rows: int, seeds: Sequence[int] | None) -> Sequence[int] | None:
+        """The rows' seeds while the model trains, None while it evaluates."""
+        if self.linears and not self.linears[0].training:
+            return None
+        if seeds is None:
+            return torch.randint(2**62, (n_rows,)).tolist()
+        if len(seeds) != n_rows:
+            raise AdapterError(f"{len(seeds)} seeds for {n_rows} examples; give one per example")
+        return seeds
+
+    def add_routing_gradient(self, task_ids: tuple[int, ...], gradient_UGQS: Tensor) -> None:
+        """Accumulate the gradient of some routing rows: sparse if `row_gradients`, else dense."""
+        logits = self.routing_logits
+        assert logits is not None
+        index = torch.tensor([task_ids], device=gradient_UGQS.device)
+        if self.row_gradients:
+            rows = torch.sparse_coo_tensor(
+                index, gradient_UGQS, logits.shape, check_invariants=False
+            )
+            logits.grad = rows if logits.grad is None else (logits.grad + rows).coalesce()
+            return
+        if logits.grad is None:
+            logits.grad = torch.zeros_like(logits)
+        logits.grad.index_add_(0, index[0], gradient_UGQS)
+
+    # -- the model it sits in ------------------------------------------------------------------
+
+    def compute_dtype(self) -> torch.dtype:
+        """Data type of the frozen product: autocast's where it is on, else the weights'."""
+        weight = self.linears[0].weight if self.linears else None
+        device = weight.device.type if weight is not None else "cpu"
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        if weight is not None and weight.dtype.is_floating_point:
+            return weight.dtype
+        return torch.float32
+
+    def check_task_ids(self, task_ids: Sequence[int | str] | Tensor) -> tuple[int, ...]:
+        """Task numbers of ids or names; raises `AdapterError` for any the adapter lacks."""
+        if isinstance(task_ids, Tensor):
+            if task_ids.device.type != "cpu":
+                raise AdapterError(
+                    f"task ids lie on {task_ids.device}: reading them would stall the device; "
+                    "keep them on the host"
+                )
+            task_ids = task_ids.tolist()
+        if len(task_ids) == 0:
+            raise AdapterError("no task ids: give one per example")
+        numbers = []
+        for task in task_ids:
+            if isinstance(task, str):
+                if task not in self.task_names:
+                    hint = did_you_mean(task, self.task_names)
+                    raise AdapterError(f"task '{task}' is not in this adapter{hint}")
+                numbers.append(self.task_names.index(task))
+            elif 0 <= task < len(self.task_names):
+                numbers.append(int(task))
+            else:
+                raise AdapterError(f"task id {task} is not in 0..{len(self.task_names) - 1}")
+        return tuple(numbers)
+
+    def check_idle(self) -> None:
+        """Raise `AdapterError` if no model is attached or slots are in use already."""
+        if not self.linears:
+            raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
+        if self.linears[0].slots is not None:
+            raise AdapterError("slots are in use already; leave the outer `with` block first")
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run the bare backbone inside the block."""
+        for linear in self.linears:
+            linear.is_off = True
+        try:
+            yield
+        finally:
+            for linear in self.linears:
+                linear.is_off = False
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig, *, tasks: Sequence[str], seed: int = 0
+) -> Adapter:
+    """Freeze `model`, wrap the linears of the layout in place, and return the new adapter.
+
+    Raises `LayoutError` if the layout does not fit the model, `AdapterError` if it has adapters.
+    """
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise AdapterError("the model has adapters already; call detach(model) first")
+    sites = find_sites(model, config.layout)
+    adapter = Adapter(config, sites, task_names=tasks, seed=seed)
+    model.requires_grad_(False)
+    for site in sites:
+        parent_name, _, child = site.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = parent.get_submodule(child)
+        linear = AdaptedLinear(base, site.name).train(base.training)
+        setattr(parent, child, linear)
+        adapter.linears.append(linear)
+    weight = adapter.linears[0].weight
+    if weight.device.type != "meta":
+        adapter.to(weight.device)
+    return adapter
+
+
+def detach(model: nn.Module) -> None:
+    """Put the bare linears back; the adapter keeps its tensors and sits in no model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, module.base)

@@ -1,0 +1,94 @@
+"""From routing logits to mixing weights (method notes 1.3).
+
+Shape letters: U slots, T tasks, G routing groups, Q splits, S skills.
+
+A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0. The
+weights are p normalised over the skills, w = p / (sum p + 1e-12), whatever the policy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mhr_scale.config import AdapterConfig
+
+EPS = 1e-12
+INIT_BOUND = 1e-3
+
+
+def init_logits(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
+    """Routing logits ~ U(-1e-3, 1e-3): every weight starts within 1e-3 of 1 / S."""
+    return torch.empty(*shape).uniform_(-INIT_BOUND, INIT_BOUND, generator=generator)
+
+
+def normalise(p: Tensor) -> Tensor:
+    """Weights over the last dimension (skills): p / (sum p + 1e-12)."""
+    return p / (p.sum(-1, keepdim=True) + EPS)
+
+
+def uniform_numbers(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """One independent block of U(0, 1) numbers per seed, float32, shape (len(seeds), *shape).
+
+    A row's numbers depend on its seed alone: they are the same on any rank, in any batch and when
+    a forward pass is recomputed.
+    """
+    blocks = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        blocks.append(torch.rand(*shape, generator=generator))
+    return torch.stack(blocks)
+
+
+def learned(logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None) -> Tensor:
+    """p = sigmoid(z)."""
+    return torch.sigmoid(logits_UGQS)
+
+
+def noisy(logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None) -> Tensor:
+    """Relaxed Bernoulli: p = sigmoid((z + log u - log(1 - u)) / temperature) while training."""
+    if seeds is None:
+        return torch.sigmoid(logits_UGQS)
+    u = uniform_numbers(seeds, logits_UGQS.shape[1:]).to(logits_UGQS)
+    u = u.clamp(torch.finfo(u.dtype).tiny, 1.0 - torch.finfo(torch.float32).eps)
+    return torch.sigmoid((logits_UGQS + u.log() - (-u).log1p()) / config.temperature)
+
+
+def straight_through(
+    logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None
+) -> Tensor:
+    """p = round(sigmoid(z)) forward with the sigmoid's gradient, while training."""
+    p = torch.sigmoid(logits_UGQS)
+    return p if seeds is None else p + (p.round() - p).detach()
+
+
+POLICIES: dict[str, Callable[[Tensor, AdapterConfig, Sequence[int] | None], Tensor]] = {
+    "learned": learned,
+    "noisy": noisy,
+    "straight_through": straight_through,
+    "fixed": learned,
+}
+
+#: Policies that draw numbers while training: each batch row is then a slot of its own.
+ROW_POLICIES = ("noisy", "random")
+
+
+def mixing_weights(
+    logits_UGQS: Tensor, config: AdapterConfig, *, seeds: Sequence[int] | None
+) -> Tensor:
+    """Mixing weights (U, G, Q, S) of the policies that have logits; `seeds` only while training."""
+    return normalise(POLICIES[config.policy](logits_UGQS, config, seeds))
+
+
+def random_weights(seeds: Sequence[int], shape_GQS: Sequence[int], config: AdapterConfig) -> Tensor:
+    """Weights of a random binary mask of skills, drawn anew for each row (Random-mu).
+
+    One mask per row and routing group, the same for all splits of the group. A row without any
+    skill has weight 0 everywhere (`random_empty: off`, the literal formula) or the mean.
+    """
+    n_groups, n_splits, n_skills = shape_GQS
+    u = uniform_numbers(seeds, (n_groups, 1, n_skills))
+    mask = (u < config.random_probability).float()
+    if config.random_empty == "uniform":
+        mask = torch.where(mask.sum(-1, keepdim=True) == 0, torch.ones_like(mask), mask)
+    return normalise(mask).expand(-1, -1, n_splits, -1)

@@ -1,0 +1,204 @@
+"""The artefact: `adapter.safetensors` (whole float32 tensors, strict names) and `adapter.json`.
+
+Tensors are stored per linear, `<linear>.A`, `<linear>.B` or `<linear>.l`, and per routing group,
+`<group>.routing_logits` of shape (T, Q, S). The JSON file holds what is needed to rebuild the
+adapter without the recipe, and the hash of the tensor file, so that a torn pair is noticed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mhr_scale.adapters.layout import Site, find_sites
+from mhr_scale.adapters.methods import Adapter, attach
+from mhr_scale.config import AdapterConfig
+from mhr_scale.errors import AdapterError
+
+SCHEMA = 1
+TENSORS = "adapter.safetensors"
+CARD = "adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What `adapter.json` says of an adapter."""
+
+    adapter: AdapterConfig
+    sites: tuple[Site, ...]
+    task_names: tuple[str, ...]
+    step: int = 0
+    backbone: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All stored tensors by name; views into the adapter's parameters."""
+    tensors = dict(adapter.inventory.named_tensors())
+    if adapter.routing_logits is not None:
+        for number, group in enumerate(adapter.groups):
+            tensors[f"{group}.routing_logits"] = adapter.routing_logits.data[:, number]
+    return tensors
+
+
+def save(
+    adapter: Adapter,
+    folder: Path | str,
+    *,
+    step: int = 0,
+    backbone: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the artefact into `folder` (made if missing) and return the folder.
+
+    Each file is replaced whole; tensors first, then the card that carries their hash.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in named_tensors(adapter).items()
+    }
+    partial = folder / f".{TENSORS}.tmp"
+    save_file(tensors, partial, metadata={"format": "mhr_scale", "schema": str(SCHEMA)})
+    digest = hash_file(partial)
+    _replace(partial, folder / TENSORS)
+    card = {
+        "schema": SCHEMA,
+        "method": adapter.config.method,
+        "step": step,
+        "adapter": asdict(adapter.config),
+        "task_names": list(adapter.task_names),
+        "backbone": dict(backbone or {}),
+        "origin": dict(origin or {}),
+        "sites": [asdict(site) for site in adapter.sites],
+        "tensors": {name: list(tensor.shape) for name, tensor in sorted(tensors.items())},
+        "sha256": digest,
+    }
+    partial = folder / f".{CARD}.tmp"
+    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    _replace(partial, folder / CARD)
+    return folder
+
+
+def find(path: Path | str) -> Path:
+    """Return the folder that holds the artefact: `path` itself, or a run folder's `adapter/`."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / CARD).is_file():
+            return folder
+    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter")
+
+
+def read_card(path: Path | str) -> Card:
+    """Read `adapter.json`; raises `AdapterError` if it is missing, broken or of another schema."""
+    file = find(path) / CARD
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        if card["schema"] != SCHEMA:
+            raise AdapterError(f"{file}: schema {card['schema']}, this version reads {SCHEMA}")
+        return Card(
+            adapter=AdapterConfig(**card["adapter"]),
+            sites=tuple(Site(**site) for site in card["sites"]),
+            task_names=tuple(card["task_names"]),
+            step=card["step"],
+            backbone=card["backbone"],
+            origin=card["origin"],
+        )
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file}: not a readable adapter card ({error!r})") from error
+
+
+def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
+    """Load an artefact strictly; with `model`, attach it there.
+
+    `path` is an adapter folder or a run folder. Raises `AdapterError` if a tensor is missing,
+    extra, of another shape or not finite, if the files do not belong together, or if the
+    adapter was made for a backbone with other linears.
+    """
+    folder = find(path)
+    card = read_card(folder)
+    tensors = _read_tensors(folder)
+    if model is None:
+        adapter = Adapter(card.adapter, card.sites, task_names=card.task_names)
+    else:
+        _check_backbone(folder, card, model)
+        adapter = attach(model, card.adapter, tasks=card.task_names)
+    load_tensors(adapter, tensors, place=str(folder / TENSORS))
+    return adapter
+
+
+@torch.no_grad()
+def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], *, place: str) -> None:
+    """Copy `tensors` into `adapter`, all or nothing; `place` names their source in errors."""
+    own = named_tensors(adapter)
+    faults = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    faults += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            faults.append(f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+        elif not bool(tensors[name].isfinite().all()):
+            faults.append(f"{name} holds NaN or infinity")
+    if faults:
+        listed = "; ".join(sorted(faults)[:5])
+        raise AdapterError(f"{place}: {len(faults)} tensor(s) do not fit: {listed}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
+    if not file.is_file():
+        raise AdapterError(f"{file}: missing, though {CARD} is there; copy the folder whole")
+    expected = json.loads((folder / CARD).read_text(encoding="utf-8")).get("sha256")
+    if hash_file(file) != expected:
+        raise AdapterError(
+            f"{file}: its hash is not the one in {CARD}: the file is damaged, or the two files come "
+            "from different saves; take both from one complete folder under steps/"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise AdapterError(f"{file}: not a safetensors file ({error})") from error
+
+
+def _check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
+    """Raise `AdapterError` if the model's linears are not those the adapter was made for."""
+    sites = find_sites(model, card.adapter.layout)
+    if sites == card.sites:
+        return
+    there = {site.name: (site.in_features, site.out_features) for site in sites}
+    for site in card.sites:
+        if there.get(site.name) != (site.in_features, site.out_features):
+            found = there.get(site.name, "nothing")
+            raise AdapterError(
+                f"{folder}: made for another backbone: {site.name} is "
+                f"{(site.in_features, site.out_features)} there, {found} here "
+                f"({len(card.sites)} linears there, {len(sites)} here); trained on "
+                f"{card.backbone.get('name') or 'random weights'}"
+            )
+    raise AdapterError(
+        f"{folder}: made for another backbone: layout '{card.adapter.layout}' has "
+        f"{len(card.sites)} linears there, {len(sites)} here"
+    )
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Flush `partial` to disk and put it in place of `target` in one move."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, target)

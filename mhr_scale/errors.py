@@ -1,0 +1,63 @@
+"""Errors meant for the person at the keyboard, and the names they may have meant.
+
+Every `UserError` ends a launched verb with exit code 2 and one line: what is wrong, where, and the
+way out. Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "AdapterError",
+    "BackboneError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "EngineError",
+    "LayoutError",
+    "RunError",
+    "UserError",
+    "did_you_mean",
+]
+
+
+class UserError(ValueError):
+    """Base of every error a user can cause and can mend."""
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a combination of settings is wrong."""
+
+
+class LayoutError(UserError):
+    """A layout does not fit the backbone it is asked to adapt."""
+
+
+class AdapterError(UserError):
+    """An adapter, its slots or its stored artefact cannot be used as asked."""
+
+
+class BackboneError(UserError):
+    """A backbone cannot be found, read or fitted to its configuration."""
+
+
+class DataError(UserError):
+    """A data file, a row or a task list is wrong."""
+
+
+class EngineError(UserError):
+    """The launch, the process group or the DeepSpeed file is wrong."""
+
+
+class RunError(UserError):
+    """A run folder cannot be used as asked."""
+
+
+class DivergenceError(UserError):
+    """The loss or a gradient stopped being a number."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the closest known word, or an empty string."""
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,216 @@
+"""Optimizers of inventory and routing, learning-rate schedule, clipping.
+
+Adafactor's second moment is factored over whole tensors, so stacking must not change which numbers
+share statistics: `lead` says how many leading dimensions index separate tensors. One stacked
+parameter is then updated exactly as its members would be on their own.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mhr_scale.adapters import Adapter
+from mhr_scale.config import OptimConfig, ScheduleConfig
+
+
+class Adafactor(Optimizer):
+    """Adafactor without momentum or relative steps (Shazeer and Stern 2018; transformers' rules).
+
+    Each parameter group may set `lead` (leading dimensions that index separate tensors, default 0)
+    and `routing` (the parameter is a routing table (T, G, Q, S): G separate tables (T, Q * S),
+    whose gradient may be sparse over T). A table row without a gradient stays exactly as it is, so
+    the sparse update equals the dense one.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float = 1e-3,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        scale_parameter: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "scale_parameter": scale_parameter,
+            "weight_decay": weight_decay,
+            "lead": 0,
+            "routing": False,
+        }
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "Adafactor takes no closure"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+                    update = _step_rows if parameter.grad.is_sparse else _step_dense
+                    update(parameter, group, state)
+
+
+def _blocks(tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, int]:
+    """The tensor as blocks of separate tensors, and the number of leading block dimensions."""
+    if group["routing"]:
+        return tensor.flatten(2).transpose(0, 1), 1
+    return tensor, group["lead"]
+
+
+def _beta2(group: dict[str, Any], state: dict[str, Any]) -> float:
+    return float(1.0 - math.pow(state["step"], group["decay_rate"]))
+
+
+def _rate(values: Tensor, group: dict[str, Any], dims: tuple[int, ...]) -> Tensor | float:
+    """Learning rate, times the RMS of each separate tensor under `scale_parameter`."""
+    if not group["scale_parameter"]:
+        return float(group["lr"])
+    rms = values.square().mean(dims, keepdim=True).sqrt()
+    return rms.clamp(min=group["eps"][1]) * group["lr"]
+
+
+def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """One update of a stacked parameter from a dense gradient."""
+    assert parameter.grad is not None
+    values, lead = _blocks(parameter.data, group)
+    gradient, _ = _blocks(parameter.grad, group)
+    beta2 = _beta2(group, state)
+    dims = tuple(range(lead, values.dim()))
+    square = gradient.square() + group["eps"][0]
+    if values.dim() - lead >= 2:
+        if "row" not in state:
+            state["row"] = torch.zeros_like(square[..., 0])
+            state["column"] = torch.zeros_like(square[..., 0, :])
+        row = state["row"].mul_(beta2).add_(square.mean(-1), alpha=1.0 - beta2)
+        column = state["column"].mul_(beta2).add_(square.mean(-2), alpha=1.0 - beta2)
+        scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        update = gradient * scale * column.rsqrt().unsqueeze(-2)
+    else:
+        if "square" not in state:
+            state["square"] = torch.zeros_like(square)
+        second = state["square"].mul_(beta2).add_(square, alpha=1.0 - beta2)
+        update = gradient * second.rsqrt()
+    rms = update.square().mean(dims, keepdim=True).sqrt()
+    update.div_((rms / group["clip_threshold"]).clamp_(min=1.0))
+    rate = _rate(values, group, dims)
+    if group["weight_decay"]:
+        values.sub_(values * (rate * group["weight_decay"]))
+    values.sub_(update * rate)
+
+
+def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """One update of a routing table (T, G, Q, S) from the gradient of some of its rows.
+
+    U rows of T have a gradient; the statistics are those of the dense update with zeros elsewhere.
+    """
+    assert parameter.grad is not None and group["routing"]
+    gradient = parameter.grad.coalesce()
+    rows = gradient.indices()[0]
+    gradient_GUX = gradient.values().flatten(2).transpose(0, 1)
+    n_tasks, eps, beta2 = parameter.shape[0], group["eps"][0], _beta2(group, state)
+    square_GUX = gradient_GUX.square()
+    if "row" not in state:
+        state["row"] = gradient_GUX.new_zeros(gradient_GUX.shape[0], n_tasks)
+        state["column"] = gradient_GUX.new_zeros(gradient_GUX.shape[0], gradient_GUX.shape[2])
+    row_GT = state["row"].mul_(beta2).add_(eps * (1.0 - beta2))
+    row_GT.index_add_(1, rows, square_GUX.mean(-1), alpha=1.0 - beta2)
+    column_GX = (
+        state["column"].mul_(beta2).add_(square_GUX.sum(1) / n_tasks + eps, alpha=1.0 - beta2)
+    )
+    share_GU = row_GT.index_select(1, rows) / row_GT.mean(-1, keepdim=True)
+    update_GUX = gradient_GUX * share_GU.rsqrt().unsqueeze(-1) * column_GX.rsqrt().unsqueeze(1)
+    mean_square = update_GUX.square().sum((1, 2), keepdim=True) / (n_tasks * update_GUX.shape[2])
+    update_GUX.div_((mean_square.sqrt() / group["clip_threshold"]).clamp_(min=1.0))
+    rate = _rate(_blocks(parameter.data, group)[0], group, (1, 2))
+    update_UGQS = (update_GUX * rate).transpose(0, 1).reshape(-1, *parameter.shape[1:])
+    parameter.data.index_add_(0, rows, update_UGQS, alpha=-1.0)
+
+
+def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
+    """The optimizer of an adapter: one group for the inventory, one for the routing logits.
+
+    Under Adafactor every adapted linear (every pair, where pairs are private to tasks) keeps
+    statistics of its own, and routing gradients stay sparse over tasks. AdamW's momentum moves
+    rows without a gradient too, so there they are dense.
+    """
+    lead = 3 if adapter.config.policy == "private" else 1
+    groups: list[dict[str, Any]] = [
+        {
+            "params": list(adapter.inventory.parameters()),
+            "lr": config.lr,
+            "name": "inventory",
+            "weight_decay": config.weight_decay,
+        }
+    ]
+    if adapter.routing_logits is not None and adapter.routing_logits.requires_grad:
+        groups.append(
+            {
+                "params": [adapter.routing_logits],
+                "lr": config.routing_lr,
+                "name": "routing",
+                "weight_decay": 0.0,
+            }
+        )
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+    adapter.row_gradients = True
+    for group in groups:
+        group["routing"] = group["name"] == "routing"
+        group["lead"] = lead
+    return Adafactor(groups, scale_parameter=config.scale_parameter)
+
+
+def rate_factor(config: ScheduleConfig, step: int) -> float:
+    """Share of the peak rate in step `step`, counted from 0.
+
+    Linear warm-up from 0, then decay to 0 at `steps`: the reference's schedule, whose first update
+    has rate 0 where there is a warm-up.
+    """
+    warmup = config.warmup
+    if step < warmup:
+        return step / warmup
+    if config.decay == "constant":
+        return 1.0
+    left = (config.steps - step) / max(1, config.steps - warmup)
+    if config.decay == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * (1.0 - left)))
+    return max(0.0, left)
+
+
+def set_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's rate to `factor` times its peak; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Global L2 norm of all gradients, sparse ones included; a scalar on the device."""
+    norms = [
+        torch.linalg.vector_norm(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
+        for p in parameters
+        if p.grad is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale all gradients by min(1, clip_norm / (norm + 1e-6))."""
+    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)

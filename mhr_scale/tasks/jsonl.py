@@ -1,0 +1,395 @@
+"""Tasks from JSON lines: one object a line, UTF-8, blank lines and a byte order mark allowed.
+
+Three layouts are accepted, also side by side in one folder; `<fold>` is `train`, `validation` (or
+`dev`, another name for it) or `test`, and only `train` is required:
+
+    <folder>/<task>/<fold>.jsonl    a row without `task` belongs to the task the folder names
+    <folder>/<fold>.jsonl           every row names its `task`
+    <folder>/<fold>/<any>.jsonl     every row names its `task`
+
+Hidden files and files that do not end in `.jsonl` are passed over; a `.jsonl` file in any other
+place, or one without a usable row, is an error. Fold names cannot be task names.
+
+Fields of a row: `input` and `target` (strings, required); `task`, `id` (strings), `targets` (all
+accepted references; `target` comes first whether it is listed or not), `choices` (strings, at
+least two, the target among them), `label` (index of the target in `choices`; derived where absent)
+and `meta` (an object, not read). An optional field that is null counts as absent. Texts are kept
+as they are, white space included; nothing is converted to a string. A row without an `id` gets
+`<file stem>:<line>`, or `<path below the folder, no suffix>:<line>` where the folder does not name
+its task, so that ids are unique in a task over all its folds.
+
+A task without a single validation row sets some of its training rows aside.
+`<folder>/tasks.yaml` may give `cap`, `weight`, `metric` and `max_input_tokens` by task. The default
+metric is accuracy where every row of a task has choices, rougeL elsewhere.
+"""
+
+import json
+import logging
+import math
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mhr_scale.config import IntakeConfig, JsonlTasks
+from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.tasks.task import Example, Intake, Place, Task, check_not_empty
+
+log = logging.getLogger("mhr_scale")
+
+FOLDS = {"train": "train", "validation": "validation", "dev": "validation", "test": "test"}
+METRICS = ("accuracy", "rougeL", "exact_match")
+FIELDS: dict[str, type] = {
+    "input": str,
+    "target": str,
+    "task": str,
+    "id": str,
+    "targets": list,
+    "choices": list,
+    "label": int,
+    "meta": dict,
+}
+REQUIRED = ("input", "target")
+LAYOUTS = (
+    "expected <task>/train.jsonl, or train.jsonl or train/*.jsonl with a 'task' field in every row"
+)
+OPTIONS = ("cap", "weight", "metric", "max_input_tokens")
+
+Rows = dict[str, dict[str, list[Example]]]  # task -> fold -> examples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line that holds a JSON object: where it stood, its text and the object."""
+
+    place: Place
+    text: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A file of rows of one fold; `task` is the one its rows belong to by default."""
+
+    path: Path
+    fold: str
+    task: str | None
+
+
+def read_tasks(config: JsonlTasks, intake: Intake) -> list[Task]:
+    """Read every task below `config.folder`, sorted by name."""
+    folder = Path(config.folder)
+    sources = _find_sources(folder)
+    options = _load_options(folder / "tasks.yaml")
+    rows = _read_rows(sources, folder=folder, policy=config.intake, intake=intake)
+    intake.check()
+    for name in sorted(options.keys() - rows.keys()):
+        raise DataError(f"{folder / 'tasks.yaml'}: no task '{name}' here{did_you_mean(name, rows)}")
+    tasks = [
+        _make_task(name, folds, options=options.get(name, {}), config=config)
+        for name, folds in sorted(rows.items())
+    ]
+    check_not_empty(tasks)
+    return tasks
+
+
+def iter_rows(path: Path, *, task: str, intake: Intake) -> Iterator[Line]:
+    """Yield the lines of `path` that hold a JSON object; refuse the others under the name `task`.
+
+    Reads bytes line by line, so that a bad line costs only itself. The fields are the caller's.
+    """
+    try:
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                raw = raw.rstrip(b"\r\n")
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if not raw.strip():
+                    continue
+                place = Place(file=str(path), line=number)
+                text = raw.decode("utf-8", errors="replace")
+                try:
+                    row = parse_object(raw)
+                except ValueError as error:
+                    intake.refuse(place=place, task=task, reason=str(error), text=text)
+                else:
+                    yield Line(place=place, text=text, row=row)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object strictly; the `ValueError` it raises says what is wrong.
+
+    Refused beside malformed JSON: bytes that are not UTF-8, NaN and Infinity, a key that appears
+    twice, an unpaired surrogate (`"\\ud800"`, which no tokenizer takes) and absurd nesting.
+    """
+    try:
+        text = raw.decode("utf-8")
+        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
+        if "\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bad UTF-8 at byte {error.start + 1}: {error.reason}") from None
+    except UnicodeEncodeError:
+        raise ValueError("unpaired surrogate in a string") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("malformed JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object but {kind_of(row)}")
+    return row
+
+
+def kind_of(value: object) -> str:
+    """Name the JSON type of a parsed value, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds[type(value)]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twin!a} appears twice")
+    return made
+
+
+def _find_sources(folder: Path) -> list[Source]:
+    """List the files of rows, training ones first, so that a duplicate is the held-out row."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; set tasks.folder")
+    sources = []
+    for path in (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}.jsonl")):
+        *above, name = path.relative_to(folder).parts
+        if any(part.startswith(".") for part in (*above, name)) or not path.is_file():
+            continue
+        if len(above) > 1:
+            raise DataError(f"{path}: lies too deep; {LAYOUTS}")
+        if above and above[0] in FOLDS:
+            sources.append(Source(path=path, fold=FOLDS[above[0]], task=None))
+        else:
+            sources.append(Source(path=path, fold=_fold_of(path), task=above[0] if above else None))
+    if not sources:
+        raise DataError(f"{folder}: no JSONL file; {LAYOUTS}")
+    order = list(FOLDS.values())
+    return sorted(sources, key=lambda source: (order.index(source.fold), source.path))
+
+
+def _fold_of(path: Path) -> str:
+    if path.stem not in FOLDS:
+        raise DataError(
+            f"{path}: '{path.stem}' is not a fold{did_you_mean(path.stem, FOLDS)}; name the file "
+            f"{', '.join(f'{fold}.jsonl' for fold in FOLDS)}, or move it away"
+        )
+    return FOLDS[path.stem]
+
+
+def _read_rows(
+    sources: list[Source], *, folder: Path, policy: IntakeConfig, intake: Intake
+) -> Rows:
+    rows: Rows = defaultdict(lambda: {fold: [] for fold in FOLDS.values()})
+    places: dict[str, dict[str, Place]] = defaultdict(dict)
+    for source in sources:
+        taken, refused = intake.taken, len(intake.rejects)
+        inner = source.path.relative_to(folder).with_suffix("").as_posix()
+        warned: set[str] = set()
+        for line in iter_rows(source.path, task=source.task or "?", intake=intake):
+            _warn_unknown(line, warned)
+            named = line.row.get("task")
+            task = named if isinstance(named, str) else source.task or "?"
+            problem = _problem(line.row, source=source, policy=policy)
+            if problem is None:
+                prefix = source.path.stem if task == source.task else inner
+                example = _make_example(line, default_id=f"{prefix}:{line.place.line}")
+                first = places[task].setdefault(example.id, line.place)
+                if first is not line.place:
+                    problem = f"duplicate id {example.id!a}, first at {first}"
+            if problem is None:
+                rows[task][source.fold].append(example)
+                intake.take()
+            else:
+                intake.refuse(place=line.place, task=task, reason=problem, text=line.text)
+        if intake.taken == taken:
+            bad = intake.rejects[refused:]
+            why = f" (line {bad[0].place.line}: {bad[0].reason})" if bad else ""
+            raise DataError(f"{source.path}: no usable row{why}; mend the file or remove it")
+    return dict(rows)
+
+
+def _warn_unknown(line: Line, seen: set[str]) -> None:
+    for key in line.row.keys() - FIELDS.keys() - seen:
+        seen.add(key)
+        log.warning("%s: unknown key %a is not read%s", line.place, key, did_you_mean(key, FIELDS))
+
+
+def _problem(row: dict[str, Any], *, source: Source, policy: IntakeConfig) -> str | None:
+    """Say why a row cannot be used, or nothing."""
+    return (
+        _type_problem(row)
+        or _text_problem(row, has_task=source.task is not None, policy=policy)
+        or _choice_problem(row, fold=source.fold)
+    )
+
+
+def _type_problem(row: dict[str, Any]) -> str | None:
+    for key, kind in FIELDS.items():
+        value = row.get(key)
+        if key in REQUIRED and key not in row:
+            return f"missing field '{key}'"
+        if value is None and key not in REQUIRED:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            wanted = "an integer" if kind is int else kind_of(kind())
+            return f"'{key}' is {kind_of(value)}, expected {wanted}"
+    for key in ("targets", "choices"):
+        for entry in row.get(key) or ():
+            if not isinstance(entry, str):
+                return f"'{key}' holds {kind_of(entry)}, expected strings only"
+    return None
+
+
+def _text_problem(row: dict[str, Any], *, has_task: bool, policy: IntakeConfig) -> str | None:
+    if row.get("task") is None and not has_task:
+        return "missing field 'task' (the file lies in no task's folder)"
+    if row.get("task") == "":
+        return "empty task"
+    if policy.empty_input == "reject" and not row["input"].strip():
+        return "empty input"
+    references = [row["target"], *(row.get("targets") or ())]
+    if policy.empty_target == "reject" and not all(text.strip() for text in references):
+        return "empty target"
+    return None
+
+
+def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
+    label, target = row.get("label"), row["target"]
+    choices = row.get("choices") or []
+    if label == -1 and fold == "test":
+        return "label -1 (hidden test label) cannot be scored"
+    if not choices:
+        return None if label is None else "label without choices"
+    if len(choices) < 2:
+        return "fewer than two choices"
+    if label is not None and not 0 <= label < len(choices):
+        return f"label {label} is out of range for {len(choices)} choices"
+    if target not in choices:
+        return f"target {_short(target)} is not among the choices"
+    if label is not None and choices[label] != target:
+        return f"label {label} is {_short(choices[label])} but the target is {_short(target)}"
+    return None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _make_example(line: Line, *, default_id: str) -> Example:
+    row = line.row
+    target, label = row["target"], row.get("label")
+    choices = tuple(row.get("choices") or ())
+    if choices and label is None:
+        label = choices.index(target)
+    others = (text for text in row.get("targets") or () if text != target)
+    return Example(
+        id=default_id if row.get("id") is None else row["id"],
+        input=row["input"],
+        targets=(target, *others),
+        choices=choices,
+        label=label,
+        place=line.place,
+    )
+
+
+def _make_task(
+    name: str, folds: dict[str, list[Example]], *, options: dict[str, Any], config: JsonlTasks
+) -> Task:
+    train, validation = folds["train"], folds["validation"]
+    every = [*train, *validation, *folds["test"]]
+    if not validation:
+        count = min(config.validation_examples, len(train) // 10)
+        shuffler = random.Random(f"{config.seed}/{name}")
+        chosen = set(shuffler.sample(range(len(train)), count))
+        validation = [row for number, row in enumerate(train) if number in chosen]
+        train = [row for number, row in enumerate(train) if number not in chosen]
+    metric = "accuracy" if all(example.choices for example in every) else "rougeL"
+    return Task(
+        name=name,
+        train=tuple(train),
+        validation=tuple(validation),
+        test=tuple(folds["test"]),
+        **{"metric": metric, **options},
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_options(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as file:
+            tasks = yaml.load(file, Loader=_StrictLoader) or {}
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise DataError(f"{where}: {problem or error}") from error
+    if not isinstance(tasks, dict):
+        raise DataError(f"{path}: expected a mapping from tasks to their options")
+    made = {}
+    for name, options in tasks.items():
+        if not isinstance(name, str):
+            raise DataError(f"{path}: task {name!r} is not a string; quote it")
+        if not isinstance(options, dict):
+            raise DataError(f"{path}: {name}: expected a mapping of {', '.join(OPTIONS)}")
+        made[name] = _checked_options(options, where=f"{path}: {name}")
+    return made
+
+
+def _checked_options(options: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in OPTIONS:
+            known = f"{did_you_mean(str(key), OPTIONS)}; known: {', '.join(OPTIONS)}"
+            raise DataError(f"{where}: unknown key '{key}'{known}")
+        if key == "metric":
+            wanted = f"a metric{did_you_mean(str(value), METRICS)}; known: {', '.join(METRICS)}"
+            is_valid = value in METRICS
+        elif key == "weight":
+            if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+                with suppress(ValueError):
+                    value = float(value)
+            wanted = "a finite number above 0"
+            is_valid = type(value) in (int, float) and 0 < value < math.inf
+        else:
+            wanted = "a whole number above 0"
+            is_valid = type(value) is int and value > 0
+        if not is_valid:
+            raise DataError(f"{where}: {key}: {value!r} is not {wanted}")
+        made[key] = value
+    return made

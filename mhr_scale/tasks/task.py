@@ -1,0 +1,122 @@
+"""The canonical example, the task that holds it, and the report of rows that were refused.
+
+Every reader (toy, SuperNI, JSONL, P3) turns its own format into these values and nothing else, so
+that mixtures, collators and evaluators never know where a row came from.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mhr_scale.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a row came from: a file and its line (JSONL) or its row (JSON arrays, tables)."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One text-to-text example.
+
+    `targets` holds every accepted reference, the first one being the default training target.
+    `choices` and `label` (an index into `choices`) are there where answers are ranked.
+    """
+
+    id: str
+    input: str
+    targets: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A named list of training examples, with held-out examples of the same task.
+
+    `suffix` is an ending every input shares and that must survive a cut (SuperNI's `Output:`): an
+    input that is too long loses tokens in front of it. `max_input_tokens` overrides the batch's.
+    `metric` names what evaluation reports; `cap` and `weight` steer the mixture.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...] = ()
+    test: tuple[Example, ...] = ()
+    metric: str = "rougeL"
+    cap: int | None = None
+    weight: float | None = None
+    max_input_tokens: int | None = None
+    suffix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """A refused row: where it stood, why, and its first 200 characters."""
+
+    place: Place
+    task: str
+    reason: str
+    text: str
+
+
+@dataclass(slots=True)
+class Intake:
+    """Counts what a reader took and refused, and decides when there is too much of the latter.
+
+    The policy `on_bad`: `reject` refuses a row, writes it down and goes on, and stops once more
+    than `max(10, 0.1 %)` of the rows are refused; `error` stops at the first one; `skip` never
+    stops.
+    """
+
+    on_bad: str = "reject"
+    taken: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+
+    def take(self) -> None:
+        """Count one accepted row."""
+        self.taken += 1
+
+    def refuse(self, *, place: Place, task: str, reason: str, text: str) -> None:
+        """Record one refused row; raises `DataError` at once under `on_bad: error`."""
+        if self.on_bad == "error":
+            raise DataError(f"{place}: {reason} (task {task}); mend the row or set on_bad: reject")
+        self.rejects.append(Reject(place=place, task=task, reason=reason, text=text[:200]))
+
+    def check(self) -> None:
+        """Raise `DataError` if too many rows were refused; names the first of them."""
+        total = self.taken + len(self.rejects)
+        if self.on_bad == "skip" or len(self.rejects) <= max(10, total // 1000):
+            return
+        first = self.rejects[0]
+        raise DataError(
+            f"{len(self.rejects)} of {total} rows refused, first {first.place}: {first.reason}; "
+            "mend the data or set on_bad: skip"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the refused rows as JSON lines."""
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            for reject in self.rejects:
+                row = asdict(reject)
+                row["place"] = str(reject.place)
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def check_not_empty(tasks: Iterable[Task]) -> None:
+    """Raise `DataError` naming every task that has no training example."""
+    empty = [task.name for task in tasks if not task.train]
+    if empty:
+        raise DataError(
+            f"no training example in {len(empty)} task(s): {', '.join(empty[:5])}"
+            f"{', ...' if len(empty) > 5 else ''}; remove the task or give it rows"
+        )

@@ -1,0 +1,32 @@
+"""T-Few's losses against the reference, float64 to 1e-8."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mhr_scale.losses import TFewLosses, tfew
+
+
+@pytest.fixture
+def found(losses: SimpleNamespace) -> TFewLosses:
+    return tfew(
+        losses.tensors["logits"],
+        losses.tensors["choices"],
+        losses.tensors["labels"],
+        pad_id=losses.meta["pad_id"],
+        length_norm=losses.meta["length_norm"],
+    )
+
+
+@pytest.mark.parametrize("name", ["lm", "mc", "ul"])
+def test_loss_equals_the_reference(found: TFewLosses, losses: SimpleNamespace, name: str) -> None:
+    assert getattr(found, name).mean.item() == pytest.approx(losses.tensors[name].item(), rel=1e-8)
+
+
+def test_scores_equal_the_reference(found: TFewLosses, losses: SimpleNamespace) -> None:
+    torch.testing.assert_close(found.scores_BC, losses.tensors["scores"], rtol=1e-8, atol=1e-8)
+
+
+def test_smallest_score_is_the_prediction(found: TFewLosses, losses: SimpleNamespace) -> None:
+    assert torch.equal(found.scores_BC.argmin(1), losses.tensors["prediction"])

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+
+from mhr_scale.errors import DataError
+from mhr_scale.tasks.task import Example, Intake, Place, Task, check_not_empty
+
+
+def refuse(intake, count=1, text="{}"):
+    for line in range(1, count + 1):
+        place = Place(file="a.jsonl", line=line)
+        intake.refuse(place=place, task="t", reason="empty input", text=text)
+
+
+def take(intake, count):
+    for _ in range(count):
+        intake.take()
+
+
+def test_a_place_reads_as_file_and_line():
+    assert str(Place(file="a.jsonl", line=7)) == "a.jsonl:7"
+
+
+def test_ten_refused_rows_are_tolerated():
+    intake = Intake()
+    refuse(intake, 10)
+    intake.check()
+
+
+def test_the_eleventh_refused_row_of_a_small_set_stops():
+    intake = Intake()
+    refuse(intake, 11)
+    with pytest.raises(DataError, match=r"11 of 11 rows refused, first a\.jsonl:1: empty input"):
+        intake.check()
+
+
+def test_a_thousandth_of_a_large_set_is_tolerated():
+    intake = Intake()
+    take(intake, 19_980)
+    refuse(intake, 20)
+    intake.check()
+
+
+def test_more_than_a_thousandth_of_a_large_set_stops():
+    intake = Intake()
+    take(intake, 19_978)
+    refuse(intake, 21)
+    with pytest.raises(DataError, match="21 of 19999 rows refused"):
+        intake.check()
+
+
+def test_skip_never_stops():
+    intake = Intake(on_bad="skip")
+    refuse(intake, 1000)
+    intake.check()
+
+
+def test_error_stops_at_the_first_row():
+    with pytest.raises(DataError, match=r"a\.jsonl:1: empty input \(task t\)"):
+        refuse(Intake(on_bad="error"))
+
+
+def test_a_reject_keeps_the_first_200_characters():
+    intake = Intake()
+    refuse(intake, text="x" * 1000)
+    assert intake.rejects[0].text == "x" * 200
+
+
+def test_rejects_are_written_as_json_lines(tmp_path):
+    intake = Intake()
+    refuse(intake, 2, text="\u00e9")
+    intake.write(tmp_path / "rejects.jsonl")
+    lines = (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"place": f"a.jsonl:{n}", "task": "t", "reason": "empty input", "text": "\u00e9"}
+        for n in (1, 2)
+    ]
+
+
+def test_a_reject_with_an_unpaired_surrogate_can_be_written_and_read_back(tmp_path):
+    intake = Intake()
+    refuse(intake, text="\ud800")
+    intake.write(tmp_path / "rejects.jsonl")
+    written = (tmp_path / "rejects.jsonl").read_text(encoding="utf-8")
+    assert json.loads(written)["text"] == "\ud800"
+
+
+def test_every_task_without_training_rows_is_named():
+    row = Example(id="1", input="x", targets=("y",))
+    tasks = [Task(name="b", train=()), Task(name="a", train=(row,)), Task(name="c", train=())]
+    with pytest.raises(DataError, match=r"2 task\(s\): b, c;"):
+        check_not_empty(tasks)

@@ -1,0 +1,429 @@
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from mhr_scale.config import ToyTasks
+from mhr_scale.errors import DataError
+from mhr_scale.tasks import toy
+
+FOLDER = Path(toy.__file__).parent / "toy_backbone"
+CONFIG = ToyTasks(suite="toy", n_tasks=20, train_examples=30, validation_examples=10)
+SEEDS = range(20)
+
+
+def folds(task):
+    return {"train": task.train, "validation": task.validation, "test": task.test}
+
+
+def examples_of(task):
+    return [example for fold in folds(task).values() for example in fold]
+
+
+def everything(config=CONFIG):
+    return [*toy.make_tasks(config), *toy.held_out_tasks(config)]
+
+
+def parts_of(tasks):
+    return [tuple(task.name.split(".")) for task in tasks]
+
+
+def n_changed(name, other):
+    return sum(a != b for a, b in zip(name.split("."), other.split(".")))
+
+
+# --- compositions
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        ("copy", "c a f b e"),
+        ("reverse", "e b f a c"),
+        ("rotate_left", "a f b e c"),
+        ("rotate_right", "e c a f b"),
+        ("tail", "a f b e"),
+        ("init", "c a f b"),
+        ("sort", "a b c e f"),
+        ("every_second", "c f e"),
+    ],
+)
+def test_an_operation_rearranges_the_letters(operation, expected):
+    assert toy.compose(f"{operation}.identity.plain", "c a f b e") == expected
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ("identity", "a b f l"),
+        ("plus1", "b c g a"),
+        ("minus1", "l a e k"),
+        ("mirror", "l k g a"),
+        ("swap", "b a e k"),
+        ("plus4", "e f j d"),
+    ],
+)
+def test_a_map_replaces_each_letter(mapping, expected):
+    assert toy.compose(f"copy.{mapping}.plain", "a b f l") == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"), [("plain", "a b c d"), ("before", "< a b c d"), ("after", "a b c d >")]
+)
+def test_a_format_sets_a_marker(layout, expected):
+    assert toy.compose(f"copy.identity.{layout}", "a b c d") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sort.mirror.before", "< l j g a"),
+        ("sort.plus1.plain", "b d g a"),
+        ("every_second.swap.after", "d b >"),
+    ],
+)
+def test_the_operation_comes_first_then_the_map_then_the_format(name, expected):
+    assert toy.compose(name, "c l a f") == expected
+
+
+def test_no_two_compositions_do_the_same():
+    symbols = ("c a f b h e", "l k a d c", "b g g i a d e")
+    answers = [tuple(toy.compose(name, s) for s in symbols) for name in toy.PARTS]
+    assert len(set(answers)) == 144
+
+
+def test_a_misspelt_composition_is_met_with_the_right_name():
+    with pytest.raises(DataError, match=r"did you mean 'reverse\.plus1\.plain'"):
+        toy.compose("revers.plus1.plain", "a b c d")
+
+
+def test_a_foreign_letter_is_refused():
+    with pytest.raises(DataError, match="'m' is not one of the letters"):
+        toy.compose("copy.plus1.plain", "a b m d")
+
+
+# --- tasks
+
+
+def test_a_target_is_its_tasks_composition_of_its_input():
+    assert all(
+        example.targets == (toy.compose(task.name, example.input),)
+        for task in everything()
+        for example in examples_of(task)
+    )
+
+
+def test_inputs_are_four_to_seven_letters():
+    lengths = Counter(len(e.input.split()) for t in everything() for e in examples_of(t))
+    assert sorted(lengths) == [4, 5, 6, 7]
+
+
+def test_training_tasks_have_as_many_examples_as_asked():
+    sizes = {(len(t.train), len(t.validation), len(t.test)) for t in toy.make_tasks(CONFIG)}
+    assert sizes == {(30, 10, 0)}
+
+
+def test_held_out_tasks_have_training_and_test_examples():
+    sizes = {(len(t.train), len(t.validation), len(t.test)) for t in toy.held_out_tasks(CONFIG)}
+    assert sizes == {(30, 0, 100)}
+
+
+def test_tasks_are_measured_by_exact_match():
+    assert {task.metric for task in everything()} == {"exact_match"}
+
+
+def test_the_full_instruction_names_the_three_primitives_before_the_string():
+    bare = toy.make_tasks(CONFIG)[0]
+    operation, mapping, layout = bare.name.split(".")
+    told = toy.make_tasks(replace(CONFIG, instruction="full"))[0]
+    words = f"op:{operation} map:{mapping} fmt:{layout}"
+    assert [e.input for e in told.train] == [f"{words} {e.input}" for e in bare.train]
+
+
+def test_the_same_config_gives_the_same_tasks():
+    assert everything() == everything()
+
+
+def test_another_seed_gives_other_strings():
+    assert everything() != everything(replace(CONFIG, seed=1))
+
+
+def test_another_seed_holds_out_other_tasks():
+    other = toy.held_out_tasks(replace(CONFIG, seed=1))
+    assert set(parts_of(toy.held_out_tasks(CONFIG))) != set(parts_of(other))
+
+
+def test_the_examples_of_a_seed_stay_what_they_were():
+    example = toy.make_tasks(ToyTasks(suite="toy"))[0].train[0]
+    assert (example.id, example.input) == ("rotate_left.mirror.plain:train:0", "h c d k b b")
+
+
+def test_more_tasks_begin_with_the_same_tasks():
+    assert toy.make_tasks(replace(CONFIG, n_tasks=30))[:20] == toy.make_tasks(CONFIG)
+
+
+def test_held_out_tasks_do_not_depend_on_the_number_of_training_tasks():
+    assert toy.held_out_tasks(replace(CONFIG, n_tasks=8)) == toy.held_out_tasks(CONFIG)
+
+
+def test_the_test_fold_does_not_depend_on_the_number_of_training_examples():
+    fewer = toy.held_out_tasks(replace(CONFIG, train_examples=5))
+    assert [t.test for t in fewer] == [t.test for t in toy.held_out_tasks(CONFIG)]
+
+
+def test_ids_are_unique_within_a_task():
+    assert all(
+        len({e.id for e in examples_of(task)}) == len(examples_of(task)) for task in everything()
+    )
+
+
+def test_no_string_occurs_twice_in_a_task():
+    tasks = everything(replace(CONFIG, train_examples=2000, validation_examples=500, n_tasks=2))
+    assert all(
+        len({e.input for e in examples_of(task)}) == len(examples_of(task)) for task in tasks
+    )
+
+
+def test_a_repeated_draw_is_drawn_again(monkeypatch):
+    monkeypatch.setattr(toy, "LONGEST", 4)
+    monkeypatch.setattr(toy, "LETTERS", "ab")
+    (task,) = toy.make_tasks(replace(CONFIG, n_tasks=1, train_examples=8, validation_examples=8))
+    assert len({e.input for e in examples_of(task)}) == 16
+
+
+def test_training_and_held_out_tasks_share_no_composition():
+    config = replace(CONFIG, n_tasks=134, train_examples=1, validation_examples=0)
+    assert len({task.name for task in everything(config)}) == 144
+
+
+@pytest.mark.parametrize("n_tasks", [135, 0])
+def test_a_number_of_tasks_outside_the_limits_is_refused_with_the_limit(n_tasks):
+    with pytest.raises(DataError, match=rf"{n_tasks} is not in 1\.\.134"):
+        toy.make_tasks(replace(CONFIG, n_tasks=n_tasks))
+
+
+# --- the held-out split
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("kind", "most"), [(0, 2), (1, 3), (2, 4)])
+def test_no_primitive_is_in_too_many_held_out_tasks(seed, kind, most):
+    tasks = toy.held_out_tasks(replace(CONFIG, seed=seed, train_examples=1))
+    assert max(Counter(parts[kind] for parts in parts_of(tasks)).values()) <= most
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_held_out_tasks_have_at_least_six_operations(seed):
+    tasks = toy.held_out_tasks(replace(CONFIG, seed=seed, train_examples=1))
+    assert len({operation for operation, _, _ in parts_of(tasks)}) >= 6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eight_training_tasks_show_every_primitive(seed):
+    tasks = toy.make_tasks(replace(CONFIG, seed=seed, n_tasks=8))
+    shown = {primitive for parts in parts_of(tasks) for primitive in parts}
+    assert shown == {*toy.OPERATIONS, *toy.MAPS, *toy.FORMATS}
+
+
+# --- choices
+
+
+def test_an_example_has_five_different_choices():
+    assert all(len(set(e.choices)) == 5 for t in everything() for e in examples_of(t))
+
+
+def test_the_label_points_at_the_target():
+    assert all(e.choices[e.label] == e.targets[0] for t in everything() for e in examples_of(t))
+
+
+def test_every_choice_is_another_composition_of_the_same_string():
+    assert all(
+        set(e.choices) <= {toy.compose(name, e.input) for name in toy.PARTS}
+        for t in everything()
+        for e in t.train[:5]
+    )
+
+
+def test_at_least_half_of_the_distractors_change_one_primitive_only():
+    for task in everything():
+        near = [name for name in toy.PARTS if n_changed(name, task.name) == 1]
+        for example in task.train[:5]:
+            answers = {toy.compose(name, example.input) for name in near}
+            assert len(answers & set(example.choices)) >= 2
+
+
+def test_the_right_choice_is_at_every_position_about_as_often():
+    labels = Counter(e.label for t in everything() for e in examples_of(t))
+    assert all(0.17 < labels[position] / labels.total() < 0.23 for position in range(5))
+
+
+# --- the backbone's corpus
+
+
+def corpus(n_examples):
+    rng = random.Random(0)
+    return [toy.corpus_example(rng) for _ in range(n_examples)]
+
+
+def kind_of(source):
+    words = source.split()
+    if "<extra_id_0>" in words:
+        return "span"
+    return "copy" if words[0] == "do:copy" else "primitive"
+
+
+def test_the_corpus_is_a_fixed_function_of_its_generator():
+    assert corpus(50) == corpus(50)
+
+
+def test_a_fifth_of_the_corpus_is_span_corruption():
+    share = sum(kind_of(source) == "span" for source, _ in corpus(5000)) / 5000
+    assert share == pytest.approx(0.2, abs=0.02)
+
+
+def test_three_fifths_of_the_corpus_are_single_primitives():
+    share = sum(kind_of(source) == "primitive" for source, _ in corpus(5000)) / 5000
+    # A fourteenth of them, the operation copy, looks like a copying example.
+    assert share == pytest.approx(0.6 * 13 / 14, abs=0.02)
+
+
+def test_the_corpus_never_composes_two_primitives():
+    words = [set(source.split()) & set(toy.CONTROL_WORDS) for source, _ in corpus(5000)]
+    assert max(len(control) for control in words) == 1
+
+
+def test_a_control_word_names_what_makes_the_target():
+    rng = random.Random(0)
+    for _ in range(500):
+        source, target = toy.primitive_example(rng)
+        word, symbols = source.split(maxsplit=1)
+        name = word.removeprefix("do:")
+        composition = f"{name}.identity.plain" if name in toy.OPERATIONS else f"copy.{name}.plain"
+        assert target == toy.compose(composition, symbols)
+
+
+def test_a_corrupted_span_put_back_is_a_string_of_letters():
+    for source, target in corpus(2000):
+        if kind_of(source) == "span":
+            hidden = target.removeprefix("<extra_id_0>").removesuffix("<extra_id_1>").split()
+            whole = source.replace("<extra_id_0>", " ".join(hidden)).split()
+            assert set(whole) <= set(toy.LETTERS)
+
+
+def test_copying_meets_every_marker_and_instruction_word():
+    copied = {
+        w for source, target in corpus(5000) if kind_of(source) == "copy" for w in target.split()
+    }
+    assert copied == {*toy.LETTERS, "<", ">", *toy.INSTRUCTION_WORDS}
+
+
+# --- the vocabulary
+
+
+def test_the_vocabulary_has_at_most_53_symbols():
+    assert len(toy.vocabulary()) <= 53
+
+
+def test_no_symbol_is_in_the_vocabulary_twice():
+    assert len(set(toy.vocabulary())) == len(toy.vocabulary())
+
+
+@pytest.mark.parametrize("instruction", ["none", "full"])
+def test_the_vocabulary_covers_every_text_of_every_task(instruction):
+    config = replace(
+        CONFIG, n_tasks=134, train_examples=20, validation_examples=2, instruction=instruction
+    )
+    texts = [
+        text
+        for task in everything(config)
+        for example in examples_of(task)
+        for text in (example.input, *example.targets, *example.choices)
+    ]
+    assert {symbol for text in texts for symbol in text.split()} <= set(toy.vocabulary())
+
+
+def test_the_corpus_uses_the_whole_vocabulary_but_pad_eos_and_unk():
+    used = {symbol for pair in corpus(5000) for text in pair for symbol in text.split()}
+    assert used == set(toy.vocabulary()[3:])
+
+
+# --- the shipped backbone
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load_file(FOLDER / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    model = T5ForConditionalGeneration(T5Config.from_pretrained(FOLDER))
+    # transformers 5 ties lm_head to the embedding on construction.
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    stacks = {f"{s}.embed_tokens.weight": weights["shared.weight"] for s in ("encoder", "decoder")}
+    model.load_state_dict({**weights, **stacks})
+    return model.eval()
+
+
+def test_the_shipped_folder_is_under_a_megabyte():
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 1_000_000
+
+
+def test_the_shipped_weights_are_bfloat16(weights):
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_the_shipped_head_is_not_the_embedding(weights):
+    assert not torch.equal(weights["lm_head.weight"], weights["shared.weight"])
+
+
+def test_the_shipped_configuration_does_not_scale_the_decoders_output():
+    assert not T5Config.from_pretrained(FOLDER).scale_decoder_outputs
+
+
+def test_the_shipped_tokens_are_numbered_like_the_vocabulary(tokenizer):
+    symbols = toy.vocabulary()
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == symbols
+
+
+def test_the_tokenizer_gives_back_every_text(tokenizer):
+    texts = [text for pair in corpus(500) for text in pair]
+    texts += [
+        c for t in everything(replace(CONFIG, instruction="full")) for c in t.train[0].choices
+    ]
+    ids = tokenizer(texts)["input_ids"]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+
+
+def test_the_tokenizer_appends_the_end_of_sequence(tokenizer):
+    assert tokenizer("a b <")["input_ids"] == [5, 6, 17, tokenizer.eos_token_id]
+
+
+def test_the_tokenizer_gives_only_what_the_model_takes(tokenizer):
+    assert set(tokenizer("a b")) == {"input_ids", "attention_mask"}
+
+
+def test_an_unknown_symbol_becomes_unk(tokenizer):
+    assert tokenizer("z")["input_ids"] == [tokenizer.unk_token_id, tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def test_the_shipped_backbone_does_single_primitives(model, tokenizer):
+    rng = random.Random(7)
+    sources, targets = zip(*(toy.primitive_example(rng) for _ in range(200)))
+    inputs = tokenizer(list(sources), padding=True, return_tensors="pt")
+    labels = tokenizer(list(targets), padding=True, return_tensors="pt")
+    masked = labels.attention_mask == 0
+    logits = model(**inputs, labels=labels.input_ids.masked_fill(masked, -100)).logits
+    right = ((logits.argmax(-1) == labels.input_ids) | masked).all(-1)
+    assert right.float().mean() >= 0.95
