@@ -7,14 +7,27 @@ part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from typing_extensions import dataclass_transform
 
 from mhr_scale.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def part(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that refuses unknown fields when a recipe is read."""
+    made = dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return made
+
 
 Policy = Literal["learned", "noisy", "straight_through", "uniform", "random", "fixed", "private"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class BackboneConfig:
     """The frozen encoder-decoder."""
 
@@ -42,7 +55,7 @@ class BackboneConfig:
             raise ConfigError(f"backbone.dropout: {self.dropout} is not in [0, 1)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class AdapterConfig:
     """The adapter: which linears, how many skills, how routing mixes them.
 
@@ -121,7 +134,7 @@ class AdapterConfig:
         return family if self.kind == "lora" else f"{family}-(IA)3"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class IntakeConfig:
     """What readers do with rows they cannot use."""
 
@@ -133,7 +146,7 @@ class IntakeConfig:
     """Whether a row with an empty input is refused."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class ToyTasks:
     """The built-in compositional suite (list operation, symbol map, output format)."""
 
@@ -151,7 +164,7 @@ class ToyTasks:
     """Seed of the task split and of the examples."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class SuperNITasks:
     """Super-NaturalInstructions: a folder with `tasks/*.json` and `splits/<split>/`."""
 
@@ -189,9 +202,9 @@ class SuperNITasks:
             raise ConfigError(f"tasks.positive_examples: {self.positive_examples} is not in 0..2")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class JsonlTasks:
-    """The user's own rows: `<folder>/<task>/<fold>.jsonl`, or `<folder>/<fold>.jsonl` with `task`."""
+    """The user's own rows: one JSONL file per task and fold, or per fold with a `task` field."""
 
     suite: Literal["jsonl"]
     """Chooses this part."""
@@ -205,7 +218,7 @@ class JsonlTasks:
     """Policy for unusable rows."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class T0Tasks:
     """The T0 training mixture from P3."""
 
@@ -222,7 +235,7 @@ class T0Tasks:
 TasksConfig = ToyTasks | SuperNITasks | JsonlTasks | T0Tasks
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class MixtureConfig:
     """How tasks share the stream of samples."""
 
@@ -246,17 +259,17 @@ class MixtureConfig:
             raise ConfigError(f"mixture.cap: {self.cap} is not at least 1")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class LossConfig:
     """Cross-entropy of the target tokens."""
 
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary."""
     normalise: Literal["tokens", "examples"] = "tokens"
-    """Divide the summed loss by the global number of target tokens (T0) or of examples (SuperNI)."""
+    """Divide the summed loss by the global number of target tokens (T0) or examples (SuperNI)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class OptimConfig:
     """The optimizer of inventory and routing."""
 
@@ -280,7 +293,7 @@ class OptimConfig:
     """Largest global gradient norm; null switches clipping off."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class ScheduleConfig:
     """Length of the run and shape of the learning rate."""
 
@@ -309,7 +322,7 @@ class ScheduleConfig:
         return int(self.warmup_fraction * self.steps)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class BatchConfig:
     """Rows per step and tokens per row."""
 
@@ -352,7 +365,7 @@ class BatchConfig:
         return self.batch_size // rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class RunConfig:
     """Where a run writes, how often, and under which DeepSpeed file."""
 
@@ -380,7 +393,7 @@ class RunConfig:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@part
 class PretrainConfig:
     """Everything `pretrain` reads."""
 

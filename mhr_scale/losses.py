@@ -3,7 +3,7 @@
 Shape letters: B batch rows, C answer choices, L tokens, V vocabulary.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 IGNORE = -100
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Loss:
     """A summed loss and the number of things it was summed over (scalars or one per row)."""
 
     sum: Tensor
@@ -39,7 +40,8 @@ def language_model(logits_BLV: Tensor, labels_BL: Tensor, *, label_smoothing: fl
     return Loss(token_losses_BL.sum(1), (labels_BL != IGNORE).sum(1))
 
 
-class TFewLosses(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TFewLosses:
     """The three few-shot losses of T-Few and the scores they rank by."""
 
     lm: Loss

@@ -115,7 +115,8 @@ def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, 
 
     U rows of T have a gradient; the statistics are those of the dense update with zeros elsewhere.
     """
-    assert parameter.grad is not None and group["routing"]
+    assert parameter.grad is not None
+    assert group["routing"]
     gradient = parameter.grad.coalesce()
     rows = gradient.indices()[0]
     gradient_GUX = gradient.values().flatten(2).transpose(0, 1)

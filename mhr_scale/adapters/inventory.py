@@ -8,7 +8,6 @@ Per linear the tensors are those of the reference: A (Q, S, I, R) is split along
 B (Q, S, R, O) along the output (method notes 1.4); an (IA)3 skill is a vector l (Q, S, O).
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters.layout import Site
 from mhr_scale.config import AdapterConfig
+from mhr_scale.seeds import seed_from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,6 @@ class Stack:
     def key(self) -> str:
         """Name of the stack in parameter names, such as `1024x4096`."""
         return f"{self.in_features}x{self.out_features}"
-
-
-def seed_from(*parts: object) -> int:
-    """A 63-bit seed that depends on the parts alone (same on every machine and rank)."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def make_stacks(sites: tuple[Site, ...]) -> tuple[Stack, ...]:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters import routing
-from mhr_scale.adapters.inventory import Inventory, seed_from
+from mhr_scale.adapters.inventory import Inventory
 from mhr_scale.adapters.layout import Site, check_splits, find_sites
 from mhr_scale.adapters.linear import AdaptedLinear, RowMap
 from mhr_scale.adapters.slots import Slots, mix_pairs, mix_vectors, pick_pairs, pick_vectors
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, did_you_mean
+from mhr_scale.seeds import seed_from
 
 
 class Adapter(nn.Module):

@@ -167,7 +167,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     expected = json.loads((folder / CARD).read_text(encoding="utf-8")).get("sha256")
     if hash_file(file) != expected:
         raise AdapterError(
-            f"{file}: its hash is not the one in {CARD}: the file is damaged, or the two files come "
+            f"{file}: its hash is not the one in {CARD}: it is damaged, or the two files come "
             "from different saves; take both from one complete folder under steps/"
         )
     try:

@@ -1,0 +1,1 @@
+"""Task readers, the canonical example, and the mixture of tasks."""

@@ -28,14 +28,12 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from mhr_scale import strict_yaml
 from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError, did_you_mean
 from mhr_scale.tasks.task import Example, Intake, Place, Task, check_not_empty
@@ -337,37 +335,20 @@ def _make_task(
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _load_options(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        with path.open("rb") as file:
-            tasks = yaml.load(file, Loader=_StrictLoader) or {}
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise DataError(f"{where}: {problem or error}") from error
-    if not isinstance(tasks, dict):
-        raise DataError(f"{path}: expected a mapping from tasks to their options")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
+    tasks, places = strict_yaml.read(text, source=str(path), error=DataError)
     made = {}
     for name, options in tasks.items():
-        if not isinstance(name, str):
-            raise DataError(f"{path}: task {name!r} is not a string; quote it")
+        where = f"{places[(name,)]}: {name}"
         if not isinstance(options, dict):
-            raise DataError(f"{path}: {name}: expected a mapping of {', '.join(OPTIONS)}")
-        made[name] = _checked_options(options, where=f"{path}: {name}")
+            raise DataError(f"{where}: expected a mapping of {', '.join(OPTIONS)}")
+        made[name] = _checked_options(options, where=where)
     return made
 
 
@@ -381,9 +362,6 @@ def _checked_options(options: Mapping[Any, Any], *, where: str) -> dict[str, Any
             wanted = f"a metric{did_you_mean(str(value), METRICS)}; known: {', '.join(METRICS)}"
             is_valid = value in METRICS
         elif key == "weight":
-            if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-                with suppress(ValueError):
-                    value = float(value)
             wanted = "a finite number above 0"
             is_valid = type(value) in (int, float) and 0 < value < math.inf
         else:

@@ -17,9 +17,9 @@ takes the end of the instance's input first. References are stripped too.
 Instances are split as MHR does. A test task: the first `test_examples` instances of the file are
 its test set for every seed, one that is refused leaving a gap; the others are shuffled and give the
 training instances, then the validation ones. A training task: its instances are shuffled and give
-the training instances, then the validation ones; where at most 25 are left for validation, fewer
-than asked for, 25 validation instances (or `validation_examples`, if that is less) come first and
-the training ones get the rest. The shuffle is seeded by the seed and the task's name alone.
+the training instances, then the validation ones; where the training ones leave at most 25, then 25
+validation instances (or `validation_examples`, if that is less) come first and the training ones
+get the rest. The shuffle is seeded by the seed and the task's name alone.
 
 A row with an empty reference among others is refused like one whose only reference is empty.
 """
@@ -275,8 +275,7 @@ def _split(
     rest = [row for index, row in rows.items() if index >= first]
     random.Random(f"{config.seed}/{name}").shuffle(rest)
     n_train, n_validation = config.train_examples, config.validation_examples
-    left = max(0, len(rest) - n_train)
-    if config.fold == "train" and left <= LEAST_VALIDATION and left < n_validation:
+    if config.fold == "train" and len(rest) - n_train <= LEAST_VALIDATION:
         count = min(LEAST_VALIDATION, n_validation)
         return rest[count : count + n_train], rest[:count], test
     return rest[:n_train], rest[n_train : n_train + n_validation], test

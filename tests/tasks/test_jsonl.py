@@ -371,65 +371,6 @@ def test_a_task_without_training_rows_is_an_error(tmp_path):
         read(tmp_path)
 
 
-# tasks.yaml
-
-
-def options_task(folder, text):
-    write(folder / "t" / "train.jsonl", *rows(1))
-    (folder / "tasks.yaml").write_text(text)
-    return read_one(folder)
-
-
-def test_options_of_a_task_are_read(tmp_path):
-    task = options_task(
-        tmp_path, "t: {cap: 5, weight: 1e-1, metric: exact_match, max_input_tokens: 64}"
-    )
-    assert (task.cap, task.weight, task.metric, task.max_input_tokens) == (
-        5,
-        0.1,
-        "exact_match",
-        64,
-    )
-
-
-def test_an_empty_options_file_is_allowed(tmp_path):
-    assert options_task(tmp_path, "# nothing yet\n").cap is None
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("u: {cap: 5}", r"tasks\.yaml: no task 'u' here"),
-        ("t: {cpa: 5}", r"tasks\.yaml: t: unknown key 'cpa'; did you mean 'cap'\?"),
-        ("t: {metric: rouge}", r"t: metric: 'rouge' is not a metric; did you mean 'rougeL'\?"),
-        ("t: {cap: 0}", "t: cap: 0 is not a whole number above 0"),
-        ("t: {cap: true}", "t: cap: True is not a whole number above 0"),
-        ("t: {max_input_tokens: 1.5}", r"max_input_tokens: 1\.5 is not a whole number above 0"),
-        ("t: {weight: -1}", "t: weight: -1 is not a finite number above 0"),
-        ("t: {weight: .nan}", "t: weight: nan is not a finite number above 0"),
-        ("t: {weight: much}", "t: weight: 'much' is not a finite number above 0"),
-        ("t: 5", r"tasks\.yaml: t: expected a mapping of cap, weight"),
-        ("[t]", r"tasks\.yaml: expected a mapping from tasks"),
-        ("7: {cap: 5}", "task 7 is not a string; quote it"),
-        ("t: {cap: 5}\nt: {cap: 6}", r"tasks\.yaml:2:1: key 't' appears twice"),
-        ("t: {cap: 5", r"tasks\.yaml:1:\d+: "),
-    ],
-)
-def test_a_mistake_in_the_options_is_an_error(tmp_path, text, message):
-    with pytest.raises(DataError, match=message):
-        options_task(tmp_path, text)
-
-
-def test_tasks_whose_rows_all_have_choices_are_scored_by_accuracy(tmp_path):
-    write(tmp_path / "t" / "train.jsonl", full_row())
-    assert read_one(tmp_path).metric == "accuracy"
-
-
-def test_tasks_with_a_row_without_choices_are_scored_by_rouge(tmp_path):
-    write(tmp_path / "t" / "train.jsonl", full_row(), GOOD)
-    assert read_one(tmp_path).metric == "rougeL"
-
-
 # Real rows
 
 

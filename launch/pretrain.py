@@ -1,0 +1,12 @@
+"""Multi-task pre-training.
+
+python launch/pretrain.py RECIPE [a.b=value ...]                     one process
+deepspeed --num_gpus N launch/pretrain.py RECIPE [a.b=value ...]     N processes
+"""
+
+from mhr_scale.config import PretrainConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.pretrain import pretrain
+
+if __name__ == "__main__":
+    main(PretrainConfig, pretrain, usage="python launch/pretrain.py")

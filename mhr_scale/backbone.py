@@ -1,0 +1,371 @@
+"""The frozen backbone: where its weights come from, which of them are one tensor, its tokenizer.
+
+Nothing here knows about ranks or shards: `engine.py` asks a `WeightSource` for the range of each
+tensor that it needs. The loader is our own because transformers ties an untied `lm_head` to the
+embeddings without a word when it loads under ZeRO-3 (T0, T5 v1.1, FLAN): ties are decided here,
+from the names in the checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError
+from mhr_scale.seeds import seed_from
+
+BUILTIN = {"builtin:toy": Path(__file__).parent / "tasks" / "toy_backbone"}
+MODEL_TYPES = ("t5", "mt5")
+#: Names that are the embedding by definition of the architecture.
+EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
+
+
+class WeightSource(Protocol):
+    """Tensors by name, read by flat range so that nobody has to hold more than their part."""
+
+    def names(self) -> frozenset[str]:
+        """Names in the checkpoint; empty where every name can be made (random weights)."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+
+
+class SafetensorsSource:
+    """Safetensors files; a range read touches only the rows that hold it."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._handles: dict[str, tuple[Any, Path]] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise BackboneError(f"{file}: not a readable safetensors file ({error})") from error
+            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                self._handles[name] = (handle, file)
+
+    def names(self) -> frozenset[str]:
+        """Names in all files."""
+        return frozenset(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the file's header."""
+        return tuple(self._handles[name][0].get_slice(name).get_shape())
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        shape = self.shape(name)
+        width = 1
+        for size in shape[1:]:
+            width *= size
+        first, last = start // width, -(-stop // width)
+        handle, file = self._handles[name]
+        try:
+            rows: Tensor = handle.get_slice(name)[first:last]
+        except SafetensorError as error:
+            raise BackboneError(f"{file}: cannot read {name} ({error})") from error
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+class PickledSource:
+    """`.bin` checkpoints, memory-mapped and read with `weights_only`."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            try:
+                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:
+                raise BackboneError(f"{file}: not a readable checkpoint ({error})") from error
+            self._tensors.update(tensors)
+
+    def names(self) -> frozenset[str]:
+        """Names in all files."""
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        return self._tensors[name].reshape(-1)[start:stop]
+
+
+class RandomSource:
+    """Random weights by T5's own rules, each tensor a function of the seed and its name alone."""
+
+    def __init__(self, config: Any, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self._config, self._shapes, self._seed = config, shapes, seed
+        self._last: tuple[str, Tensor] | None = None
+
+    def names(self) -> frozenset[str]:
+        """Names of the model built from the configuration."""
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._shapes[name]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._make(name))
+        return self._last[1].reshape(-1)[start:stop]
+
+    def _make(self, name: str) -> Tensor:
+        c, factor = self._config, self._config.initializer_factor
+        tensor = torch.empty(self._shapes[name])
+        if "layer_norm" in name:
+            return tensor.fill_(factor)
+        last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        std = {
+            "shared": 1.0,
+            "lm_head": 1.0,
+            "q": (c.d_model * c.d_kv) ** -0.5,
+            "o": (c.num_heads * c.d_kv) ** -0.5,
+            "wo": c.d_ff**-0.5,
+        }.get(last, c.d_model**-0.5)
+        generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
+        return tensor.normal_(0.0, factor * std, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """Everything needed to build one backbone: configuration, weights and where they are from."""
+
+    model_config: Any
+    source: WeightSource
+    is_lm_head_tied: bool
+    folder: Path | None
+    facts: dict[str, Any]
+
+
+def read_blueprint(config: BackboneConfig) -> Blueprint:
+    """Find the backbone; raises `BackboneError` if it cannot be found, read or trusted."""
+    from transformers import AutoConfig, T5Config
+
+    if config.name is None:
+        assert config.config is not None
+        fields = {"decoder_start_token_id": 0, **config.config}
+        try:
+            model_config = T5Config(**fields)
+        except Exception as error:
+            raise BackboneError(f"backbone.config: {error}") from error
+        unknown = sorted(set(fields) - set(model_config.to_dict()) - {"num_decoder_layers"})
+        if unknown:
+            raise BackboneError(f"backbone.config: T5 has no setting {', '.join(unknown)}")
+        tied = fields.get("tie_word_embeddings", True) is not False
+        shapes = _shapes(model_config, tied=tied)
+        source: WeightSource = RandomSource(model_config, shapes, config.config_seed)
+        facts: dict[str, Any] = {
+            "name": None,
+            "config": dict(fields),
+            "config_seed": config.config_seed,
+        }
+        return Blueprint(
+            model_config=model_config, source=source, is_lm_head_tied=tied, folder=None, facts=facts
+        )
+    folder = find_folder(config.name, config.revision)
+    raw = _read_config(folder)
+    if raw.get("model_type") not in MODEL_TYPES:
+        raise BackboneError(
+            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {MODEL_TYPES}"
+        )
+    model_config = AutoConfig.from_pretrained(folder)
+    source = _open(folder)
+    tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
+    facts = {"name": config.name, "revision": config.revision, "folder": folder.name}
+    return Blueprint(
+        model_config=model_config, source=source, is_lm_head_tied=tied, folder=folder, facts=facts
+    )
+
+
+def find_folder(name: str, revision: str | None) -> Path:
+    """Local folder of a builtin, a path or a hub id (downloaded if need be)."""
+    if name in BUILTIN:
+        return BUILTIN[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
+        raise BackboneError(
+            f"backbone.name: no folder '{name}' (looked in {Path.cwd()}); "
+            f"give a folder, a hub id or {', '.join(BUILTIN)}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise BackboneError(
+            f"backbone.name: '{name}' is no local folder and the hub does not give it "
+            f"({type(error).__name__}: {first}); give a folder, a hub id or {', '.join(BUILTIN)}"
+        ) from error
+
+
+def make_model(blueprint: Blueprint) -> nn.Module:
+    """Build the model without filling its weights, on whatever device the context says.
+
+    Ties are made as the checkpoint has them; the model is frozen and in evaluation mode.
+    """
+    from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+    from transformers import initialization as hf_init
+
+    classes = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
+    with hf_init.no_init_weights(), hf_init.no_tie_weights():
+        model = classes[blueprint.model_config.model_type](blueprint.model_config)
+    tie(model, blueprint)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def tie(model: Any, blueprint: Blueprint) -> None:
+    """Make the tied parameters one, and leave an untied `lm_head` alone."""
+    model.encoder.embed_tokens.weight = model.shared.weight
+    model.decoder.embed_tokens.weight = model.shared.weight
+    if blueprint.is_lm_head_tied:
+        model.lm_head.weight = model.shared.weight
+    model.config.tie_word_embeddings = blueprint.is_lm_head_tied
+
+
+def plan_copies(model: nn.Module, source: WeightSource) -> dict[str, nn.Parameter]:
+    """Map each name to be read to the parameter it fills, every parameter exactly once.
+
+    Raises `BackboneError` listing missing, unknown or mis-shaped tensors. A ZeRO-3 parameter's
+    whole shape is its `ds_shape`.
+    """
+    parameters = dict(model.named_parameters())
+    known = set(EMBEDDING_ALIASES) | {"shared.weight", "lm_head.weight"}
+    ignored = (".relative_attention_bias.weight",)
+    names = source.names()
+    faults = [f"missing {name}" for name in sorted(parameters.keys() - names)]
+    faults += [
+        f"unknown {name}"
+        for name in sorted(names - parameters.keys() - known)
+        if not ("EncDecAttention" in name and name.endswith(ignored))
+    ]
+    for name in sorted(parameters.keys() & names):
+        parameter = parameters[name]
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if shape != source.shape(name):
+            faults.append(f"{name} is {list(source.shape(name))}, the model wants {list(shape)}")
+    if faults:
+        raise BackboneError(
+            f"the checkpoint does not fit its configuration, {len(faults)} fault(s): "
+            f"{'; '.join(faults[:5])}"
+        )
+    return parameters
+
+
+def set_dropout(model: nn.Module, rate: float | None) -> None:
+    """Set every dropout of the backbone; None keeps the configuration's rate."""
+    if rate is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        elif isinstance(getattr(module, "dropout", None), float):
+            setattr(module, "dropout", rate)  # noqa: B010 (T5Attention applies it itself)
+
+
+def set_recompute(model: Any, mode: str) -> None:
+    """Switch activation checkpointing on (`reentrant`, `non_reentrant`) or leave it off."""
+    if mode == "none":
+        return
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"}
+    )
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+
+
+def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
+    """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings."""
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    name = config.tokenizer or ("byt5" if blueprint.folder is None else None)
+    if name == "byt5":
+        tokenizer = ByT5Tokenizer()
+    else:
+        folder = blueprint.folder if name is None else find_folder(name, None)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise BackboneError(
+                f"{folder}: no readable tokenizer ({first}); set backbone.tokenizer"
+            ) from error
+    if len(tokenizer) > blueprint.model_config.vocab_size:
+        raise BackboneError(
+            f"backbone.tokenizer: {len(tokenizer)} pieces, the backbone embeds only "
+            f"{blueprint.model_config.vocab_size}; choose the backbone's own tokenizer"
+        )
+    return tokenizer
+
+
+def _shapes(model_config: Any, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, built on the meta device."""
+    blueprint = Blueprint(
+        model_config=model_config,
+        source=PickledSource([]),
+        is_lm_head_tied=tied,
+        folder=None,
+        facts={},
+    )
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BackboneError(f"{file}: not a backbone folder ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
+    return raw
+
+
+def _open(folder: Path) -> WeightSource:
+    """The weights of a folder: safetensors where there are any, else `.bin` files."""
+    for pattern, kind in (
+        ("*.safetensors", SafetensorsSource),
+        ("pytorch_model*.bin", PickledSource),
+    ):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return kind(files)
+    raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here")
+
+
+def _is_tied(source: WeightSource, *, says_tied: bool) -> bool:
+    """Whether `lm_head` is the embedding: absent, or said to be and equal to it."""
+    if "lm_head.weight" not in source.names():
+        return True
+    if not says_tied or "shared.weight" not in source.names():
+        return False
+    shape = source.shape("lm_head.weight")
+    if shape != source.shape("shared.weight"):
+        return False
+    step = max(1, shape[1]) * 1024
+    total = shape[0] * shape[1]
+    return all(
+        torch.equal(
+            source.read("lm_head.weight", start, min(start + step, total)),
+            source.read("shared.weight", start, min(start + step, total)),
+        )
+        for start in range(0, total, step)
+    )

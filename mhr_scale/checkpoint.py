@@ -1,0 +1,155 @@
+"""Saved steps: atomic folders under `steps/`, and what a run needs to go on from one.
+
+    steps/000500/   adapter.safetensors  adapter.json  resume/  DONE
+
+A folder is written under another name, flushed, moved into place, and gets DONE last; a folder
+without DONE does not exist. Optimizer state is stored whole and by parameter name, so a run goes on
+with any number of ranks.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mhr_scale.adapters import Adapter, state
+from mhr_scale.errors import RunError
+from mhr_scale.runlog import log, write_json
+
+DONE = "DONE"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Folder of a saved step."""
+    return run / "steps" / f"{step:06d}"
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Numbers of the complete saved steps, ascending."""
+    return sorted(int(done.parent.name) for done in run.glob(f"steps/[0-9]*/{DONE}"))
+
+
+def rank0_save(
+    run: Path,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    progress: Mapping[str, Any],
+    backbone: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a saved step and make it the run's `adapter/`; old steps beyond `keep` go.
+
+    `progress` is what `load` gives back: JSON values that say where the run stands.
+    """
+    folder = step_folder(run, step)
+    partial = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    state.save(adapter, partial, step=step, backbone=backbone, origin=origin)
+    resume = partial / "resume"
+    resume.mkdir()
+    tensors, numbers = _flatten(adapter, optimizer)
+    save_file(tensors, resume / "optimizer.safetensors")
+    write_json(
+        resume / "progress.json",
+        {
+            "step": step,
+            "optimizer": numbers,
+            "sha256": state.hash_file(resume / "optimizer.safetensors"),
+            **progress,
+        },
+    )
+    for path in (resume / "optimizer.safetensors", resume, partial):
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    (folder / DONE).touch()
+    _flush(folder)
+    _flush(folder.parent)
+    state.save(adapter, run / "adapter", step=step, backbone=backbone, origin=origin)
+    for old in complete_steps(run)[:-keep]:
+        (step_folder(run, old) / DONE).unlink()
+        shutil.rmtree(step_folder(run, old))
+    return folder
+
+
+def find_resume(run: Path) -> int | None:
+    """Newest complete step of a run folder, or None."""
+    steps = complete_steps(run)
+    return steps[-1] if steps else None
+
+
+def load(run: Path, step: int, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
+    """Load a saved step into an adapter and its optimizer; returns its `progress`.
+
+    Raises `RunError` or `AdapterError` if anything is missing, damaged or of another shape.
+    """
+    folder = step_folder(run, step)
+    stored = state.load(folder)
+    if stored.config != adapter.config or stored.sites != adapter.sites:
+        raise RunError(f"{folder}: another layout or method than the recipe's; use another folder")
+    if stored.task_names != adapter.task_names:
+        raise RunError(f"{folder}: other tasks than the recipe's; use another run.folder")
+    state.load_tensors(adapter, state.named_tensors(stored), place=str(folder))
+    file = folder / "resume" / "optimizer.safetensors"
+    try:
+        progress: dict[str, Any] = json.loads((folder / "resume" / "progress.json").read_text())
+        if state.hash_file(file) != progress["sha256"]:
+            raise RunError(f"{file}: its hash is not the stored one; delete this step and resume")
+        _unflatten(adapter, optimizer, load_file(file), progress["optimizer"])
+    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+        raise RunError(f"{folder}: cannot resume from it ({error!r}); delete this step") from error
+    log.info("resumed from %s", folder)
+    return progress
+
+
+def _flatten(
+    adapter: Adapter, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Optimizer state as named tensors and named numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for name, parameter in adapter.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+@torch.no_grad()
+def _unflatten(
+    adapter: Adapter,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, float]],
+) -> None:
+    parameters = dict(adapter.named_parameters())
+    for name in {key.rsplit("/", 1)[0] for key in tensors} | set(numbers):
+        parameter = parameters[name]
+        own: dict[str, Any] = dict(numbers.get(name, {}))
+        for key, value in tensors.items():
+            owner, _, part = key.rpartition("/")
+            if owner == name:
+                own[part] = value if value.dim() == 0 else value.to(parameter.device)
+        optimizer.state[parameter] = own
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

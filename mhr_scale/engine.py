@@ -1,0 +1,320 @@
+"""Processes, placement of the backbone, and the one collective of a step.
+
+The only module that imports deepspeed. DeepSpeed carries the frozen weights (ZeRO-3 sharding,
+gathering, offload); it never sees an adapter parameter, so it cannot partition, cast or reduce one.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mhr_scale import backbone
+from mhr_scale.backbone import Blueprint
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import EngineError, did_you_mean
+from mhr_scale.runlog import log
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+#: What a DeepSpeed file may say: placement and communication.
+ALLOWED = (
+    "zero_optimization",
+    "communication_data_type",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "aio",
+)
+#: What the recipe says instead.
+OWNED = {
+    "train_batch_size": "batch.batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.batch_size and batch.micro_batch_size",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "bf16": "backbone.dtype",
+    "fp16": "backbone.dtype",
+    "data_types": "backbone.dtype",
+}
+
+
+def read_ds_config(name: str | None) -> dict[str, Any]:
+    """Read and check a DeepSpeed file, from the current folder or the checkout; None: replicated.
+
+    Raises `EngineError` for a key that is unknown or owned by the recipe, for "auto", and for a
+    ZeRO stage other than 0 and 3: frozen weights have neither gradients nor optimizer states.
+    """
+    if name is None:
+        return {"zero_optimization": {"stage": 0}}
+    candidates = [Path(name), CHECKOUT / name]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        looked = ", ".join(str(candidate.resolve()) for candidate in candidates)
+        raise EngineError(f"run.ds_config: no file '{name}' (looked at {looked})")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise EngineError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(content, dict):
+        raise EngineError(f"{path}: a DeepSpeed file is an object")
+    for key in content:
+        if key in OWNED:
+            raise EngineError(
+                f"{path}: '{key}' belongs to the recipe ({OWNED[key]}); remove it here"
+            )
+        if key not in ALLOWED:
+            hint = did_you_mean(key, ALLOWED)
+            raise EngineError(f"{path}: unknown key '{key}'{hint}; allowed: {', '.join(ALLOWED)}")
+    _refuse_auto(content, path, ())
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 3):
+        raise EngineError(
+            f"{path}: zero_optimization.stage {stage}: frozen weights have no gradients and no "
+            "optimizer states to shard; use 0 (replicated) or 3 (sharded)"
+        )
+    return content
+
+
+def _refuse_auto(value: Any, path: Path, keys: tuple[str, ...]) -> None:
+    if value == "auto":
+        raise EngineError(
+            f'{path}: {".".join(keys)}: "auto" is a convention of another trainer and would be '
+            "taken for DeepSpeed's default; give a value or leave the key out"
+        )
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_auto(inner, path, (*keys, str(key)))
+
+
+def deepspeed_config(content: dict[str, Any], *, dtype: str) -> dict[str, Any]:
+    """The dictionary handed to DeepSpeed: the file plus the recipe's data type. A pure function.
+
+    DeepSpeed insists on a batch size; ours is not its business, so it gets 1.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        **content,
+    }
+
+
+class Engine:
+    """One process of a run: its rank, its device, and the backbone in its placement."""
+
+    def __init__(self, ds_content: dict[str, Any], *, timeout_seconds: float) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self._ds_content = ds_content
+        self._runtime: Any = None
+        self._sequence: _ModuleSequence | None = None
+        on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        self.device = torch.device("cpu")
+        if on_gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1 or self.is_sharded:
+            self._join()
+
+    @property
+    def placement(self) -> str:
+        """`replicated` or `zero3`."""
+        return "zero3" if self.is_sharded else "replicated"
+
+    def _join(self) -> None:
+        """Join the process group, with a timeout, and with no compiled collective on CPU."""
+        deepspeed = _import_deepspeed()
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if "RANK" not in os.environ:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=self.timeout
+            )
+        deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
+
+    # -- backbone ------------------------------------------------------------------------------
+
+    def build(self, config: BackboneConfig, blueprint: Blueprint) -> nn.Module:
+        """Build and fill the frozen backbone in its placement.
+
+        Sharded from construction: under ZeRO-3 each rank reads and holds its own flat range of
+        each tensor only.
+        """
+        dtype = getattr(torch, config.dtype)
+        if self.is_sharded:
+            deepspeed = _import_deepspeed()
+            ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
+            with deepspeed.zero.Init(config_dict_or_path=ds_config):
+                model = backbone.make_model(blueprint)
+        else:
+            with torch.device("meta"):
+                model = backbone.make_model(blueprint).to(dtype)
+            model = model.to_empty(device=self.device)
+            backbone.tie(model, blueprint)
+            model.requires_grad_(False)
+        self._fill(model, blueprint)
+        backbone.set_dropout(model, config.dropout)
+        backbone.set_recompute(model, config.recompute)
+        return model
+
+    @torch.no_grad()
+    def _fill(self, model: nn.Module, blueprint: Blueprint) -> None:
+        source = blueprint.source
+        for name, parameter in backbone.plan_copies(model, source).items():
+            if not self.is_sharded:
+                whole = source.read(name, 0, parameter.numel())
+                parameter.data.copy_(whole.reshape(parameter.shape))
+                continue
+            shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+            total: int = parameter.ds_numel  # type: ignore[attr-defined]
+            start = min(self.rank * shard.numel(), total)
+            stop = min(start + shard.numel(), total)
+            shard.zero_()
+            if stop > start:
+                shard[: stop - start].copy_(source.read(name, start, stop))
+
+    def prepare(self, model: nn.Module, config: BackboneConfig) -> nn.Module:
+        """Install the runtime that gathers sharded weights; adapters must sit in place already.
+
+        Collective. Returns the module to call. A replicated model comes back as it is.
+        """
+        if not self.is_sharded:
+            return model
+        deepspeed = _import_deepspeed()
+        ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
+        self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        module: nn.Module = self._runtime.module
+        if self.world_size > 1:
+            self._sequence = _ModuleSequence(module)
+        return module
+
+    def after_backward(self) -> None:
+        """Release gathered weights that no backward hook released. Call after each backward pass.
+
+        A block whose input needs no gradient never sees its hook; its weights would stay whole.
+        """
+        if self._runtime is not None:
+            self._runtime.optimizer.release_backward_leftovers()
+
+    def check_same_modules(self) -> None:
+        """Raise `EngineError` if ranks ran different modules in the first step. Collective.
+
+        Under ZeRO-3 such ranks gather different weights into each other and go on with wrong
+        numbers; this stops them before the first update. Later calls return at once.
+        """
+        if self._sequence is None:
+            return
+        mine = self._sequence.finish()
+        self._sequence = None
+        if len({value for value in self.gather_objects(mine)}) > 1:
+            raise EngineError(
+                "ranks ran different modules in the first step; under ZeRO-3 every rank must run "
+                "the same sequence of modules"
+            )
+
+    def resident_numel(self, model: nn.Module) -> int:
+        """Elements of frozen weights that are whole on this rank at this moment."""
+        if not self.is_sharded:
+            return sum(parameter.numel() for parameter in model.parameters())
+        return sum(
+            parameter.ds_numel  # type: ignore[attr-defined]
+            for parameter in model.parameters()
+            if parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
+        )
+
+    # -- collectives: every rank must call them ----------------------------------------------
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def check_equal(self, tensors: Sequence[Tensor], *, what: str) -> None:
+        """Raise `EngineError` if the tensors differ between ranks, bit for bit. Collective."""
+        digest = 0
+        for tensor in tensors:
+            data = tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy()
+            digest = zlib.crc32(data.tobytes(), digest)
+        values = self.gather_objects(digest)
+        if len(set(values)) > 1:
+            raise EngineError(
+                f"{what} differ between ranks (checksums {values}); do not trust them"
+            )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _ModuleSequence:
+    """A running checksum of the names of the modules a rank runs forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._digest = 0
+        self._handles = [
+            module.register_forward_pre_hook(self._note(name))
+            for name, module in model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+
+    def _note(self, name: str) -> Any:
+        def note(module: nn.Module, inputs: Any) -> None:
+            self._digest = zlib.crc32(name.encode(), self._digest)
+
+        return note
+
+    def finish(self) -> int:
+        """Take the hooks off and return the checksum."""
+        for handle in self._handles:
+            handle.remove()
+        return self._digest
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed, quietly, with its compiled CPU collective switched off.
+
+    That extension costs a compilation, and a killed run leaves a lock behind that hangs every
+    later run on the machine.
+    """
+    import logging
+
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not log.isEnabledFor(logging.DEBUG):
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,249 @@
+"""Reading a recipe: strict YAML, `a.b=c` overrides, and errors that say where and what to do.
+
+Precedence: a field's default < the recipe < the command line. YAML is read by the 1.2 core rules
+(`1e-3` is a number, `no` is a word), a key may stand once, and every error names file and line.
+"""
+
+import ast
+import inspect
+import json
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mhr_scale import strict_yaml
+from mhr_scale.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command(Generic[T]):
+    """A parsed command line."""
+
+    config: T
+    recipe: Path
+    print_only: bool
+
+
+class _Tree:
+    """Plain values of a YAML document and the place of every key."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.values: dict[str, Any] = {}
+        self.places: dict[tuple[str, ...], str] = {}
+
+    def read(self, text: str) -> None:
+        """Parse YAML text; raises `ConfigError` with file and line."""
+        self.values, self.places = strict_yaml.read(text, source=self.source, error=ConfigError)
+
+    def override(self, argument: str) -> None:
+        """Apply one `a.b=c`; the value is read as YAML."""
+        key, equals, text = argument.partition("=")
+        path = tuple(key.split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"'{argument}': overrides read a.b=value")
+        value = _Tree(f"'{argument}'")
+        value.read(f"value: {text}" if "\n" not in text else f"value: {json.dumps(text)}")
+        branch = self.values
+        for name in path[:-1]:
+            if not isinstance(branch.get(name), dict):
+                branch[name] = {}
+            branch = branch[name]
+        branch[path[-1]] = value.values["value"]
+        for depth in range(1, len(path) + 1):
+            self.places[path[:depth]] = f"'{argument}'"
+
+    def place(self, path: Sequence[str]) -> str:
+        """Where the nearest existing key on `path` stands."""
+        for depth in range(len(path), 0, -1):
+            if tuple(path[:depth]) in self.places:
+                return self.places[tuple(path[:depth])]
+        return self.source
+
+
+def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe file into `schema`; raises `ConfigError` with file, line and way out."""
+    path = Path(path)
+    tree = _Tree(str(path))
+    try:
+        tree.read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+    for argument in overrides:
+        tree.override(argument)
+    return build(schema, tree)
+
+
+def build(schema: type[T], tree: _Tree) -> T:
+    """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
+    _check_tags(schema, tree)
+    try:
+        text = json.dumps(tree.values, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"{tree.source}: {error}; NaN and infinity are no settings") from error
+    try:
+        return TypeAdapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _first_fault(schema, tree, error) from error
+
+
+def parse(schema: type[T], argv: Sequence[str], *, usage: str) -> Command[T]:
+    """Parse `RECIPE [a.b=c ...] [--print] [--help]`.
+
+    `--help` prints every setting and leaves with code 0. The launcher's `--local_rank=N` is
+    accepted and ignored: ranks come from the environment.
+    """
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(f"{usage}\n\nRECIPE [a.b=value ...] [--print]\n\n{help_text(schema)}")
+        raise SystemExit(0)
+    flags = {word for word in words if word.startswith("--")}
+    unknown = flags - {"--print"}
+    if unknown:
+        raise ConfigError(f"unknown option {min(unknown)}; options: --print, --help")
+    words = [word for word in words if word not in flags]
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        raise ConfigError(f"no recipe given; usage: {usage} RECIPE [a.b=value ...]")
+    config = load(schema, words[0], words[1:])
+    return Command(config=config, recipe=Path(words[0]), print_only="--print" in flags)
+
+
+def to_yaml(config: Any) -> str:
+    """A config as a complete recipe that loads to the same values."""
+    return yaml.safe_dump(
+        json.loads(json.dumps(asdict(config))), sort_keys=False, default_flow_style=False
+    )
+
+
+def help_text(schema: type[Any], prefix: str = "") -> str:
+    """Every setting with its type, default and help line."""
+    lines = []
+    hints = typing.get_type_hints(schema)
+    helps = _field_helps(schema)
+    for item in fields(schema):
+        kinds = _parts(hints[item.name])
+        if kinds:
+            lines += [help_text(kind, f"{prefix}{item.name}.") for kind in kinds]
+            continue
+        default = "required" if _is_required(item) else f"default {_default(item)!r}"
+        kind = str(hints[item.name]).replace("typing.", "").replace("<class '", "").rstrip("'>")
+        lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {helps.get(item.name, '')}\n")
+    return "".join(lines)
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default is not MISSING else item.default_factory()
+
+
+def _is_required(item: Any) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return typing.get_args(kind)
+    return (kind,)
+
+
+def _field_helps(schema: type[Any]) -> dict[str, str]:
+    """The string under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    helps = {}
+    for field_node, text_node in pairwise(body):
+        if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
+            helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
+    return helps
+
+
+def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> ConfigError:
+    """The first error as one line; of a union of parts only the one its tag chose counts."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        path, part = _resolve(schema, tree.values, [str(step) for step in fault["loc"]])
+        if path is not None:
+            faults.append((path, part, fault))
+    path, part, fault = faults[0] if faults else ([], schema, error.errors()[0])
+    name, place = ".".join(path), tree.place(path)
+    known = [item.name for item in fields(part)] if is_dataclass(part) else []
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        hint = did_you_mean(path[-1], known)
+        return ConfigError(f"{place}: unknown setting '{name}'{hint or _listed(known)}")
+    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return ConfigError(f"{place}: setting '{name}' is required")
+    if fault["type"] == "value_error":
+        return ConfigError(f"{place}: {fault['ctx']['error']}")
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        expected = fault["ctx"]["expected"]
+        hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
+        return ConfigError(f"{place}: {name}: '{fault['input']}' is not {expected}{hint}")
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return ConfigError(f"{place}: {name}: {message}, got {fault['input']!r}")
+
+
+def _listed(known: Sequence[str]) -> str:
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """The dataclasses among the members of a type."""
+    return tuple(member for member in _members(kind) if is_dataclass(member))
+
+
+def _tags(parts: Sequence[Any]) -> dict[Any, str]:
+    """The `suite` tag of each member of a union of parts."""
+    return {kind: typing.get_args(typing.get_type_hints(kind)["suite"])[0] for kind in parts}
+
+
+def _check_tags(schema: type[Any], tree: _Tree) -> None:
+    """Raise `ConfigError` where the tag that chooses a part is missing or unknown."""
+    for name, hint in typing.get_type_hints(schema).items():
+        if len(_parts(hint)) < 2 or name not in tree.values:
+            continue
+        known = list(_tags(_parts(hint)).values())
+        values = tree.values[name]
+        given = values.get("suite") if isinstance(values, dict) else None
+        place = tree.place((name, "suite"))
+        if given is None:
+            raise ConfigError(f"{place}: setting '{name}.suite' is required; one of {known}")
+        if given not in known:
+            hint_text = did_you_mean(str(given), known)
+            raise ConfigError(f"{place}: {name}.suite: '{given}' is not one of {known}{hint_text}")
+
+
+def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | None, Any]:
+    """Turn pydantic's location into a recipe path and the part that holds its last name.
+
+    Steps that name a member of a union are left out of the path; the path is None for a member
+    that the tag in the recipe did not choose.
+    """
+    path: list[str] = []
+    parts: tuple[Any, ...] = (schema,)
+    holder = schema
+    for step in steps:
+        if len(parts) > 1:
+            chosen = {part.__name__: part for part in parts}[step]
+            if _tags(parts)[chosen] != values.get("suite"):
+                return None, None
+            parts = (chosen,)
+            continue
+        path.append(step)
+        if parts:
+            holder = parts[0]
+            parts = _parts(typing.get_type_hints(holder).get(step))
+        values = values.get(step) if isinstance(values, dict) else None
+    return path, holder

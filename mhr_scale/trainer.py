@@ -1,0 +1,345 @@
+"""The training loop: one optimizer step is fetch, forward and backward, reduce, check, update.
+
+Every rank holds the whole adapter and makes the same update. Gradients of summed losses cross ranks
+once per step as one flat buffer, the loss and its count with them, and are divided by the global
+count afterwards; so sharding, accumulation and the number of ranks do not change the result.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale import batching, checkpoint, losses, optim
+from mhr_scale.adapters import Adapter
+from mhr_scale.batching import Batch, Pick, Tokenised
+from mhr_scale.config import PretrainConfig
+from mhr_scale.engine import Engine
+from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.runlog import Metrics, Progress, log
+from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.mixture import MixturePlan
+
+
+@dataclass(slots=True)
+class StepSums:
+    """What one rank adds up over its micro batches of a step."""
+
+    loss: float = 0.0
+    loss_tokens: int = 0
+    examples: int = 0
+    tokens: int = 0
+    positions: int = 0
+    row_losses: list[tuple[Batch, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What a training run reads: tokenised rows, the plan that orders them, how rows are padded."""
+
+    tokenised: Tokenised
+    plan: MixturePlan
+    references: str
+    pad_id: int
+
+
+class Trainer:
+    """Trains one adapter on one backbone; holds what a step needs and nothing else."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        engine: Engine,
+        model: nn.Module,
+        adapter: Adapter,
+        data: Data,
+        backbone_facts: Mapping[str, Any],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.model = model
+        self.adapter = adapter
+        self.data = data
+        self.backbone_facts = dict(backbone_facts)
+        self.folder = Path(config.run.folder)
+        self.optimizer = optim.make_optimizer(adapter, config.optim)
+        self.n_micro_steps = config.batch.accumulation(engine.world_size)
+        self.step = 0
+        self.resume_step: int | None = None
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the last step, validating, logging and saving on the way."""
+        config = self.config
+        metrics = self._open_metrics()
+        if self.resume_step is None and config.run.validate_every >= 0:
+            self._log_validation(metrics)
+        progress = Progress(config.schedule.steps, start=self.step, what="pretrain")
+        while self.step < config.schedule.steps:
+            begun = time.monotonic()
+            rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
+            sums = self.accumulate()
+            values = self.reduce_gradients(sums)
+            norm = self._clip_and_check(values, sums)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            seconds = time.monotonic() - begun
+            rate = values["tokens"] / seconds
+            progress.advance(f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s")
+            if self.step % config.run.log_every == 0 or self.step == config.schedule.steps:
+                line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
+                line |= {f"lr_{name}": rate for name, rate in rates.items()}
+                self._write(metrics, {**line, "tokens_per_second": rate})
+            self._validate_and_save(metrics)
+        progress.close()
+
+    def accumulate(self) -> StepSums:
+        """Forward and backward passes of this rank's micro batches of the next step.
+
+        Gradients of the summed loss accumulate in the adapter's parameters.
+        """
+        config, sums = self.config, StepSums()
+        self.model.train()
+        for number, picks in enumerate(self._micro_batches()):
+            batch = self._collate(picks)
+            torch.manual_seed(
+                seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
+            )
+            seeds = [seed_from("noise", config.run.seed, n) for n in batch.numbers]
+            with self.adapter.slots(batch.task_ids, seeds=seeds) as slots:
+                loss = self._forward(batch, label_smoothing=config.loss.label_smoothing)
+                slots.backward(loss.sum.sum())
+                self.engine.after_backward()
+            sums.row_losses.append((batch, loss.sum.detach()))
+            sums.examples += len(batch.task_ids)
+            sums.tokens += batch.n_tokens
+            sums.loss_tokens += batch.n_tokens - batch.n_input_tokens
+            sums.positions += batch.input_ids.numel() + batch.labels.numel()
+        self.engine.check_same_modules()
+        return sums
+
+    def reduce_gradients(self, sums: StepSums) -> dict[str, float]:
+        """Sum gradients and counts over ranks in one buffer; divide by the global count.
+
+        Returns the step's loss, examples, tokens and share of padding. Collective.
+        """
+        adapter, engine = self.adapter, self.engine
+        dense = [p for p in adapter.inventory.parameters() if p.requires_grad]
+        logits = adapter.routing_logits
+        tasks: list[int] = []
+        if logits is not None and logits.requires_grad:
+            tasks = self._tasks_of_step() if adapter.row_gradients else []
+            if not adapter.row_gradients:
+                dense.append(logits)
+        for parameter in dense:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        total = torch.stack([row_losses.sum() for _, row_losses in sums.row_losses]).sum()
+        counts = (sums.loss_tokens, sums.examples, sums.tokens, sums.positions)
+        facts = torch.cat([total.reshape(1), total.new_tensor(counts)])  # counts below 2**24
+        rows = _dense_rows(logits, tasks) if tasks and logits is not None else None
+        buffers = [p.grad.reshape(-1) for p in dense if p.grad is not None]
+        buffers += [rows.reshape(-1)] if rows is not None else []
+        if engine.world_size > 1:
+            flat = engine.reduce_sum(torch.cat([*buffers, facts]))
+            _unpack(flat, [*buffers, facts])
+        loss, loss_tokens, examples, tokens, positions = facts.tolist()
+        count = loss_tokens if self.config.loss.normalise == "tokens" else examples
+        for buffer in buffers:
+            buffer.div_(count)
+        if rows is not None and logits is not None:
+            index = torch.tensor([tasks], device=rows.device)
+            logits.grad = torch.sparse_coo_tensor(index, rows, logits.shape, is_coalesced=True)
+        return {
+            "loss": loss / count,
+            "examples": examples,
+            "tokens": tokens,
+            "padding_share": 1.0 - tokens / positions,
+        }
+
+    def _clip_and_check(self, values: Mapping[str, float], sums: StepSums) -> float:
+        """Clip by the global norm; stop the run if the loss or a gradient is not a number."""
+        norm = optim.gradient_norm(self.adapter.parameters())
+        if not math.isfinite(values["loss"]) or not math.isfinite(norm.item()):
+            raise DivergenceError(self._describe_divergence(values["loss"], sums))
+        if self.config.optim.clip_norm is not None:
+            optim.clip_gradients(self.adapter.parameters(), norm, self.config.optim.clip_norm)
+        return norm.item()
+
+    def _describe_divergence(self, loss: float, sums: StepSums) -> str:
+        """Name the step and the tasks whose rows have no finite loss. Collective."""
+        names = self.data.plan.shares
+        mine = {
+            names[task].name
+            for batch, row_losses in sums.row_losses
+            for task, value in zip(batch.task_ids, row_losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        }
+        found = sorted(set().union(*self.engine.gather_objects(mine)))
+        saved = checkpoint.find_resume(self.folder)
+        way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm"
+        last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
+        if not found:
+            tasks = ", ".join(names[task].name for task in self._tasks_of_step())
+            return (
+                f"step {self.step + 1}: the gradient is not finite though every loss is "
+                f"(loss {loss:g}; tasks in this step: {tasks}); {last}; {way_out}"
+            )
+        return f"step {self.step + 1}: loss is not finite in {', '.join(found)}; {last}; {way_out}"
+
+    # -- validation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Mean loss per target token on all validation rows, overall and by task. Collective.
+
+        Ranks stay in step: the last round is filled up with a batch that does not count.
+        """
+        engine, config = self.engine, self.config
+        picks = batching.validation_picks(self.data.tokenised)
+        chunks = batching.cut_micro_batches(picks, config.batch.micro_batch_size)
+        n_tasks = len(self.data.plan.shares)
+        sums = torch.zeros(2, n_tasks, dtype=torch.float64, device=engine.device)
+        self.model.eval()
+        for start in range(0, len(chunks), engine.world_size):
+            number = start + engine.rank
+            batch = self._collate(chunks[min(number, len(chunks) - 1)])
+            with self.adapter.slots(batch.task_ids):
+                loss = self._forward(batch, label_smoothing=0.0)
+            if number < len(chunks):
+                index = torch.tensor(batch.task_ids, device=engine.device)
+                sums[0].index_add_(0, index, loss.sum.double())
+                sums[1].index_add_(0, index, loss.count.double())
+        engine.reduce_sum(sums)
+        totals, counts = sums.tolist()
+        by_task = {
+            share.name: total / count
+            for share, total, count in zip(self.data.plan.shares, totals, counts, strict=True)
+            if count
+        }
+        mean = sum(totals) / sum(counts) if sum(counts) else None
+        return {"validation_loss": mean, "validation_loss_by_task": by_task}
+
+    # -- saving and resuming ---------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on from the newest complete saved step of the run folder, if there is one."""
+        step = self.engine.broadcast_object(checkpoint.find_resume(self.folder))
+        if step is None:
+            return
+        progress = checkpoint.load(self.folder, step, self.adapter, self.optimizer)
+        if progress["plan"] != self.data.plan.fingerprint:
+            raise RunError(
+                f"{self.folder}: its sample stream came from other data or another mixture; "
+                "use another run.folder"
+            )
+        self.step = self.resume_step = int(progress["step"])
+
+    def save(self) -> None:
+        """Save the current step after checking that all ranks hold the same adapter. Collective."""
+        self.engine.check_equal(list(self.adapter.parameters()), what="adapters")
+        if self.engine.rank == 0:
+            folder = checkpoint.rank0_save(
+                self.folder,
+                self.adapter,
+                self.optimizer,
+                step=self.step,
+                progress={
+                    "plan": self.data.plan.fingerprint,
+                    "samples": self.step * self.config.batch.batch_size,
+                },
+                backbone=self.backbone_facts,
+                origin={"run": self.folder.name, "seed": self.config.run.seed},
+                keep=self.config.run.keep,
+            )
+            log.info("saved %s", folder)
+        self.engine.gather_barrier()
+
+    def _validate_and_save(self, metrics: Metrics | None) -> None:
+        run, is_last = self.config.run, self.step == self.config.schedule.steps
+        if is_last or (run.save_every and self.step % run.save_every == 0):
+            self.save()
+        is_due = run.validate_every > 0 and self.step % run.validate_every == 0
+        if is_due or (is_last and run.validate_every >= 0):
+            self._log_validation(metrics)
+
+    def _log_validation(self, metrics: Metrics | None) -> None:
+        values = self.validate()
+        if values["validation_loss"] is None:
+            return
+        log.info("step %d: validation loss %.4f", self.step, values["validation_loss"])
+        self._write(metrics, {"step": self.step, **values})
+
+    # -- small parts -----------------------------------------------------------------------------
+
+    def _open_metrics(self) -> Metrics | None:
+        if self.engine.rank:
+            return None
+        return Metrics(self.folder / "metrics.jsonl", resume_step=self.step)
+
+    def _write(self, metrics: Metrics | None, values: Mapping[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(values)
+
+    def _step_samples(self) -> tuple[int, int]:
+        size = self.config.batch.batch_size
+        return self.step * size, (self.step + 1) * size
+
+    def _tasks_of_step(self) -> list[int]:
+        """Tasks of the whole global batch: every rank knows them without asking."""
+        return sorted({sample.task for sample in self.data.plan.samples(*self._step_samples())})
+
+    def _micro_batches(self) -> list[list[Pick]]:
+        """This rank's micro batches of the next step."""
+        picks = batching.pick(
+            self.data.plan.samples(*self._step_samples()),
+            self.data.tokenised,
+            references=self.data.references,
+            seed=self.config.run.seed,
+        )
+        chunks = batching.cut_micro_batches(picks, self.config.batch.micro_batch_size)
+        return chunks[self.engine.rank :: self.engine.world_size]
+
+    def _collate(self, picks: list[Pick]) -> Batch:
+        return batching.collate(
+            picks,
+            pad_id=self.data.pad_id,
+            pad_multiple=self.config.batch.pad_multiple,
+            device=self.engine.device,
+        )
+
+    def _forward(self, batch: Batch, *, label_smoothing: float) -> losses.Loss:
+        """Loss of each row: the frozen model with the slots in use."""
+        output = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            use_cache=False,
+        )
+        return losses.language_model(output.logits, batch.labels, label_smoothing=label_smoothing)
+
+
+def _dense_rows(logits: nn.Parameter, tasks: list[int]) -> Tensor:
+    """Gradient rows of `tasks` (ascending) as one dense tensor, zeros where this rank has none."""
+    rows = logits.new_zeros(len(tasks), *logits.shape[1:])
+    if logits.grad is not None:
+        gradient = logits.grad.coalesce()
+        positions = [tasks.index(task) for task in gradient.indices()[0].tolist()]
+        rows[torch.tensor(positions, device=rows.device)] = gradient.values()
+    return rows
+
+
+def _unpack(flat: Tensor, buffers: list[Tensor]) -> None:
+    """Copy a flat buffer back into the tensors it was made of."""
+    start = 0
+    for buffer in buffers:
+        buffer.copy_(flat[start : start + buffer.numel()])
+        start += buffer.numel()

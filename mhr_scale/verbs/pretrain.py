@@ -1,0 +1,172 @@
+"""The verb `pretrain`: a frozen backbone and a task mixture in, an adapter out."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhr_scale import backbone, batching, checkpoint
+from mhr_scale.adapters import attach
+from mhr_scale.config import PretrainConfig, SuperNITasks
+from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
+from mhr_scale.errors import RunError
+from mhr_scale.recipe import to_yaml
+from mhr_scale.runlog import log, record_provenance, write_json, write_text
+from mhr_scale.tasks.mixture import MixturePlan, Share
+from mhr_scale.tasks.suites import read_suite
+from mhr_scale.trainer import Data, Trainer
+
+#: Settings that may differ when a run goes on: where and how fast, not what.
+FREE_TO_CHANGE = (
+    "run.ds_config",
+    "run.save_every",
+    "run.keep",
+    "run.log_every",
+    "run.validate_every",
+    "run.timeout_seconds",
+    "run.folder",
+    "batch.micro_batch_size",
+    "backbone.recompute",
+)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train an adapter on a mixture of tasks; returns the folder of the adapter.
+
+    Collective: every rank calls it. The same command goes on from the last saved step.
+    """
+    ds_content = read_ds_config(config.run.ds_config)
+    check_folder(config)
+    blueprint = backbone.read_blueprint(config.backbone)
+    tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
+    engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
+    config.batch.accumulation(engine.world_size)
+    try:
+        suite = read_suite(config.tasks)
+        tokenised = batching.tokenise(suite.tasks, tokenizer, config.batch)
+        data = Data(
+            tokenised=tokenised,
+            plan=make_plan(config, suite.tasks, tokenised),
+            references=references(config),
+            pad_id=tokenizer.pad_token_id,
+        )
+        model = engine.build(config.backbone, blueprint)
+        adapter = attach(
+            model, config.adapter, tasks=[task.name for task in suite.tasks], seed=config.run.seed
+        )
+        trainer = Trainer(
+            config,
+            engine=engine,
+            model=engine.prepare(model, config.backbone),
+            adapter=adapter,
+            data=data,
+            backbone_facts={**blueprint.facts, "dtype": config.backbone.dtype},
+        )
+        trainer.resume()
+        if engine.rank == 0:
+            rank0_open_folder(config, trainer, suite, ds_content)
+        engine.gather_barrier()
+        announce(trainer)
+        trainer.train()
+    finally:
+        engine.close()
+    return Path(config.run.folder) / "adapter"
+
+
+def references(config: PretrainConfig) -> str:
+    """How a training target is chosen among several references."""
+    return config.tasks.references if isinstance(config.tasks, SuperNITasks) else "first"
+
+
+def make_plan(config: PretrainConfig, tasks: Any, tokenised: batching.Tokenised) -> MixturePlan:
+    """The sample stream over the tokenised rows of all tasks."""
+    shares = [
+        Share(name=task.name, size=len(rows), cap=task.cap, weight=task.weight)
+        for task, rows in zip(tasks, tokenised.train, strict=True)
+    ]
+    return MixturePlan(shares, config=config.mixture, seed=config.run.seed)
+
+
+def check_folder(config: PretrainConfig) -> None:
+    """Raise `RunError` if the run folder holds a run with other settings."""
+    path = Path(config.run.folder)
+    stored_path = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run.folder: {path} is a file; name a folder")
+    if not stored_path.exists():
+        if path.is_dir() and checkpoint.find_resume(path) is not None:
+            raise RunError(f"{path}: saved steps but no config.yaml; use another run.folder")
+        return
+    try:
+        stored = flatten(yaml.safe_load(stored_path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise RunError(f"{stored_path}: not readable ({error}); use another run.folder") from error
+    wanted = flatten(yaml.safe_load(to_yaml(config)))
+    changed = [
+        f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
+        for key in sorted(stored.keys() | wanted.keys())
+        if stored.get(key) != wanted.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if changed and checkpoint.find_resume(path) is not None:
+        raise RunError(
+            f"{path}: holds a run with other settings ({'; '.join(changed[:3])}"
+            f"{'; ...' if len(changed) > 3 else ''}); use another run.folder to start anew"
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def rank0_open_folder(
+    config: PretrainConfig, trainer: Trainer, suite: Any, ds_content: dict[str, Any]
+) -> None:
+    """Write what a reader of the run needs before its first number."""
+    folder = Path(config.run.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    write_json(folder / "deepspeed.json", deepspeed_config(ds_content, dtype=config.backbone.dtype))
+    record_provenance(
+        folder / "provenance.json",
+        resumed_from=trainer.resume_step,
+        world_size=trainer.engine.world_size,
+        device=str(trainer.engine.device),
+        placement=trainer.engine.placement,
+        backbone=trainer.backbone_facts,
+        data={"plan": trainer.data.plan.fingerprint, **trainer.data.tokenised.cuts.facts()},
+    )
+    suite.intake.write(folder / "rejects.jsonl")
+
+
+def announce(trainer: Trainer) -> None:
+    """Say in plain words what is about to happen."""
+    config, adapter, data = trainer.config, trainer.adapter, trainer.data
+    batching.report_cuts(data.tokenised.cuts, config.batch)
+    trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    frozen = config.backbone.name or "random weights"
+    log.info(
+        "%s, layout %s: %d linears, %s trainable numbers, %d tasks; backbone %s frozen in %s, "
+        "%s on %d rank(s); %d steps of %d rows into %s",
+        adapter.config.method,
+        adapter.config.layout,
+        len(adapter.sites),
+        f"{trainable:,}",
+        len(adapter.task_names),
+        frozen,
+        config.backbone.dtype,
+        trainer.engine.placement,
+        trainer.engine.world_size,
+        config.schedule.steps,
+        config.batch.batch_size,
+        config.run.folder,
+    )
