@@ -143,6 +143,7 @@ class RandomSource:
 class Blueprint:
     """Everything needed to build one backbone: configuration, weights and where they are from."""
 
+    model_class: Any
     model_config: Any
     source: WeightSource
     is_lm_head_tied: bool
@@ -173,7 +174,12 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
             "config_seed": config.config_seed,
         }
         return Blueprint(
-            model_config=model_config, source=source, is_lm_head_tied=tied, folder=None, facts=facts
+            model_class=_model_class("t5"),
+            model_config=model_config,
+            source=source,
+            is_lm_head_tied=tied,
+            folder=None,
+            facts=facts,
         )
     folder = find_folder(config.name, config.revision)
     raw = _read_config(folder)
@@ -186,7 +192,12 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
     facts = {"name": config.name, "revision": config.revision, "folder": folder.name}
     return Blueprint(
-        model_config=model_config, source=source, is_lm_head_tied=tied, folder=folder, facts=facts
+        model_class=_model_class(raw["model_type"]),
+        model_config=model_config,
+        source=source,
+        is_lm_head_tied=tied,
+        folder=folder,
+        facts=facts,
     )
 
 
@@ -219,12 +230,10 @@ def make_model(blueprint: Blueprint) -> nn.Module:
 
     Ties are made as the checkpoint has them; the model is frozen and in evaluation mode.
     """
-    from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
     from transformers import initialization as hf_init
 
-    classes = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
     with hf_init.no_init_weights(), hf_init.no_tie_weights():
-        model = classes[blueprint.model_config.model_type](blueprint.model_config)
+        model: nn.Module = blueprint.model_class(blueprint.model_config)
     tie(model, blueprint)
     model.requires_grad_(False)
     return model.eval()
@@ -290,6 +299,35 @@ def set_recompute(model: Any, mode: str) -> None:
     model.config.use_cache = False
 
 
+class _Joint(torch.autograd.Function):
+    """Identity; the gradients of everything behind it are summed before they go on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def order_gradients(model: nn.Module) -> None:
+    """Sum gradients at the inputs of blocks and layer norms, as ZeRO-3's hooks do.
+
+    Addition of floats has an order. With this one a replicated backbone gives the very bits that a
+    sharded one gives, and runs of both placements can be compared exactly.
+    """
+
+    def join(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            _Joint.apply(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs
+        )
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("LayerNorm", "Block")):
+            module.register_forward_pre_hook(join)
+
+
 def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
     """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings."""
     from transformers import AutoTokenizer, ByT5Tokenizer
@@ -314,9 +352,17 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
     return tokenizer
 
 
+def _model_class(model_type: str) -> Any:
+    """The model class of a type, imported here: not where parameters are being sharded."""
+    from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+
+    return {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}[model_type]
+
+
 def _shapes(model_config: Any, *, tied: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's parameters, built on the meta device."""
     blueprint = Blueprint(
+        model_class=_model_class("t5"),
         model_config=model_config,
         source=PickledSource([]),
         is_lm_head_tied=tied,

@@ -120,6 +120,9 @@ class Engine:
         self._sequence: _ModuleSequence | None = None
         on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.device = torch.device("cpu")
+        if not on_gpu and self.world_size > 1:
+            ranks_here = int(os.environ.get("LOCAL_SIZE", self.world_size))
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
         if on_gpu:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
@@ -136,6 +139,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if "RANK" not in os.environ:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=self.timeout
             )
@@ -161,6 +165,7 @@ class Engine:
             model = model.to_empty(device=self.device)
             backbone.tie(model, blueprint)
             model.requires_grad_(False)
+            backbone.order_gradients(model)
         self._fill(model, blueprint)
         backbone.set_dropout(model, config.dropout)
         backbone.set_recompute(model, config.recompute)
