@@ -6,8 +6,11 @@ embeddings without a word when it loads under ZeRO-3 (T0, T5 v1.1, FLAN): ties a
 from the names in the checkpoint.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import BackboneError, did_you_mean
 from mhr_scale.seeds import seed_from
 
 BUILTIN = {"builtin:toy": Path(__file__).parent / "tasks" / "toy_backbone"}
 MODEL_TYPES = ("t5", "mt5")
 #: Names that are the embedding by definition of the architecture.
 EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
+#: Settings of T5Config that have to be at least 1.
+SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
 
 
 class WeightSource(Protocol):
@@ -77,15 +83,25 @@ class SafetensorsSource:
 
 
 class PickledSource:
-    """`.bin` checkpoints, memory-mapped and read with `weights_only`."""
+    """`.bin` checkpoints, read with `weights_only`; memory-mapped unless in torch's old format."""
 
     def __init__(self, files: list[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             try:
-                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                mmap = zipfile.is_zipfile(file)
+                tensors = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise BackboneError(f"{file}: not a checkpoint of tensors alone") from error
             except Exception as error:
-                raise BackboneError(f"{file}: not a readable checkpoint ({error})") from error
+                raise BackboneError(
+                    f"{file}: not a readable checkpoint ({_first_line(error)})"
+                ) from error
+            if not isinstance(tensors, dict):
+                raise BackboneError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
+            strange = [name for name in tensors if not isinstance(tensors[name], Tensor)]
+            if strange:
+                raise BackboneError(f"{file}: '{strange[0]}' is no tensor")
             self._tensors.update(tensors)
 
     def names(self) -> frozenset[str]:
@@ -158,13 +174,16 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     if config.name is None:
         assert config.config is not None
         fields = {"decoder_start_token_id": 0, **config.config}
+        known = {field.name for field in dataclasses.fields(T5Config)}
+        known |= {"tie_word_embeddings", "decoder_start_token_id"}
+        for name in sorted(set(fields) - known):
+            hint = did_you_mean(name, known)
+            raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
         try:
             model_config = T5Config(**fields)
         except Exception as error:
-            raise BackboneError(f"backbone.config: {error}") from error
-        unknown = sorted(set(fields) - set(model_config.to_dict()) - {"num_decoder_layers"})
-        if unknown:
-            raise BackboneError(f"backbone.config: T5 has no setting {', '.join(unknown)}")
+            raise BackboneError(f"backbone.config: {_first_line(error)}") from error
+        _check_config(model_config, "backbone.config")
         tied = fields.get("tie_word_embeddings", True) is not False
         shapes = _shapes(model_config, tied=tied)
         source: WeightSource = RandomSource(model_config, shapes, config.config_seed)
@@ -187,7 +206,13 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         raise BackboneError(
             f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {MODEL_TYPES}"
         )
-    model_config = AutoConfig.from_pretrained(folder)
+    try:
+        model_config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise BackboneError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+    _check_config(model_config, str(folder / "config.json"))
+    if getattr(model_config, "decoder_start_token_id", None) is None:
+        model_config.decoder_start_token_id = model_config.pad_token_id
     source = _open(folder)
     tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
     facts = {"name": config.name, "revision": config.revision, "folder": folder.name}
@@ -201,8 +226,17 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     )
 
 
-def find_folder(name: str, revision: str | None) -> Path:
-    """Local folder of a builtin, a path or a hub id (downloaded if need be)."""
+def find_folder(
+    name: str,
+    revision: str | None,
+    *,
+    setting: str = "backbone.name",
+    files: Sequence[str] = HUB_FILES,
+) -> Path:
+    """Local folder of a builtin, a path or a hub id, of which `files` are downloaded if need be.
+
+    `setting` is what errors call the name.
+    """
     if name in BUILTIN:
         return BUILTIN[name]
     path = Path(name).expanduser()
@@ -210,18 +244,18 @@ def find_folder(name: str, revision: str | None) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
         raise BackboneError(
-            f"backbone.name: no folder '{name}' (looked in {Path.cwd()}); "
+            f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "
             f"give a folder, a hub id or {', '.join(BUILTIN)}"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
         raise BackboneError(
-            f"backbone.name: '{name}' is no local folder and the hub does not give it "
-            f"({type(error).__name__}: {first}); give a folder, a hub id or {', '.join(BUILTIN)}"
+            f"{setting}: '{name}' is no local folder and the hub does not give it "
+            f"({type(error).__name__}: {_first_line(error)}); "
+            f"give a folder, a hub id or {', '.join(BUILTIN)}"
         ) from error
 
 
@@ -307,12 +341,12 @@ class _Joint(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
 def order_gradients(model: nn.Module) -> None:
-    """Sum gradients at the inputs of blocks and layer norms, as ZeRO-3's hooks do.
+    """Sum gradients at the inputs of blocks, norms and adapted linears, as ZeRO-3's hooks do.
 
     Addition of floats has an order. With this one a replicated backbone gives the very bits that a
     sharded one gives, and runs of both placements can be compared exactly.
@@ -324,26 +358,42 @@ def order_gradients(model: nn.Module) -> None:
         )
 
     for module in model.modules():
-        if type(module).__name__.endswith(("LayerNorm", "Block")):
+        if type(module).__name__.endswith(("LayerNorm", "Block", "AdaptedLinear")):
             module.register_forward_pre_hook(join)
 
 
 def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
-    """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings."""
+    """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings.
+
+    Raises `BackboneError` if it cannot be read. Without its files transformers would give a
+    tokenizer that knows no words, and no error.
+    """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
     name = config.tokenizer or ("byt5" if blueprint.folder is None else None)
     if name == "byt5":
         tokenizer = ByT5Tokenizer()
     else:
-        folder = blueprint.folder if name is None else find_folder(name, None)
+        folder = blueprint.folder
+        if name is not None:
+            folder = find_folder(name, None, setting="backbone.tokenizer", files=TOKENIZER_FILES)
+        assert folder is not None
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
             raise BackboneError(
-                f"{folder}: no readable tokenizer ({first}); set backbone.tokenizer"
+                f"{folder}: no readable tokenizer ({_first_line(error)}); set backbone.tokenizer"
             ) from error
+        wanted = sorted(set(tokenizer.vocab_files_names.values()))
+        if wanted and not any((folder / file).is_file() for file in wanted):
+            raise BackboneError(
+                f"{folder}: no tokenizer here ({' or '.join(wanted)}); set backbone.tokenizer"
+            )
+    for token in ("pad_token", "eos_token"):
+        if getattr(tokenizer, token) is None:
+            raise BackboneError(
+                f"backbone.tokenizer: has no {token}; choose the backbone's own tokenizer"
+            )
     if len(tokenizer) > blueprint.model_config.vocab_size:
         raise BackboneError(
             f"backbone.tokenizer: {len(tokenizer)} pieces, the backbone embeds only "
@@ -382,7 +432,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BackboneError(f"{file}: not a backbone folder ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise BackboneError(f"{file}: not UTF-8 text ({error.reason})") from error
+    if not isinstance(raw, dict):
+        raise BackboneError(f"{file}: a configuration is an object")
     return raw
+
+
+def _check_config(model_config: Any, place: str) -> None:
+    """Raise `BackboneError` for sizes and activations that no model can have."""
+    from transformers.activations import ACT2FN
+
+    for name in SIZES:
+        if getattr(model_config, name) < 1:
+            raise BackboneError(f"{place}: {name} {getattr(model_config, name)} is not at least 1")
+    if not 0.0 <= model_config.dropout_rate < 1.0:
+        raise BackboneError(f"{place}: dropout_rate {model_config.dropout_rate} is not in [0, 1)")
+    if model_config.dense_act_fn not in ACT2FN:
+        known = did_you_mean(model_config.dense_act_fn, ACT2FN)
+        raise BackboneError(
+            f"{place}: feed_forward_proj: no activation '{model_config.dense_act_fn}'{known}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    n_lines = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:n_lines])[:200] or type(error).__name__
 
 
 def _open(folder: Path) -> WeightSource:

@@ -25,6 +25,15 @@ from mhr_scale.errors import RunError
 from mhr_scale.runlog import log, write_json
 
 DONE = "DONE"
+#: What reading the files of a saved step raises where they are missing or damaged.
+UNREADABLE = (
+    OSError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+)
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -34,7 +43,8 @@ def step_folder(run: Path, step: int) -> Path:
 
 def complete_steps(run: Path) -> list[int]:
     """Numbers of the complete saved steps, ascending."""
-    return sorted(int(done.parent.name) for done in run.glob(f"steps/[0-9]*/{DONE}"))
+    names = [done.parent.name for done in run.glob(f"steps/*/{DONE}")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def rank0_save(
@@ -107,7 +117,7 @@ def load(run: Path, step: int, adapter: Adapter, optimizer: Optimizer) -> dict[s
         if state.hash_file(file) != progress["sha256"]:
             raise RunError(f"{file}: its hash is not the stored one; delete this step and resume")
         _unflatten(adapter, optimizer, load_file(file), progress["optimizer"])
-    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{folder}: cannot resume from it ({error!r}); delete this step") from error
     log.info("resumed from %s", folder)
     return progress

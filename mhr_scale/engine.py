@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mhr_scale import backbone
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import EngineError, did_you_mean
-from mhr_scale.runlog import log
+from mhr_scale.runlog import log, rank, world_size
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 #: What a DeepSpeed file may say: placement and communication.
@@ -49,20 +50,25 @@ OWNED = {
 def read_ds_config(name: str | None) -> dict[str, Any]:
     """Read and check a DeepSpeed file, from the current folder or the checkout; None: replicated.
 
-    Raises `EngineError` for a key that is unknown or owned by the recipe, for "auto", and for a
-    ZeRO stage other than 0 and 3: frozen weights have neither gradients nor optimizer states.
+    Raises `EngineError` for a key that is unknown, stands twice or is owned by the recipe, for
+    "auto", for what DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen
+    weights have neither gradients nor optimizer states.
     """
     if name is None:
         return {"zero_optimization": {"stage": 0}}
     candidates = [Path(name), CHECKOUT / name]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        looked = ", ".join(str(candidate.resolve()) for candidate in candidates)
+        looked = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates))
         raise EngineError(f"run.ds_config: no file '{name}' (looked at {looked})")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         raise EngineError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except KeyError as error:
+        raise EngineError(f"{path}: key {error} stands twice") from error
     if not isinstance(content, dict):
         raise EngineError(f"{path}: a DeepSpeed file is an object")
     for key in content:
@@ -74,13 +80,47 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
             hint = did_you_mean(key, ALLOWED)
             raise EngineError(f"{path}: unknown key '{key}'{hint}; allowed: {', '.join(ALLOWED)}")
     _refuse_auto(content, path, ())
-    stage = content.get("zero_optimization", {}).get("stage", 0)
+    zero = content.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise EngineError(f"{path}: zero_optimization is an object, got {json.dumps(zero)}")
+    stage = zero.get("stage", 0)
     if stage not in (0, 3):
         raise EngineError(
-            f"{path}: zero_optimization.stage {stage}: frozen weights have no gradients and no "
+            f"{path}: zero_optimization.stage {stage!r}: frozen weights have no gradients and no "
             "optimizer states to shard; use 0 (replicated) or 3 (sharded)"
         )
+    if stage == 3:
+        _check_zero(zero, path)
     return content
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise KeyError(key)
+        content[key] = value
+    return content
+
+
+def _check_zero(zero: dict[str, Any], path: Path) -> None:
+    """Raise `EngineError` for a key or a value that DeepSpeed refuses in its ZeRO section."""
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(str(step) for step in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = DeepSpeedZeroConfig.model_fields if len(fault["loc"]) == 1 else ()
+            hint = did_you_mean(name, known)
+            raise EngineError(f"{path}: unknown key 'zero_optimization.{name}'{hint}") from error
+        message = fault["msg"][0].lower() + fault["msg"][1:]
+        raise EngineError(
+            f"{path}: zero_optimization.{name}: {message}, got {fault['input']!r}"
+        ) from error
 
 
 def _refuse_auto(value: Any, path: Path, keys: tuple[str, ...]) -> None:
@@ -89,8 +129,8 @@ def _refuse_auto(value: Any, path: Path, keys: tuple[str, ...]) -> None:
             f'{path}: {".".join(keys)}: "auto" is a convention of another trainer and would be '
             "taken for DeepSpeed's default; give a value or leave the key out"
         )
-    if isinstance(value, dict):
-        for key, inner in value.items():
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _refuse_auto(inner, path, (*keys, str(key)))
 
 
@@ -111,8 +151,8 @@ class Engine:
     """One process of a run: its rank, its device, and the backbone in its placement."""
 
     def __init__(self, ds_content: dict[str, Any], *, timeout_seconds: float) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = rank()
+        self.world_size = world_size()
         self.is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
         self.timeout = timedelta(seconds=timeout_seconds)
         self._ds_content = ds_content
@@ -165,7 +205,6 @@ class Engine:
             model = model.to_empty(device=self.device)
             backbone.tie(model, blueprint)
             model.requires_grad_(False)
-            backbone.order_gradients(model)
         self._fill(model, blueprint)
         backbone.set_dropout(model, config.dropout)
         backbone.set_recompute(model, config.recompute)
@@ -190,9 +229,11 @@ class Engine:
     def prepare(self, model: nn.Module, config: BackboneConfig) -> nn.Module:
         """Install the runtime that gathers sharded weights; adapters must sit in place already.
 
-        Collective. Returns the module to call. A replicated model comes back as it is.
+        Collective. Returns the module to call. A replicated model only learns to sum gradients in
+        the order of a sharded one.
         """
         if not self.is_sharded:
+            backbone.order_gradients(model)
             return model
         deepspeed = _import_deepspeed()
         ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)

@@ -6,32 +6,30 @@ Exit codes: 0 done, 2 a mistake of the user's (one line says which), anything el
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mhr_scale.errors import UserError
 from mhr_scale.recipe import parse, to_yaml
-from mhr_scale.runlog import log, start_logging
+from mhr_scale.runlog import rank, start_logging
 
 T = TypeVar("T")
 
 
-def main(schema: type[T], verb: Callable[[T], Path], *, usage: str) -> None:
+def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
     """Run `verb` on the recipe named on the command line."""
     start_logging()
     try:
         command = parse(schema, sys.argv[1:], usage=usage)
         if command.print_only:
-            if os.environ.get("RANK", "0") == "0":
+            if rank() == 0:
                 sys.stdout.write(to_yaml(command.config) + _ds_text(command.config))
             return
-        result = verb(command.config)
+        verb(command.config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
             sys.stderr.flush()
         raise SystemExit(2) from None
-    log.info("done: %s", result)
 
 
 def _ds_text(config: Any) -> str:

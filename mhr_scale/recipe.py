@@ -7,6 +7,7 @@ Precedence: a field's default < the recipe < the command line. YAML is read by t
 import ast
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
@@ -18,13 +19,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mhr_scale import strict_yaml
 from mhr_scale.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+
+#: What pydantic calls a key that a part does not have.
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,7 @@ class _Tree:
                 branch[name] = {}
             branch = branch[name]
         branch[path[-1]] = value.values["value"]
+        self.places = {at: p for at, p in self.places.items() if at[: len(path)] != path}
         for depth in range(1, len(path) + 1):
             self.places[path[:depth]] = f"'{argument}'"
 
@@ -91,12 +95,9 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
 def build(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
     _check_tags(schema, tree)
+    _check_finite(tree, tree.values, ())
     try:
-        text = json.dumps(tree.values, allow_nan=False)
-    except ValueError as error:
-        raise ConfigError(f"{tree.source}: {error}; NaN and infinity are no settings") from error
-    try:
-        return TypeAdapter(schema).validate_json(text, strict=True)
+        return TypeAdapter(schema).validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         raise _first_fault(schema, tree, error) from error
 
@@ -124,9 +125,7 @@ def parse(schema: type[T], argv: Sequence[str], *, usage: str) -> Command[T]:
 
 def to_yaml(config: Any) -> str:
     """A config as a complete recipe that loads to the same values."""
-    return yaml.safe_dump(
-        json.loads(json.dumps(asdict(config))), sort_keys=False, default_flow_style=False
-    )
+    return strict_yaml.write(json.loads(json.dumps(asdict(config))))
 
 
 def help_text(schema: type[Any], prefix: str = "") -> str:
@@ -177,10 +176,11 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         path, part = _resolve(schema, tree.values, [str(step) for step in fault["loc"]])
         if path is not None:
             faults.append((path, part, fault))
+    faults.sort(key=lambda found: found[2]["type"] not in UNKNOWN)  # a typo explains what misses
     path, part, fault = faults[0] if faults else ([], schema, error.errors()[0])
     name, place = ".".join(path), tree.place(path)
     known = [item.name for item in fields(part)] if is_dataclass(part) else []
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if fault["type"] in UNKNOWN:
         hint = did_you_mean(path[-1], known)
         return ConfigError(f"{place}: unknown setting '{name}'{hint or _listed(known)}")
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -223,6 +223,15 @@ def _check_tags(schema: type[Any], tree: _Tree) -> None:
         if given not in known:
             hint_text = did_you_mean(str(given), known)
             raise ConfigError(f"{place}: {name}.suite: '{given}' is not one of {known}{hint_text}")
+
+
+def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:
+    """Raise `ConfigError` where a number is NaN or infinite."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ConfigError(f"{tree.place(path)}: {'.'.join(path)}: {values} is no setting")
+    if isinstance(values, dict | list):
+        for key, inner in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_finite(tree, inner, (*path, str(key)))
 
 
 def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | None, Any]:

@@ -29,6 +29,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """Number of processes of this launch (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_logging() -> None:
     """Send the package's log lines to standard error: all of rank 0's, others' errors only."""
     handler = logging.StreamHandler(sys.stderr)
@@ -64,7 +69,8 @@ class Metrics:
         self.path = path
         if path.exists():
             kept = []
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for number, line in enumerate(text.splitlines(), 1):
                 try:
                     step = json.loads(line)["step"]
                 except (json.JSONDecodeError, KeyError, TypeError):
@@ -106,8 +112,10 @@ def record_provenance(path: Path, **facts: Any) -> None:
     if path.exists():
         try:
             starts = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path}: not JSON ({error}); move it away") from error
+        if not isinstance(starts, list):
+            raise RunError(f"{path}: not a list of starts; move it away")
     write_json(path, [*starts, provenance(**facts)])
 
 

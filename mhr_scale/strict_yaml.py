@@ -1,9 +1,10 @@
 """YAML without surprises: 1.2 scalar rules, no key twice, and the line of every key.
 
-`1e-3` is a number, `no` and `12:30` are words, and nothing but plain values is built.
+`1e-3` is a number, `010` is ten, `no` and `12:30` are words, and nothing but plain values is built.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import yaml
@@ -12,6 +13,7 @@ from mhr_scale.errors import UserError
 
 Path = tuple[str, ...]
 
+TAG = "tag:yaml.org,2002:"
 SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -19,6 +21,12 @@ SCALARS = (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
 )
+CONVERT: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": int,
+    "float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower())),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,10 +35,18 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's writer that also quotes the words which YAML 1.2 takes for numbers."""
+
+
 for _tag, _pattern, _first in SCALARS:
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
-    )
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{TAG}{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def write(values: Any) -> str:
+    """Plain values as YAML text that `read`, and readers of YAML 1.1, take for the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
 
 
 def read(
@@ -38,51 +54,80 @@ def read(
 ) -> tuple[dict[str, Any], dict[Path, str]]:
     """Read a YAML mapping: its plain values, and `source:line` of every key by path.
 
-    Raises `error` with the place for bad syntax, a key that stands twice or is no word, or a
-    document that is no mapping. An empty document is an empty mapping.
+    Raises `error` with the place for bad syntax, a key that stands twice or is no word, a value
+    that is not plain or holds itself, or a document that is no mapping. An empty document is an
+    empty mapping.
     """
-    places: dict[Path, str] = {}
+    builder = _Builder(source, error)
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        values = _build(loader, node, (), source, places, error) if node else {}
+        node = _Loader(text).get_single_node()
+        values = builder.build(node, ()) if node else None
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         line = mark.line + 1 if mark else 1
         raise error(f"{source}:{line}: not YAML: {fault.problem}") from fault
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
-        raise error(f"{source}: not YAML: {fault}") from fault
+    except yaml.reader.ReaderError as fault:
+        line = text.count("\n", 0, fault.position) + 1
+        raise error(f"{source}:{line}: not YAML: {fault.reason}") from fault
+    except RecursionError as fault:
+        raise error(f"{source}: not YAML: nested too deeply") from fault
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise error(f"{source}: expected a mapping, got {type(values).__name__}")
-    return values, places
+    return values, builder.places
 
 
-def _build(
-    loader: _Loader,
-    node: yaml.Node,
-    path: Path,
-    source: str,
-    places: dict[Path, str],
-    error: type[UserError],
-) -> Any:
-    places.setdefault(path, f"{source}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _build(loader, item, (*path, str(number)), source, places, error)
-            for number, item in enumerate(node.value)
-        ]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    built: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key, place = key_node.value, f"{source}:{key_node.start_mark.line + 1}"
-        if not isinstance(key, str):
-            raise error(f"{place}: a key must be a word")
-        name = ".".join((*path, key))
-        if key in built:
-            raise error(f"{place}: key '{name}' stands twice (first {places[(*path, key)]})")
-        places[(*path, key)] = place
-        built[key] = _build(loader, value_node, (*path, key), source, places, error)
-    return built
+class _Builder:
+    """Turns nodes into plain values and notes the place of every key."""
+
+    def __init__(self, source: str, error: type[UserError]) -> None:
+        self.places: dict[Path, str] = {}
+        self._source, self._error = source, error
+        self._open: list[yaml.Node] = []
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        """Return the value of the node that stands at `path`."""
+        place = self._place(node)
+        self.places.setdefault(path, place)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, place)
+        if node.tag not in (f"{TAG}map", f"{TAG}seq"):
+            raise self._error(f"{place}: not YAML: {node.tag} is no plain value")
+        if any(node is outer for outer in self._open):
+            raise self._error(f"{place}: not YAML: '{'.'.join(path)}' refers to what it is part of")
+        self._open.append(node)
+        is_mapping = isinstance(node, yaml.MappingNode)
+        values = self._mapping(node, path) if is_mapping else self._list(node, path)
+        self._open.pop()
+        return values
+
+    def _list(self, node: yaml.Node, path: Path) -> list[Any]:
+        return [self.build(item, (*path, str(number))) for number, item in enumerate(node.value)]
+
+    def _mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+        built: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, place = key_node.value, self._place(key_node)
+            if not isinstance(key, str):
+                raise self._error(f"{place}: a key must be a word")
+            if key in built:
+                name, first = ".".join((*path, key)), self.places[(*path, key)]
+                raise self._error(f"{place}: key '{name}' stands twice (first {first})")
+            self.places[(*path, key)] = place
+            built[key] = self.build(value_node, (*path, key))
+        return built
+
+    def _scalar(self, node: yaml.ScalarNode, place: str) -> Any:
+        kind, text = node.tag.removeprefix(TAG), node.value
+        if kind == "str":
+            return text
+        if not any(kind == name and re.fullmatch(pattern, text) for name, pattern, _ in SCALARS):
+            raise self._error(f"{place}: not YAML: '{text}' is no plain value of type {kind}")
+        try:
+            return CONVERT[kind](text)
+        except ValueError as fault:
+            raise self._error(f"{place}: {fault}") from fault
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self._source}:{node.start_mark.line + 1}"

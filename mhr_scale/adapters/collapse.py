@@ -15,9 +15,11 @@ def average(adapter: Adapter) -> Adapter:
     """Return the averaged adapter: the mean of A and of B over the skills, routing ignored.
 
     The result is one ordinary LoRA (or (IA)3 vector) of the same rank (method notes 1.4, 1.6).
+    Under policy `private` it is the mean over the tasks.
     """
-    shape = (1, len(adapter.groups), adapter.config.n_splits, adapter.config.n_skills)
-    return _collapse(adapter, torch.full(shape, 1.0 / adapter.config.n_skills), name="average")
+    n_pairs = adapter.inventory.n_pairs
+    shape = (1, len(adapter.groups), adapter.config.n_splits, n_pairs)
+    return _collapse(adapter, torch.full(shape, 1.0 / n_pairs), name="average")
 
 
 def collapse(adapter: Adapter, task: str) -> Adapter:

@@ -53,9 +53,9 @@ class Inventory(nn.Module):
         self.sites = sites
         self.stacks = make_stacks(sites)
         self.sides = ("A", "B") if config.kind == "lora" else ("l",)
-        n_pairs = n_tasks if config.policy == "private" else config.n_skills
+        self.n_pairs = n_tasks if config.policy == "private" else config.n_skills
         for stack in self.stacks:
-            made = [_init_site(config, sites[m], n_pairs, seed=seed) for m in stack.members]
+            made = [_init_site(config, sites[m], self.n_pairs, seed=seed) for m in stack.members]
             for side in self.sides:
                 tensor = torch.stack([site[side] for site in made])
                 self.register_parameter(f"{side}_{stack.key}", nn.Parameter(tensor))

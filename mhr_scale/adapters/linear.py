@@ -117,6 +117,7 @@ class AdaptedLinear(nn.Module):
         self.name = name
         self.slots = None
         self.is_off = False
+        self.is_attached = True
 
     @property
     def weight(self) -> Tensor:

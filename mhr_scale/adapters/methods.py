@@ -132,11 +132,12 @@ class Adapter(nn.Module):
         """Mixing weights (U, G, Q, S) of the slots, and the leaf of the routing rows they read."""
         config = self.config
         shape_GQS = (len(self.groups), config.n_splits, config.n_skills)
-        device = next(self.inventory.parameters()).device
+        like = next(self.inventory.parameters())
+        device = like.device
         if self.routing_logits is None:
             if config.policy == "random" and seeds is not None:
-                return routing.random_weights(seeds, shape_GQS, config).to(device), None
-            return torch.full((1, *shape_GQS), 1.0 / config.n_skills, device=device), None
+                return routing.random_weights(seeds, shape_GQS, config).to(like), None
+            return like.new_full((1, *shape_GQS), 1.0 / config.n_skills), None
         rows = torch.tensor(distinct, device=device)
         leaf = self.routing_logits.detach().index_select(0, rows)
         leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
@@ -209,7 +210,7 @@ class Adapter(nn.Module):
 
     def check_idle(self) -> None:
         """Raise `AdapterError` if no model is attached or slots are in use already."""
-        if not self.linears:
+        if not self.linears or not self.linears[0].is_attached:
             raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
         if self.linears[0].slots is not None:
             raise AdapterError("slots are in use already; leave the outer `with` block first")
@@ -233,8 +234,7 @@ def attach(
 
     Raises `LayoutError` if the layout does not fit the model, `AdapterError` if it has adapters.
     """
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise AdapterError("the model has adapters already; call detach(model) first")
+    check_bare(model)
     sites = find_sites(model, config.layout)
     adapter = Adapter(config, sites, task_names=tasks, seed=seed)
     model.requires_grad_(False)
@@ -251,9 +251,16 @@ def attach(
     return adapter
 
 
+def check_bare(model: nn.Module) -> None:
+    """Raise `AdapterError` if an adapter sits in `model`."""
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise AdapterError("the model has adapters already; call detach(model) first")
+
+
 def detach(model: nn.Module) -> None:
     """Put the bare linears back; the adapter keeps its tensors and sits in no model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, module.base)
+            module.is_attached = False

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mhr_scale.adapters.layout import Site, find_sites
-from mhr_scale.adapters.methods import Adapter, attach
+from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError
 
@@ -59,7 +59,8 @@ def save(
 ) -> Path:
     """Write the artefact into `folder` (made if missing) and return the folder.
 
-    Each file is replaced whole; tensors first, then the card that carries their hash.
+    Each file is replaced whole; tensors first, then the card that carries their hash. The same
+    adapter gives the same bytes (the order of several metadata entries would vary).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def save(
         for name, tensor in named_tensors(adapter).items()
     }
     partial = folder / f".{TENSORS}.tmp"
-    save_file(tensors, partial, metadata={"format": "mhr_scale", "schema": str(SCHEMA)})
+    save_file(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
     digest = hash_file(partial)
     _replace(partial, folder / TENSORS)
     card = {
@@ -127,12 +128,19 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
     folder = find(path)
     card = read_card(folder)
     tensors = _read_tensors(folder)
+    place = str(folder / TENSORS)
     if model is None:
         adapter = Adapter(card.adapter, card.sites, task_names=card.task_names)
-    else:
-        _check_backbone(folder, card, model)
-        adapter = attach(model, card.adapter, tasks=card.task_names)
-    load_tensors(adapter, tensors, place=str(folder / TENSORS))
+        load_tensors(adapter, tensors, place=place)
+        return adapter
+    check_bare(model)
+    _check_backbone(folder, card, model)
+    adapter = attach(model, card.adapter, tasks=card.task_names)
+    try:
+        load_tensors(adapter, tensors, place=place)
+    except AdapterError:
+        detach(model)
+        raise
     return adapter
 
 

@@ -1,19 +1,26 @@
 """The verb `pretrain`: a frozen backbone and a task mixture in, an adapter out."""
 
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mhr_scale import backbone, batching, checkpoint
-from mhr_scale.adapters import attach
-from mhr_scale.config import PretrainConfig, SuperNITasks
+from mhr_scale.adapters import attach, find_sites
+from mhr_scale.adapters.layout import check_splits
+from mhr_scale.backbone import Blueprint
+from mhr_scale.config import AdapterConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
 from mhr_scale.errors import RunError
 from mhr_scale.recipe import to_yaml
-from mhr_scale.runlog import log, record_provenance, write_json, write_text
+from mhr_scale.runlog import log, record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.tasks.suites import read_suite
+from mhr_scale.tasks.suites import Suite, read_suite
+from mhr_scale.tasks.task import Task
 from mhr_scale.trainer import Data, Trainer
 
 #: Settings that may differ when a run goes on: where and how fast, not what.
@@ -36,24 +43,24 @@ def pretrain(config: PretrainConfig) -> Path:
     Collective: every rank calls it. The same command goes on from the last saved step.
     """
     ds_content = read_ds_config(config.run.ds_config)
+    config.batch.accumulation(world_size())
     check_folder(config)
     blueprint = backbone.read_blueprint(config.backbone)
+    check_adapter(blueprint, config.adapter)
     tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
+    suite = read_suite(config.tasks)
+    tokenised = batching.tokenise(suite.tasks, tokenizer, config.batch)
+    data = Data(
+        tokenised=tokenised,
+        plan=make_plan(config, suite.tasks, tokenised),
+        references=references(config),
+        pad_id=tokenizer.pad_token_id,
+    )
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
-    config.batch.accumulation(engine.world_size)
     try:
-        suite = read_suite(config.tasks)
-        tokenised = batching.tokenise(suite.tasks, tokenizer, config.batch)
-        data = Data(
-            tokenised=tokenised,
-            plan=make_plan(config, suite.tasks, tokenised),
-            references=references(config),
-            pad_id=tokenizer.pad_token_id,
-        )
         model = engine.build(config.backbone, blueprint)
-        adapter = attach(
-            model, config.adapter, tasks=[task.name for task in suite.tasks], seed=config.run.seed
-        )
+        names = [task.name for task in suite.tasks]
+        adapter = attach(model, config.adapter, tasks=names, seed=config.run.seed)
         trainer = Trainer(
             config,
             engine=engine,
@@ -68,9 +75,18 @@ def pretrain(config: PretrainConfig) -> Path:
         engine.gather_barrier()
         announce(trainer)
         trainer.train()
+        if engine.rank == 0:
+            summarise(trainer)
     finally:
         engine.close()
     return Path(config.run.folder) / "adapter"
+
+
+def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
+    """Raise `LayoutError` if the adapter does not fit the backbone, before any weight is read."""
+    with torch.device("meta"):
+        model = backbone.make_model(blueprint)
+    check_splits(find_sites(model, config.layout), n_splits=config.n_splits, kind=config.kind)
 
 
 def references(config: PretrainConfig) -> str:
@@ -78,7 +94,9 @@ def references(config: PretrainConfig) -> str:
     return config.tasks.references if isinstance(config.tasks, SuperNITasks) else "first"
 
 
-def make_plan(config: PretrainConfig, tasks: Any, tokenised: batching.Tokenised) -> MixturePlan:
+def make_plan(
+    config: PretrainConfig, tasks: Sequence[Task], tokenised: batching.Tokenised
+) -> MixturePlan:
     """The sample stream over the tokenised rows of all tasks."""
     shares = [
         Share(name=task.name, size=len(rows), cap=task.cap, weight=task.weight)
@@ -91,6 +109,9 @@ def check_folder(config: PretrainConfig) -> None:
     """Raise `RunError` if the run folder holds a run with other settings."""
     path = Path(config.run.folder)
     stored_path = path / "config.yaml"
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
     if path.exists() and not path.is_dir():
         raise RunError(f"run.folder: {path} is a file; name a folder")
     if not stored_path.exists():
@@ -126,7 +147,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def rank0_open_folder(
-    config: PretrainConfig, trainer: Trainer, suite: Any, ds_content: dict[str, Any]
+    config: PretrainConfig, trainer: Trainer, suite: Suite, ds_content: dict[str, Any]
 ) -> None:
     """Write what a reader of the run needs before its first number."""
     folder = Path(config.run.folder)
@@ -169,4 +190,33 @@ def announce(trainer: Trainer) -> None:
         config.schedule.steps,
         config.batch.batch_size,
         config.run.folder,
+    )
+
+
+def summarise(trainer: Trainer) -> None:
+    """Say in plain words what was done and where the results lie."""
+    config, folder = trainer.config, trainer.folder
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [
+        line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line
+    ]
+    log.info(
+        "\nTrained %s on %d tasks for %d steps; the backbone stayed frozen.",
+        config.adapter.method,
+        len(trainer.adapter.task_names),
+        trainer.step,
+    )
+    if len(losses) > 1:
+        log.info(
+            "Loss per target token on held-out rows of these tasks: %.4f for the backbone alone, "
+            "%.4f with the adapter.",
+            losses[0],
+            losses[-1],
+        )
+    log.info("  adapter  %s", folder / "adapter")
+    log.info("  numbers  %s", folder / "metrics.jsonl")
+    log.info(
+        "  recipe   %s (as it ran), %s (where it ran)",
+        folder / "config.yaml",
+        folder / "provenance.json",
     )

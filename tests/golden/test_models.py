@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read
+from golden_vectors import read
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -69,8 +69,10 @@ def ours(
     for site in adapter.sites:
         group = adapter.groups.index(site.routing_group(config.granularity, config.block_span))
         name = f"{prefix}.{selectors[site.name]}.selector.module_logits"
-        found[name] = values[:, group].flatten(1) if gradients else values[:, group].view(
-            len(adapter.task_names), -1
+        found[name] = (
+            values[:, group].flatten(1)
+            if gradients
+            else values[:, group].view(len(adapter.task_names), -1)
         )
     expected = {name for name in golden.tensors if name.startswith(f"{prefix}.")}
     assert expected == set(found)
@@ -186,9 +188,7 @@ def test_final_parameters_equal_the_reference(
     assert faults(after.parameters, golden, "final") == {}
 
 
-def test_final_logits_equal_the_reference(
-    after: SimpleNamespace, golden: SimpleNamespace
-) -> None:
+def test_final_logits_equal_the_reference(after: SimpleNamespace, golden: SimpleNamespace) -> None:
     assert faults(after.final, golden, "final_eval") == {}
 
 

@@ -1,0 +1,86 @@
+"""One recipe on one process, two replicated and two sharded ones: the same numbers.
+
+Real tasks and a real backbone, 20 steps, through the real launcher.
+"""
+
+from pathlib import Path
+
+import pytest
+from processes import read_metrics, succeed
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+RUNS = {
+    "alone": (0, ["run.ds_config=null"]),
+    "alone_accumulating": (0, ["run.ds_config=null", "batch.micro_batch_size=4"]),
+    "alone_sharded": (0, ["run.ds_config=ds_configs/cpu.json"]),
+    "two_replicated": (2, ["run.ds_config=ds_configs/replicated.json"]),
+    "two_sharded": (2, ["run.ds_config=ds_configs/cpu.json"]),
+    "two_recomputing": (2, ["run.ds_config=ds_configs/cpu.json", "backbone.recompute=reentrant"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("placements")
+    for name, (ranks, overrides) in RUNS.items():
+        succeed(
+            "launch/pretrain.py",
+            "launch/recipes/superni_tiny.yaml",
+            f"tasks.folder={shared / 'data' / 'superni_sample'}",
+            f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
+            f"run.folder={folder / name}",
+            "schedule.steps=20",
+            "run.log_every=1",
+            "tasks.validation_examples=1",
+            "batch.max_input_tokens=64",
+            *overrides,
+            ranks=ranks,
+        )
+    return {name: folder / name for name in RUNS}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+def validations(folder: Path) -> list[float]:
+    return [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter.safetensors").read_bytes()
+
+
+EXACT = [name for name in RUNS if name not in ("alone", "alone_accumulating")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_losses_of_twenty_steps_are_equal_bit_for_bit(runs: dict[str, Path], name: str) -> None:
+    assert losses(runs[name]) == losses(runs["alone"])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_adapters_after_twenty_steps_are_equal_bit_for_bit(
+    runs: dict[str, Path], name: str
+) -> None:
+    assert adapter_bytes(runs[name]) == adapter_bytes(runs["alone"])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_validation_losses_are_equal(runs: dict[str, Path], name: str) -> None:
+    assert validations(runs[name]) == pytest.approx(validations(runs["alone"]), rel=1e-9)
+
+
+def test_accumulation_gives_the_losses_of_one_large_micro_batch(runs: dict[str, Path]) -> None:
+    assert losses(runs["alone_accumulating"]) == pytest.approx(losses(runs["alone"]), rel=1e-5)
+
+
+def test_twenty_steps_were_logged(runs: dict[str, Path]) -> None:
+    assert len(losses(runs["alone"])) == 20
+
+
+def test_training_moved_the_adapter(runs: dict[str, Path]) -> None:
+    tensors = load_file(runs["alone"] / "adapter" / "adapter.safetensors")
+    assert all(bool(t.any()) for name, t in tensors.items() if name.endswith(".B"))

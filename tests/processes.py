@@ -1,0 +1,65 @@
+"""Starting the launch scripts as a user does, and reading what they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(
+    script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    binaries = Path(sys.executable).parent
+    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, script]
+    if ranks:
+        command = [str(binaries / "deepspeed"), "--num_gpus", str(ranks)]
+        command += ["--master_port", str(free_port()), script]
+    else:
+        environment["OMP_NUM_THREADS"] = "1"
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{script} took more than {timeout} s:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0) -> str:
+    """Run a script that must end well; returns what it printed."""
+    result = run(script, *arguments, ranks=ranks, timeout=timeout)
+    assert result.returncode == 0, f"exit code {result.returncode}:\n{result.stdout[-6000:]}"
+    return result.stdout
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
