@@ -53,7 +53,9 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter.safetensors").read_bytes()
 
 
-EXACT = [name for name in RUNS if name not in ("alone", "alone_accumulating")]
+EXACT = ("alone_sharded", "two_replicated", "two_sharded")
+#: Other shapes or kernels: the sums are the same, their rounding is not.
+CLOSE = ("alone_accumulating", "two_recomputing")
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -73,8 +75,11 @@ def test_validation_losses_are_equal(runs: dict[str, Path], name: str) -> None:
     assert validations(runs[name]) == pytest.approx(validations(runs["alone"]), rel=1e-9)
 
 
-def test_accumulation_gives_the_losses_of_one_large_micro_batch(runs: dict[str, Path]) -> None:
-    assert losses(runs["alone_accumulating"]) == pytest.approx(losses(runs["alone"]), rel=1e-5)
+@pytest.mark.parametrize("name", CLOSE)
+def test_accumulation_and_recomputation_do_not_change_the_losses(
+    runs: dict[str, Path], name: str
+) -> None:
+    assert losses(runs[name]) == pytest.approx(losses(runs["alone"]), rel=1e-5)
 
 
 def test_twenty_steps_were_logged(runs: dict[str, Path]) -> None:
