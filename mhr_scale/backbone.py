@@ -326,8 +326,8 @@ def set_recompute(model: Any, mode: str) -> None:
     """Switch activation checkpointing on (`reentrant`, `non_reentrant`) or leave it off."""
     if mode == "none":
         return
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"}
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": mode == "reentrant"}
     )
     model.enable_input_require_grads()
     model.config.use_cache = False

@@ -166,9 +166,9 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
         )
     for group in groups:
         group["peak_lr"] = group["lr"]
+    adapter.row_gradients = config.name == "adafactor"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
-    adapter.row_gradients = True
     for group in groups:
         group["routing"] = group["name"] == "routing"
         group["lead"] = lead

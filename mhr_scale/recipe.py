@@ -55,9 +55,10 @@ class _Tree:
         """Apply one `a.b=c`; the value is read as YAML."""
         key, equals, text = argument.partition("=")
         path = tuple(key.split("."))
+        place = "'" + argument.replace("\n", "\\n") + "'"
         if not equals or not all(path):
-            raise ConfigError(f"'{argument}': overrides read a.b=value")
-        value = _Tree(f"'{argument}'")
+            raise ConfigError(f"{place}: overrides read a.b=value")
+        value = _Tree(place)
         value.read(f"value: {text}" if "\n" not in text else f"value: {json.dumps(text)}")
         branch = self.values
         for name in path[:-1]:
@@ -67,7 +68,7 @@ class _Tree:
         branch[path[-1]] = value.values["value"]
         self.places = {at: p for at, p in self.places.items() if at[: len(path)] != path}
         for depth in range(1, len(path) + 1):
-            self.places[path[:depth]] = f"'{argument}'"
+            self.places[path[:depth]] = place
 
     def place(self, path: Sequence[str]) -> str:
         """Where the nearest existing key on `path` stands."""

@@ -24,6 +24,7 @@ from mhr_scale.errors import DivergenceError, RunError
 from mhr_scale.runlog import Metrics, Progress, log
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.mixture import MixturePlan
+from mhr_scale.tasks.suites import Suite
 
 
 @dataclass(slots=True)
@@ -40,8 +41,9 @@ class StepSums:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What a training run reads: tokenised rows, the plan that orders them, how rows are padded."""
+    """What a training run reads: tasks, their tokenised rows, and the plan that orders them."""
 
+    suite: Suite
     tokenised: Tokenised
     plan: MixturePlan
     references: str

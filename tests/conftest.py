@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +27,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging() -> Iterator[None]:
+    """A launch script started inside a test leaves no handler on a stream that pytest closes."""
+    yield
+    log = logging.getLogger("mhr_scale")
+    log.handlers, log.propagate = [], True

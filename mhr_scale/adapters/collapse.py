@@ -19,7 +19,8 @@ def average(adapter: Adapter) -> Adapter:
     """
     n_pairs = adapter.inventory.n_pairs
     shape = (1, len(adapter.groups), adapter.config.n_splits, n_pairs)
-    return _collapse(adapter, torch.full(shape, 1.0 / n_pairs), name="average")
+    weights = torch.full(shape, 1.0 / n_pairs, dtype=torch.float64)
+    return _collapse(adapter, weights, name="average")
 
 
 def collapse(adapter: Adapter, task: str) -> Adapter:

@@ -114,7 +114,7 @@ def read_card(path: Path | str) -> Card:
             backbone=card["backbone"],
             origin=card["origin"],
         )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise AdapterError(f"{file}: not a readable adapter card ({error!r})") from error
 
 

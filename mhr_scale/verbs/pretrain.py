@@ -19,7 +19,7 @@ from mhr_scale.errors import RunError
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import log, record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.tasks.suites import Suite, read_suite
+from mhr_scale.tasks.suites import read_suite
 from mhr_scale.tasks.task import Task
 from mhr_scale.trainer import Data, Trainer
 
@@ -42,6 +42,26 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Collective: every rank calls it. The same command goes on from the last saved step.
     """
+    trainer = prepare(config)
+    try:
+        trainer.resume()
+        if trainer.engine.rank == 0:
+            rank0_open_folder(trainer)
+        trainer.engine.gather_barrier()
+        announce(trainer)
+        trainer.train()
+        if trainer.engine.rank == 0:
+            summarise(trainer)
+    finally:
+        trainer.engine.close()
+    return Path(config.run.folder) / "adapter"
+
+
+def prepare(config: PretrainConfig) -> Trainer:
+    """Check everything at the door, then build the backbone, the adapter and their trainer.
+
+    Collective. Nothing is written; no weight is read before recipe, data and layout are found good.
+    """
     ds_content = read_ds_config(config.run.ds_config)
     config.batch.accumulation(world_size())
     check_folder(config)
@@ -51,6 +71,7 @@ def pretrain(config: PretrainConfig) -> Path:
     suite = read_suite(config.tasks)
     tokenised = batching.tokenise(suite.tasks, tokenizer, config.batch)
     data = Data(
+        suite=suite,
         tokenised=tokenised,
         plan=make_plan(config, suite.tasks, tokenised),
         references=references(config),
@@ -61,7 +82,7 @@ def pretrain(config: PretrainConfig) -> Path:
         model = engine.build(config.backbone, blueprint)
         names = [task.name for task in suite.tasks]
         adapter = attach(model, config.adapter, tasks=names, seed=config.run.seed)
-        trainer = Trainer(
+        return Trainer(
             config,
             engine=engine,
             model=engine.prepare(model, config.backbone),
@@ -69,17 +90,9 @@ def pretrain(config: PretrainConfig) -> Path:
             data=data,
             backbone_facts={**blueprint.facts, "dtype": config.backbone.dtype},
         )
-        trainer.resume()
-        if engine.rank == 0:
-            rank0_open_folder(config, trainer, suite, ds_content)
-        engine.gather_barrier()
-        announce(trainer)
-        trainer.train()
-        if engine.rank == 0:
-            summarise(trainer)
-    finally:
+    except BaseException:
         engine.close()
-    return Path(config.run.folder) / "adapter"
+        raise
 
 
 def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
@@ -146,16 +159,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def rank0_open_folder(
-    config: PretrainConfig, trainer: Trainer, suite: Suite, ds_content: dict[str, Any]
-) -> None:
+def rank0_open_folder(trainer: Trainer) -> None:
     """Write what a reader of the run needs before its first number."""
-    folder = Path(config.run.folder)
+    config, folder = trainer.config, trainer.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    ds_content = read_ds_config(config.run.ds_config)
     write_json(folder / "deepspeed.json", deepspeed_config(ds_content, dtype=config.backbone.dtype))
     record_provenance(
         folder / "provenance.json",
@@ -166,7 +178,7 @@ def rank0_open_folder(
         backbone=trainer.backbone_facts,
         data={"plan": trainer.data.plan.fingerprint, **trainer.data.tokenised.cuts.facts()},
     )
-    suite.intake.write(folder / "rejects.jsonl")
+    trainer.data.suite.intake.write(folder / "rejects.jsonl")
 
 
 def announce(trainer: Trainer) -> None:

@@ -1,0 +1,297 @@
+"""The verb as a user runs it: what it leaves behind, and what it says to bad input."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, read_metrics
+from transformers import T5Config, T5ForConditionalGeneration
+
+from mhr_scale import load_adapter
+from mhr_scale.adapters import state
+from mhr_scale.config import PretrainConfig
+from mhr_scale.errors import RunError, UserError
+from mhr_scale.launching import main
+from mhr_scale.recipe import load
+from mhr_scale.verbs import pretrain as verb
+from mhr_scale.verbs.pretrain import pretrain
+
+TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
+SHORT = (
+    "schedule.steps=4",
+    "run.log_every=1",
+    "run.save_every=2",
+    "batch.batch_size=8",
+    "batch.micro_batch_size=4",
+    "tasks.n_tasks=6",
+    "tasks.train_examples=10",
+    "tasks.validation_examples=2",
+)
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    return pretrain(load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    train(folder)
+    return folder
+
+
+# -- what it leaves ----------------------------------------------------------------------------
+
+
+def test_the_run_folder_is_complete(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir()) == [
+        "adapter",
+        "config.yaml",
+        "deepspeed.json",
+        "metrics.jsonl",
+        "provenance.json",
+        "rejects.jsonl",
+        "steps",
+    ]
+
+
+def test_saved_steps_are_complete(run: Path) -> None:
+    assert sorted(path.parent.name for path in run.glob("steps/*/DONE")) == ["000002", "000004"]
+
+
+def test_every_step_is_logged_with_its_figures(run: Path) -> None:
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) == {
+        "step",
+        "loss",
+        "examples",
+        "tokens",
+        "padding_share",
+        "grad_norm",
+        "seconds",
+        "lr_inventory",
+        "lr_routing",
+        "tokens_per_second",
+    }
+
+
+def test_validation_is_logged_before_and_after_by_task(run: Path) -> None:
+    lines = [line for line in read_metrics(run) if "validation_loss" in line]
+    assert [(line["step"], len(line["validation_loss_by_task"])) for line in lines] == [
+        (0, 6),
+        (4, 6),
+    ]
+
+
+def test_the_stored_config_is_a_recipe_that_loads_to_the_same(run: Path) -> None:
+    config = load(PretrainConfig, run / "config.yaml")
+    assert config == load(PretrainConfig, TOY, [*SHORT, f"run.folder={run}"])
+
+
+def test_provenance_says_what_ran_and_on_which_data(run: Path) -> None:
+    (start,) = json.loads((run / "provenance.json").read_text())
+    assert {"argv", "git_commit", "versions", "world_size", "device", "backbone", "data"} <= set(
+        start
+    )
+
+
+def test_the_card_names_the_backbone_and_the_tasks(run: Path) -> None:
+    card = state.read_card(run)
+    assert (card.backbone["name"], len(card.task_names), card.step) == ("builtin:toy", 6, 4)
+
+
+def test_the_reloaded_adapter_gives_the_logged_validation_loss(run: Path, tmp_path: Path) -> None:
+    logged = read_metrics(run)[-1]["validation_loss"]
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    config = load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"])
+    setup = verb.prepare(config)
+    setup.adapter.load_state_dict(load_adapter(run).state_dict())
+    assert setup.validate()["validation_loss"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_finished_run_started_again_adds_nothing(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder)
+    before = (folder / "metrics.jsonl").read_text()
+    train(folder)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_old_steps_go_beyond_the_number_to_keep(tmp_path: Path) -> None:
+    train(tmp_path / "run", "run.keep=1")
+    assert [path.name for path in (tmp_path / "run" / "steps").iterdir()] == ["000004"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter={n_skills: 1, rank: 4}"],
+        ["adapter={kind: ia3, n_skills: 1}"],
+        ["adapter={kind: ia3, n_skills: 3, n_splits: 4}"],
+        ["adapter={n_skills: 3, policy: noisy, granularity: sublayer}"],
+        ["adapter={n_skills: 3, policy: straight_through, granularity: stack}"],
+        ["adapter={n_skills: 3, policy: random, granularity: model}"],
+        ["adapter={n_skills: 3, policy: uniform}"],
+        ["adapter={n_skills: 3, policy: fixed, layout: light}"],
+        ["adapter={n_skills: 1, policy: private}"],
+        ["optim.name=adafactor", "mixture.temperature=2", "loss.label_smoothing=0.1"],
+        ["backbone.dtype=bfloat16", "backbone.recompute=non_reentrant"],
+        ["loss.normalise=examples", "schedule.decay=cosine", "backbone.dropout=0.1"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_method_and_setting_trains(tmp_path: Path, overrides: list[str]) -> None:
+    train(tmp_path / "run", "run.validate_every=-1", *overrides)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert len(losses) == 4
+    assert all(loss > 0 for loss in losses)
+
+
+@pytest.mark.slow
+def test_mhr_learns_what_a_lora_of_the_same_rank_cannot(tmp_path: Path) -> None:
+    """The inputs do not tell the task: only routing can (reference/toy_suite.md)."""
+    length = (
+        "schedule.steps=150",
+        "run.save_every=0",
+        "tasks.n_tasks=20",
+        "tasks.train_examples=100",
+        "batch.batch_size=64",
+        "batch.micro_batch_size=64",
+    )
+    final = {}
+    for name, setting in (("lora", "n_skills: 1"), ("mhr", "n_skills: 4, n_splits: 8")):
+        adapter = f"adapter={{layout: attention, rank: 2, {setting}}}"
+        train(tmp_path / name, *length, adapter)
+        final[name] = read_metrics(tmp_path / name)[-1]["validation_loss"]
+    assert final["mhr"] < 0.5 * final["lora"]
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, **changes: object) -> str:
+    """A folder with a configuration only."""
+    folder.mkdir()
+    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=1).to_dict()
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def jsonl(folder: Path, text: str) -> list[str]:
+    (folder / "data" / "t").mkdir(parents=True)
+    (folder / "data" / "t" / "train.jsonl").write_text(text)
+    return [f"tasks={{suite: jsonl, folder: {folder / 'data'}, intake: {{on_bad: error}}}}"]
+
+
+GOOD_ROW = '{"input": "a b", "target": "b a"}\n'
+BAD_INPUT = {
+    "unknown_key": (["adapter.n_skils=4"], "did you mean 'n_skills'?"),
+    "wrong_type": (["adapter.rank=two"], "adapter.rank: input should be a valid integer"),
+    "missing_folder": (["tasks={suite: superni, folder: nowhere}"], "nowhere"),
+    "splits_do_not_divide": (["adapter.n_splits=7"], "n_splits: 7 does not divide the input width"),
+    "unknown_layout": (["adapter.layout=ful"], "did you mean 'full'?"),
+    "unknown_backbone_folder": (["backbone.name=./no/such"], "no folder './no/such'"),
+    "unknown_ds_file": (["run.ds_config=ds_configs/zero4.json"], "no file 'ds_configs/zero4.json'"),
+    "indivisible_batch": (["batch.micro_batch_size=3"], "do not divide into micro batches of 3"),
+    "t0_without_reader": (["tasks={suite: t0}"], "P3"),
+    "unknown_tasks_in_weights": (["mixture.weights={revers: 2.0}"], "revers"),
+}
+
+
+def fails(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """Run the launch script's main; it must leave with code 2, one line, and nothing written."""
+    run_folder = folder / "run"
+    argv = ["pretrain.py", TOY, *SHORT, f"run.folder={run_folder}", *overrides]
+    old, sys.argv = sys.argv, argv
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(PretrainConfig, pretrain, usage="pretrain")
+    finally:
+        sys.argv = old
+    assert left.value.code == 2
+    assert not run_folder.exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert message in fails(tmp_path, capsys, *overrides)
+
+
+def test_a_malformed_line_is_named_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(tmp_path, capsys, *jsonl(tmp_path, GOOD_ROW + '{"input": "a\n'))
+    assert "train.jsonl:2:" in message
+
+
+def test_an_empty_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train.jsonl" in fails(tmp_path, capsys, *jsonl(tmp_path, "\n"))
+
+
+def test_a_checkpoint_without_weights_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "backbone")
+    assert "no *.safetensors" in fails(tmp_path, capsys, f"backbone.name={folder}")
+
+
+def test_a_backbone_of_another_family_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "backbone", model_type="bart")
+    assert "type 'bart'" in fails(tmp_path, capsys, f"backbone.name={folder}")
+
+
+def test_a_duplicate_key_is_named_with_both_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("run: {folder: a}\nrun: {folder: b}\n")
+    sys_argv, sys.argv = sys.argv, ["pretrain.py", str(recipe)]
+    try:
+        with pytest.raises(SystemExit):
+            main(PretrainConfig, pretrain, usage="pretrain")
+    finally:
+        sys.argv = sys_argv
+    assert "twice.yaml:2: key 'run' stands twice (first" in capsys.readouterr().err
+
+
+def test_a_run_folder_with_other_settings_is_refused_and_left_alone(
+    run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(run, folder)
+    before = {path: path.stat().st_mtime for path in folder.rglob("*")}
+    with pytest.raises(RunError, match=r"adapter\.rank was 2, is 3"):
+        train(folder, "adapter.rank=3")
+    assert {path: path.stat().st_mtime for path in folder.rglob("*")} == before
+
+
+def test_an_adapter_of_another_layout_is_refused(run: Path) -> None:
+    config = T5Config(
+        d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=1, feed_forward_proj="gated-gelu"
+    )
+    with pytest.raises(UserError, match="made for another backbone"):
+        load_adapter(run, model=T5ForConditionalGeneration(config))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Path) -> None:
+    trainer = verb.prepare(
+        load(PretrainConfig, TOY, [*SHORT, f"run.folder={tmp_path}", "run.validate_every=-1"])
+    )
+    task = trainer.data.plan.samples(0, 1)[0].task
+    name = trainer.adapter.task_names[task]
+    with torch.no_grad():
+        trainer.adapter.routing_logits[task].fill_(float("nan"))
+    with pytest.raises(UserError, match=rf"step 1: .*{name}.*nothing is saved yet"):
+        trainer.train()
