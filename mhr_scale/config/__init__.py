@@ -1,0 +1,45 @@
+"""What a recipe may say: one frozen dataclass per question, plain Python, no dependency.
+
+Parts answer *what is the model* (`BackboneConfig`, `AdapterConfig`), *what is the data* (a tasks
+part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`, `ScheduleConfig`,
+`BatchConfig`) and *where do we write* (`RunConfig`). Derived numbers are methods, never fields.
+`recipe.py` reads them from YAML. The text under a field is its help text.
+"""
+
+from mhr_scale.config.data import (
+    IntakeConfig,
+    JsonlTasks,
+    MixtureConfig,
+    SuperNITasks,
+    T0Tasks,
+    TasksConfig,
+    ToyTasks,
+)
+from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy
+from mhr_scale.config.training import (
+    BatchConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from mhr_scale.config.verbs import PretrainConfig
+
+__all__ = [
+    "AdapterConfig",
+    "BackboneConfig",
+    "BatchConfig",
+    "IntakeConfig",
+    "JsonlTasks",
+    "LossConfig",
+    "MixtureConfig",
+    "OptimConfig",
+    "Policy",
+    "PretrainConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SuperNITasks",
+    "T0Tasks",
+    "TasksConfig",
+    "ToyTasks",
+]

@@ -1,0 +1,132 @@
+"""What is the data: a part per suite of tasks, and how tasks share the stream of samples."""
+
+from dataclasses import field
+from typing import Literal
+
+from mhr_scale.config.part import part
+from mhr_scale.errors import ConfigError
+
+
+@part
+class IntakeConfig:
+    """What readers do with rows they cannot use."""
+
+    on_bad: Literal["reject", "error", "skip"] = "reject"
+    """reject: write down, stop above max(10, 0.1 %); error: stop at the first; skip: never stop."""
+    empty_target: Literal["reject", "keep"] = "reject"
+    """Whether a row with an empty target is refused or trains the end-of-sequence token."""
+    empty_input: Literal["reject", "keep"] = "reject"
+    """Whether a row with an empty input is refused."""
+
+
+@part
+class ToyTasks:
+    """The built-in compositional suite (list operation, symbol map, output format)."""
+
+    suite: Literal["toy"]
+    """Chooses this part."""
+    n_tasks: int = 60
+    """Training tasks drawn from the 144 compositions, the 10 held-out ones excluded."""
+    train_examples: int = 200
+    """Training examples per task."""
+    validation_examples: int = 20
+    """Held-out examples per training task."""
+    instruction: Literal["none", "full"] = "none"
+    """none: the input does not tell the task; full: three instruction tokens do."""
+    seed: int = 0
+    """Seed of the task split and of the examples."""
+
+
+@part
+class SuperNITasks:
+    """Super-NaturalInstructions: a folder with `tasks/*.json` and `splits/<split>/`."""
+
+    suite: Literal["superni"]
+    """Chooses this part."""
+    folder: str
+    """Folder that holds `tasks/` and `splits/`."""
+    split: str = "default"
+    """Sub-folder of `splits/` whose `train_tasks.txt` or `test_tasks.txt` is read."""
+    fold: Literal["train", "test"] = "train"
+    """Which task list of the split."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks of the list; empty = all."""
+    missing: Literal["error", "skip"] = "error"
+    """What a listed task without a file does."""
+    train_examples: int = 100
+    """Training instances per task."""
+    validation_examples: int = 100
+    """Validation instances per task, disjoint from the training ones."""
+    test_examples: int = 100
+    """Test instances of a `test` task: its first ones, the same for every seed."""
+    positive_examples: int = 0
+    """Positive examples in the prompt (0-2)."""
+    prompt: Literal["tk_instruct", "mhr", "mhr_name"] = "mhr"
+    """Prompt wording: Tk-Instruct's, MHR's (R2), or MHR's earlier one with the task name (R1)."""
+    references: Literal["random", "first", "all"] = "random"
+    """Training target of a many-reference row: one drawn per access, the first, or a row each."""
+    seed: int = 42
+    """Seed of the split into training and validation instances."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.positive_examples <= 2:
+            raise ConfigError(f"tasks.positive_examples: {self.positive_examples} is not in 0..2")
+
+
+@part
+class JsonlTasks:
+    """The user's own rows: one JSONL file per task and fold, or per fold with a `task` field."""
+
+    suite: Literal["jsonl"]
+    """Chooses this part."""
+    folder: str
+    """Folder with the JSONL files, and optionally `tasks.yaml` (cap, weight, metric per task)."""
+    validation_examples: int = 100
+    """Rows per task set aside where no `validation.jsonl` exists (at most a tenth of the task)."""
+    seed: int = 42
+    """Seed of that choice."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+
+@part
+class T0Tasks:
+    """The T0 training mixture from P3."""
+
+    suite: Literal["t0"]
+    """Chooses this part."""
+    source: str = "bigscience/P3"
+    """Hub id or local folder of P3."""
+    mixture: Literal["T0", "T0+", "T0++"] = "T0"
+    """Which training mixture."""
+    unit: Literal["prompt", "dataset"] = "prompt"
+    """Whether a task is one prompt (313 tasks) or one data set (38)."""
+
+
+TasksConfig = ToyTasks | SuperNITasks | JsonlTasks | T0Tasks
+
+
+@part
+class MixtureConfig:
+    """How tasks share the stream of samples."""
+
+    cap: int | None = None
+    """Rows of a task that count in one epoch; a task's own `cap` is stronger."""
+    temperature: float = 1.0
+    """Shares are (capped size) ** (1 / temperature)."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Fixed relative weights by task name; a task without one keeps its share."""
+    first_rows: bool = False
+    """Repeat a capped task's first rows every epoch instead of walking on through the task."""
+    group: int = 1
+    """Consecutive samples of one task per draw (MHR mixes distinct tasks only: 4 means fewer)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ConfigError(f"mixture.temperature: {self.temperature} is not above 0")
+        if self.group < 1:
+            raise ConfigError(f"mixture.group: {self.group} is not at least 1")
+        if self.cap is not None and self.cap < 1:
+            raise ConfigError(f"mixture.cap: {self.cap} is not at least 1")

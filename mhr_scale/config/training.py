@@ -1,0 +1,140 @@
+"""How do we train, and where do we write."""
+
+from typing import Literal
+
+from mhr_scale.config.part import part
+from mhr_scale.errors import ConfigError
+
+
+@part
+class LossConfig:
+    """Cross-entropy of the target tokens."""
+
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary."""
+    normalise: Literal["tokens", "examples"] = "tokens"
+    """Divide the summed loss by the global number of target tokens (T0) or examples (SuperNI)."""
+
+
+@part
+class OptimConfig:
+    """The optimizer of inventory and routing."""
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    """Adafactor (factored per adapted linear, no momentum) or AdamW."""
+    lr: float = 1e-3
+    """Peak learning rate of the inventory."""
+    routing_lr: float = 0.1
+    """Peak learning rate of the routing logits."""
+    scale_parameter: bool = False
+    """Adafactor: multiply the rate by max(1e-3, RMS of the tensor)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the inventory (never of routing)."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.999
+    """AdamW's second-moment decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; null switches clipping off."""
+
+
+@part
+class ScheduleConfig:
+    """Length of the run and shape of the learning rate."""
+
+    steps: int
+    """Optimizer steps."""
+    warmup_steps: int | None = None
+    """Linear warm-up from 0, in steps; excludes `warmup_fraction`."""
+    warmup_fraction: float = 0.0
+    """Linear warm-up from 0, as a share of `steps`."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 after the warm-up, or none."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"schedule.steps: {self.steps} is not at least 1")
+        if self.warmup_steps is not None and self.warmup_fraction:
+            raise ConfigError("schedule: give warmup_steps or warmup_fraction, not both")
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ConfigError(f"schedule.warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up length in steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return int(self.warmup_fraction * self.steps)
+
+
+@part
+class BatchConfig:
+    """Rows per step and tokens per row."""
+
+    batch_size: int = 16
+    """Rows per optimizer step over all ranks."""
+    micro_batch_size: int = 4
+    """Rows per rank and forward pass; the rest is accumulated."""
+    max_input_tokens: int = 256
+    """Inputs are cut here; the share of cut rows is logged."""
+    max_target_tokens: int = 256
+    """Targets are cut here, the end-of-sequence token kept."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """Whether over-long rows are cut or left out (and counted)."""
+    pad_multiple: int = 8
+    """Inputs are padded to a multiple of this many tokens."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "max_input_tokens",
+            "max_target_tokens",
+            "pad_multiple",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name}: {getattr(self, name)} is not at least 1")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps per step on each of `world_size` ranks.
+
+        Raises `ConfigError` if ranks times micro batch does not divide the batch.
+        """
+        rows = world_size * self.micro_batch_size
+        if self.batch_size % rows:
+            raise ConfigError(
+                f"batch.batch_size: {self.batch_size} rows do not divide into micro batches of "
+                f"{self.micro_batch_size} on {world_size} rank(s); use a multiple of {rows} or a "
+                f"micro_batch_size that divides {self.batch_size / world_size:g}"
+            )
+        return self.batch_size // rows
+
+
+@part
+class RunConfig:
+    """Where a run writes, how often, and under which DeepSpeed file."""
+
+    folder: str
+    """The run folder; the same command continues what it finds there."""
+    seed: int = 42
+    """Seed of initialisation, sample order and routing noise."""
+    save_every: int = 0
+    """Save every so many steps (0: only at the end)."""
+    keep: int = 3
+    """Number of saved steps to keep."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 0
+    """Steps between validations (0: at the start and at the end only; -1: never)."""
+    ds_config: str | None = None
+    """DeepSpeed file: placement and communication of the backbone; null: replicated."""
+    timeout_seconds: float = 1800.0
+    """How long a collective may wait for the other ranks."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(f"run.keep: {self.keep} is not at least 1")
+        if self.log_every < 1:
+            raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")

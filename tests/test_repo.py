@@ -1,0 +1,121 @@
+"""The repository as a whole: what the README says is so."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = sorted((ROOT / "mhr_scale").rglob("*.py"))
+SHORT = (
+    "schedule.steps=2",
+    "batch.batch_size=8",
+    "batch.micro_batch_size=4",
+    "run.save_every=0",
+    "batch.max_input_tokens=48",
+    "tasks.validation_examples=1",
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def tree() -> set[str]:
+    """Paths of the files under `mhr_scale/` that the README's tree names."""
+    section = README.split("## The tree")[1].split("An arrow")[0]
+    found, folders = set(), [""]
+    for line in section.splitlines():
+        entry = re.match(r"^( +)(\S+)", line)
+        if not entry:
+            continue
+        depth = (len(entry[1]) - 4) // 2
+        folders = folders[: depth + 1]
+        name = entry[2]
+        if name.endswith("/"):
+            folders.append(folders[-1] + name)
+        else:
+            found.add(folders[-1] + name)
+    return found
+
+
+def test_the_tree_in_the_readme_is_the_package() -> None:
+    files = {str(path.relative_to(ROOT)) for path in PACKAGE}
+    plain = {name for name in files if not name.endswith("/__init__.py")}
+    assert {name for name in tree() if name != "mhr_scale/__init__.py"} == plain
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_of_the_readme_run(
+    command: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    words = [word for word in shlex.split(command) if "=" not in word or "." in word.split("=")[0]]
+    if "../shared" in command:
+        folder = request.getfixturevalue("shared")
+        words = [word.replace("../shared", str(folder)) for word in words]
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    ranks = int(words[words.index("--num_gpus") + 1]) if "--num_gpus" in words else 0
+    overrides = [f"run.folder={tmp_path / 'run'}", *SHORT]
+    result = run(words[script], *words[script + 1 :], *overrides, ranks=ranks)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_example_of_the_readme_runs(code: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "averaged_adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, flags=re.MULTILINE))
+def test_the_make_targets_of_the_readme_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_mistake_under_the_launcher_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    result = run(
+        "launch/pretrain.py",
+        "launch/recipes/toy.yaml",
+        "adapter.rnk=2",
+        f"run.folder={tmp_path / 'run'}",
+        ranks=2,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert (result.returncode, len(lines)) == (2, 1)
+    assert "did you mean 'rank'?" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_under_four_hundred_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+
+
+@pytest.mark.parametrize(
+    "path", [*PACKAGE, *(ROOT / "launch").rglob("*.py")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_source_is_ascii(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").isascii()
+
+
+@pytest.mark.parametrize("stub", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
+def test_launch_stubs_have_no_loop_and_at_most_forty_lines(stub: Path) -> None:
+    text = stub.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert not re.search(r"^\s*(for|while) ", text, flags=re.MULTILINE)
