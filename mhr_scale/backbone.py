@@ -8,20 +8,17 @@ from the names in the checkpoint.
 
 import dataclasses
 import json
-import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import BackboneError, did_you_mean
-from mhr_scale.seeds import seed_from
+from mhr_scale.errors import BackboneError, did_you_mean, first_line
+from mhr_scale.weights import PickledSource, RandomSource, WeightSource, open_weights
 
 BUILTIN = {"builtin:toy": Path(__file__).parent / "tasks" / "toy_backbone"}
 MODEL_TYPES = ("t5", "mt5")
@@ -31,128 +28,6 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
 #: Settings of T5Config that have to be at least 1.
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
-
-
-class WeightSource(Protocol):
-    """Tensors by name, read by flat range so that nobody has to hold more than their part."""
-
-    def names(self) -> frozenset[str]:
-        """Names in the checkpoint; empty where every name can be made (random weights)."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-
-
-class SafetensorsSource:
-    """Safetensors files; a range read touches only the rows that hold it."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._handles: dict[str, tuple[Any, Path]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, "pt")
-            except (SafetensorError, OSError) as error:
-                raise BackboneError(f"{file}: not a readable safetensors file ({error})") from error
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                self._handles[name] = (handle, file)
-
-    def names(self) -> frozenset[str]:
-        """Names in all files."""
-        return frozenset(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the file's header."""
-        return tuple(self._handles[name][0].get_slice(name).get_shape())
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        shape = self.shape(name)
-        width = 1
-        for size in shape[1:]:
-            width *= size
-        first, last = start // width, -(-stop // width)
-        handle, file = self._handles[name]
-        try:
-            rows: Tensor = handle.get_slice(name)[first:last]
-        except SafetensorError as error:
-            raise BackboneError(f"{file}: cannot read {name} ({error})") from error
-        return rows.reshape(-1)[start - first * width : stop - first * width]
-
-
-class PickledSource:
-    """`.bin` checkpoints, read with `weights_only`; memory-mapped unless in torch's old format."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                mmap = zipfile.is_zipfile(file)
-                tensors = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise BackboneError(f"{file}: not a checkpoint of tensors alone") from error
-            except Exception as error:
-                raise BackboneError(
-                    f"{file}: not a readable checkpoint ({_first_line(error)})"
-                ) from error
-            if not isinstance(tensors, dict):
-                raise BackboneError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
-            strange = [name for name in tensors if not isinstance(tensors[name], Tensor)]
-            if strange:
-                raise BackboneError(f"{file}: '{strange[0]}' is no tensor")
-            self._tensors.update(tensors)
-
-    def names(self) -> frozenset[str]:
-        """Names in all files."""
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        return self._tensors[name].reshape(-1)[start:stop]
-
-
-class RandomSource:
-    """Random weights by T5's own rules, each tensor a function of the seed and its name alone."""
-
-    def __init__(self, config: Any, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-        self._config, self._shapes, self._seed = config, shapes, seed
-        self._last: tuple[str, Tensor] | None = None
-
-    def names(self) -> frozenset[str]:
-        """Names of the model built from the configuration."""
-        return frozenset(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return self._shapes[name]
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        if self._last is None or self._last[0] != name:
-            self._last = (name, self._make(name))
-        return self._last[1].reshape(-1)[start:stop]
-
-    def _make(self, name: str) -> Tensor:
-        c, factor = self._config, self._config.initializer_factor
-        tensor = torch.empty(self._shapes[name])
-        if "layer_norm" in name:
-            return tensor.fill_(factor)
-        last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        std = {
-            "shared": 1.0,
-            "lm_head": 1.0,
-            "q": (c.d_model * c.d_kv) ** -0.5,
-            "o": (c.num_heads * c.d_kv) ** -0.5,
-            "wo": c.d_ff**-0.5,
-        }.get(last, c.d_model**-0.5)
-        generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
-        return tensor.normal_(0.0, factor * std, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +57,7 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         try:
             model_config = T5Config(**fields)
         except Exception as error:
-            raise BackboneError(f"backbone.config: {_first_line(error)}") from error
+            raise BackboneError(f"backbone.config: {first_line(error)}") from error
         _check_config(model_config, "backbone.config")
         tied = fields.get("tie_word_embeddings", True) is not False
         shapes = _shapes(model_config, tied=tied)
@@ -209,11 +84,11 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     try:
         model_config = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise BackboneError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+        raise BackboneError(f"{folder / 'config.json'}: {first_line(error)}") from error
     _check_config(model_config, str(folder / "config.json"))
     if getattr(model_config, "decoder_start_token_id", None) is None:
         model_config.decoder_start_token_id = model_config.pad_token_id
-    source = _open(folder)
+    source = open_weights(folder)
     tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
     facts = {"name": config.name, "revision": config.revision, "folder": folder.name}
     return Blueprint(
@@ -254,7 +129,7 @@ def find_folder(
     except Exception as error:
         raise BackboneError(
             f"{setting}: '{name}' is no local folder and the hub does not give it "
-            f"({type(error).__name__}: {_first_line(error)}); "
+            f"({type(error).__name__}: {first_line(error)}); "
             f"give a folder, a hub id or {', '.join(BUILTIN)}"
         ) from error
 
@@ -382,7 +257,7 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             raise BackboneError(
-                f"{folder}: no readable tokenizer ({_first_line(error)}); set backbone.tokenizer"
+                f"{folder}: no readable tokenizer ({first_line(error)}); set backbone.tokenizer"
             ) from error
         wanted = sorted(set(tokenizer.vocab_files_names.values()))
         if wanted and not any((folder / file).is_file() for file in wanted):
@@ -453,25 +328,6 @@ def _check_config(model_config: Any, place: str) -> None:
         raise BackboneError(
             f"{place}: feed_forward_proj: no activation '{model_config.dense_act_fn}'{known}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    n_lines = 2 if lines and lines[0].endswith(":") else 1
-    return " ".join(lines[:n_lines])[:200] or type(error).__name__
-
-
-def _open(folder: Path) -> WeightSource:
-    """The weights of a folder: safetensors where there are any, else `.bin` files."""
-    for pattern, kind in (
-        ("*.safetensors", SafetensorsSource),
-        ("pytorch_model*.bin", PickledSource),
-    ):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return kind(files)
-    raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here")
 
 
 def _is_tied(source: WeightSource, *, says_tied: bool) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "RunError",
     "UserError",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -61,3 +62,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest known word, or an empty string."""
     matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    n_lines = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:n_lines])[:200] or type(error).__name__
