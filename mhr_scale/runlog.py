@@ -133,13 +133,21 @@ def _git_commit() -> str | None:
 class Progress:
     """A progress bar on rank 0 of a terminal; elsewhere a log line now and then."""
 
-    def __init__(self, total: int, *, start: int, what: str, every_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int,
+        what: str,
+        unit: str = "step",
+        every_seconds: float = 30.0,
+    ) -> None:
         self._is_terminal = sys.stderr.isatty() and rank() == 0
         self._bar = tqdm(
             total=total,
             initial=start,
             desc=what,
-            unit="step",
+            unit=unit,
             disable=not self._is_terminal,
             dynamic_ncols=True,
         )

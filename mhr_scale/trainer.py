@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from mhr_scale import batching, checkpoint, losses, optim
 from mhr_scale.adapters import Adapter
-from mhr_scale.batching import Batch, Pick, Tokenised
+from mhr_scale.batching import Batch, StepBatches
 from mhr_scale.config import PretrainConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import DivergenceError, RunError
 from mhr_scale.runlog import Metrics, Progress, log
 from mhr_scale.seeds import seed_from
-from mhr_scale.tasks.mixture import MixturePlan
-from mhr_scale.tasks.suites import Suite
+from mhr_scale.tokens import TokenSet
 
 
 @dataclass(slots=True)
@@ -39,17 +38,6 @@ class StepSums:
     row_losses: list[tuple[Batch, Tensor]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """What a training run reads: tasks, their tokenised rows, and the plan that orders them."""
-
-    suite: Suite
-    tokenised: Tokenised
-    plan: MixturePlan
-    references: str
-    pad_id: int
-
-
 class Trainer:
     """Trains one adapter on one backbone; holds what a step needs and nothing else."""
 
@@ -60,14 +48,16 @@ class Trainer:
         engine: Engine,
         model: nn.Module,
         adapter: Adapter,
-        data: Data,
+        tokens: TokenSet,
+        batches: StepBatches,
         backbone_facts: Mapping[str, Any],
     ) -> None:
         self.config = config
         self.engine = engine
         self.model = model
         self.adapter = adapter
-        self.data = data
+        self.tokens = tokens
+        self.batches = batches
         self.backbone_facts = dict(backbone_facts)
         self.folder = Path(config.run.folder)
         self.optimizer = optim.make_optimizer(adapter, config.optim)
@@ -84,10 +74,10 @@ class Trainer:
         if self.resume_step is None and config.run.validate_every >= 0:
             self._log_validation(metrics)
         progress = Progress(config.schedule.steps, start=self.step, what="pretrain")
-        while self.step < config.schedule.steps:
-            begun = time.monotonic()
+        begun = time.monotonic()
+        for micro_batches in self.batches.load(self.step, config.schedule.steps):
             rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
-            sums = self.accumulate()
+            sums = self.accumulate(micro_batches)
             values = self.reduce_gradients(sums)
             norm = self._clip_and_check(values, sums)
             self.optimizer.step()
@@ -101,17 +91,18 @@ class Trainer:
                 line |= {f"lr_{name}": rate for name, rate in rates.items()}
                 self._write(metrics, {**line, "tokens_per_second": rate})
             self._validate_and_save(metrics)
+            begun = time.monotonic()
         progress.close()
 
-    def accumulate(self) -> StepSums:
-        """Forward and backward passes of this rank's micro batches of the next step.
+    def accumulate(self, micro_batches: list[Batch]) -> StepSums:
+        """Forward and backward passes of this rank's micro batches of a step.
 
         Gradients of the summed loss accumulate in the adapter's parameters.
         """
         config, sums = self.config, StepSums()
         self.model.train()
-        for number, picks in enumerate(self._micro_batches()):
-            batch = self._collate(picks)
+        for number, host_batch in enumerate(micro_batches):
+            batch = host_batch.to(self.engine.device)
             torch.manual_seed(
                 seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
             )
@@ -180,7 +171,7 @@ class Trainer:
 
     def _describe_divergence(self, loss: float, sums: StepSums) -> str:
         """Name the step and the tasks whose rows have no finite loss. Collective."""
-        names = self.data.plan.shares
+        names = self.batches.plan.shares
         mine = {
             names[task].name
             for batch, row_losses in sums.row_losses
@@ -208,14 +199,14 @@ class Trainer:
         Ranks stay in step: the last round is filled up with a batch that does not count.
         """
         engine, config = self.engine, self.config
-        picks = batching.validation_picks(self.data.tokenised)
+        picks = batching.number_rows(self.tokens.validation)
         chunks = batching.cut_micro_batches(picks, config.batch.micro_batch_size)
-        n_tasks = len(self.data.plan.shares)
+        n_tasks = len(self.tokens.cards)
         sums = torch.zeros(2, n_tasks, dtype=torch.float64, device=engine.device)
         self.model.eval()
         for start in range(0, len(chunks), engine.world_size):
             number = start + engine.rank
-            batch = self._collate(chunks[min(number, len(chunks) - 1)])
+            batch = self.batches.collate(chunks[min(number, len(chunks) - 1)]).to(engine.device)
             with self.adapter.slots(batch.task_ids):
                 loss = self._forward(batch, label_smoothing=0.0)
             if number < len(chunks):
@@ -225,8 +216,8 @@ class Trainer:
         engine.reduce_sum(sums)
         totals, counts = sums.tolist()
         by_task = {
-            share.name: total / count
-            for share, total, count in zip(self.data.plan.shares, totals, counts, strict=True)
+            card.name: total / count
+            for card, total, count in zip(self.tokens.cards, totals, counts, strict=True)
             if count
         }
         mean = sum(totals) / sum(counts) if sum(counts) else None
@@ -240,7 +231,7 @@ class Trainer:
         if step is None:
             return
         progress = checkpoint.load(self.folder, step, self.adapter, self.optimizer)
-        if progress["plan"] != self.data.plan.fingerprint:
+        if progress["plan"] != self.batches.plan.fingerprint:
             raise RunError(
                 f"{self.folder}: its sample stream came from other data or another mixture; "
                 "use another run.folder"
@@ -257,7 +248,7 @@ class Trainer:
                 self.optimizer,
                 step=self.step,
                 progress={
-                    "plan": self.data.plan.fingerprint,
+                    "plan": self.batches.plan.fingerprint,
                     "samples": self.step * self.config.batch.batch_size,
                 },
                 backbone=self.backbone_facts,
@@ -293,32 +284,9 @@ class Trainer:
         if metrics is not None:
             metrics.write(values)
 
-    def _step_samples(self) -> tuple[int, int]:
-        size = self.config.batch.batch_size
-        return self.step * size, (self.step + 1) * size
-
     def _tasks_of_step(self) -> list[int]:
         """Tasks of the whole global batch: every rank knows them without asking."""
-        return sorted({sample.task for sample in self.data.plan.samples(*self._step_samples())})
-
-    def _micro_batches(self) -> list[list[Pick]]:
-        """This rank's micro batches of the next step."""
-        picks = batching.pick(
-            self.data.plan.samples(*self._step_samples()),
-            self.data.tokenised,
-            references=self.data.references,
-            seed=self.config.run.seed,
-        )
-        chunks = batching.cut_micro_batches(picks, self.config.batch.micro_batch_size)
-        return chunks[self.engine.rank :: self.engine.world_size]
-
-    def _collate(self, picks: list[Pick]) -> Batch:
-        return batching.collate(
-            picks,
-            pad_id=self.data.pad_id,
-            pad_multiple=self.config.batch.pad_multiple,
-            device=self.engine.device,
-        )
+        return sorted({sample.task for sample in self.batches.samples(self.step)})
 
     def _forward(self, batch: Batch, *, label_smoothing: float) -> losses.Loss:
         """Loss of each row: the frozen model with the slots in use."""

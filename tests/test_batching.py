@@ -6,208 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, ByT5Tokenizer
 
-from mhr_scale.backbone import BUILTIN
-from mhr_scale.batching import (
-    Cuts,
-    Pick,
-    Row,
-    Tokenised,
-    collate,
-    cut_micro_batches,
-    pick,
-    tokenise,
-    validation_picks,
-)
-from mhr_scale.config import BatchConfig
-from mhr_scale.errors import DataError
+from mhr_scale.batching import Pick, StepBatches, collate, cut_micro_batches, number_rows, pick
+from mhr_scale.config import BatchConfig, MixtureConfig
+from mhr_scale.encode import Row
 from mhr_scale.losses import IGNORE
-from mhr_scale.tasks.mixture import Sample
-from mhr_scale.tasks.task import Example, Task
-
-BYTES = ByT5Tokenizer()
-EOS = BYTES.eos_token_id
-
-
-def example(text="abc", *targets):
-    return Example(id="x", input=text, targets=targets or ("yes",))
-
-
-def task(*examples, **fields):
-    return Task(name="t", train=examples or (example(),), **fields)
-
-
-def train_rows(task, **batch):
-    return tokenise([task], BYTES, BatchConfig(**batch)).train[0]
-
-
-def cuts_of(task, **batch):
-    return tokenise([task], BYTES, BatchConfig(**batch)).cuts
-
-
-def words(ids):
-    """A row of bytes as text, its ending as a dollar."""
-    return "".join("$" if token == EOS else chr(token - 3) for token in ids.tolist())
-
-
-# -- tokenising and cutting -----------------------------------------------------------------------
-
-
-def test_a_row_is_its_text_and_an_ending():
-    (row,) = train_rows(task(example("abc", "yes")))
-    assert (words(row.input_ids), [words(ids) for ids in row.targets]) == ("abc$", ["yes$"])
-
-
-def test_every_reference_is_kept():
-    (row,) = train_rows(task(example("abc", "yes", "no", "")))
-    assert [words(ids) for ids in row.targets] == ["yes$", "no$", "$"]
-
-
-def test_an_empty_input_is_an_ending():
-    (row,) = train_rows(task(example("")))
-    assert words(row.input_ids) == "$"
-
-
-def test_rows_stay_in_the_order_of_tasks_and_examples():
-    tasks = [
-        Task(name="one", train=(example("a"), example("b")), validation=(example("c"),)),
-        Task(name="two", train=(example("d"),), validation=(example("e"), example("f"))),
-    ]
-    made = tokenise(tasks, BYTES, BatchConfig())
-    seen = [
-        [[words(row.input_ids) for row in rows] for rows in fold]
-        for fold in (made.train, made.validation)
-    ]
-    assert seen == [[["a$", "b$"], ["d$"]], [["c$"], ["e$", "f$"]]]
-
-
-@pytest.mark.parametrize(
-    ("text", "suffix", "limit", "expected"),
-    [
-        ("abcdefg", "", 8, "abcdefg$"),
-        ("abcdefgh", "", 8, "abcdefg$"),
-        ("abcdefghijkl", "", 8, "abcdefg$"),
-        ("abcd=>", "=>", 8, "abcd=>$"),
-        ("abcde=>", "=>", 8, "abcde=>$"),
-        ("abcdef=>", "=>", 8, "abcde=>$"),
-        ("abcdefghijkl=>", "=>", 8, "abcde=>$"),
-        ("abcdef=>", "=>", 4, "a=>$"),
-        ("=>=>=>=>", "=>", 6, "=>=" + "=>$"),
-    ],
-)
-def test_a_long_input_loses_tokens_in_front_of_its_suffix(text, suffix, limit, expected):
-    (row,) = train_rows(task(example(text), suffix=suffix), max_input_tokens=limit)
-    assert words(row.input_ids) == expected
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [("abc", "abc$"), ("abcd", "abc$"), ("abcdefgh", "abc$"), ("", "$")],
-)
-def test_a_long_target_loses_its_end_and_keeps_its_ending(target, expected):
-    (row,) = train_rows(task(example("x", target)), max_target_tokens=4)
-    assert [words(ids) for ids in row.targets] == [expected]
-
-
-def test_a_target_of_one_token_is_an_ending():
-    (row,) = train_rows(task(example("x", "abc")), max_target_tokens=1)
-    assert words(row.targets[0]) == "$"
-
-
-@pytest.mark.parametrize("own", [5, 12])
-def test_a_tasks_own_limit_is_stronger_than_the_batchs(own):
-    (row,) = train_rows(task(example("a" * 20), max_input_tokens=own), max_input_tokens=8)
-    assert len(row.input_ids) == own
-
-
-def test_another_tokenizers_suffix_survives_a_cut():
-    tokenizer = AutoTokenizer.from_pretrained(BUILTIN["builtin:toy"])
-    words = tokenizer.convert_ids_to_tokens(range(10, 20))
-    suffix = " " + " ".join(words[8:])
-    made = tokenise(
-        [task(example(" ".join(words)), suffix=suffix)], tokenizer, BatchConfig(max_input_tokens=6)
-    )
-    assert tokenizer.convert_ids_to_tokens(made.train[0][0].input_ids.tolist()) == [
-        *words[:3],
-        *words[8:],
-        tokenizer.eos_token,
-    ]
-
-
-def test_ids_take_four_bytes_each():
-    (row,) = train_rows(task())
-    assert (row.input_ids.dtype, row.targets[0].dtype) == (np.int32, np.int32)
-
-
-LENGTHS = task(
-    example("a" * 7, "b" * 3),
-    example("a" * 8, "b" * 3),
-    example("a" * 7, "b" * 4),
-    example("a" * 9, "b" * 9, "b"),
-    validation=(example("a" * 8), example("a")),
-)
-
-
-def test_cut_rows_are_counted():
-    cuts = cuts_of(LENGTHS, max_input_tokens=8, max_target_tokens=4)
-    assert cuts == Cuts(rows=6, inputs=3, targets=2, dropped=0)
-
-
-def test_dropped_rows_are_counted_and_not_cut():
-    cuts = cuts_of(LENGTHS, max_input_tokens=8, max_target_tokens=4, too_long="drop")
-    assert cuts == Cuts(rows=6, inputs=0, targets=0, dropped=4)
-
-
-def test_drop_leaves_the_rows_that_fit():
-    made = tokenise(
-        [LENGTHS], BYTES, BatchConfig(max_input_tokens=8, max_target_tokens=4, too_long="drop")
-    )
-    assert [len(fold[0]) for fold in (made.train, made.validation)] == [1, 1]
-
-
-def test_one_long_reference_drops_the_row():
-    long_second = task(example("a", "b", "b" * 9), example("a"))
-    assert len(train_rows(long_second, max_target_tokens=4, too_long="drop")) == 1
-
-
-def test_shares_are_of_all_rows():
-    assert Cuts(rows=8, inputs=2, targets=1, dropped=3).facts() == {
-        "cut_input_share": 0.25,
-        "cut_target_share": 0.125,
-        "dropped_rows": 3,
-    }
-
-
-def test_shares_of_no_rows_are_zero():
-    assert Cuts().facts()["cut_input_share"] == 0.0
-
-
-def test_a_task_without_a_row_that_fits_is_refused():
-    with pytest.raises(DataError) as caught:
-        train_rows(task(example("a" * 9)), max_input_tokens=8, too_long="drop")
-    assert str(caught.value) == (
-        "task t: every row is longer than 8 / 256 tokens and too_long is 'drop'; "
-        "raise the limits or cut"
-    )
-
-
-def test_a_task_without_a_validation_row_that_fits_is_allowed():
-    short = task(example("a"), validation=(example("a" * 9),))
-    made = tokenise([short], BYTES, BatchConfig(max_input_tokens=8, too_long="drop"))
-    assert made.validation == [[]]
-
-
-def test_a_limit_below_the_suffix_is_refused():
-    with pytest.raises(DataError) as caught:
-        train_rows(task(suffix="Output:"), max_input_tokens=8)
-    assert str(caught.value) == "task t: max_input_tokens 8 is below its suffix"
-
-
-def test_a_limit_of_one_token_more_than_the_suffix_is_enough():
-    (row,) = train_rows(task(example("abc Output:"), suffix="Output:"), max_input_tokens=9)
-    assert words(row.input_ids) == "aOutput:$"
-
+from mhr_scale.tasks.mixture import MixturePlan, Sample, Share
 
 # -- choosing -------------------------------------------------------------------------------------
 
@@ -216,13 +20,10 @@ def ids_of(*numbers):
     return np.array(numbers, dtype=np.int32)
 
 
-MANY = Tokenised(
-    train=[
-        [Row(ids_of(5), (ids_of(6),)), Row(ids_of(7), (ids_of(8), ids_of(9), ids_of(10)))],
-        [Row(ids_of(11), (ids_of(12),))],
-    ],
-    validation=[[], [Row(ids_of(13), (ids_of(14), ids_of(15)))], [Row(ids_of(16), (ids_of(17),))]],
-)
+MANY = [
+    [Row(ids_of(5), (ids_of(6),)), Row(ids_of(7), (ids_of(8), ids_of(9), ids_of(10)))],
+    [Row(ids_of(11), (ids_of(12),))],
+]
 
 
 def targets_of(numbers, *, references, seed=0):
@@ -265,10 +66,11 @@ def test_a_single_reference_is_never_drawn():
 
 
 def test_validation_takes_every_row_in_order_with_its_first_reference():
-    picks = validation_picks(MANY)
+    picks = number_rows([[], *MANY])
     assert [(p.number, p.task, p.input_ids.tolist(), p.target_ids.tolist()) for p in picks] == [
-        (0, 1, [13], [14]),
-        (1, 2, [16], [17]),
+        (0, 1, [5], [6]),
+        (1, 1, [7], [8]),
+        (2, 2, [11], [12]),
     ]
 
 
@@ -350,8 +152,7 @@ def batch_of(*pairs, pad_multiple=4, pad_id=0):
         Pick(10 + number, number % 2, ids_of(*inputs), ids_of(*targets))
         for number, (inputs, targets) in enumerate(pairs)
     ]
-    device = torch.device("cpu")
-    return collate(picks, pad_id=pad_id, pad_multiple=pad_multiple, device=device)
+    return collate(picks, pad_id=pad_id, pad_multiple=pad_multiple)
 
 
 RAGGED = (((5, 6, 7, 8, 1), (9, 1)), ((5, 1), (9, 10, 1)))
@@ -411,3 +212,49 @@ def test_the_padding_share_is_of_inputs_and_labels():
 
 def test_a_full_batch_has_no_padding():
     assert batch_of(((5, 6, 7, 1), (1,)), ((5, 6, 7, 1), (1,))).padding_share == 0.0
+
+
+# -- the stream of a run --------------------------------------------------------------------------
+
+
+def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5):
+    """The sample numbers of each micro batch of each step, as one rank sees them."""
+    sizes = [7, 12, 5]
+    rows = [
+        [Row(ids_of(*range(1 + (7 * row + task) % 9)), (ids_of(task, row),)) for row in range(n)]
+        for task, n in enumerate(sizes)
+    ]
+    shares = [Share(name=f"t{task}", size=n) for task, n in enumerate(sizes)]
+    batches = StepBatches(
+        rows=rows,
+        plan=MixturePlan(shares, config=MixtureConfig(), seed=3),
+        config=BatchConfig(batch_size=16, micro_batch_size=2, workers=workers),
+        references="first",
+        seed=3,
+        pad_id=0,
+        rank=rank,
+        world_size=world_size,
+    )
+    return [[batch.numbers for batch in step] for step in batches.load(start, stop)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_together_see_the_stream_of_one_rank(world_size):
+    ranks = [stream(rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [list(chain(*zip(*steps, strict=True))) for steps in zip(*ranks, strict=True)]
+    assert together == stream()
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_do_not_change_the_stream(workers):
+    assert stream(workers=workers) == stream()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 4])
+def test_the_stream_goes_on_the_same_from_any_step(start):
+    assert stream(start=start) == stream()[start:]
+
+
+def test_every_sample_of_the_stream_comes_once():
+    seen = list(chain.from_iterable(chain.from_iterable(stream())))
+    assert sorted(seen) == list(range(5 * 16))

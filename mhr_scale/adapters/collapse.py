@@ -19,8 +19,7 @@ def average(adapter: Adapter) -> Adapter:
     """
     n_pairs = adapter.inventory.n_pairs
     shape = (1, len(adapter.groups), adapter.config.n_splits, n_pairs)
-    weights = torch.full(shape, 1.0 / n_pairs, dtype=torch.float64)
-    return _collapse(adapter, weights, name="average")
+    return _collapse(adapter, torch.full(shape, 1.0 / n_pairs), name="average")
 
 
 def collapse(adapter: Adapter, task: str) -> Adapter:

@@ -93,16 +93,72 @@ class JsonlTasks:
 
 @part
 class T0Tasks:
-    """The T0 training mixture from P3."""
+    """The T0 training mixtures, from P3."""
 
     suite: Literal["t0"]
     """Chooses this part."""
     source: str = "bigscience/P3"
-    """Hub id or local folder of P3."""
+    """P3: its hub id, or a folder in the hub's layout, from `save_to_disk`, or of JSONL files."""
     mixture: Literal["T0", "T0+", "T0++"] = "T0"
-    """Which training mixture."""
+    """Which training mixture (313, 392 or 464 prompts)."""
     unit: Literal["prompt", "dataset"] = "prompt"
-    """Whether a task is one prompt (313 tasks) or one data set (38)."""
+    """Whether a task is one prompt (313 in T0) or one data set with all its prompts (38)."""
+    tasks: tuple[str, ...] = ()
+    """Only these prompts, by their P3 names, or all prompts of these data sets; empty = all."""
+    missing: Literal["error", "skip"] = "error"
+    """What a prompt that the source lacks does."""
+    cap_rule: Literal["t_few", "t_zero", "none"] = "t_few"
+    """Rows of a prompt that count: T-Few's and MHR's rule, T0's own, or all."""
+    max_rows: int | None = None
+    """Rows read of a prompt at most, its first ones; null = as many as its cap."""
+    validation_examples: int = 100
+    """Rows set aside per task for validation (at most a tenth of the task)."""
+    seed: int = 42
+    """Seed of that choice."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"tasks.max_rows: {self.max_rows} is not at least 1")
+        if self.validation_examples < 0:
+            raise ConfigError(f"tasks.validation_examples: {self.validation_examples} is below 0")
+
+
+@part
+class HeldOutTasks:
+    """The 11 tasks that T0 holds out: evaluation rows under their original-task prompts."""
+
+    suite: Literal["t0_eval"]
+    """Chooses this part."""
+    templates: str
+    """Folder of promptsource templates, `<data set>[/<subset>]/templates.yaml`."""
+    source: Literal["local", "hub"] = "local"
+    """Where raw rows come from: files below `folder`, or the Hugging Face hub."""
+    folder: str | None = None
+    """Raw rows under `source: local`: `<task>.<split>.jsonl`, `<task>/<split>.jsonl` or saved."""
+    storycloze: str | None = None
+    """Manual file of StoryCloze's test rows (CSV as handed out, or JSONL); null = do without."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks; empty = all 11."""
+    missing: Literal["error", "skip"] = "error"
+    """What a task without rows does."""
+    anli_split: Literal["test", "dev"] = "test"
+    """Which rows score ANLI: test as T-Few and MHR do, dev as T0 does."""
+    templates_mode: Literal["draw", "all"] = "draw"
+    """draw: one template per row, by `seed`; all: every row under every template."""
+    seed: int = 42
+    """Seed of the templates drawn and of templates that choose their wording."""
+    max_characters: int = 2048
+    """Characters kept of every field that a template inserts."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        if self.source == "local" and self.folder is None:
+            raise ConfigError(
+                "tasks.folder: not set; name the folder of raw rows or use source: hub"
+            )
 
 
 TasksConfig = ToyTasks | SuperNITasks | JsonlTasks | T0Tasks

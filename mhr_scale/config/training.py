@@ -85,6 +85,8 @@ class BatchConfig:
     """Whether over-long rows are cut or left out (and counted)."""
     pad_multiple: int = 8
     """Inputs are padded to a multiple of this many tokens."""
+    workers: int = 0
+    """Processes that prepare batches ahead; 0: the training process does it itself."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,6 +98,8 @@ class BatchConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batch.{name}: {getattr(self, name)} is not at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"batch.workers: {self.workers} is below 0")
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps per step on each of `world_size` ranks.
@@ -132,6 +136,8 @@ class RunConfig:
     """DeepSpeed file: placement and communication of the backbone; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
+    token_cache: str | None = None
+    """Folder that keeps tokenised tasks between runs; null: tokenise in memory at every start."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:

@@ -1,21 +1,25 @@
 """From a recipe's `tasks` part to tasks: one row per suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mhr_scale.config import JsonlTasks, SuperNITasks, T0Tasks, TasksConfig, ToyTasks
-from mhr_scale.errors import DataError
-from mhr_scale.runlog import log
-from mhr_scale.tasks import jsonl, superni, toy
-from mhr_scale.tasks.task import Intake, Task, check_not_empty
+from mhr_scale.tasks import jsonl, superni, t0, toy
+from mhr_scale.tasks.task import Intake, Task, TaskStream, check_not_empty
 
 
 @dataclass(frozen=True, slots=True)
-class Suite:
-    """Tasks in the order of their numbers, and what the reader took and refused."""
+class Reading:
+    """A suite being read: its tasks in the order of their numbers, and what is refused on the way.
 
-    tasks: list[Task]
+    A task without a training row is an error. `intake` is complete, and may be checked, once the
+    last task has been read.
+    """
+
+    tasks: Iterator[Task]
+    n_tasks: int
     intake: Intake
 
 
@@ -23,28 +27,35 @@ def _read_toy(config: ToyTasks, intake: Intake) -> list[Task]:
     return toy.make_tasks(config)
 
 
-def _read_t0(config: T0Tasks, intake: Intake) -> list[Task]:
-    raise DataError(
-        f"tasks.suite: the P3 reader ({config.source}, mixture {config.mixture}) is not part of "
-        "this version; use suite jsonl, superni or toy"
-    )
-
-
-READERS: dict[type, Callable[[Any, Intake], list[Task]]] = {
+READERS: dict[type, Callable[[Any, Intake], Sequence[Task] | TaskStream]] = {
     ToyTasks: _read_toy,
     SuperNITasks: superni.read_tasks,
     JsonlTasks: jsonl.read_tasks,
-    T0Tasks: _read_t0,
+    T0Tasks: t0.read_tasks,
 }
 
 
-def read_suite(config: TasksConfig) -> Suite:
-    """Read and check all tasks of a suite; raises `DataError` for what cannot be used."""
+def open_suite(config: TasksConfig, *, on_bad: str | None = None) -> Reading:
+    """Start to read a suite; raises `DataError` for what cannot be used.
+
+    `on_bad` overrides the recipe's policy for unusable rows.
+    """
     policy = getattr(config, "intake", None)
-    intake = Intake(on_bad=policy.on_bad if policy else "reject")
+    intake = Intake(on_bad=on_bad or (policy.on_bad if policy else "reject"))
     tasks = READERS[type(config)](config, intake)
-    intake.check()
-    check_not_empty(tasks)
-    if intake.rejects:
-        log.warning("%d rows refused; see rejects.jsonl in the run folder", len(intake.rejects))
-    return Suite(tasks, intake)
+    return Reading(_checked(tasks), len(tasks), intake)
+
+
+def _checked(tasks: Iterable[Task]) -> Iterator[Task]:
+    for task in tasks:
+        check_not_empty(task)
+        yield task
+
+
+def source_files(config: TasksConfig) -> list[Path]:
+    """The local files a suite is read from, sorted; none where it is made or fetched."""
+    name = getattr(config, "folder", None) or getattr(config, "source", None)
+    folder = Path(name) if name else None
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -5,9 +5,10 @@ that mixtures, collators and evaluators never know where a row came from.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mhr_scale.errors import DataError
 
@@ -92,10 +93,15 @@ class Intake:
             raise DataError(f"{place}: {reason} (task {task}); mend the row or set on_bad: reject")
         self.rejects.append(Reject(place=place, task=task, reason=reason, text=text[:200]))
 
+    @staticmethod
+    def is_too_much(refused: int, total: int) -> bool:
+        """Whether so many refused rows stop a reader that may refuse some."""
+        return refused > max(10, total // 1000)
+
     def check(self) -> None:
         """Raise `DataError` if too many rows were refused; names the first of them."""
         total = self.taken + len(self.rejects)
-        if self.on_bad == "skip" or len(self.rejects) <= max(10, total // 1000):
+        if self.on_bad == "skip" or not self.is_too_much(len(self.rejects), total):
             return
         first = self.rejects[0]
         raise DataError(
@@ -103,20 +109,36 @@ class Intake:
             "mend the data or set on_bad: skip"
         )
 
+    def rows(self) -> list[dict[str, str]]:
+        """The refused rows as plain values."""
+        return [{**asdict(reject), "place": str(reject.place)} for reject in self.rejects]
+
     def write(self, path: Path) -> None:
         """Write the refused rows as JSON lines."""
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as out:
-            for reject in self.rejects:
-                row = asdict(reject)
-                row["place"] = str(reject.place)
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        path.write_text(to_json_lines(self.rows()), encoding="utf-8")
 
 
-def check_not_empty(tasks: Iterable[Task]) -> None:
-    """Raise `DataError` naming every task that has no training example."""
-    empty = [task.name for task in tasks if not task.train]
-    if empty:
-        raise DataError(
-            f"no training example in {len(empty)} task(s): {', '.join(empty[:5])}"
-            f"{', ...' if len(empty) > 5 else ''}; remove the task or give it rows"
-        )
+@dataclass(frozen=True, slots=True)
+class TaskStream:
+    """A known number of tasks, read one after the other: large suites never lie in memory whole."""
+
+    n_tasks: int
+    read: Callable[[], Iterator[Task]]
+
+    def __len__(self) -> int:
+        return self.n_tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        return self.read()
+
+
+def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines; what is no valid text (unpaired surrogates) is escaped."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return lines.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def check_not_empty(task: Task) -> None:
+    """Raise `DataError` if a task has no training example."""
+    if not task.train:
+        raise DataError(f"no training example in task {task.name}; remove the task or give it rows")

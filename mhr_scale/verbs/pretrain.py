@@ -2,26 +2,26 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from mhr_scale import backbone, batching, checkpoint
+from mhr_scale import backbone, checkpoint
 from mhr_scale.adapters import attach, find_sites
 from mhr_scale.adapters.layout import check_splits
 from mhr_scale.backbone import Blueprint
+from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
 from mhr_scale.errors import RunError
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import log, record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.tasks.suites import read_suite
-from mhr_scale.tasks.task import Task
-from mhr_scale.trainer import Data, Trainer
+from mhr_scale.tasks.task import to_json_lines
+from mhr_scale.tokens import TokenSet, open_tokens
+from mhr_scale.trainer import Trainer
 
 #: Settings that may differ when a run goes on: where and how fast, not what.
 FREE_TO_CHANGE = (
@@ -33,6 +33,8 @@ FREE_TO_CHANGE = (
     "run.timeout_seconds",
     "run.folder",
     "batch.micro_batch_size",
+    "batch.workers",
+    "run.token_cache",
     "backbone.recompute",
 )
 
@@ -68,26 +70,29 @@ def prepare(config: PretrainConfig) -> Trainer:
     blueprint = backbone.read_blueprint(config.backbone)
     check_adapter(blueprint, config.adapter)
     tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
-    suite = read_suite(config.tasks)
-    tokenised = batching.tokenise(suite.tasks, tokenizer, config.batch)
-    data = Data(
-        suite=suite,
-        tokenised=tokenised,
-        plan=make_plan(config, suite.tasks, tokenised),
-        references=references(config),
-        pad_id=tokenizer.pad_token_id,
-    )
+    tokens = open_tokens(config.tasks, tokenizer, config.batch, cache=config.run.token_cache)
+    plan = make_plan(config, tokens)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
         model = engine.build(config.backbone, blueprint)
-        names = [task.name for task in suite.tasks]
+        names = [card.name for card in tokens.cards]
         adapter = attach(model, config.adapter, tasks=names, seed=config.run.seed)
         return Trainer(
             config,
             engine=engine,
             model=engine.prepare(model, config.backbone),
             adapter=adapter,
-            data=data,
+            tokens=tokens,
+            batches=StepBatches(
+                rows=tokens.train,
+                plan=plan,
+                config=config.batch,
+                references=references(config),
+                seed=config.run.seed,
+                pad_id=tokenizer.pad_token_id,
+                rank=engine.rank,
+                world_size=engine.world_size,
+            ),
             backbone_facts={**blueprint.facts, "dtype": config.backbone.dtype},
         )
     except BaseException:
@@ -107,13 +112,11 @@ def references(config: PretrainConfig) -> str:
     return config.tasks.references if isinstance(config.tasks, SuperNITasks) else "first"
 
 
-def make_plan(
-    config: PretrainConfig, tasks: Sequence[Task], tokenised: batching.Tokenised
-) -> MixturePlan:
+def make_plan(config: PretrainConfig, tokens: TokenSet) -> MixturePlan:
     """The sample stream over the tokenised rows of all tasks."""
     shares = [
-        Share(name=task.name, size=len(rows), cap=task.cap, weight=task.weight)
-        for task, rows in zip(tasks, tokenised.train, strict=True)
+        Share(name=card.name, size=card.n_train, cap=card.cap, weight=card.weight)
+        for card in tokens.cards
     ]
     return MixturePlan(shares, config=config.mixture, seed=config.run.seed)
 
@@ -176,15 +179,30 @@ def rank0_open_folder(trainer: Trainer) -> None:
         device=str(trainer.engine.device),
         placement=trainer.engine.placement,
         backbone=trainer.backbone_facts,
-        data={"plan": trainer.data.plan.fingerprint, **trainer.data.tokenised.cuts.facts()},
+        data={
+            "tokens": trainer.tokens.fingerprint,
+            "plan": trainer.batches.plan.fingerprint,
+            **trainer.tokens.cuts.facts(),
+        },
     )
-    trainer.data.suite.intake.write(folder / "rejects.jsonl")
+    write_text(folder / "rejects.jsonl", to_json_lines(trainer.tokens.rejects))
 
 
 def announce(trainer: Trainer) -> None:
     """Say in plain words what is about to happen."""
-    config, adapter, data = trainer.config, trainer.adapter, trainer.data
-    batching.report_cuts(data.tokenised.cuts, config.batch)
+    config, adapter = trainer.config, trainer.adapter
+    cuts, facts = trainer.tokens.cuts, trainer.tokens.cuts.facts()
+    log.info(
+        "%d rows tokenised; inputs cut at %d tokens: %.1f %%, targets cut at %d: %.1f %%, "
+        "dropped: %d, refused: %d",
+        cuts.rows,
+        config.batch.max_input_tokens,
+        100 * facts["cut_input_share"],
+        config.batch.max_target_tokens,
+        100 * facts["cut_target_share"],
+        cuts.dropped,
+        len(trainer.tokens.rejects),
+    )
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = config.backbone.name or "random weights"
     log.info(

@@ -198,7 +198,7 @@ BAD_INPUT = {
     "unknown_backbone_folder": (["backbone.name=./no/such"], "no folder './no/such'"),
     "unknown_ds_file": (["run.ds_config=ds_configs/zero4.json"], "no file 'ds_configs/zero4.json'"),
     "indivisible_batch": (["batch.micro_batch_size=3"], "do not divide into micro batches of 3"),
-    "t0_without_reader": (["tasks={suite: t0}"], "P3"),
+    "t0_without_its_hub": (["tasks={suite: t0}"], "P3"),
     "unknown_tasks_in_weights": (["mixture.weights={revers: 2.0}"], "revers"),
 }
 
@@ -289,7 +289,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Pa
     trainer = verb.prepare(
         load(PretrainConfig, TOY, [*SHORT, f"run.folder={tmp_path}", "run.validate_every=-1"])
     )
-    task = trainer.data.plan.samples(0, 1)[0].task
+    task = trainer.batches.samples(0)[0].task
     name = trainer.adapter.task_names[task]
     with torch.no_grad():
         trainer.adapter.routing_logits[task].fill_(float("nan"))

@@ -1,0 +1,11 @@
+"""Check the tasks of a recipe, and fill its token cache.
+
+python launch/data.py RECIPE [a.b=value ...]
+"""
+
+from mhr_scale.config import PretrainConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.data import check_data
+
+if __name__ == "__main__":
+    main(PretrainConfig, check_data, usage="python launch/data.py")

@@ -1,0 +1,154 @@
+"""The training mixtures of T0: which prompts of P3 they hold, and how many rows of each count.
+
+T0 has 313 prompts of 38 data sets, T0+ adds the data sets of GPT-3's evaluation (392 prompts), T0++
+those of SuperGLUE (464); `t0_mixture.json` lists them. A task is one prompt, as MHR trains, or one
+data set with all its prompts. Two rules cap a prompt of a data set with n prompts:
+
+    t_few    min(size, 500000 // n)                          MHR and T-Few; 10,606,443 rows of T0
+    t_zero   500000 // n if size > 500000, else size         T0 itself; 17,277,798 rows of T0
+
+`size` is the size of the data set's training split; P3 holds fewer rows of a prompt that was not
+written for all of them. A prompt's first rows are read, as many as its cap, so that the mixture
+repeats the same ones every epoch, as MHR does. `max_rows` above the cap gives the mixture more
+rows of a task to walk through at the same share; below the cap it makes the share smaller too.
+
+Validation rows are set aside from the training rows that were read, at most a tenth of a task.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhr_scale.config import T0Tasks
+from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.runlog import log
+from mhr_scale.tasks import p3
+from mhr_scale.tasks.prompts import config_name
+from mhr_scale.tasks.task import Example, Intake, Task, TaskStream
+
+TABLE = Path(__file__).parent / "t0_mixture.json"
+MIXTURES = ("T0", "T0+", "T0++")
+MOST_ROWS = 500_000
+SPLIT = "train"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt of a mixture: its config in P3, and what its cap follows from."""
+
+    name: str
+    dataset: str
+    train_size: int
+    n_prompts: int
+
+    def cap(self, rule: str) -> int | None:
+        """Rows that count in one epoch under a rule; None = all of them."""
+        share = MOST_ROWS // self.n_prompts
+        if rule == "t_few":
+            return min(self.train_size, share)
+        if rule == "t_zero":
+            return share if self.train_size > MOST_ROWS else self.train_size
+        return None
+
+
+def list_prompts(mixture: str) -> list[Prompt]:
+    """All prompts of a mixture, sorted by name."""
+    levels = MIXTURES[: MIXTURES.index(mixture) + 1]
+    prompts = []
+    for entry in json.loads(TABLE.read_text(encoding="utf-8"))["datasets"]:
+        if entry["mixture"] not in levels:
+            continue
+        dataset, subset = entry["dataset"], entry["subset"]
+        prompts += [
+            Prompt(
+                name=config_name(dataset, subset, template),
+                dataset=dataset if subset is None else config_name(dataset, None, subset),
+                train_size=entry["train_size"],
+                n_prompts=len(entry["templates"]),
+            )
+            for template in entry["templates"]
+        ]
+    return sorted(prompts, key=lambda prompt: prompt.name)
+
+
+def read_tasks(config: T0Tasks, intake: Intake) -> TaskStream:
+    """Check that the prompts of a mixture are there; then read task by task, sorted by name."""
+    wanted = _choose(config)
+    source = p3.open_source(config.source, setting="tasks.source")
+    units: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in _present(wanted, source, config):
+        units[prompt.name if config.unit == "prompt" else prompt.dataset].append(prompt)
+
+    def read() -> Iterator[Task]:
+        for name in sorted(units):
+            yield _read_task(name, units[name], source=source, config=config, intake=intake)
+
+    return TaskStream(len(units), read)
+
+
+def _choose(config: T0Tasks) -> list[Prompt]:
+    prompts = list_prompts(config.mixture)
+    known = {name for prompt in prompts for name in (prompt.name, prompt.dataset)}
+    unknown = sorted(set(config.tasks) - known)
+    if unknown:
+        raise DataError(
+            f"tasks.tasks: no prompt or data set of mixture {config.mixture} is called "
+            f"{', '.join(unknown)}{did_you_mean(unknown[0], known)}"
+        )
+    if not config.tasks:
+        return prompts
+    return [p for p in prompts if p.name in config.tasks or p.dataset in config.tasks]
+
+
+def _present(prompts: Sequence[Prompt], source: p3.Source, config: T0Tasks) -> list[Prompt]:
+    """Leave out the prompts that the source lacks, or raise `DataError` naming every one."""
+    missing = [prompt.name for prompt in prompts if SPLIT not in source.splits.get(prompt.name, {})]
+    share = f"{len(missing)} of {len(prompts)} prompts without a split '{SPLIT}'"
+    if len(missing) == len(prompts):
+        there = _some(source.splits)
+        raise DataError(
+            f"{source.name}: {share}, such as {missing[0]}; there are: {there}; set tasks.source"
+        )
+    if missing and config.missing == "error":
+        raise DataError(
+            f"{source.name}: {share}: {', '.join(missing)}; add them, name the others in "
+            "tasks.tasks, or set tasks.missing: skip"
+        )
+    if missing:
+        log.warning("%s: %s, skipped: %s", source.name, share, _some(missing))
+    return [prompt for prompt in prompts if prompt.name not in missing]
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
+
+
+def _read_task(
+    name: str, prompts: Sequence[Prompt], *, source: p3.Source, config: T0Tasks, intake: Intake
+) -> Task:
+    rows: list[Example] = []
+    caps: list[int] = []
+    for prompt in prompts:
+        cap = prompt.cap(config.cap_rule)
+        caps += [] if cap is None else [cap]
+        rows += p3.read_examples(
+            source,
+            prompt.name,
+            split=SPLIT,
+            max_rows=config.max_rows or cap,
+            policy=config.intake,
+            intake=intake,
+        )
+    count = min(config.validation_examples, len(rows) // 10)
+    chosen = set(random.Random(f"{config.seed}/{name}").sample(range(len(rows)), count))
+    return Task(
+        name=name,
+        train=tuple(row for number, row in enumerate(rows) if number not in chosen),
+        validation=tuple(rows[number] for number in sorted(chosen)),
+        metric="accuracy" if all(row.choices for row in rows) else "rougeL",
+        cap=sum(caps) if caps else None,
+    )

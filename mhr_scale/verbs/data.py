@@ -1,0 +1,78 @@
+"""The verb `data`: read and tokenise the tasks of a recipe, and say what they hold.
+
+With `run.token_cache` it fills the cache that later runs of the recipe take their tokens from.
+"""
+
+import sys
+from collections import Counter
+
+from mhr_scale import backbone
+from mhr_scale.config import PretrainConfig
+from mhr_scale.errors import DataError
+from mhr_scale.tasks.task import Intake
+from mhr_scale.tokens import TokenSet, open_tokens
+
+SHOWN_REJECTS = 10
+
+
+def check_data(config: PretrainConfig) -> None:
+    """Print counts, lengths, cuts and refused rows per task.
+
+    Leaves with code 1 if a run of this recipe would stop at its data.
+    """
+    blueprint = backbone.read_blueprint(config.backbone)
+    tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
+    policy = getattr(config.tasks, "intake", None)
+    try:
+        tokens = open_tokens(
+            config.tasks, tokenizer, config.batch, cache=config.run.token_cache, on_bad="skip"
+        )
+        fault = would_stop(tokens, on_bad=policy.on_bad if policy else "reject")
+    except DataError as error:
+        sys.stdout.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+    sys.stdout.write(report(tokens) + (f"error: {fault}\n" if fault else ""))
+    if fault:
+        raise SystemExit(1)
+
+
+def would_stop(tokens: TokenSet, *, on_bad: str) -> str | None:
+    """Why a run would refuse this data under `on_bad`, or None."""
+    refused = len(tokens.rejects)
+    if on_bad == "error" and refused:
+        return f"{refused} rows refused and on_bad is 'error'"
+    taken = sum(card.n_train + card.n_validation for card in tokens.cards)
+    if on_bad == "reject" and Intake.is_too_much(refused, taken + refused):
+        return f"{refused} of {taken + refused} rows refused, more than on_bad 'reject' allows"
+    return None
+
+
+def report(tokens: TokenSet) -> str:
+    """The table of tasks, its totals, and the first refused rows."""
+    refused = Counter(reject["task"] for reject in tokens.rejects)
+    width = max([len("total"), *(len(card.name) for card in tokens.cards)])
+    head = f"{'task':{width}}  {'train':>8} {'held out':>8} {'in':>6} {'out':>6} {'cut in':>7} "
+    lines = [f"{head}{'cut out':>7} {'dropped':>7} {'refused':>7}   (in, out: mean tokens)"]
+    for card in tokens.cards:
+        facts = card.cuts.facts()
+        lines.append(
+            f"{card.name:{width}}  {card.n_train:8} {card.n_validation:8} "
+            f"{card.mean_input_tokens:6.1f} {card.mean_target_tokens:6.1f} "
+            f"{facts['cut_input_share']:7.1%} {facts['cut_target_share']:7.1%} "
+            f"{card.cuts.dropped:7} {refused[card.name]:7}"
+        )
+    facts, rows = tokens.cuts.facts(), max(1, sum(card.n_train for card in tokens.cards))
+    means = [
+        sum(getattr(card, name) * card.n_train for card in tokens.cards) / rows
+        for name in ("mean_input_tokens", "mean_target_tokens")
+    ]
+    lines.append(
+        f"{'total':{width}}  {rows:8} {sum(card.n_validation for card in tokens.cards):8} "
+        f"{means[0]:6.1f} {means[1]:6.1f} {facts['cut_input_share']:7.1%} "
+        f"{facts['cut_target_share']:7.1%} {tokens.cuts.dropped:7} {len(tokens.rejects):7}"
+    )
+    for reject in tokens.rejects[:SHOWN_REJECTS]:
+        lines.append(f"refused {reject['place']}: {reject['reason']} (task {reject['task']})")
+    if len(tokens.rejects) > SHOWN_REJECTS:
+        lines.append(f"... and {len(tokens.rejects) - SHOWN_REJECTS} more")
+    return "\n".join(lines) + "\n"

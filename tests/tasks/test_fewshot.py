@@ -1,0 +1,297 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from held_out_files import (
+    RTE,
+    RTE_TEMPLATES,
+    configure,
+    template,
+    write_rows,
+    write_templates,
+)
+
+from mhr_scale.config.data import HeldOutTasks
+from mhr_scale.errors import ConfigError, DataError
+from mhr_scale.tasks.fewshot import (
+    check_shots,
+    draw_shots,
+    first_shuffled,
+    has_shots,
+    list_seeds,
+    read_shots,
+    train_examples,
+)
+from mhr_scale.tasks.held_out import Prompts
+from mhr_scale.tasks.held_out_rows import TASKS
+
+TRAIN_ROWS = {
+    "rte": 2490,
+    "cb": 250,
+    "anli-r1": 16946,
+    "anli-r2": 45460,
+    "anli-r3": 100459,
+    "winogrande": 40398,
+    "hellaswag": 39905,
+    "wic": 5428,
+}
+SEEDS = [0, 1, 32, 42, 1024]
+
+
+@pytest.fixture
+def files(shared):
+    return shared / "data" / "tfew_few_shot"
+
+
+def prompts_of(shared, task):
+    templates = shared / "data" / "promptsource_templates" / "templates"
+    return Prompts(
+        TASKS[task],
+        HeldOutTasks(suite="t0_eval", folder="none", templates=str(templates)),
+    )
+
+
+def rte_rows(count):
+    return [{**RTE, "idx": idx, "premise": f"p{idx}"} for idx in range(count)]
+
+
+def write_shots(folder, *rows, count=None, seed=0, task="rte"):
+    name = f"{len(rows) if count is None else count}_shot"
+    write_rows(folder / task / name / f"{seed}_seed.jsonl", *rows)
+
+
+def rte_prompts(folder, *templates):
+    write_templates(folder, "super_glue", "rte", *(templates or RTE_TEMPLATES))
+    return Prompts(TASKS["rte"], configure(folder))
+
+
+# Real files
+
+
+@pytest.mark.parametrize("task", TRAIN_ROWS)
+def test_files_of_all_seeds_are_read_and_are_t_few_s_draw(files, task):
+    seeds = list_seeds(files, task)
+    assert seeds == ([0, 1, 32, 42, 100, 1024] if task in ("rte", "wic") else SEEDS)
+    for seed in seeds:
+        rows = read_shots(files, task, seed=seed)
+        assert len(rows) == TASKS[task].shots
+        drawn = first_shuffled(range(TRAIN_ROWS[task]), seed=seed, count=len(rows))
+        assert [row.idx for row in rows] == drawn
+
+
+@pytest.mark.parametrize("task", ["anli-r1", "anli-r2", "anli-r3"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_thirty_two_shots_of_anli_open_the_file_of_fifty(files, task, seed):
+    rows = read_shots(files, task, seed=seed, shots=TASKS[task].mhr_shots)
+    path = files / task / "50_shot" / f"{seed}_seed.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:32]]
+    assert [row.fields for row in rows] == lines
+    assert [row.place.line for row in rows] == list(range(1, 33))
+
+
+@pytest.mark.parametrize("task", TRAIN_ROWS)
+def test_every_real_row_trains_under_every_template(shared, files, task):
+    prompts = prompts_of(shared, task)
+    for seed in list_seeds(files, task):
+        rows = read_shots(files, task, seed=seed)
+        assert all(prompts.applicable(row) == prompts.templates for row in rows)
+        check_shots(prompts, rows)
+
+
+@pytest.mark.parametrize("task", TRAIN_ROWS)
+def test_epochs_draw_templates_evenly_and_keep_the_rows(shared, files, task):
+    prompts = prompts_of(shared, task)
+    rows = read_shots(files, task, seed=42)
+    counts = Counter()
+    for epoch in range(20):
+        examples = train_examples(prompts, rows, seed=42, epoch=epoch)
+        for row, example in zip(rows, examples, strict=True):
+            number, _, name = example.id.partition("/")
+            counts[name] += 1
+            assert (int(number), example.label) == (row.idx, row.label)
+            assert example.targets == (example.choices[example.label],)
+    expected = 20 * len(rows) / len(prompts.templates)
+    assert counts.keys() == {one.name for one in prompts.templates}
+    assert all(0.5 * expected < count < 1.6 * expected for count in counts.values())
+
+
+def test_a_template_that_chooses_its_wording_does_so_anew_every_epoch(shared, files):
+    prompts = prompts_of(shared, "hellaswag")
+    (row, *_) = read_shots(files, "hellaswag", seed=0)
+    openings = set()
+    for epoch in range(60):
+        (example,) = train_examples(prompts, [row], seed=0, epoch=epoch)
+        if example.id.endswith("/Randomized prompts template"):
+            openings.add(example.input.partition("\n")[0])
+    assert len(openings) == 4
+
+
+def test_tasks_without_files_have_none(files):
+    assert has_shots(files, "hellaswag")
+    assert not has_shots(files, "copa")
+    assert list_seeds(files, "copa") == []
+
+
+# Files
+
+
+def test_fewer_shots_are_the_first_rows(tmp_path):
+    write_shots(tmp_path, *rte_rows(5))
+    assert [row.idx for row in read_shots(tmp_path, "rte", seed=0, shots=3)] == [0, 1, 2]
+
+
+def test_the_smallest_file_with_enough_rows_is_read(tmp_path):
+    write_shots(tmp_path, *rte_rows(10))
+    write_shots(tmp_path, *rte_rows(9)[::-1])
+    write_shots(tmp_path, *rte_rows(2))
+    assert [row.idx for row in read_shots(tmp_path, "rte", seed=0, shots=3)] == [8, 7, 6]
+
+
+def test_a_missing_seed_lists_the_seeds_there_are(tmp_path):
+    for seed in (42, 7):
+        write_shots(tmp_path, *rte_rows(32), seed=seed)
+    with pytest.raises(DataError, match=r"0_seed\.jsonl: no seed 0 of rte; seeds there: 7, 42"):
+        read_shots(tmp_path, "rte", seed=0)
+
+
+def test_a_wrong_number_of_rows_is_an_error(tmp_path):
+    write_shots(tmp_path, *rte_rows(31), count=32)
+    with pytest.raises(DataError, match="31 rows, expected the 32 that its folder tells"):
+        read_shots(tmp_path, "rte", seed=0)
+
+
+def test_more_shots_than_there_are_is_an_error(tmp_path):
+    write_shots(tmp_path, *rte_rows(2))
+    write_shots(tmp_path, *rte_rows(4))
+    with pytest.raises(DataError, match="no 5 shots of rte; the files there have 2, 4"):
+        read_shots(tmp_path, "rte", seed=0, shots=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": -1}, r"0_seed\.jsonl:2: hidden label \(task rte\); mend the row"),
+        ({"hypothesis": None}, r"0_seed\.jsonl:2: missing field 'hypothesis'"),
+        ({"idx": 0}, r"0_seed\.jsonl:2: duplicate idx 0"),
+    ],
+)
+def test_a_bad_row_is_an_error(tmp_path, change, message):
+    first, second = rte_rows(2)
+    write_shots(tmp_path, first, {**second, **change})
+    with pytest.raises(DataError, match=message):
+        read_shots(tmp_path, "rte", seed=0, shots=2)
+
+
+def test_a_broken_line_is_an_error(tmp_path):
+    write_shots(tmp_path, *rte_rows(1), count=2)
+    with (tmp_path / "rte" / "2_shot" / "0_seed.jsonl").open("a") as lines:
+        lines.write("{oops\n")
+    with pytest.raises(DataError, match=r"seed\.jsonl:2: malformed JSON"):
+        read_shots(tmp_path, "rte", seed=0, shots=2)
+
+
+def test_what_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such folder of few-shot files"):
+        read_shots(tmp_path / "none", "rte", seed=0)
+    with pytest.raises(DataError, match="no few-shot files of rte; expected rte/<K>_shot"):
+        read_shots(tmp_path, "rte", seed=0)
+    with pytest.raises(ConfigError, match="no held-out task is called 'rtx'; did you mean 'rte'"):
+        read_shots(tmp_path, "rtx", seed=0)
+    with pytest.raises(ConfigError, match="shots: 0 is not at least 1"):
+        read_shots(tmp_path, "rte", seed=0, shots=0)
+
+
+# Draws
+
+
+def test_a_draw_is_the_head_of_numpy_s_shuffle():
+    rows = [f"row {number}" for number in range(50)]
+    shuffled = list(rows)
+    np.random.RandomState(3).shuffle(shuffled)
+    assert first_shuffled(rows, seed=3, count=7) == shuffled[:7]
+    assert first_shuffled(rows, seed=3, count=50) == shuffled
+
+
+def test_a_seed_that_numpy_does_not_take_is_an_error():
+    with pytest.raises(ConfigError, match=r"seed -1 of a few-shot draw is not in 0\.\.42949672"):
+        first_shuffled([1], seed=-1, count=1)
+
+
+def test_shots_are_drawn_from_the_train_split(tmp_path):
+    write_rows(tmp_path / "rte.train.jsonl", *rte_rows(100))
+    write_rows(tmp_path / "rte.validation.jsonl", RTE)
+    rows = draw_shots(configure(tmp_path), "rte", seed=5)
+    assert [row.idx for row in rows] == first_shuffled(range(100), seed=5, count=32)
+    assert draw_shots(configure(tmp_path), "rte", seed=5, shots=3) == rows[:3]
+
+
+def test_a_bad_row_of_the_train_split_counts_only_if_it_is_drawn(tmp_path):
+    order = first_shuffled(range(20), seed=5, count=20)
+    rows = rte_rows(20)
+    rows[order[4]]["label"] = -1
+    write_rows(tmp_path / "rte.train.jsonl", *rows)
+    drawn = draw_shots(configure(tmp_path), "rte", seed=5, shots=4)
+    assert [row.idx for row in drawn] == order[:4]
+    with pytest.raises(DataError, match="hidden label"):
+        draw_shots(configure(tmp_path), "rte", seed=5, shots=5)
+
+
+def test_a_broken_line_of_the_train_split_is_an_error(tmp_path):
+    write_rows(tmp_path / "rte.train.jsonl", *rte_rows(20))
+    with (tmp_path / "rte.train.jsonl").open("a") as lines:
+        lines.write("oops\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:21: malformed JSON"):
+        draw_shots(configure(tmp_path), "rte", seed=5, shots=1)
+
+
+def test_too_small_a_train_split_is_an_error(tmp_path):
+    write_rows(tmp_path / "rte.train.jsonl", *rte_rows(31))
+    with pytest.raises(DataError, match="rte: 31 rows cannot fill 32 shots"):
+        draw_shots(configure(tmp_path), "rte", seed=5)
+
+
+def test_no_train_split_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no rows of rte to draw shots from; add its split 'train'"):
+        draw_shots(configure(tmp_path), "rte", seed=5)
+
+
+# Epochs
+
+
+def test_an_epoch_is_a_function_of_its_numbers_alone(tmp_path):
+    write_shots(tmp_path, *rte_rows(32))
+    rows = read_shots(tmp_path, "rte", seed=0)
+    prompts = rte_prompts(tmp_path)
+    epochs = [train_examples(prompts, rows, seed=0, epoch=epoch) for epoch in (0, 1, 2)]
+    again = train_examples(rte_prompts(tmp_path), rows[::-1], seed=0, epoch=1)
+    assert again[::-1] == epochs[1]
+    assert len(set(epochs)) == 3
+    assert train_examples(prompts, rows, seed=1, epoch=1) != epochs[1]
+
+
+def test_templates_that_fail_on_a_row_are_found_before_training(tmp_path):
+    write_shots(tmp_path, *rte_rows(2))
+    rows = read_shots(tmp_path, "rte", seed=0, shots=2)
+    bad = template("d", "{{premise}} ||| {{'maybe' if idx else answer_choices[label]}}")
+    prompts = rte_prompts(tmp_path, *RTE_TEMPLATES, bad)
+    message = r"0_seed\.jsonl:2: template 'd': target 'maybe' is not a choice; mend the row"
+    with pytest.raises(DataError, match=message):
+        check_shots(prompts, rows)
+    check_shots(prompts, rows[:1])
+    drawn = [prompts.draw(rows[1], seed=0, epoch=epoch).name for epoch in range(100)]
+    with pytest.raises(DataError, match=message):
+        train_examples(prompts, rows, seed=0, epoch=drawn.index("d"))
+
+
+def test_templates_without_their_fields_are_not_drawn(tmp_path):
+    write_shots(tmp_path, *rte_rows(2))
+    rows = read_shots(tmp_path, "rte", seed=0, shots=2)
+    other = template("d", "{{genre}} ||| {{answer_choices[label]}}")
+    prompts = rte_prompts(tmp_path, RTE_TEMPLATES[0], other)
+    for epoch in range(20):
+        examples = train_examples(prompts, rows, seed=0, epoch=epoch)
+        assert [example.id for example in examples] == ["0/b", "1/b"]
+    prompts = rte_prompts(tmp_path, other)
+    with pytest.raises(DataError, match=r"no template applies \('d' needs genre\); mend the row"):
+        check_shots(prompts, rows)
