@@ -357,9 +357,12 @@ def _import_deepspeed() -> Any:
     later run on the machine.
     """
     import logging
+    import warnings
 
     import deepspeed
 
+    # DeepSpeed 0.19 still calls a collective by the name that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not log.isEnabledFor(logging.DEBUG):
         deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -180,16 +180,17 @@ def halved_rows(gradient: torch.Tensor) -> torch.Tensor:
 )
 def test_routing_moves_as_one_table_per_group(make_stream, scale_parameter):
     start, stream = numbers(*TABLE, seed=0), list(make_stream())
-    options = {"scale_parameter": scale_parameter}
+    options = {"scale_parameter": scale_parameter, "eps": (0.1, 1e-3)}
     found = run_ours(start, stream, routing=True, **options)
     expected = run_oracle(tables(start), [tables(gradient) for gradient in stream], **options)
     assert_parts_close(tables(found), expected)
 
 
+@pytest.mark.parametrize("eps", [1e-30, 0.1])
 @pytest.mark.parametrize("make_sparse", [sparse_rows, halved_rows])
-def test_sparse_rows_move_as_dense_ones_with_zeros(make_sparse, scale_parameter):
+def test_sparse_rows_move_as_dense_ones_with_zeros(make_sparse, eps, scale_parameter):
     start, stream = numbers(*TABLE, seed=0), list(row_stream())
-    options = {"routing": True, "scale_parameter": scale_parameter}
+    options = {"routing": True, "scale_parameter": scale_parameter, "eps": (eps, 1e-3)}
     dense = run_ours(start, stream, **options)
     sparse = run_ours(start, [make_sparse(gradient) for gradient in stream], **options)
     torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
@@ -255,16 +256,13 @@ def test_only_the_inventory_decays(name):
     assert decays == {"inventory": 0.2, "routing": 0.0}
 
 
+LORA = {"n_skills": 1, "n_splits": 1}
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {"policy": "fixed"},
-        {"policy": "uniform"},
-        {"policy": "random"},
-        {"policy": "private", "n_skills": 1, "n_splits": 1},
-        {"n_skills": 1, "n_splits": 1},
-    ],
-    ids=["fixed", "uniform", "random", "private", "LoRA"],
+    [{"policy": "fixed"}, {"policy": "uniform"}, {"policy": "random"}, LORA],
+    ids=["fixed", "uniform", "random", "LoRA"],
 )
 def test_without_trainable_routing_there_is_one_group(options):
     optimizer = make_optimizer(make_adapter(**options), OptimConfig())
@@ -278,7 +276,7 @@ def test_adafactor_groups_say_what_a_separate_tensor_is():
 
 
 def test_each_private_pair_is_a_separate_tensor():
-    adapter = make_adapter(policy="private", n_skills=1, n_splits=1)
+    adapter = make_adapter(policy="private", **LORA)
     (group,) = make_optimizer(adapter, OptimConfig()).param_groups
     assert group["lead"] == 3
 
@@ -319,7 +317,7 @@ def test_a_step_leaves_the_routing_rows_of_absent_tasks_bit_for_bit():
 
 
 def test_a_step_leaves_the_private_pairs_of_absent_tasks_bit_for_bit():
-    adapter = make_adapter(policy="private", n_skills=1, n_splits=1)
+    adapter = make_adapter(policy="private", **LORA)
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     step_once(adapter, make_optimizer(adapter, OptimConfig()), ["sort", "copy"])
     for name, parameter in adapter.named_parameters():
@@ -359,11 +357,6 @@ def test_the_rate_warms_up_and_decays(decay, step, factor, warmup):
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
 def test_without_warm_up_the_first_step_has_the_whole_rate(decay):
     assert rate_factor(ScheduleConfig(steps=100, decay=decay), 0) == 1.0
-
-
-def test_a_run_may_be_all_warm_up():
-    schedule = ScheduleConfig(steps=4, warmup_steps=4)
-    assert [rate_factor(schedule, step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 0.0]
 
 
 def test_rates_are_set_from_their_peaks():
