@@ -4,14 +4,19 @@ A `MixturePlan` maps a sample number to a row of a task. The stream is a pure fu
 its seed and that number: nothing is consumed, any range can be asked for in any order, and a run
 resumes from one integer on any number of ranks or workers.
 
-The stream is a chain of epochs. An epoch is one shuffle of draws, a draw being `group` consecutive
-samples of one task; each task has the same number of draws in every epoch. A task's visits are
-counted through all epochs, and its rows are walked in passes, each a new shuffle of all its rows: a
-capped task goes on through its own rows epoch by epoch, and no row of it comes twice before every
-row came once.
+The stream is a chain of epochs. An epoch is made of draws, a draw being `group` consecutive samples
+of one task; each task has the same number of draws in every epoch. An epoch is cut into blocks of
+about 65,536 samples. A block has each task's part of the epoch's draws, rounded up or down, in a
+shuffled order of its own. So any block is made by itself, in milliseconds, and nothing is ever as
+large as an epoch.
 
-Shuffles sort raw Philox words, which NumPy keeps stable across its releases; the streams of its
-`Generator` methods are not.
+A task's visits are counted through all epochs, and its rows are walked in passes, each a new
+shuffle of all its rows: a capped task goes on through its own rows epoch by epoch, and no row of it
+comes twice before every row came once. A pass is a keyed permutation: its rows are computed, not
+looked up.
+
+All randomness is SplitMix64: integer arithmetic, the same in every release of NumPy, which the
+streams of its `Generator` methods are not.
 """
 
 import json
@@ -30,14 +35,20 @@ from mhr_scale.errors import ConfigError, DataError, did_you_mean
 
 __all__ = ["MixturePlan", "Sample", "Share"]
 
-FORMAT = 1
+FORMAT = 2
 """Number of the rules in this file; raise it whenever a plan starts to give another stream."""
 
-EPOCHS_KEPT = 2
-"""Epochs held in memory: a range that crosses from one to the next needs both."""
+BLOCK = 65_536
+"""Samples of a block, about."""
+
+BLOCKS_KEPT = 2
+"""Blocks held in memory: a range that crosses from one to the next needs both."""
+
+ROUNDS = 16
+"""Rounds of the keyed permutation; with fewer, tasks of five to ten rows prefer some orders."""
 
 MOST_DRAWS = 2**31
-"""Limit of the draws of an epoch, which have 32-bit numbers."""
+"""Limit of the draws of an epoch; their products with block numbers stay far below 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class MixturePlan:
     Under `group` > 1 the rows of a draw differ wherever the task has `group` rows. Tasks with fewer
     than 2 x group - 1 rows keep one order in all passes for that.
 
-    Memory: 4 bytes per draw of each kept epoch and 4 bytes per row of each task that was visited.
+    Memory: two blocks, and 8 bytes for each block of an epoch.
     """
 
     quotas: tuple[int, ...]
@@ -94,90 +105,109 @@ class MixturePlan:
         )
         sizes = capped if config.first_rows else [share.size for share in self.shares]
         self._sizes = np.array(sizes, dtype=np.int64)
-        self._starts = np.cumsum(self._draws) - self._draws
-        self._epochs: dict[int, NDArray[np.uint32]] = {}
-        self._orders: dict[int, tuple[int, NDArray[np.uint32]]] = {}
         self.quotas = tuple((self._draws * config.group).tolist())
         self.epoch_size = sum(self.quotas)
         self.fingerprint = _fingerprint(self.shares, config, seed, self.quotas)
+        self._row_keys = np.array(
+            [_key("rows", seed, share.name) for share in self.shares], dtype=np.uint64
+        )
+        self._n_blocks = math.ceil(self.epoch_size / BLOCK)
+        phases = _words(_key("phases", seed), np.arange(len(self.shares), dtype=np.uint64))
+        self._phases = (phases % self._n_blocks).astype(np.int64)
+        before = [int(self._draws_before(block).sum()) for block in range(self._n_blocks)]
+        self._starts = np.array(before) * config.group
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_epochs": {}, "_orders": {}}
+        return self.__dict__ | {"_blocks": {}}
 
     def samples(self, start: int, stop: int) -> list[Sample]:
         """Return samples `start` to `stop - 1` of the stream; a range may cross epochs."""
         assert 0 <= start <= stop, (start, stop)
         found: list[Sample] = []
         while start < stop:
-            epoch, first = divmod(start, self.epoch_size)
-            last = min(first + stop - start, self.epoch_size)
-            tasks, rows = self._look_up(epoch, first, last)
-            found.extend(map(Sample, range(start, stop), tasks.tolist(), rows.tolist()))
-            start += last - first
+            epoch, place = divmod(start, self.epoch_size)
+            block = int(np.searchsorted(self._starts, place, side="right")) - 1
+            tasks, rows = self._block(epoch * self._n_blocks + block)
+            first = place - int(self._starts[block])
+            last = min(first + stop - start, len(tasks))
+            numbers = range(start, start + last - first)
+            found.extend(
+                map(Sample, numbers, tasks[first:last].tolist(), rows[first:last].tolist())
+            )
+            start = numbers.stop
         return found
 
-    def _look_up(
-        self, epoch: int, first: int, last: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return tasks and rows of positions `first` to `last - 1` of an epoch."""
-        group = self.config.group
-        positions, steps = np.divmod(np.arange(first, last), group)
-        draws = self._epoch(epoch)[positions]
-        tasks = np.searchsorted(self._starts, draws, side="right") - 1
-        visits = (epoch * self._draws[tasks] + draws - self._starts[tasks]) * group + steps
-        passes, places = np.divmod(visits, self._sizes[tasks])
-        rows = np.empty(len(tasks), dtype=np.uint32)
-        by_pass = np.lexsort((passes, tasks))
-        changes = np.diff(tasks[by_pass]) | np.diff(passes[by_pass])
-        for chosen in np.split(by_pass, np.flatnonzero(changes) + 1):
-            order = self._order(int(tasks[chosen[0]]), int(passes[chosen[0]]))
-            rows[chosen] = order[places[chosen]]
-        return tasks, rows
+    def _draws_before(self, block: int) -> NDArray[np.int64]:
+        """Return how often each task was drawn before a block; blocks count through all epochs.
 
-    def _epoch(self, epoch: int) -> NDArray[np.uint32]:
-        """Return the draws of an epoch in the order of the stream.
-
-        Draw `starts[t] + j` is the j-th draw of task t: draws of one task keep their order, which
-        is what lets a visit be counted without a look at the rest of the epoch.
+        Blocks get a task's draws at an even pace. The random phase makes up for rounding: without
+        it, all tasks of one draw per epoch would be in the same block.
         """
-        draws = self._epochs.pop(epoch, None)
-        if draws is None:
-            n_tasks = len(self.shares)
-            labels = np.arange(n_tasks, dtype=np.min_scalar_type(n_tasks - 1)).repeat(self._draws)
-            labels = _shuffled(labels, _key("epoch", self.seed, epoch))
-            draws = np.empty(len(labels), dtype=np.uint32)
-            draws[labels.argsort(kind="stable")] = np.arange(len(labels), dtype=np.uint32)
-        self._epochs[epoch] = draws
-        while len(self._epochs) > EPOCHS_KEPT:
-            self._epochs.pop(next(iter(self._epochs)))
-        return draws
+        return (block * self._draws + self._phases) // self._n_blocks
 
-    def _order(self, task: int, number: int) -> NDArray[np.uint32]:
-        """Return the order of a task's rows in its pass `number`."""
-        kept, order = self._orders.get(task, (-1, None))
-        if order is None or kept != number:
-            order = self._make_order(task, number)
-            self._orders[task] = (number, order)
-        return order
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tasks and rows of a block."""
+        found = self._blocks.pop(block, None) or self._make_block(block)
+        self._blocks[block] = found
+        while len(self._blocks) > BLOCKS_KEPT:
+            self._blocks.pop(next(iter(self._blocks)))
+        return found
 
-    def _make_order(self, task: int, number: int) -> NDArray[np.uint32]:
-        size, group = int(self._sizes[task]), self.config.group
-        if size < 2 * group - 1:
-            return self._shuffled_rows(task, 0)
-        order = self._shuffled_rows(task, number)
-        begun = number * size % group
-        if begun:
-            # A draw took its first `begun` rows from the end of the pass before and takes the rest
-            # here. Its rows must differ, so rows it already has move behind it. Only the first
-            # `group` places change: the end of a pass is known without the passes before it.
-            head = order[:group]
-            taken = np.isin(head, self._shuffled_rows(task, number - 1)[-begun:])
-            order[:group] = np.concatenate([head[~taken], head[taken]])
-        return order
+    def _make_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        before = self._draws_before(block)
+        counts = self._draws_before(block + 1) - before
+        numbers = np.arange(counts.sum())
+        words = _words(_key("block", self.seed, block), numbers.astype(np.uint64))
+        tasks = np.arange(len(counts)).repeat(counts)[words.argsort(kind="stable")]
+        draws = np.empty_like(numbers)
+        starts = counts.cumsum() - counts
+        draws[tasks.argsort(kind="stable")] = numbers + (before - starts).repeat(counts)
+        group = self.config.group
+        visits = (draws[:, None] * group + np.arange(group)).ravel()
+        tasks = tasks.repeat(group)
+        return tasks, self._rows(tasks, visits)
 
-    def _shuffled_rows(self, task: int, number: int) -> NDArray[np.uint32]:
-        rows = np.arange(self._sizes[task], dtype=np.uint32)
-        return _shuffled(rows, _key("rows", self.seed, self.shares[task].name, number))
+    def _rows(self, tasks: NDArray[np.int64], visits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row of each visit to a task."""
+        group, sizes = self.config.group, self._sizes[tasks]
+        passes, places = np.divmod(visits, sizes)
+        passes[sizes < 2 * group - 1] = 0
+        rows = self._shuffled(tasks, passes, places)
+        heads = np.flatnonzero((passes * sizes % group > 0) & (places < group))
+        if len(heads):
+            rows[heads] = self._head_rows(tasks[heads], passes[heads], places[heads])
+        return rows
+
+    def _head_rows(
+        self, tasks: NDArray[np.int64], passes: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return rows at the first `group` places of passes that begin inside a draw.
+
+        The draw took its first rows from the end of the pass before and takes the rest here. Its
+        rows must differ, so rows it already has move behind them. Only the first `group` places
+        change: the end of a pass is known without the passes before it.
+        """
+        group, n_tasks = self.config.group, len(self.shares)
+        steps = np.arange(group)
+        codes, lines = np.unique(passes * n_tasks + tasks, return_inverse=True)
+        passes, tasks = np.divmod(codes[:, None], n_tasks)
+        sizes = self._sizes[tasks]
+        heads = self._shuffled(tasks, passes, steps)
+        tails = self._shuffled(tasks, passes - 1, sizes - 1 - steps)
+        lanes = np.arange(len(codes))[:, None] * self._sizes.max()
+        taken = np.isin(heads + lanes, (tails + lanes)[steps < passes * sizes % group])
+        heads = np.take_along_axis(heads, taken.argsort(axis=1, kind="stable"), axis=1)
+        return heads[lines, places]
+
+    def _shuffled(
+        self, tasks: NDArray[np.int64], passes: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return the rows at places of passes; the three arrays broadcast."""
+        tasks, passes, places = np.broadcast_arrays(tasks, passes, places)
+        keys = _words(self._row_keys[tasks], passes.astype(np.uint64))
+        sizes = self._sizes[tasks].astype(np.uint64)
+        return _permuted(places.astype(np.uint64), sizes, keys).astype(np.int64)
 
 
 def _check_tasks(shares: Sequence[Share]) -> None:
@@ -273,21 +303,39 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _key(*parts: str | int) -> int:
-    """Return the 128-bit Philox key of a shuffle."""
-    return int.from_bytes(sha256(json.dumps(parts).encode()).digest()[:16], "little")
+def _key(*parts: str | int) -> np.uint64:
+    return np.uint64(int.from_bytes(sha256(json.dumps(parts).encode()).digest()[:8], "little"))
 
 
-def _shuffled(values: NDArray[Any], key: int) -> NDArray[Any]:
-    """Return non-negative integers in random order.
+def _words(keys: NDArray[np.uint64] | np.uint64, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return words `numbers` of the SplitMix64 streams that start from `keys`."""
+    words: NDArray[np.uint64] = keys + (numbers + 1) * np.uint64(0x9E3779B97F4A7C15)
+    words ^= words >> 30
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> 27
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> 31
+    return words
 
-    Every value goes below random bits in a 64-bit word and the words are sorted: 40 random bits are
-    left at 16 million distinct values, which makes the order of a tie irrelevant.
+
+def _permuted(
+    places: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Return where each place below `size` goes in the permutation of range(size) under its key.
+
+    A Feistel network: the two digits of a place, to bases of about sqrt(size), take turns at moving
+    on by a random number that depends on the other digit. The digits span a little more than
+    `size`; what ends there goes through again until it is back. Under two odd bases, one order out
+    of two could not come.
     """
-    bits = int(values.max()).bit_length()
-    words = np.random.Philox(key=key).random_raw(len(values))
-    words <<= np.uint64(bits)
-    words |= values
-    words.sort()
-    words &= np.uint64((1 << bits) - 1)
-    return words.astype(values.dtype)
+    bases = 2 * np.ceil(np.sqrt(sizes) / 2).astype(np.uint64)
+    others = (sizes + bases - 1) // bases
+    high, low = np.divmod(places, others)
+    for number in range(0, ROUNDS, 2):
+        high = (high + (_words(keys, low * ROUNDS + number) >> 32)) % bases
+        low = (low + (_words(keys, high * ROUNDS + number + 1) >> 32)) % others
+    found = high * others + low
+    outside = found >= sizes
+    if outside.any():
+        found[outside] = _permuted(found[outside], sizes[outside], keys[outside])
+    return found
