@@ -33,7 +33,9 @@ def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
 
 
 def _ds_text(config: Any) -> str:
-    """The dictionary DeepSpeed would get, as YAML comments."""
+    """The dictionary DeepSpeed would get, as YAML comments; nothing where no backbone is named."""
+    if not hasattr(config, "backbone"):
+        return ""
     import json
 
     from mhr_scale.engine import deepspeed_config, read_ds_config

@@ -192,6 +192,19 @@ def rate_factor(config: ScheduleConfig, step: int) -> float:
     return max(0.0, left)
 
 
+def uniform_share(config: ScheduleConfig, step: int) -> float:
+    """How far routing is moved to uniform in step `step`, counted from 0 (method notes 1.9).
+
+    1 - cos(pi / 2 * progress), where progress goes from 0 to 1 over the last
+    `anneal_routing_steps` steps; the last step trains the average itself.
+    """
+    left = config.steps - 1 - step
+    if left >= config.anneal_routing_steps:
+        return 0.0
+    progress = 1.0 - left / config.anneal_routing_steps
+    return 1.0 - math.cos(0.5 * math.pi * progress)
+
+
 def set_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
     """Set every group's rate to `factor` times its peak; returns the rates by group name."""
     for group in optimizer.param_groups:

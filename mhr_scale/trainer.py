@@ -51,6 +51,7 @@ class Trainer:
         tokens: TokenSet,
         batches: StepBatches,
         backbone_facts: Mapping[str, Any],
+        save_steps: tuple[int, ...] = (),
     ) -> None:
         self.config = config
         self.engine = engine
@@ -59,6 +60,7 @@ class Trainer:
         self.tokens = tokens
         self.batches = batches
         self.backbone_facts = dict(backbone_facts)
+        self.save_steps = save_steps
         self.folder = Path(config.run.folder)
         self.optimizer = optim.make_optimizer(adapter, config.optim)
         self.n_micro_steps = config.batch.accumulation(engine.world_size)
@@ -107,7 +109,11 @@ class Trainer:
                 seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
             )
             seeds = [seed_from("noise", config.run.seed, n) for n in batch.numbers]
-            with self.adapter.slots(batch.task_ids, seeds=seeds) as slots:
+            with self.adapter.slots(
+                batch.task_ids,
+                seeds=seeds,
+                uniform_share=optim.uniform_share(config.schedule, self.step),
+            ) as slots:
                 loss = self._forward(batch, label_smoothing=config.loss.label_smoothing)
                 slots.backward(loss.sum.sum())
                 self.engine.after_backward()
@@ -253,14 +259,15 @@ class Trainer:
                 },
                 backbone=self.backbone_facts,
                 origin={"run": self.folder.name, "seed": self.config.run.seed},
-                keep=self.config.run.keep,
+                keep=max(self.config.run.keep, len(self.save_steps)),
             )
             log.info("saved %s", folder)
         self.engine.gather_barrier()
 
     def _validate_and_save(self, metrics: Metrics | None) -> None:
         run, is_last = self.config.run, self.step == self.config.schedule.steps
-        if is_last or (run.save_every and self.step % run.save_every == 0):
+        is_due = bool(run.save_every) and self.step % run.save_every == 0
+        if is_last or is_due or self.step in self.save_steps:
             self.save()
         is_due = run.validate_every > 0 and self.step % run.validate_every == 0
         if is_due or (is_last and run.validate_every >= 0):

@@ -1,5 +1,6 @@
 """Adafactor on stacked tensors against transformers' on separate ones; rates, norms, clipping."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from mhr_scale.optim import (
     make_optimizer,
     rate_factor,
     set_rates,
+    uniform_share,
 )
 
 STEPS = 20
@@ -397,3 +399,21 @@ def test_clipping_equals_torch_s(sparse, clip_norm):
     found = make_parameters(sparse=sparse)
     clip_gradients(found, gradient_norm(found), clip_norm)
     assert_parts_close(dense_gradients(found), dense_gradients(expected))
+
+
+ANNEALED = ScheduleConfig(steps=10, anneal_routing_steps=4)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_routing_is_its_own_before_annealing_begins(step):
+    assert uniform_share(ANNEALED, step) == 0.0
+
+
+def test_annealing_follows_a_quarter_cosine_to_the_average():
+    shares = [uniform_share(ANNEALED, step) for step in range(6, 10)]
+    assert shares == pytest.approx([1 - math.cos(math.pi / 2 * k / 4) for k in (1, 2, 3, 4)])
+    assert shares[-1] == pytest.approx(1.0)
+
+
+def test_without_annealing_routing_is_always_its_own():
+    assert {uniform_share(ScheduleConfig(steps=5), step) for step in range(5)} == {0.0}

@@ -66,13 +66,18 @@ class Adapter(nn.Module):
     # -- slots ---------------------------------------------------------------------------------
 
     def slots(
-        self, task_ids: Sequence[int | str] | Tensor, *, seeds: Sequence[int] | None = None
+        self,
+        task_ids: Sequence[int | str] | Tensor,
+        *,
+        seeds: Sequence[int] | None = None,
+        uniform_share: float = 0.0,
     ) -> Slots:
         """Fill the slots of one step: `with adapter.slots(task_ids) as slots: ...`.
 
         `task_ids` holds one task number or name per example, on the host. `seeds`, one integer per
         example, feeds policies that draw numbers while the model trains; by default they come from
-        torch's global generator. Raises `AdapterError` for unknown tasks or ids on a device.
+        torch's global generator. `uniform_share` moves every mixing weight that far towards 1 / S
+        (annealing, method notes 1.9). Raises `AdapterError` for unknown tasks or ids on a device.
         """
         ids = self.check_task_ids(task_ids)
         seeds = self._row_seeds(len(ids), seeds)
@@ -94,6 +99,9 @@ class Adapter(nn.Module):
                 mixed = self._pick(distinct if config.policy == "private" else (0,))
             else:
                 weights_UGQS, leaf = self._weights(ids, distinct, seeds)
+                if uniform_share:
+                    mean = uniform_share / config.n_skills
+                    weights_UGQS = (1.0 - uniform_share) * weights_UGQS + mean
                 mixed = self.mix(weights_UGQS)
         slots = Slots(self, rows, [tuple(side.to(dtype) for side in sides) for sides in mixed])
         if leaf is not None:

@@ -23,10 +23,11 @@ from mhr_scale.config.training import (
     RunConfig,
     ScheduleConfig,
 )
-from mhr_scale.config.verbs import PretrainConfig
+from mhr_scale.config.verbs import AverageConfig, PretrainConfig
 
 __all__ = [
     "AdapterConfig",
+    "AverageConfig",
     "BackboneConfig",
     "BatchConfig",
     "IntakeConfig",

@@ -93,12 +93,18 @@ class JsonlTasks:
 
 @part
 class T0Tasks:
-    """The T0 training mixtures, from P3."""
+    """The T0 training mixtures, from P3 or from raw data sets and their templates."""
 
     suite: Literal["t0"]
     """Chooses this part."""
     source: str = "bigscience/P3"
-    """P3: its hub id, or a folder in the hub's layout, from `save_to_disk`, or of JSONL files."""
+    """P3 (hub id, or a folder of parquet, saved or JSONL); with `templates`, `hub` or raw rows."""
+    templates: str | None = None
+    """Folder of promptsource templates that render the raw rows of `source`; null = P3."""
+    empty_render: Literal["drop", "placeholder"] = "drop"
+    """With `templates`: a row that renders empty is left out, or trained on as T-Few does."""
+    max_characters: int | None = 2048
+    """With `templates`: characters kept of every field that a template inserts; null = all."""
     mixture: Literal["T0", "T0+", "T0++"] = "T0"
     """Which training mixture (313, 392 or 464 prompts)."""
     unit: Literal["prompt", "dataset"] = "prompt"
@@ -106,21 +112,28 @@ class T0Tasks:
     tasks: tuple[str, ...] = ()
     """Only these prompts, by their P3 names, or all prompts of these data sets; empty = all."""
     missing: Literal["error", "skip"] = "error"
-    """What a prompt that the source lacks does."""
+    """What a prompt (with `templates`: a data set) that the source lacks does."""
     cap_rule: Literal["t_few", "t_zero", "none"] = "t_few"
     """Rows of a prompt that count: T-Few's and MHR's rule, T0's own, or all."""
-    max_rows: int | None = None
-    """Rows read of a prompt at most, its first ones; null = as many as its cap."""
+    max_rows: int | Literal["cap"] | None = None
+    """Rows read of a prompt, its first ones; null = all, cap = as many as count in one epoch."""
     validation_examples: int = 100
     """Rows set aside per task for validation (at most a tenth of the task)."""
     seed: int = 42
-    """Seed of that choice."""
+    """Seed of that choice, and of templates that choose their wording."""
     intake: IntakeConfig = field(default_factory=IntakeConfig)
     """Policy for unusable rows."""
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None and self.max_rows < 1:
+        if isinstance(self.max_rows, int) and self.max_rows < 1:
             raise ConfigError(f"tasks.max_rows: {self.max_rows} is not at least 1")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise ConfigError(f"tasks.max_characters: {self.max_characters} is not at least 1")
+        if self.templates is not None and self.source == "bigscience/P3":
+            raise ConfigError(
+                f"tasks.source: {self.source} is rendered already; with tasks.templates give hub "
+                "or a folder of raw rows"
+            )
         if self.validation_examples < 0:
             raise ConfigError(f"tasks.validation_examples: {self.validation_examples} is below 0")
 

@@ -52,12 +52,19 @@ class ScheduleConfig:
     """Linear warm-up from 0, as a share of `steps`."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 after the warm-up, or none."""
+    anneal_routing_steps: int = 0
+    """Last steps in which routing is moved to uniform, so that the average loses less."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"schedule.steps: {self.steps} is not at least 1")
         if self.warmup_steps is not None and self.warmup_fraction:
             raise ConfigError("schedule: give warmup_steps or warmup_fraction, not both")
+        if not 0 <= self.anneal_routing_steps <= self.steps:
+            raise ConfigError(
+                f"schedule.anneal_routing_steps: {self.anneal_routing_steps} is not in "
+                f"0..{self.steps}"
+            )
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"schedule.warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
 

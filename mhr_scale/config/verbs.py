@@ -1,6 +1,7 @@
 """Everything one verb reads: its parts put together."""
 
 from dataclasses import field
+from typing import Literal
 
 from mhr_scale.config.data import MixtureConfig, TasksConfig
 from mhr_scale.config.model import AdapterConfig, BackboneConfig
@@ -12,6 +13,7 @@ from mhr_scale.config.training import (
     RunConfig,
     ScheduleConfig,
 )
+from mhr_scale.errors import ConfigError
 
 
 @part
@@ -36,3 +38,25 @@ class PretrainConfig:
     """Batch shape."""
     run: RunConfig
     """Where to write."""
+
+
+@part
+class AverageConfig:
+    """Everything `average` reads; model, tasks and training come from the source run."""
+
+    source: str
+    """The run to average; without extra steps an adapter folder will do."""
+    steps: tuple[int, ...] = (0,)
+    """Numbers of extra steps after which the averaged adapter is written; 0 trains nothing."""
+    trainable: Literal["mean", "inventory"] = "mean"
+    """Extra steps train the mean as one adapter, or the whole inventory under uniform routing."""
+    warmup_fraction: float = 0.06
+    """Warm-up of the extra steps, as a share of the largest number; then linear decay to 0."""
+    run: RunConfig
+    """Where to write, and how the extra steps run."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ConfigError(f"steps: {list(self.steps)} are not ascending numbers from 0")
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ConfigError(f"warmup_fraction: {self.warmup_fraction} is not in [0, 1]")

@@ -239,7 +239,9 @@ def find_rows(
         raise DataError(f"{names} are the same split of {task.name}; keep one of them")
     if not paths:
         return None
-    return partial(_read_saved if paths[0].is_dir() else _read_jsonl, paths[0], task)
+    if paths[0].is_dir():
+        return lambda _intake: read_saved(paths[0])
+    return partial(_read_jsonl, paths[0], task)
 
 
 def what_is_there(task: HeldOut, config: HeldOutTasks) -> str:
@@ -289,17 +291,18 @@ def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
     if absent:
         raise DataError(f"{path}: not StoryCloze's file, no column {', '.join(sorted(absent))}")
     named = ({STORY_COLUMNS.get(key, key): row[key] for key in row} for row in rows)
-    return _number(named, source=str(path))
+    return number_rows(named, source=str(path))
 
 
-def _read_saved(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
+def read_saved(path: Path) -> Iterator[Line]:
+    """Yield the rows of what `save_to_disk` of a `Dataset` wrote."""
     from datasets import load_from_disk
 
     try:
         rows: Any = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
-    return _number(rows, source=str(path))
+        raise DataError(f"{path}: cannot be read ({first_line(error)})") from error
+    return number_rows(rows, source=str(path))
 
 
 def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
@@ -310,17 +313,19 @@ def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
         rows = load_dataset(task.hub, task.subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{name}: no split '{split}' from the hub ({_first_line(error)}); mend the connection "
+            f"{name}: no split '{split}' from the hub ({first_line(error)}); mend the connection "
             "or set tasks.source: local"
         ) from error
-    return _number(rows, source=f"{name}/{split}")
+    return number_rows(rows, source=f"{name}/{split}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type where there is none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _number(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[Line]:
+def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[Line]:
+    """Yield the rows of a table with their places, from 1 on."""
     for number, row in enumerate(rows, start=1):
         text = json.dumps(row, ensure_ascii=False, default=str)
         yield Line(place=Place(file=source, line=number), text=text, row=row)

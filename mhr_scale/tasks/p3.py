@@ -194,13 +194,13 @@ def _make_source(name: str, files: list[str], *, fetch: Callable[[str], Path]) -
     if layout == "parquet":
         for config, files_of in splits.items():
             for split, shards in files_of.items():
-                files_of[split] = _all_shards(shards, where=f"{name}/{config}")
+                files_of[split] = all_shards(shards, where=f"{name}/{config}")
     elif layout == "saved":
         splits = {config: _saved_splits(fetch(files[""][0])) for config, files in splits.items()}
     return Source(name=name, layout=layout, splits=splits, fetch=fetch)
 
 
-def _all_shards(shards: list[str], *, where: str) -> list[str]:
+def all_shards(shards: list[str], *, where: str) -> list[str]:
     """Name all shards of a split in their order, those that are absent included."""
     matches = [match for match in map(SHARD.fullmatch, shards) if match]
     if not matches:

@@ -54,8 +54,6 @@ def _checked(tasks: Iterable[Task]) -> Iterator[Task]:
 
 def source_files(config: TasksConfig) -> list[Path]:
     """The local files a suite is read from, sorted; none where it is made or fetched."""
-    name = getattr(config, "folder", None) or getattr(config, "source", None)
-    folder = Path(name) if name else None
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [getattr(config, field, None) for field in ("folder", "source", "templates")]
+    folders = [Path(name) for name in names if name and Path(name).is_dir()]
+    return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())

@@ -8,9 +8,12 @@ data set with all its prompts. Two rules cap a prompt of a data set with n promp
     t_zero   500000 // n if size > 500000, else size         T0 itself; 17,277,798 rows of T0
 
 `size` is the size of the data set's training split; P3 holds fewer rows of a prompt that was not
-written for all of them. A prompt's first rows are read, as many as its cap, so that the mixture
-repeats the same ones every epoch, as MHR does. `max_rows` above the cap gives the mixture more
-rows of a task to walk through at the same share; below the cap it makes the share smaller too.
+written for all of them. The cap is a share of an epoch, and all rows of a prompt are read, so that
+later epochs walk on through a capped task. MHR and T-Few repeat a prompt's first rows, as many as
+its cap, every epoch: `max_rows: cap` with `mixture.first_rows: true`. A number above the cap gives
+the mixture so many rows to walk through at the same share; below the cap the share is smaller too.
+
+Rows are P3's, or with `templates` rendered from the raw rows of the data sets.
 
 Validation rows are set aside from the training rows that were read, at most a tenth of a task.
 """
@@ -18,14 +21,15 @@ Validation rows are set aside from the training rows that were read, at most a t
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mhr_scale.config import T0Tasks
 from mhr_scale.errors import DataError, did_you_mean
 from mhr_scale.runlog import log
-from mhr_scale.tasks import p3
+from mhr_scale.tasks import p3, prompted
 from mhr_scale.tasks.prompts import config_name
 from mhr_scale.tasks.task import Example, Intake, Task, TaskStream
 
@@ -37,10 +41,15 @@ SPLIT = "train"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt of a mixture: its config in P3, and what its cap follows from."""
+    """A prompt of a mixture: its config in P3, and what its cap follows from.
+
+    `dataset` is the name of the task where a data set is one; `raw` names the same data set as
+    promptsource does, `<dataset>[/<subset>]`.
+    """
 
     name: str
     dataset: str
+    raw: str
     train_size: int
     n_prompts: int
 
@@ -52,6 +61,22 @@ class Prompt:
         if rule == "t_zero":
             return share if self.train_size > MOST_ROWS else self.train_size
         return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """Where rows come from. A prompt is there if what it `needs` is, be it a config or a data set.
+
+    `read` gives the examples of a prompt, like `p3.read_examples`; `around` helps to find a mistake
+    in the name of the source.
+    """
+
+    name: str
+    what: str
+    needs: Callable[[Prompt], str]
+    there: Collection[str]
+    around: str
+    read: Callable[..., list[Example]]
 
 
 def list_prompts(mixture: str) -> list[Prompt]:
@@ -66,6 +91,7 @@ def list_prompts(mixture: str) -> list[Prompt]:
             Prompt(
                 name=config_name(dataset, subset, template),
                 dataset=dataset if subset is None else config_name(dataset, None, subset),
+                raw=dataset if subset is None else f"{dataset}/{subset}",
                 train_size=entry["train_size"],
                 n_prompts=len(entry["templates"]),
             )
@@ -77,7 +103,7 @@ def list_prompts(mixture: str) -> list[Prompt]:
 def read_tasks(config: T0Tasks, intake: Intake) -> TaskStream:
     """Check that the prompts of a mixture are there; then read task by task, sorted by name."""
     wanted = _choose(config)
-    source = p3.open_source(config.source, setting="tasks.source")
+    source = _open_source(config, wanted)
     units: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in _present(wanted, source, config):
         units[prompt.name if config.unit == "prompt" else prompt.dataset].append(prompt)
@@ -103,14 +129,40 @@ def _choose(config: T0Tasks) -> list[Prompt]:
     return [p for p in prompts if p.name in config.tasks or p.dataset in config.tasks]
 
 
-def _present(prompts: Sequence[Prompt], source: p3.Source, config: T0Tasks) -> list[Prompt]:
-    """Leave out the prompts that the source lacks, or raise `DataError` naming every one."""
-    missing = [prompt.name for prompt in prompts if SPLIT not in source.splits.get(prompt.name, {})]
-    share = f"{len(missing)} of {len(prompts)} prompts without a split '{SPLIT}'"
-    if len(missing) == len(prompts):
-        there = _some(source.splits)
+def _open_source(config: T0Tasks, prompts: Sequence[Prompt]) -> _Source:
+    """Open P3 or, with templates, the raw rows that they render."""
+    if config.templates is None:
+        rendered = p3.open_source(config.source, setting="tasks.source")
+        return _Source(
+            name=rendered.name,
+            what="prompts",
+            needs=lambda prompt: prompt.name,
+            there=[name for name, splits in rendered.splits.items() if SPLIT in splits],
+            around=f"there are: {_some(rendered.splits)}",
+            read=partial(p3.read_examples, rendered, split=SPLIT),
+        )
+    raw = prompted.open_source(config, {prompt.name: prompt.raw for prompt in prompts})
+    is_hub = raw.name == prompted.HUB
+    # A row's number alone would stand once per prompt in the task of a data set.
+    read = partial(prompted.read_examples, raw, with_template=config.unit == "dataset")
+    return _Source(
+        name=raw.name,
+        what="data sets",
+        needs=lambda prompt: prompt.raw,
+        there=raw.rows.keys(),
+        around="the warnings say why" if is_hub else f"looked for {prompted.LOOKED_FOR}",
+        read=read,
+    )
+
+
+def _present(prompts: Sequence[Prompt], source: _Source, config: T0Tasks) -> list[Prompt]:
+    """Leave out the prompts that the source lacks, or raise `DataError` naming what it lacks."""
+    needed = {source.needs(prompt) for prompt in prompts}
+    missing = sorted(needed.difference(source.there))
+    share = f"{len(missing)} of {len(needed)} {source.what} without a split '{SPLIT}'"
+    if len(missing) == len(needed):
         raise DataError(
-            f"{source.name}: {share}, such as {missing[0]}; there are: {there}; set tasks.source"
+            f"{source.name}: {share}, such as {missing[0]}; {source.around}; set tasks.source"
         )
     if missing and config.missing == "error":
         raise DataError(
@@ -119,7 +171,7 @@ def _present(prompts: Sequence[Prompt], source: p3.Source, config: T0Tasks) -> l
         )
     if missing:
         log.warning("%s: %s, skipped: %s", source.name, share, _some(missing))
-    return [prompt for prompt in prompts if prompt.name not in missing]
+    return [prompt for prompt in prompts if source.needs(prompt) not in missing]
 
 
 def _some(names: Iterable[str]) -> str:
@@ -128,21 +180,15 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _read_task(
-    name: str, prompts: Sequence[Prompt], *, source: p3.Source, config: T0Tasks, intake: Intake
+    name: str, prompts: Sequence[Prompt], *, source: _Source, config: T0Tasks, intake: Intake
 ) -> Task:
     rows: list[Example] = []
     caps: list[int] = []
     for prompt in prompts:
         cap = prompt.cap(config.cap_rule)
         caps += [] if cap is None else [cap]
-        rows += p3.read_examples(
-            source,
-            prompt.name,
-            split=SPLIT,
-            max_rows=config.max_rows or cap,
-            policy=config.intake,
-            intake=intake,
-        )
+        max_rows = cap if config.max_rows == "cap" else config.max_rows
+        rows += source.read(prompt.name, max_rows=max_rows, policy=config.intake, intake=intake)
     count = min(config.validation_examples, len(rows) // 10)
     chosen = set(random.Random(f"{config.seed}/{name}").sample(range(len(rows)), count))
     return Task(

@@ -1,42 +1,12 @@
 """The verb `pretrain`: a frozen backbone and a task mixture in, an adapter out."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
-
-from mhr_scale import backbone, checkpoint
-from mhr_scale.adapters import attach, find_sites
-from mhr_scale.adapters.layout import check_splits
-from mhr_scale.backbone import Blueprint
-from mhr_scale.batching import StepBatches
-from mhr_scale.config import AdapterConfig, PretrainConfig, SuperNITasks
-from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
-from mhr_scale.errors import RunError
-from mhr_scale.recipe import to_yaml
-from mhr_scale.runlog import log, record_provenance, world_size, write_json, write_text
-from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.tasks.task import to_json_lines
-from mhr_scale.tokens import TokenSet, open_tokens
+from mhr_scale.config import PretrainConfig
+from mhr_scale.runlog import log
+from mhr_scale.runs import prepare, rank0_open_folder
 from mhr_scale.trainer import Trainer
-
-#: Settings that may differ when a run goes on: where and how fast, not what.
-FREE_TO_CHANGE = (
-    "run.ds_config",
-    "run.save_every",
-    "run.keep",
-    "run.log_every",
-    "run.validate_every",
-    "run.timeout_seconds",
-    "run.folder",
-    "batch.micro_batch_size",
-    "batch.workers",
-    "run.token_cache",
-    "backbone.recompute",
-)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -57,135 +27,6 @@ def pretrain(config: PretrainConfig) -> Path:
     finally:
         trainer.engine.close()
     return Path(config.run.folder) / "adapter"
-
-
-def prepare(config: PretrainConfig) -> Trainer:
-    """Check everything at the door, then build the backbone, the adapter and their trainer.
-
-    Collective. Nothing is written; no weight is read before recipe, data and layout are found good.
-    """
-    ds_content = read_ds_config(config.run.ds_config)
-    config.batch.accumulation(world_size())
-    check_folder(config)
-    blueprint = backbone.read_blueprint(config.backbone)
-    check_adapter(blueprint, config.adapter)
-    tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
-    tokens = open_tokens(config.tasks, tokenizer, config.batch, cache=config.run.token_cache)
-    plan = make_plan(config, tokens)
-    engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
-    try:
-        model = engine.build(config.backbone, blueprint)
-        names = [card.name for card in tokens.cards]
-        adapter = attach(model, config.adapter, tasks=names, seed=config.run.seed)
-        return Trainer(
-            config,
-            engine=engine,
-            model=engine.prepare(model, config.backbone),
-            adapter=adapter,
-            tokens=tokens,
-            batches=StepBatches(
-                rows=tokens.train,
-                plan=plan,
-                config=config.batch,
-                references=references(config),
-                seed=config.run.seed,
-                pad_id=tokenizer.pad_token_id,
-                rank=engine.rank,
-                world_size=engine.world_size,
-            ),
-            backbone_facts={**blueprint.facts, "dtype": config.backbone.dtype},
-        )
-    except BaseException:
-        engine.close()
-        raise
-
-
-def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
-    """Raise `LayoutError` if the adapter does not fit the backbone, before any weight is read."""
-    with torch.device("meta"):
-        model = backbone.make_model(blueprint)
-    check_splits(find_sites(model, config.layout), n_splits=config.n_splits, kind=config.kind)
-
-
-def references(config: PretrainConfig) -> str:
-    """How a training target is chosen among several references."""
-    return config.tasks.references if isinstance(config.tasks, SuperNITasks) else "first"
-
-
-def make_plan(config: PretrainConfig, tokens: TokenSet) -> MixturePlan:
-    """The sample stream over the tokenised rows of all tasks."""
-    shares = [
-        Share(name=card.name, size=card.n_train, cap=card.cap, weight=card.weight)
-        for card in tokens.cards
-    ]
-    return MixturePlan(shares, config=config.mixture, seed=config.run.seed)
-
-
-def check_folder(config: PretrainConfig) -> None:
-    """Raise `RunError` if the run folder holds a run with other settings."""
-    path = Path(config.run.folder)
-    stored_path = path / "config.yaml"
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
-    if path.exists() and not path.is_dir():
-        raise RunError(f"run.folder: {path} is a file; name a folder")
-    if not stored_path.exists():
-        if path.is_dir() and checkpoint.find_resume(path) is not None:
-            raise RunError(f"{path}: saved steps but no config.yaml; use another run.folder")
-        return
-    try:
-        stored = flatten(yaml.safe_load(stored_path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise RunError(f"{stored_path}: not readable ({error}); use another run.folder") from error
-    wanted = flatten(yaml.safe_load(to_yaml(config)))
-    changed = [
-        f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key) != wanted.get(key) and key not in FREE_TO_CHANGE
-    ]
-    if changed and checkpoint.find_resume(path) is not None:
-        raise RunError(
-            f"{path}: holds a run with other settings ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}); use another run.folder to start anew"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def rank0_open_folder(trainer: Trainer) -> None:
-    """Write what a reader of the run needs before its first number."""
-    config, folder = trainer.config, trainer.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
-    ds_content = read_ds_config(config.run.ds_config)
-    write_json(folder / "deepspeed.json", deepspeed_config(ds_content, dtype=config.backbone.dtype))
-    record_provenance(
-        folder / "provenance.json",
-        resumed_from=trainer.resume_step,
-        world_size=trainer.engine.world_size,
-        device=str(trainer.engine.device),
-        placement=trainer.engine.placement,
-        backbone=trainer.backbone_facts,
-        data={
-            "tokens": trainer.tokens.fingerprint,
-            "plan": trainer.batches.plan.fingerprint,
-            **trainer.tokens.cuts.facts(),
-        },
-    )
-    write_text(folder / "rejects.jsonl", to_json_lines(trainer.tokens.rejects))
 
 
 def announce(trainer: Trainer) -> None:

@@ -116,3 +116,16 @@ def test_collapsing_an_unknown_task_suggests_a_known_one(name):
     _, adapter = make(EVERY[name])
     with pytest.raises(AdapterError, match="did you mean 'reverse'"):
         collapse(adapter, "revrese")
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTED if not name.startswith("private")])
+def test_routing_annealed_to_uniform_is_the_average(name):
+    model, adapter = make(ROUTED[name])
+    ids = torch.arange(2, 8).repeat(4, 1)
+    with torch.no_grad(), adapter.slots([0, 1, 2, 3], uniform_share=1.0):
+        annealed = model(input_ids=ids, decoder_input_ids=ids).logits
+    model = make_t5().eval()
+    mean = attach_copy(model, average(adapter))
+    with torch.no_grad(), mean.slots([0] * 4):
+        averaged = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(annealed, averaged, rtol=1e-5, atol=1e-5)

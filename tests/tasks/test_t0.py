@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from processes import ROOT
 
+from mhr_scale import strict_yaml
 from mhr_scale.config import IntakeConfig, T0Tasks
 from mhr_scale.errors import ConfigError, DataError
 from mhr_scale.tasks import t0
@@ -74,7 +75,7 @@ def test_the_cap_of_every_prompt_is_the_listed_one(shared, rule, column):
 
 
 def test_the_rules_differ_between_half_a_million_rows_in_all_and_in_a_prompt():
-    prompt = t0.Prompt(name="p", dataset="d", train_size=400_000, n_prompts=10)
+    prompt = t0.Prompt(name="p", dataset="d", raw="d", train_size=400_000, n_prompts=10)
     assert [prompt.cap(rule) for rule in ("t_few", "t_zero", "none")] == [50_000, 400_000, None]
 
 
@@ -164,12 +165,19 @@ def test_a_prompt_without_a_cap_has_none(tmp_path):
     assert task.cap is None
 
 
-def test_no_more_rows_are_read_than_the_cap(tmp_path):
+def test_all_rows_of_a_prompt_are_read_and_the_cap_stays(tmp_path):
     (task,) = read(write(tmp_path, QUAREL[:1], n_rows=2000), QUAREL[0], validation_examples=0)
+    assert (len(task.train), task.cap) == (2000, 1941)
+
+
+def test_the_first_rows_up_to_the_cap_are_read_on_demand(tmp_path):
+    source = write(tmp_path, QUAREL[:1], n_rows=2000)
+    (task,) = read(source, QUAREL[0], validation_examples=0, max_rows="cap")
     assert [row.input for row in task.train] == [f"{QUAREL[0]} {n}" for n in range(1941)]
+    assert task.cap == 1941
 
 
-def test_more_rows_than_the_cap_are_read_on_demand_and_the_cap_stays(tmp_path):
+def test_a_number_of_rows_may_be_above_the_cap(tmp_path):
     (task,) = read(
         write(tmp_path, QUAREL[:1], n_rows=2000), QUAREL[0], validation_examples=0, max_rows=1990
     )
@@ -182,8 +190,17 @@ def test_the_rows_read_may_be_few(tmp_path):
 
 
 def test_all_rows_are_read_without_a_cap(tmp_path):
-    (task,) = read(write(tmp_path, QUAREL[:1], n_rows=2000), QUAREL[0], cap_rule="none")
+    source = write(tmp_path, QUAREL[:1], n_rows=2000)
+    (task,) = read(source, QUAREL[0], cap_rule="none", max_rows="cap")
     assert len(task.train) + len(task.validation) == 2000
+
+
+@pytest.mark.parametrize("name", ["t5_xl_p3_mhr64", "t0_11b_p3_mhr8"])
+def test_the_recipes_of_the_reference_repeat_the_first_rows(name):
+    recipe = strict_yaml.read(
+        (ROOT / "launch" / "recipes" / f"{name}.yaml").read_text(), source=name, error=DataError
+    )[0]
+    assert (recipe["tasks"]["max_rows"], recipe["mixture"]) == ("cap", {"first_rows": True})
 
 
 # -- validation --------------------------------------------------------------------------------
@@ -291,7 +308,9 @@ def test_bad_rows_of_a_prompt_are_reported_under_its_name(tmp_path):
     assert (reject.task, reject.reason, reject.place.line) == (QUAREL[0], "empty input", 2)
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_rows", 0), ("validation_examples", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_rows", 0), ("max_characters", 0), ("validation_examples", -1)]
+)
 def test_a_count_out_of_range_is_refused(name, value):
     with pytest.raises(ConfigError, match=f"tasks.{name}: {value} is"):
         T0Tasks(suite="t0", **{name: value})

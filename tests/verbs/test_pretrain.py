@@ -295,3 +295,32 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Pa
         trainer.adapter.routing_logits[task].fill_(float("nan"))
     with pytest.raises(UserError, match=rf"step 1: .*{name}.*nothing is saved yet"):
         trainer.train()
+
+
+# -- recipes on real rows ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "rows", "n_tasks"),
+    [("superni_tiny.yaml", "superni_sample", 100), ("t0_open_tiny.yaml", "t0_open_sample", 111)],
+)
+def test_a_recipe_without_a_backbone_trains_random_weights_on_real_rows(
+    shared: Path, tmp_path: Path, recipe: str, rows: str, n_tasks: int
+) -> None:
+    overrides = [
+        f"tasks.folder={shared / 'data' / rows}",
+        f"run.folder={tmp_path / 'run'}",
+        "run.ds_config=null",
+        "schedule.steps=2",
+        "run.log_every=1",
+        "run.validate_every=-1",
+        "run.token_cache=null",
+        "batch.max_input_tokens=32",
+        "batch.max_target_tokens=8",
+    ]
+    path = ROOT / "launch" / "recipes" / recipe
+    pretrain(load(PretrainConfig, path, overrides))
+    card = state.read_card(tmp_path / "run")
+    assert (len(card.task_names), card.backbone["name"]) == (n_tasks, None)
+    assert len(read_metrics(tmp_path / "run")) == 2

@@ -1,0 +1,12 @@
+"""Average an inventory, with extra steps on its training mixture if asked for.
+
+python launch/average.py RECIPE [a.b=value ...]                      one process
+deepspeed --num_gpus N launch/average.py RECIPE [a.b=value ...]      N processes
+"""
+
+from mhr_scale.config import AverageConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.average import average
+
+if __name__ == "__main__":
+    main(AverageConfig, average, usage="python launch/average.py")

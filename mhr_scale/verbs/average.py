@@ -1,0 +1,101 @@
+"""The verb `average`: an inventory in, its mean as one ordinary adapter out.
+
+Extra steps go on with the training mixture of the source run (method notes 1.9): a fresh optimizer,
+a restarted schedule over the largest number of steps, and the averaged adapter of every number in
+the list, so that one run gives all columns of a table. A plain LoRA can be given the same steps.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mhr_scale import checkpoint
+from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters.collapse import average as mean_of
+from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
+from mhr_scale.errors import RunError
+from mhr_scale.recipe import load, to_yaml
+from mhr_scale.runlog import log, rank, write_text
+from mhr_scale.runs import prepare, rank0_open_folder
+
+
+def average(config: AverageConfig) -> Path:
+    """Write the averaged adapter of every number of extra steps; returns the last one's folder.
+
+    Collective where there are extra steps; without them rank 0 alone works, and neither a backbone
+    nor DeepSpeed is needed.
+    """
+    source = state.load(config.source)
+    card = state.read_card(config.source)
+    folder = Path(config.run.folder)
+    if (folder / "config.yaml").exists() and config.steps[-1] == 0:
+        raise RunError(f"{folder}: holds a run already; use another run.folder")
+    if config.steps[-1]:
+        continue_training(config, source)
+    if rank() == 0:
+        write_text_of(folder, config)
+        for steps in config.steps:
+            trained = source if steps == 0 else state.load(checkpoint.step_folder(folder, steps))
+            facts: dict[str, Any] = {
+                "averaged_from": str(config.source),
+                "extra_steps": steps,
+                "trainable": config.trainable,
+            }
+            for target in (folder / "averaged" / f"{steps:06d}", folder / "adapter"):
+                state.save(
+                    mean_of(trained), target, step=steps, backbone=card.backbone, origin=facts
+                )
+        log.info("averaged adapters of %s extra steps in %s", list(config.steps), folder)
+    return folder / "adapter"
+
+
+def continue_training(config: AverageConfig, source: Adapter) -> None:
+    """Train the mean, or the inventory under uniform routing, on the source run's own mixture.
+
+    Collective. Goes on from the last saved step, as `pretrain` does.
+    """
+    recipe_file = Path(config.source) / "config.yaml"
+    if not recipe_file.is_file():
+        raise RunError(
+            f"{recipe_file}: missing; extra steps go on with the source run's own tasks, so name "
+            "its run folder, not its adapter"
+        )
+    start = mean_of(source) if config.trainable == "mean" else under_uniform_routing(source)
+    extra = config.steps[-1]
+    recipe = replace(
+        load(PretrainConfig, recipe_file),
+        adapter=start.config,
+        schedule=ScheduleConfig(steps=extra, warmup_fraction=config.warmup_fraction),
+        run=config.run,
+    )
+    trainer = prepare(recipe, start=start, save_steps=tuple(k for k in config.steps if k))
+    try:
+        trainer.resume()
+        if trainer.engine.rank == 0:
+            rank0_open_folder(trainer)
+        trainer.engine.gather_barrier()
+        log.info("%d extra steps of the %s on %s", extra, config.trainable, config.source)
+        trainer.train()
+    finally:
+        trainer.engine.close()
+
+
+def under_uniform_routing(source: Adapter) -> Adapter:
+    """The same inventory with constant weights 1 / S in place of its routing."""
+    if not source.config.is_routed:
+        return source
+    uniform = Adapter(
+        replace(source.config, policy="uniform"), source.sites, task_names=source.task_names
+    )
+    tensors = dict(source.inventory.named_tensors())
+    state.load_tensors(uniform, tensors, place="the inventory")
+    return uniform
+
+
+def write_text_of(folder: Path, config: AverageConfig) -> None:
+    """Keep the verb's own recipe beside what it wrote."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "average.yaml", to_yaml(config))
+    except OSError as error:
+        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
