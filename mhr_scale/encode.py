@@ -95,6 +95,11 @@ class Encoder:
                 rows.append(row)
         return rows
 
+    def answers(self, texts: Sequence[str]) -> list[Ids]:
+        """Texts as answers: cut like targets, closed with the end-of-sequence token."""
+        limit = self._config.max_target_tokens - 1
+        return [self._close(ids[:limit]) for ids in self._ids(texts)]
+
     def _row(self, example: Example, input_ids: list[int], targets: list[list[int]]) -> Row | None:
         cuts, limit = self.cuts, self._config.max_target_tokens
         cuts.rows += 1

@@ -15,16 +15,11 @@ from mhr_scale.runlog import rank, start_logging
 T = TypeVar("T")
 
 
-def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
-    """Run `verb` on the recipe named on the command line."""
+def guarded(action: Callable[[], object]) -> None:
+    """Run `action`; a mistake of the user's becomes one line and exit code 2."""
     start_logging()
     try:
-        command = parse(schema, sys.argv[1:], usage=usage)
-        if command.print_only:
-            if rank() == 0:
-                sys.stdout.write(to_yaml(command.config) + _ds_text(command.config))
-            return
-        verb(command.config)
+        action()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
@@ -32,9 +27,22 @@ def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
         raise SystemExit(2) from None
 
 
+def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
+    """Run `verb` on the recipe named on the command line, or print it under `--print`."""
+
+    def action() -> None:
+        command = parse(schema, sys.argv[1:], usage=usage)
+        if not command.print_only:
+            verb(command.config)
+        elif rank() == 0:
+            sys.stdout.write(to_yaml(command.config) + _ds_text(command.config))
+
+    guarded(action)
+
+
 def _ds_text(config: Any) -> str:
     """The dictionary DeepSpeed would get, as YAML comments; nothing where no backbone is named."""
-    if not hasattr(config, "backbone"):
+    if getattr(config, "backbone", None) is None:
         return ""
     import json
 

@@ -83,7 +83,11 @@ def prepare(
                 rank=engine.rank,
                 world_size=engine.world_size,
             ),
-            backbone_facts={**blueprint.facts, "dtype": config.backbone.dtype},
+            backbone_facts={
+                **blueprint.facts,
+                "dtype": config.backbone.dtype,
+                "tokenizer": config.backbone.tokenizer,
+            },
             save_steps=save_steps,
         )
     except BaseException:

@@ -134,7 +134,7 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
         load_tensors(adapter, tensors, place=place)
         return adapter
     check_bare(model)
-    _check_backbone(folder, card, model)
+    check_backbone(folder, card, model)
     adapter = attach(model, card.adapter, tasks=card.task_names)
     try:
         load_tensors(adapter, tensors, place=place)
@@ -184,7 +184,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file}: not a safetensors file ({error})") from error
 
 
-def _check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
+def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
     """Raise `AdapterError` if the model's linears are not those the adapter was made for."""
     sites = find_sites(model, card.adapter.layout)
     if sites == card.sites:

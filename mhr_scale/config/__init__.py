@@ -7,6 +7,8 @@ part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`
 """
 
 from mhr_scale.config.data import (
+    EvalTasksConfig,
+    HeldOutTasks,
     IntakeConfig,
     JsonlTasks,
     MixtureConfig,
@@ -23,13 +25,21 @@ from mhr_scale.config.training import (
     RunConfig,
     ScheduleConfig,
 )
-from mhr_scale.config.verbs import AverageConfig, PretrainConfig
+from mhr_scale.config.verbs import (
+    AverageConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    ScoringConfig,
+)
 
 __all__ = [
     "AdapterConfig",
     "AverageConfig",
     "BackboneConfig",
     "BatchConfig",
+    "EvalTasksConfig",
+    "EvaluateConfig",
+    "HeldOutTasks",
     "IntakeConfig",
     "JsonlTasks",
     "LossConfig",
@@ -39,6 +49,7 @@ __all__ = [
     "PretrainConfig",
     "RunConfig",
     "ScheduleConfig",
+    "ScoringConfig",
     "SuperNITasks",
     "T0Tasks",
     "TasksConfig",

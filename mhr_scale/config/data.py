@@ -25,6 +25,8 @@ class ToyTasks:
 
     suite: Literal["toy"]
     """Chooses this part."""
+    fold: Literal["train", "held_out"] = "train"
+    """The training tasks, or the 10 held-out compositions."""
     n_tasks: int = 60
     """Training tasks drawn from the 144 compositions, the 10 held-out ones excluded."""
     train_examples: int = 200
@@ -175,6 +177,7 @@ class HeldOutTasks:
 
 
 TasksConfig = ToyTasks | SuperNITasks | JsonlTasks | T0Tasks
+EvalTasksConfig = ToyTasks | SuperNITasks | JsonlTasks | HeldOutTasks
 
 
 @part

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
-from mhr_scale.config.data import MixtureConfig, TasksConfig
+from mhr_scale.config.data import EvalTasksConfig, MixtureConfig, TasksConfig
 from mhr_scale.config.model import AdapterConfig, BackboneConfig
 from mhr_scale.config.part import part
 from mhr_scale.config.training import (
@@ -60,3 +60,59 @@ class AverageConfig:
             raise ConfigError(f"steps: {list(self.steps)} are not ascending numbers from 0")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+
+
+@part
+class ScoringConfig:
+    """How an answer is asked for and what it is worth."""
+
+    metric: Literal["accuracy", "rougeL", "exact_match"] | None = None
+    """accuracy ranks the choices, the others generate; null: each task's own."""
+    length_norm: float = 1.0
+    """A choice's negative log-likelihood is divided by length ** length_norm (T-Few 1, T0 0)."""
+    beams: int = 1
+    """Beams of generation; 1 is greedy."""
+    max_new_tokens: int = 64
+    """Tokens generated at most."""
+    max_input_tokens: int = 256
+    """Inputs are cut here."""
+    max_choice_tokens: int = 256
+    """Choices are cut here, the end-of-sequence token kept."""
+    max_tokens: int = 4096
+    """Padded tokens of one batch on one rank, inputs and choices together."""
+    examples: int | None = None
+    """Examples per task at most, the first ones; null = all."""
+
+    def __post_init__(self) -> None:
+        names = ("beams", "max_new_tokens", "max_input_tokens", "max_choice_tokens", "max_tokens")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"scoring.{name}: {getattr(self, name)} is not at least 1")
+        if self.examples is not None and self.examples < 1:
+            raise ConfigError(f"scoring.examples: {self.examples} is not at least 1")
+
+
+@part
+class EvaluateConfig:
+    """Everything `evaluate` reads; with an adapter, the model part comes from it."""
+
+    adapter: str | None = None
+    """The run or adapter to evaluate; null: the bare backbone."""
+    backbone: BackboneConfig | None = None
+    """The bare backbone; an adapter brings its own."""
+    backbone_moved_to: str | None = None
+    """Where the adapter's backbone lies now, if not where it was trained."""
+    routing: Literal["own", "average"] = "own"
+    """own: each task under its own routing; average: all tasks under the averaged adapter."""
+    tasks: EvalTasksConfig
+    """The tasks; their test rows count, or their held-out rows where there are none."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How answers are asked for and scored."""
+    run: RunConfig
+    """Where to write; the same command goes on with an interrupted job."""
+
+    def __post_init__(self) -> None:
+        if (self.adapter is None) == (self.backbone is None):
+            raise ConfigError("give an adapter, which brings its backbone, or a bare backbone")
+        if self.backbone_moved_to is not None and self.adapter is None:
+            raise ConfigError("backbone_moved_to: only an adapter's backbone can have moved")

@@ -36,12 +36,12 @@ from typing import Any, NoReturn
 from mhr_scale import strict_yaml
 from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.task import Example, Intake, Place, Task
 
 log = logging.getLogger("mhr_scale")
 
 FOLDS = {"train": "train", "validation": "validation", "dev": "validation", "test": "test"}
-METRICS = ("accuracy", "rougeL", "exact_match")
 FIELDS: dict[str, type] = {
     "input": str,
     "target": str,

@@ -1,12 +1,21 @@
 """From a recipe's `tasks` part to tasks: one row per suite."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.config import JsonlTasks, SuperNITasks, T0Tasks, TasksConfig, ToyTasks
-from mhr_scale.tasks import jsonl, superni, t0, toy
+from mhr_scale.config import (
+    EvalTasksConfig,
+    HeldOutTasks,
+    JsonlTasks,
+    SuperNITasks,
+    T0Tasks,
+    TasksConfig,
+    ToyTasks,
+)
+from mhr_scale.errors import DataError
+from mhr_scale.tasks import held_out, jsonl, superni, t0, toy
 from mhr_scale.tasks.task import Intake, Task, TaskStream, check_not_empty
 
 
@@ -24,7 +33,7 @@ class Reading:
 
 
 def _read_toy(config: ToyTasks, intake: Intake) -> list[Task]:
-    return toy.make_tasks(config)
+    return toy.make_tasks(config) if config.fold == "train" else toy.held_out_tasks(config)
 
 
 READERS: dict[type, Callable[[Any, Intake], Sequence[Task] | TaskStream]] = {
@@ -32,7 +41,24 @@ READERS: dict[type, Callable[[Any, Intake], Sequence[Task] | TaskStream]] = {
     SuperNITasks: superni.read_tasks,
     JsonlTasks: jsonl.read_tasks,
     T0Tasks: t0.read_tasks,
+    HeldOutTasks: held_out.read_tasks,
 }
+
+
+def read_evaluation(config: EvalTasksConfig, *, examples: int | None) -> tuple[list[Task], Intake]:
+    """Tasks with the rows that count as their `test`: test rows, else held-out ones.
+
+    `examples` keeps a task's first ones. Raises `DataError` for a task without any.
+    """
+    intake = Intake(on_bad=config.intake.on_bad if not isinstance(config, ToyTasks) else "reject")
+    tasks = []
+    for task in READERS[type(config)](config, intake):
+        rows = (task.test or task.validation)[:examples]
+        if not rows:
+            raise DataError(f"task {task.name}: no test row and no held-out row to evaluate on")
+        tasks.append(replace(task, test=rows))
+    intake.check()
+    return tasks, intake
 
 
 def open_suite(config: TasksConfig, *, on_bad: str | None = None) -> Reading:

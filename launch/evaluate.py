@@ -1,0 +1,12 @@
+"""Score a backbone, with or without an adapter, on tasks.
+
+python launch/evaluate.py RECIPE [a.b=value ...]                      one process
+deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processes
+"""
+
+from mhr_scale.config import EvaluateConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.evaluate import evaluate
+
+if __name__ == "__main__":
+    main(EvaluateConfig, evaluate, usage="python launch/evaluate.py")

@@ -1,0 +1,126 @@
+"""From scores per example to tables: per task, per prompt, means over tasks, and over seeds.
+
+`scores.jsonl` is the only source: a summary can be made again from it at any time. Every score is
+in points, 0 to 100.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhr_scale.errors import RunError
+
+SCORES = "scores.jsonl"
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The lines of a scores file, each global id once.
+
+    A line that was being written when the job was stopped (the last one) is left out. Raises
+    `RunError` for anything else that is no score.
+    """
+    if not path.exists():
+        return []
+    scores: dict[str, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            score = json.loads(line)
+            scores.setdefault(score["id"], score)
+            float(score["points"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}:{number}: not a score ({error}); remove the line") from error
+    return list(scores.values())
+
+
+def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means per task and prompt, spread over prompts, and means over tasks and examples.
+
+    The order of the lines does not matter, nor do lines that stand twice.
+    """
+    by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for score in scores:
+        by_task[score["task"]].setdefault(score["id"], score)
+    tasks = {name: _of_task(list(found.values())) for name, found in sorted(by_task.items())}
+    n_examples = sum(task["examples"] for task in tasks.values())
+    total = sum(task["mean"] * task["examples"] for task in tasks.values())
+    return {
+        "tasks": tasks,
+        "mean_over_tasks": _mean([task["mean"] for task in tasks.values()]),
+        "mean_over_examples": total / n_examples if n_examples else None,
+        "examples": n_examples,
+    }
+
+
+def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for score in scores:
+        by_prompt[score["prompt"]].append(score["points"])
+    prompts = {prompt: _mean(points) for prompt, points in sorted(by_prompt.items())}
+    made: dict[str, Any] = {
+        "metric": scores[0]["metric"],
+        "examples": len(scores),
+        "mean": _mean([score["points"] for score in scores]),
+    }
+    if len(prompts) > 1:
+        means = [mean for mean in prompts.values() if mean is not None]
+        made |= {
+            "prompts": prompts,
+            "prompt_mean": _mean(means),
+            "prompt_median": statistics.median(means),
+            "prompt_spread": max(means) - min(means),
+        }
+    return made
+
+
+def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several seeds of one setting, both ways of the reference protocol (method notes 3.4).
+
+    `median_then_mean`: median over seeds per task, then mean over tasks (R2). `mean_then_std`: mean
+    over tasks per seed, then mean and standard deviation over seeds (R1, the paper's +-). Raises
+    `RunError` if the seeds do not hold the same tasks.
+    """
+    names = set(summaries[0]["tasks"])
+    for summary in summaries[1:]:
+        odd = sorted(names ^ set(summary["tasks"]))
+        if odd:
+            raise RunError(f"seeds differ in their tasks: {', '.join(odd[:5])}")
+    medians = {
+        name: statistics.median(summary["tasks"][name]["mean"] for summary in summaries)
+        for name in sorted(names)
+    }
+    means = [summary["mean_over_tasks"] for summary in summaries]
+    return {
+        "seeds": len(summaries),
+        "median_per_task": medians,
+        "median_then_mean": _mean(list(medians.values())),
+        "mean_then_std": [_mean(means), statistics.stdev(means) if len(means) > 1 else 0.0],
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """A summary as lines of text."""
+    tasks = summary["tasks"]
+    width = max([len("mean over examples"), *(len(name) for name in tasks)])
+    lines = [
+        f"{'task':{width}}  {'metric':12} {'examples':>8} {'mean':>7}   prompts: median (spread)"
+    ]
+    for name, task in tasks.items():
+        line = f"{name:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+        if "prompts" in task:
+            line += f"   {task['prompt_median']:.2f} ({task['prompt_spread']:.2f})"
+        lines.append(line)
+    for key in ("mean_over_tasks", "mean_over_examples"):
+        lines.append(f"{key.replace('_', ' '):{width}}  {'':12} {'':8} {summary[key]:7.2f}")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float]) -> Any:
+    return sum(values) / len(values) if values else None

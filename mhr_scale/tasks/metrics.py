@@ -1,0 +1,75 @@
+"""What an answer is worth, from 0 to 100: Rouge-L and exact match of texts, accuracy of ranks.
+
+Every function scores one example; the mean over examples is the caller's.
+"""
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from mhr_scale.runlog import log
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_COUNTED = re.compile("[a-z0-9]")
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of stemmed words, best of the references."""
+    for reference in references:
+        if not _COUNTED.search(reference.lower()):
+            _warn_of_uncounted(reference)
+    scorer = _scorer()
+    return 100.0 * max(scorer.score(text, prediction)["rougeL"].fmeasure for text in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """Equality but for case, ASCII punctuation and spaces, with any of the references."""
+    return 100.0 * (_plain(prediction) in {_plain(text) for text in references})
+
+
+def accuracy(scores: Sequence[float], label: int) -> float:
+    """Whether the choice at `label` has the smallest score; see `best_choice`."""
+    return 100.0 * (best_choice(scores) == label)
+
+
+def best_choice(scores: Sequence[float]) -> int:
+    """Index of the smallest score; of equal ones the first."""
+    return min(range(len(scores)), key=scores.__getitem__)
+
+
+#: Metrics of generated texts: prediction and references to points.
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "rougeL": rouge_l,
+}
+#: Metrics of ranked choices: scores (the smallest wins) and label to points.
+RANK_METRICS: dict[str, Callable[[Sequence[float], int], float]] = {"accuracy": accuracy}
+METRICS: dict[str, Callable[..., float]] = {**RANK_METRICS, **TEXT_METRICS}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+@cache
+def _scorer() -> Any:
+    """The scorer, imported and built at its first use."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+_warned: list[str] = []
+
+
+def _warn_of_uncounted(reference: str) -> None:
+    """Say once that Rouge-L sees nothing in such texts."""
+    if not _warned:
+        _warned.append(reference)
+        log.warning(
+            "rougeL counts a-z and 0-9 only: references such as %r score 0 whatever the answer; "
+            "use exact_match for such tasks",
+            reference[:80],
+        )

@@ -1,0 +1,33 @@
+"""Tables of finished or interrupted evaluations, from their `scores.jsonl` alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mhr_scale import summary
+from mhr_scale.errors import ConfigError, RunError
+
+
+def summarise_runs(folders: Sequence[str]) -> str:
+    """The table of each evaluation; of several, taken as seeds of one setting, their aggregates.
+
+    Raises `RunError` for a folder without scores or seeds that hold different tasks.
+    """
+    if not folders:
+        raise ConfigError("no run given; usage: python launch/summarise.py RUN [RUN ...]")
+    text, found = "", []
+    for folder in folders:
+        path = Path(folder) / summary.SCORES
+        scores = summary.read_scores(path)
+        if not scores:
+            raise RunError(f"{path}: no scores here; name the folder of an evaluation")
+        found.append(summary.summarise(scores))
+        text += f"{folder}\n{summary.table(found[-1])}\n"
+    if len(found) > 1:
+        both = summary.aggregate(found)
+        mean, deviation = both["mean_then_std"]
+        text += (
+            f"{both['seeds']} seeds: median over seeds per task, mean over tasks "
+            f"{both['median_then_mean']:.2f}; mean over tasks {mean:.2f} +- {deviation:.2f} "
+            "(standard deviation over seeds)\n"
+        )
+    return text

@@ -1,0 +1,65 @@
+"""An evaluation on two sharded ranks gives the scores of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import succeed
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+#: 7 examples of each of 3 tasks in small batches: the shares of two ranks differ.
+SETTINGS = (
+    "tasks={suite: toy, n_tasks: 3, train_examples: 10, validation_examples: 7}",
+    "scoring.max_tokens=100",
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("evaluate")
+    succeed(
+        "launch/pretrain.py",
+        "launch/recipes/toy.yaml",
+        f"run.folder={folder / 'toy'}",
+        "tasks.n_tasks=3",
+        "tasks.train_examples=10",
+        "tasks.validation_examples=7",
+        "schedule.steps=3",
+        "batch.batch_size=8",
+        "batch.micro_batch_size=4",
+    )
+    for name, ranks, placement in (("one", 0, "null"), ("two", 2, "ds_configs/cpu.json")):
+        for metric in ("accuracy", "exact_match"):
+            succeed(
+                "launch/evaluate.py",
+                "launch/recipes/toy_evaluate.yaml",
+                f"adapter={folder / 'toy'}",
+                f"run.folder={folder / f'{name}_{metric}'}",
+                f"run.ds_config={placement}",
+                f"scoring.metric={metric}",
+                "scoring.max_new_tokens=6",
+                *SETTINGS,
+                ranks=ranks,
+            )
+    return folder / "one", folder / "two"
+
+
+def scores(folder: Path, metric: str) -> dict[str, dict]:
+    path = folder.with_name(f"{folder.name}_{metric}") / "scores.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines) == 21
+    return {line["id"]: line for line in lines}
+
+
+def test_choice_scores_are_equal(folders: tuple[Path, Path]) -> None:
+    one, two = (scores(folder, "accuracy") for folder in folders)
+    for identity, line in one.items():
+        assert two[identity]["choice_scores"] == pytest.approx(line["choice_scores"], rel=1e-5)
+
+
+def test_generated_answers_are_equal(folders: tuple[Path, Path]) -> None:
+    one, two = (scores(folder, "exact_match") for folder in folders)
+    assert {i: line["prediction"] for i, line in two.items()} == {
+        i: line["prediction"] for i, line in one.items()
+    }

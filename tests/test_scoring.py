@@ -1,0 +1,274 @@
+"""Packed ranking and batched generation against one example at a time; batches lose no row."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from adapters.tiny import make_adapted, make_t5
+from torch.nn import functional as F
+
+from mhr_scale.adapters import AdapterConfig
+from mhr_scale.errors import DataError, DivergenceError
+from mhr_scale.scoring import ChoiceRow, deal, fill_batches, generate_answers, rank_choices, score
+
+TASKS = ("copy", "reverse", "sort")
+CONFIGS = {
+    "Poly": AdapterConfig(n_skills=3, rank=2),
+    "MHR": AdapterConfig(n_skills=3, n_splits=4, rank=2),
+    "wide": AdapterConfig(n_skills=3, n_splits=2, rank=16),
+    "random": AdapterConfig(n_skills=3, rank=2, policy="random"),
+    "ia3": AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
+}
+#: Lengths of the choices of each row.
+CHOICES = ((3, 3), (1, 4, 2), (1, 1), (5, 2, 3, 4), (1, 2, 3, 4, 5), (2,), (4, 1))
+
+
+def make_rows(choices=CHOICES, seed=0):
+    """Rows of three tasks in no order, of different lengths; all texts end with token 1."""
+    draw = np.random.default_rng(seed)
+
+    def ids(length):
+        return np.append(draw.integers(2, 64, length - 1), 1).astype(np.int32)
+
+    return [
+        ChoiceRow(10 + n, (2, 0, 1)[n % 3], ids(3 + 7 * n % 11), tuple(ids(c) for c in lengths))
+        for n, lengths in enumerate(choices)
+    ]
+
+
+@torch.no_grad()
+def naive(model, row, *, length_norm):
+    """Scores of a row, one choice at a time, nothing padded."""
+    scores = []
+    for choice in row.choices:
+        labels = torch.tensor(choice, dtype=torch.long)[None]
+        logits = model(input_ids=torch.tensor(row.input_ids)[None], labels=labels).logits
+        nll = F.cross_entropy(logits[0], labels[0], reduction="sum").item()
+        scores.append(nll / len(choice) ** length_norm)
+    return scores
+
+
+def flat(scores):
+    return [value for row in scores for value in row]
+
+
+@pytest.mark.parametrize("length_norm", [0.0, 1.0])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_packed_scores_equal_one_choice_at_a_time(config, length_norm):
+    model, adapter = make_adapted(config, tasks=TASKS, dtype=torch.float32)
+    rows = make_rows()
+    found = rank_choices(model, adapter, rows, length_norm=length_norm)
+    model.eval()
+    wanted = []
+    for row in rows:
+        with adapter.slots([row.task]):
+            wanted.append(naive(model, row, length_norm=length_norm))
+    assert [len(scores) for scores in found] == [len(lengths) for lengths in CHOICES]
+    assert flat(found) == pytest.approx(flat(wanted), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("length_norm", [0.0, 1.0])
+def test_packed_scores_of_a_bare_backbone(length_norm, attention):
+    model = make_t5().eval()
+    model.set_attn_implementation(attention)
+    rows = make_rows()
+    found = rank_choices(model, None, rows, length_norm=length_norm)
+    wanted = [naive(model, row, length_norm=length_norm) for row in rows]
+    assert flat(found) == pytest.approx(flat(wanted), rel=1e-5, abs=1e-5)
+
+
+def test_the_bare_backbone_under_an_adapter_that_is_off():
+    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    rows = make_rows()
+    with adapter.off():
+        found = rank_choices(model, None, rows, length_norm=1.0)
+    assert found == rank_choices(make_t5(), None, rows, length_norm=1.0)
+
+
+def test_a_hundred_choices_beyond_the_reach_of_the_position_buckets():
+    model = make_t5().eval()
+    (row,) = make_rows([(1, 2, 3, 4, 5) * 20])
+    (found,) = rank_choices(model, None, [row], length_norm=0.0)
+    assert found == pytest.approx(naive(model, row, length_norm=0.0), rel=1e-5)
+
+
+def test_a_choice_as_long_as_the_last_position_bucket():
+    model = make_t5().eval()
+    (row,) = make_rows([(140, 3, 150)])
+    (found,) = rank_choices(model, None, [row], length_norm=0.0)
+    assert found == pytest.approx(naive(model, row, length_norm=0.0), rel=1e-5)
+
+
+def test_ranking_runs_the_encoder_once_and_cross_attention_once_per_example():
+    model = make_t5().eval()
+    seen = []
+    model.encoder.register_forward_hook(lambda *_: seen.append("encoder"))
+    cross = model.decoder.block[0].layer[1].EncDecAttention.k
+    cross.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
+    rank_choices(model, None, make_rows(), length_norm=1.0)
+    assert seen == ["encoder", len(CHOICES)]
+
+
+def test_the_model_trains_on_as_before_and_keeps_no_graph():
+    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    rank_choices(model, adapter, make_rows(), length_norm=1.0)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    rank_choices(model, adapter, make_rows(), length_norm=1.0)
+    assert not any(module.training for module in model.modules())
+    with adapter.slots([0]):  # no slots are left in use
+        pass
+
+
+def test_dropout_is_off_while_scoring():
+    model = make_t5(dropout_rate=0.5).train()
+    rows = make_rows()
+    first, second = (rank_choices(model, None, rows, length_norm=1.0) for _ in range(2))
+    assert first == second
+
+
+def test_rows_that_cannot_be_ranked():
+    with pytest.raises(DataError, match="row 3: a choice has no tokens"):
+        ChoiceRow(3, 0, np.array([1]), (np.array([1]), np.array([])))
+    with pytest.raises(DataError, match="row 3: no choices"):
+        rank_choices(make_t5(), None, [ChoiceRow(3, 0, np.array([1]))], length_norm=1.0)
+
+
+def test_scores_that_are_no_numbers_stop_the_job():
+    model = make_t5()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match="row 10: the scores"):
+        rank_choices(model, None, make_rows(), length_norm=1.0)
+
+
+# -- generation ----------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A tokenizer whose words are token ids."""
+
+    def batch_decode(self, ids, *, skip_special_tokens):
+        assert skip_special_tokens
+        return [" " + " ".join(str(token) for token in row if token > 1) + " " for row in ids]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("config", [CONFIGS["MHR"], CONFIGS["ia3"]], ids=["MHR", "ia3"])
+def test_answers_of_a_batch_equal_those_of_each_example(config, beams):
+    model, adapter = make_adapted(config, tasks=TASKS)
+    options = {"tokenizer": Numbers(), "beams": beams, "max_new_tokens": 6}
+    rows = make_rows()
+    together = generate_answers(model, adapter, rows, **options)
+    apart = [generate_answers(model, adapter, [row], **options)[0] for row in rows]
+    assert together == apart
+    assert len(set(together)) > 1
+    assert all(len(text.split()) <= 6 for text in together)
+    assert all(text == text.strip() for text in together)
+
+
+def test_answers_of_the_bare_backbone():
+    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    options = {"tokenizer": Numbers(), "beams": 1, "max_new_tokens": 6}
+    rows = make_rows()
+    with adapter.off():
+        found = generate_answers(model, None, rows, **options)
+    assert found == generate_answers(make_t5(), None, rows, **options)
+
+
+# -- batches and jobs ----------------------------------------------------------------------------
+
+
+def random_rows(n_rows, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        ChoiceRow(
+            number,
+            int(draw.integers(5)),
+            np.ones(draw.integers(1, 60), dtype=np.int32),
+            tuple(np.ones(draw.integers(1, 9)) for _ in range(draw.integers(0, 6))),
+        )
+        for number in range(n_rows)
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 1000, 10**6])
+def test_batches_hold_every_row_once_within_their_tokens(max_tokens):
+    rows = random_rows(83)
+    batches = fill_batches(rows, max_tokens)
+    assert sorted(row.number for batch in batches for row in batch) == list(range(83))
+    for batch in batches:
+        inputs = -(-max(len(row.input_ids) for row in batch) // 8) * 8
+        tokens = len(batch) * (inputs + max(row.n_choice_tokens for row in batch))
+        assert tokens <= max_tokens or len(batch) == 1
+        assert [row.task for row in batch] == sorted(row.task for row in batch)
+    longest = [max(len(row.input_ids) for row in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_do_not_depend_on_the_order_of_the_rows():
+    rows = random_rows(40)
+    assert fill_batches(rows, 300) == fill_batches(rows[::-1], 300)
+    assert fill_batches([], 300) == []
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 50])
+def test_ranks_share_the_batches_and_make_as_many_rounds(world_size, is_sharded):
+    batches = fill_batches(random_rows(83), 300)
+    hands = [deal(batches, rank, world_size, is_sharded=is_sharded) for rank in range(world_size)]
+    assert {len(hand) for hand in hands} == {-(-len(batches) // world_size)}
+    numbers = [row.number for hand in hands for batch, counts in hand if counts for row in batch]
+    assert sorted(numbers) == list(range(83))
+    idle = [batch for hand in hands for batch, counts in hand if not counts]
+    assert all((batch is not None) == is_sharded for batch in idle)
+    assert deal([], 0, world_size, is_sharded=is_sharded) == []
+
+
+def fake_engine(rank, world_size, *, is_sharded):
+    return SimpleNamespace(
+        rank=rank,
+        world_size=world_size,
+        is_sharded=is_sharded,
+        gather_objects=lambda value: [value],
+    )
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_job_of_three_ranks_gives_each_row_one_result(is_sharded):
+    rows, found, calls = random_rows(50), {}, []
+    for rank in range(3):
+        ran = []
+
+        def run(batch, ran=ran):
+            ran.append(len(batch))
+            return [row.number * 2 for row in batch]
+
+        engine = fake_engine(rank, 3, is_sharded=is_sharded)
+        for results in score(rows, run, engine=engine, max_tokens=250):
+            assert not results.keys() & found.keys()
+            found |= results
+        calls.append(len(ran))
+    assert found == {number: number * 2 for number in range(50)}
+    n_batches = len(fill_batches(rows, 250))
+    assert n_batches % 3
+    assert calls == [-(-n_batches // 3)] * 3 if is_sharded else sum(calls) == n_batches
+
+
+def test_an_interrupted_job_goes_on_with_the_rows_that_are_left():
+    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    run = partial(rank_choices, model, adapter, length_norm=1.0)
+    options = {"engine": fake_engine(0, 1, is_sharded=False), "max_tokens": 60}
+    rows = make_rows()
+    whole = {k: v for part in score(rows, run, **options) for k, v in part.items()}
+    assert set(whole) == {row.number for row in rows}
+    done = dict(next(score(rows, run, **options)))
+    assert 0 < len(done) < len(rows)
+    left = [row for row in rows if row.number not in done]
+    for part in score(left, run, **options):
+        done |= part
+    assert done.keys() == whole.keys()
+    for number, scores in whole.items():
+        assert done[number] == pytest.approx(scores, rel=1e-5)

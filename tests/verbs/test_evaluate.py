@@ -1,0 +1,198 @@
+"""The verb `evaluate`: one score per example, tables made from them, jobs that go on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+from mhr_scale import summary
+from mhr_scale.config import (
+    AverageConfig,
+    BackboneConfig,
+    EvaluateConfig,
+    JsonlTasks,
+    PretrainConfig,
+    RunConfig,
+    ScoringConfig,
+    ToyTasks,
+)
+from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
+from mhr_scale.recipe import load
+from mhr_scale.verbs.average import average
+from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.pretrain import pretrain
+
+TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
+SHORT = (
+    "schedule.steps=4",
+    "batch.batch_size=8",
+    "batch.micro_batch_size=4",
+    "tasks.n_tasks=4",
+    "tasks.train_examples=10",
+    "tasks.validation_examples=5",
+    "run.validate_every=-1",
+)
+TASKS = ToyTasks(suite="toy", n_tasks=4, train_examples=10, validation_examples=5)
+BARE = BackboneConfig(name="builtin:toy", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    pretrain(load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"]))
+    return folder
+
+
+def settings(folder: Path, source: Path | None = None, **changes: object) -> EvaluateConfig:
+    config = EvaluateConfig(
+        adapter=None if source is None else str(source),
+        backbone=BARE if source is None else None,
+        tasks=TASKS,
+        scoring=ScoringConfig(metric="accuracy", max_tokens=300),
+        run=RunConfig(folder=str(folder)),
+    )
+    return replace(config, **changes)
+
+
+def scores(folder: Path) -> list[dict]:
+    return summary.read_scores(folder / "scores.jsonl")
+
+
+def by_id(folder: Path) -> dict[str, dict]:
+    return {score["id"]: score for score in scores(folder)}
+
+
+@pytest.fixture(scope="module")
+def ranked(source: Path) -> Path:
+    return evaluate(settings(source.parent / "ranked", source))
+
+
+def test_every_example_has_one_score(ranked: Path) -> None:
+    ids = [json.loads(line)["id"] for line in (ranked / "scores.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 4 * 5
+
+
+def test_a_score_tells_every_choice_and_the_best_one(ranked: Path) -> None:
+    for score in scores(ranked):
+        best = min(range(5), key=score["choice_scores"].__getitem__)
+        assert score["prediction"] == best
+        assert score["points"] == 100.0 * (best == score["label"])
+
+
+def test_the_summary_is_that_of_the_scores_alone(ranked: Path) -> None:
+    stored = json.loads((ranked / "summary.json").read_text())
+    assert stored == summary.summarise(scores(ranked))
+
+
+def test_an_interrupted_job_goes_on_to_the_same_scores(
+    source: Path, ranked: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(ranked, folder)
+    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    evaluate(settings(folder, source))
+    for identity, score in by_id(ranked).items():
+        again = by_id(folder)[identity]
+        assert again["choice_scores"] == pytest.approx(score["choice_scores"], rel=1e-5)
+    assert len((folder / "scores.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_finished_job_scores_nothing_again(source: Path, ranked: Path) -> None:
+    before = (ranked / "scores.jsonl").stat().st_mtime_ns
+    evaluate(settings(ranked, source))
+    assert (ranked / "scores.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_bare_backbone_can_be_scored(tmp_path: Path) -> None:
+    assert len(scores(evaluate(settings(tmp_path / "bare")))) == 20
+
+
+def test_the_average_scores_like_the_averaged_adapter(source: Path, tmp_path: Path) -> None:
+    one = evaluate(settings(tmp_path / "one", source, routing="average"))
+    mean = AverageConfig(source=str(source), run=RunConfig(folder=str(tmp_path / "mean")))
+    two = evaluate(settings(tmp_path / "two", average(mean)))
+    for identity, score in by_id(one).items():
+        assert by_id(two)[identity]["choice_scores"] == pytest.approx(score["choice_scores"])
+
+
+def test_held_out_tasks_are_scored_under_the_average(source: Path, tmp_path: Path) -> None:
+    tasks = replace(TASKS, fold="held_out")
+    folder = evaluate(settings(tmp_path / "run", source, tasks=tasks, routing="average"))
+    assert len(json.loads((folder / "summary.json").read_text())["tasks"]) == 10
+
+
+def test_answers_can_be_generated(source: Path, tmp_path: Path) -> None:
+    scoring = ScoringConfig(metric="exact_match", max_new_tokens=8, examples=2)
+    folder = evaluate(settings(tmp_path / "run", source, scoring=scoring))
+    assert len(scores(folder)) == 8
+    assert all(isinstance(score["prediction"], str) for score in scores(folder))
+
+
+def test_a_task_of_its_own_metric_needs_no_setting(tmp_path: Path) -> None:
+    folder = evaluate(settings(tmp_path / "run", scoring=ScoringConfig(max_new_tokens=4)))
+    assert {score["metric"] for score in scores(folder)} == {"exact_match"}
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def rows(folder: Path, **fields: object) -> JsonlTasks:
+    (folder / "t").mkdir(parents=True)
+    row = {"input": "a b", "target": "b a", **fields}
+    for fold in ("train", "test"):
+        (folder / "t" / f"{fold}.jsonl").write_text(json.dumps({**row, "id": fold}) + "\n")
+    return JsonlTasks(suite="jsonl", folder=str(folder))
+
+
+def test_a_task_without_choices_cannot_be_ranked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"task t: example test has no choices to rank"):
+        evaluate(settings(tmp_path / "run", tasks=rows(tmp_path / "rows")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_hidden_or_out_of_range_is_refused(tmp_path: Path, label: int) -> None:
+    tasks = rows(tmp_path / "rows", choices=["b a", "a b"], label=label)
+    with pytest.raises(DataError, match="label"):
+        evaluate(settings(tmp_path / "run", tasks=tasks))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_rows_is_named(tmp_path: Path) -> None:
+    tasks = rows(tmp_path / "rows")
+    (tmp_path / "rows" / "t" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="task t: no test row and no held-out row"):
+        evaluate(settings(tmp_path / "run", tasks=tasks))
+
+
+def test_an_adapter_of_another_backbone_is_refused(source: Path, tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "mhr_scale" / "tasks" / "toy_backbone", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_layers": 1}))
+    assert T5Config.from_pretrained(other).num_layers == 1
+    with pytest.raises(AdapterError, match="made for another backbone"):
+        evaluate(settings(tmp_path / "run", source, backbone_moved_to=str(other)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_tasks_under_their_own_routing_are_refused(source: Path, tmp_path: Path) -> None:
+    tasks = replace(TASKS, fold="held_out")
+    with pytest.raises(AdapterError, match="set routing: average"):
+        evaluate(settings(tmp_path / "run", source, tasks=tasks))
+
+
+def test_another_job_in_the_same_folder_is_refused(source: Path, ranked: Path) -> None:
+    with pytest.raises(RunError, match=r"scores of another job \(other routing\)"):
+        evaluate(settings(ranked, source, routing="average"))
+
+
+def test_an_adapter_and_a_backbone_are_one_too_many(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="brings its backbone"):
+        settings(tmp_path, source, backbone=BARE)
