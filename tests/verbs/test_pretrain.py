@@ -324,3 +324,23 @@ def test_a_recipe_without_a_backbone_trains_random_weights_on_real_rows(
     card = state.read_card(tmp_path / "run")
     assert (len(card.task_names), card.backbone["name"]) == (n_tasks, None)
     assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def gradients(folder: Path, micro_batch_size: int) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, of an adapter that has left its initial values."""
+    overrides = [*SHORT, f"run.folder={folder}", f"batch.micro_batch_size={micro_batch_size}"]
+    trainer = verb.prepare(load(PretrainConfig, TOY, overrides))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in trainer.adapter.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    trainer.reduce_gradients(trainer.accumulate(trainer.batches[0]))
+    return {name: p.grad.to_dense() for name, p in trainer.adapter.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
+    tmp_path: Path, micro_batch_size: int
+) -> None:
+    whole, parts = gradients(tmp_path / "a", 8), gradients(tmp_path / "b", micro_batch_size)
+    errors = {n: float((parts[n] - g).abs().max() / g.abs().max()) for n, g in whole.items()}
+    assert {name: error for name, error in errors.items() if error >= 1e-5} == {}
