@@ -35,11 +35,6 @@ class Batch:
     n_tokens: int
     n_input_tokens: int
 
-    @property
-    def padding_share(self) -> float:
-        """Share of the positions of inputs and targets that hold nothing."""
-        return 1.0 - self.n_tokens / (self.input_ids.numel() + self.labels.numel())
-
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         return replace(

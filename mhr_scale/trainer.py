@@ -63,7 +63,6 @@ class Trainer:
         self.save_steps = save_steps
         self.folder = Path(config.run.folder)
         self.optimizer = optim.make_optimizer(adapter, config.optim)
-        self.n_micro_steps = config.batch.accumulation(engine.world_size)
         self.step = 0
         self.resume_step: int | None = None
 

@@ -206,14 +206,6 @@ def test_a_batch_counts_its_tokens():
     assert (batch.n_tokens, batch.n_input_tokens) == (12, 7)
 
 
-def test_the_padding_share_is_of_inputs_and_labels():
-    assert batch_of(*RAGGED).padding_share == pytest.approx(1 - 12 / (2 * 8 + 2 * 3))
-
-
-def test_a_full_batch_has_no_padding():
-    assert batch_of(((5, 6, 7, 1), (1,)), ((5, 6, 7, 1), (1,))).padding_share == 0.0
-
-
 # -- the stream of a run --------------------------------------------------------------------------
 
 
