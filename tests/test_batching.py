@@ -237,6 +237,7 @@ def test_ranks_together_see_the_stream_of_one_rank(world_size):
     assert together == stream()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_do_not_change_the_stream(workers):
     assert stream(workers=workers) == stream()
