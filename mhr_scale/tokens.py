@@ -238,8 +238,7 @@ def _build(
     progress.close()
     reading.intake.check()
     reading.intake.write(partial / "rejects.jsonl")
-    hashes = {file.name: _hash(file) for file in sorted(partial.glob("*.arrow"))}
-    write_json(partial / "manifest.json", {**manifest, "cards": cards, "sha256": hashes})
+    write_json(partial / "manifest.json", {**manifest, "cards": cards})
     try:
         os.rename(partial, folder)
     except OSError:
@@ -291,11 +290,6 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
 def _map(path: Path) -> TaskTokens:
     reader = ipc.open_file(pa.memory_map(str(path)))
     return TaskTokens([reader.get_batch(n) for n in range(reader.num_record_batches)])
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

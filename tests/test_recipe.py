@@ -379,7 +379,7 @@ def test_a_shipped_recipe_written_in_full_loads_to_the_same_values(shipped, tmp_
 def test_a_shipped_recipe_names_a_deepspeed_file_that_is_there(shipped):
     for _, loaded in shipped:
         run = getattr(loaded, "run", None)
-        read_ds_config(getattr(run, "ds_config", None))
+        assert "zero_optimization" in read_ds_config(getattr(run, "ds_config", None))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mhr_scale.config.data import HeldOutTasks
-from mhr_scale.errors import ConfigError, DataError, did_you_mean
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
 from mhr_scale.tasks.jsonl import FOLDS, Line, iter_rows, kind_of
 from mhr_scale.tasks.task import Intake, Place
 
@@ -317,11 +317,6 @@ def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
             "or set tasks.source: local"
         ) from error
     return number_rows(rows, source=f"{name}/{split}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, or the error's type where there is none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[Line]:

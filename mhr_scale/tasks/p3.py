@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhr_scale.config import IntakeConfig
-from mhr_scale.errors import DataError
+from mhr_scale.errors import DataError, first_line
 from mhr_scale.runlog import log
 from mhr_scale.tasks.jsonl import iter_rows, kind_of
 from mhr_scale.tasks.task import Example, Intake, Place
@@ -149,7 +149,7 @@ def _open_hub(name: str, setting: str) -> Source:
     except Exception as error:
         raise DataError(
             f"{setting}: '{name}' is no local folder and the hub does not give it "
-            f"({type(error).__name__}: {_first_line(error)}); give a folder or a hub id such as "
+            f"({type(error).__name__}: {first_line(error)}); give a folder or a hub id such as "
             "bigscience/P3"
         ) from error
     revision = folder.name
@@ -165,15 +165,11 @@ def _open_hub(name: str, setting: str) -> Source:
         except Exception as error:
             raise DataError(
                 f"{name}/{file}: the hub does not give it ({type(error).__name__}: "
-                f"{_first_line(error)}); start again, what is there stays"
+                f"{first_line(error)}); start again, what is there stays"
             ) from error
 
     shards = [f.rfilename for f in info.siblings or () if f.rfilename.endswith(".parquet")]
     return _make_source(name, shards, fetch=fetch)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _make_source(name: str, files: list[str], *, fetch: Callable[[str], Path]) -> Source:
@@ -216,9 +212,7 @@ def _saved_splits(path: Path) -> dict[str, list[str]]:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
         return {split: [f"{path.parent.name}/{split}"] for split in splits}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no list of splits ({_first_line(error)}); save it anew"
-        ) from error
+        raise DataError(f"{path}: no list of splits ({first_line(error)}); save it anew") from error
 
 
 def _iter_entries(source: Source, config: str, split: str, intake: Intake) -> Iterator[Entry]:
@@ -239,7 +233,7 @@ def _iter_entries(source: Source, config: str, split: str, intake: Intake) -> It
         except DataError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{where}: cannot be read ({reason}); fetch it anew") from error
 
 

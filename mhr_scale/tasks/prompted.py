@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.config import IntakeConfig, T0Tasks
-from mhr_scale.errors import DataError
+from mhr_scale.errors import DataError, first_line
 from mhr_scale.runlog import log
-from mhr_scale.tasks.held_out_rows import first_line, number_rows, read_saved
+from mhr_scale.tasks.held_out_rows import number_rows, read_saved
 from mhr_scale.tasks.jsonl import Line, iter_rows
 from mhr_scale.tasks.p3 import BATCH_ROWS, all_shards
 from mhr_scale.tasks.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates

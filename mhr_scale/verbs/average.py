@@ -41,10 +41,11 @@ def average(config: AverageConfig) -> Path:
                 "extra_steps": steps,
                 "trainable": config.trainable,
             }
-            for target in (folder / "averaged" / f"{steps:06d}", folder / "adapter"):
-                state.save(
-                    mean_of(trained), target, step=steps, backbone=card.backbone, origin=facts
-                )
+            targets = [folder / "averaged" / f"{steps:06d}"]
+            targets += [folder / "adapter"] if steps == config.steps[-1] else []
+            mean = mean_of(trained)
+            for target in targets:
+                state.save(mean, target, step=steps, backbone=card.backbone, origin=facts)
         log.info("averaged adapters of %s extra steps in %s", list(config.steps), folder)
     return folder / "adapter"
 
