@@ -74,7 +74,7 @@ class Trainer:
         metrics = self._open_metrics()
         if self.resume_step is None and config.run.validate_every >= 0:
             self._log_validation(metrics)
-        progress = Progress(config.schedule.steps, start=self.step, what="pretrain")
+        progress = Progress(config.schedule.steps, start=self.step, what="train")
         begun = time.monotonic()
         for micro_batches in self.batches.load(self.step, config.schedule.steps):
             rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
