@@ -146,7 +146,7 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
     statistics of its own, and routing gradients stay sparse over tasks. AdamW's momentum moves
     rows without a gradient too, so there they are dense.
     """
-    lead = 3 if adapter.config.policy == "private" else 1
+    lead = 2 if adapter.config.private else 1
     groups: list[dict[str, Any]] = [
         {
             "params": list(adapter.inventory.parameters()),

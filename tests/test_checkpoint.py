@@ -125,8 +125,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, optimizer):
 
 @pytest.mark.parametrize("policy", ["private", "uniform", "fixed"])
 def test_an_adapter_without_trained_routing_goes_on_too(tmp_path, policy):
-    skills = {"n_skills": 1} if policy == "private" else {"n_skills": 2, "n_splits": 2}
-    config = AdapterConfig(layout="attention", policy=policy, **skills)
+    options = {"policy": policy, "n_skills": 2, "n_splits": 2}
+    if policy == "private":
+        options = {"private": True, "n_skills": 1}
+    config = AdapterConfig(layout="attention", **options)
     run, again = trained(config=config), Run(config=config, seed=1)
     run.save(tmp_path)
     again.load(tmp_path)

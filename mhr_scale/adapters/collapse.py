@@ -1,5 +1,6 @@
 """Collapsing slots: one ordinary adapter from an inventory, its mean or a task's routing."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,27 @@ def average(adapter: Adapter) -> Adapter:
     """Return the averaged adapter: the mean of A and of B over the skills, routing ignored.
 
     The result is one ordinary LoRA (or (IA)3 vector) of the same rank (method notes 1.4, 1.6).
-    Under policy `private` it is the mean over the tasks.
+    Of private inventories it is the mean over the tasks too.
     """
-    n_pairs = adapter.inventory.n_pairs
-    shape = (1, len(adapter.groups), adapter.config.n_splits, n_pairs)
-    return _collapse(adapter, torch.full(shape, 1.0 / n_pairs), name="average")
+    if adapter.config.private:
+        adapter = _mean_over_tasks(adapter, range(len(adapter.task_names)))
+    config = adapter.config
+    shape = (1, len(adapter.groups), config.n_splits, config.n_skills)
+    return _collapse(adapter, torch.full(shape, 1.0 / config.n_skills), name="average")
+
+
+def soup(adapter: Adapter, tasks: Sequence[str], *, name: str = "soup") -> Adapter:
+    """Return the mean of some tasks' private LoRAs, A and B apart (AdapterSoup).
+
+    Raises `AdapterError` if a task is unknown or pairs are not private to tasks.
+    """
+    if not adapter.config.private or adapter.config.is_routed:
+        raise AdapterError(
+            f"a soup is made of private adapters (adapter.private, one skill); this is "
+            f"{adapter.config.method} with {adapter.config.n_skills} skill(s)"
+        )
+    mean = _mean_over_tasks(adapter, adapter.check_task_ids(list(tasks)))
+    return _collapse(mean, torch.ones(1, len(adapter.groups), 1, 1), name=name)
 
 
 def collapse(adapter: Adapter, task: str) -> Adapter:
@@ -29,8 +46,10 @@ def collapse(adapter: Adapter, task: str) -> Adapter:
     """
     (number,) = adapter.check_task_ids([task])
     config = adapter.config
-    if config.policy == "private":
-        return _pick(adapter, number, name=task)
+    if config.private:
+        adapter, number = take_task(adapter, number), 0
+    if not config.is_routed and config.private:
+        return _collapse(adapter, torch.ones(1, len(adapter.groups), 1, 1), name=task)
     if adapter.routing_logits is None:
         raise AdapterError(
             f"a {config.method} adapter with policy '{config.policy}' has no routing of its own "
@@ -49,6 +68,7 @@ def _single(adapter: Adapter, name: str) -> Adapter:
         policy="learned",
         granularity="linear",
         block_span=1,
+        private=False,
     )
     return Adapter(config, adapter.sites, task_names=[name])
 
@@ -57,21 +77,40 @@ def _single(adapter: Adapter, name: str) -> Adapter:
 def _collapse(adapter: Adapter, weights_1GQS: Tensor, *, name: str) -> Adapter:
     like = next(adapter.inventory.parameters())
     single = _single(adapter, name).to(like.device, like.dtype)
-    mixed = adapter.mix(weights_1GQS.to(like))
+    mixed = adapter.mix(weights_1GQS.to(like) if adapter.config.is_routed else None)
     for stack, sides in zip(adapter.inventory.stacks, mixed, strict=True):
         _store(single, stack, sides, scale=adapter.config.scale)
     return single
 
 
 @torch.no_grad()
-def _pick(adapter: Adapter, skill: int, *, name: str) -> Adapter:
+def take_task(adapter: Adapter, number: int) -> Adapter:
+    """One task's inventory and routing row out of private ones, as an adapter of that task."""
     like = next(adapter.inventory.parameters())
-    single = _single(adapter, name).to(like.device, like.dtype)
+    shared = replace(adapter.config, private=False)
+    taken = Adapter(shared, adapter.sites, task_names=[adapter.task_names[number]])
+    taken.to(like.device, like.dtype)
     for stack in adapter.inventory.stacks:
         for side in adapter.inventory.sides:
-            pair = adapter.inventory.stacked(stack, side)[:, :, skill : skill + 1]
-            single.inventory.stacked(stack, side).copy_(pair)
-    return single
+            copy = adapter.inventory.stacked(stack, side)[:, number]
+            taken.inventory.stacked(stack, side).copy_(copy)
+    if taken.routing_logits is not None and adapter.routing_logits is not None:
+        taken.routing_logits.copy_(adapter.routing_logits[number : number + 1])
+    return taken
+
+
+@torch.no_grad()
+def _mean_over_tasks(adapter: Adapter, tasks: Sequence[int]) -> Adapter:
+    """The mean of some tasks' private inventories, as a shared one under uniform routing."""
+    like = next(adapter.inventory.parameters())
+    shared = replace(adapter.config, private=False, policy="uniform")
+    mean = Adapter(shared, adapter.sites, task_names=["mean"]).to(like.device, like.dtype)
+    index = torch.tensor(list(tasks), device=like.device)
+    for stack in adapter.inventory.stacks:
+        for side in adapter.inventory.sides:
+            chosen = adapter.inventory.stacked(stack, side).index_select(1, index)
+            mean.inventory.stacked(stack, side).copy_(chosen.mean(1))
+    return mean
 
 
 def _store(single: Adapter, stack: Stack, sides: tuple[Tensor, ...], *, scale: float) -> None:

@@ -1,11 +1,12 @@
 """The inventory: every adapted linear's skills, stacked by shape.
 
-Shape letters: N linears of one shape, Q splits, S skills (tasks under policy private), R rank,
-I in features of one split, O out features of one split (I * Q and O * Q are the full widths).
+Shape letters: N linears of one shape, T tasks, Q splits, S skills, R rank, I in features of one
+split, O out features of one split (I * Q and O * Q are the full widths).
 
 All linears of one shape live in one tensor per side, so that mixing them is one batched product.
 Per linear the tensors are those of the reference: A (Q, S, I, R) is split along the input,
-B (Q, S, R, O) along the output (method notes 1.4); an (IA)3 skill is a vector l (Q, S, O).
+B (Q, S, R, O) along the output (method notes 1.4); an (IA)3 skill is a vector l (Q, S, O). Where
+inventories are private to tasks, each of these has T in front.
 """
 
 from collections.abc import Iterator
@@ -53,15 +54,18 @@ class Inventory(nn.Module):
         self.sites = sites
         self.stacks = make_stacks(sites)
         self.sides = ("A", "B") if config.kind == "lora" else ("l",)
-        self.n_pairs = n_tasks if config.policy == "private" else config.n_skills
+        copies = (n_tasks,) if config.private else ()
         for stack in self.stacks:
-            made = [_init_site(config, sites[m], self.n_pairs, seed=seed) for m in stack.members]
+            made = [_init_site(config, sites[m], copies, seed=seed) for m in stack.members]
             for side in self.sides:
                 tensor = torch.stack([site[side] for site in made])
                 self.register_parameter(f"{side}_{stack.key}", nn.Parameter(tensor))
 
     def stacked(self, stack: Stack, side: str) -> nn.Parameter:
-        """The stacked tensor of one shape: (N, Q, S, I, R), (N, Q, S, R, O) or (N, Q, S, O)."""
+        """The stacked tensor of one shape: (N, Q, S, I, R), (N, Q, S, R, O) or (N, Q, S, O).
+
+        Private to tasks: (N, T, Q, S, ...).
+        """
         return self.get_parameter(f"{side}_{stack.key}")
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -73,17 +77,19 @@ class Inventory(nn.Module):
                     yield name, self.stacked(stack, side).data[row]
 
 
-def _init_site(config: AdapterConfig, site: Site, n_pairs: int, *, seed: int) -> dict[str, Tensor]:
+def _init_site(
+    config: AdapterConfig, site: Site, copies: tuple[int, ...], *, seed: int
+) -> dict[str, Tensor]:
     """Initial skills of one linear (method notes 1.1): A ~ U(-c, c), c = 1 / sqrt(3 d_in); B = 0.
 
     `d_in` is the full input width, so the distribution does not depend on the number of splits.
     The numbers depend on the seed and the linear's name alone.
     """
-    q, r = config.n_splits, config.rank
+    q, s, r = config.n_splits, config.n_skills, config.rank
     i, o = site.in_features // q, site.out_features // q
     if config.kind == "ia3":
-        return {"l": torch.ones(q, n_pairs, o)}
+        return {"l": torch.ones(*copies, q, s, o)}
     generator = torch.Generator().manual_seed(seed_from("inventory", seed, site.name))
     bound = (3 * site.in_features) ** -0.5
-    a_QSIR = torch.empty(q, n_pairs, i, r).uniform_(-bound, bound, generator=generator)
-    return {"A": a_QSIR, "B": torch.zeros(q, n_pairs, r, o)}
+    a_QSIR = torch.empty(*copies, q, s, i, r).uniform_(-bound, bound, generator=generator)
+    return {"A": a_QSIR, "B": torch.zeros(*copies, q, s, r, o)}

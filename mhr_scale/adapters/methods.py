@@ -9,20 +9,20 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 | noisy routing | the rows | the same, with noise of the row's own |
 | Random | the rows while training, then 1 | inventory mixed by a random mask, then the mean |
 | uniform | 1 | mean of the inventory |
-| private | the distinct tasks | one pair per task |
+| private | the distinct tasks | an inventory per task, mixed as above |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters import routing
-from mhr_scale.adapters.inventory import Inventory
+from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.layout import Site, check_splits, find_sites
 from mhr_scale.adapters.linear import AdaptedLinear, RowMap
-from mhr_scale.adapters.slots import Slots, mix_pairs, mix_vectors, pick_pairs, pick_vectors
+from mhr_scale.adapters.slots import Slots, mix_pairs, mix_vectors
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, did_you_mean
 from mhr_scale.seeds import seed_from
@@ -83,7 +83,7 @@ class Adapter(nn.Module):
         seeds = self._row_seeds(len(ids), seeds)
         config = self.config
         per_row = seeds is not None and config.is_routed and config.policy in routing.ROW_POLICIES
-        shared = not (config.has_logits or config.policy == "private" or per_row)
+        shared = not (config.has_logits or config.private or per_row)
         distinct = tuple(dict.fromkeys(ids))
         if shared:
             slot_of_row = (0,) * len(ids)
@@ -95,44 +95,49 @@ class Adapter(nn.Module):
         leaf = None
         dtype = self.compute_dtype()
         with torch.autocast(next(self.inventory.parameters()).device.type, enabled=False):
-            if config.policy == "private" or not config.is_routed:
-                mixed = self._pick(distinct if config.policy == "private" else (0,))
-            else:
+            weights_UGQS = None
+            if config.is_routed:
                 weights_UGQS, leaf = self._weights(ids, distinct, seeds)
                 if uniform_share:
                     mean = uniform_share / config.n_skills
                     weights_UGQS = (1.0 - uniform_share) * weights_UGQS + mean
-                mixed = self.mix(weights_UGQS)
+            mixed = self.mix(weights_UGQS, ids if per_row else distinct)
         slots = Slots(self, rows, [tuple(side.to(dtype) for side in sides) for sides in mixed])
         if leaf is not None:
             slots.watch_rows(leaf, distinct)
         return slots
 
-    def mix(self, weights_UGQS: Tensor) -> list[tuple[Tensor, ...]]:
-        """Mix all linears for U slots, one batched product per shape and side."""
+    def mix(
+        self, weights_UGQS: Tensor | None, tasks: tuple[int, ...] = ()
+    ) -> list[tuple[Tensor, ...]]:
+        """Mix all linears for U slots, one batched product per shape and side.
+
+        `tasks` are the slots' tasks, read where inventories are private. Without weights a slot is
+        the only skill.
+        """
+        config = self.config
         mixed: list[tuple[Tensor, ...]] = []
         for stack in self.inventory.stacks:
-            index = torch.tensor(
-                [self._group_of_site[member] for member in stack.members],
-                device=weights_UGQS.device,
-            )
-            w_UNQS = weights_UGQS.index_select(1, index)
-            if self.config.kind == "ia3":
-                mixed.append((mix_vectors(self.inventory.stacked(stack, "l"), w_UNQS),))
+            w_UNQS = None
+            if weights_UGQS is not None:
+                groups = [self._group_of_site[member] for member in stack.members]
+                index = torch.tensor(groups, device=weights_UGQS.device)
+                w_UNQS = weights_UGQS.index_select(1, index)
+            if config.kind == "ia3":
+                mixed.append((mix_vectors(self._inventories(stack, "l", tasks), w_UNQS),))
             else:
-                a_NQSIR, b_NQSRO = (self.inventory.stacked(stack, side) for side in "AB")
-                mixed.append(mix_pairs(a_NQSIR, b_NQSRO, w_UNQS, scale=self.config.scale))
+                a_NKQSIR, b_NKQSRO = (self._inventories(stack, side, tasks) for side in "AB")
+                mixed.append(mix_pairs(a_NKQSIR, b_NKQSRO, w_UNQS, scale=config.scale))
         return mixed
 
-    def _pick(self, skills: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        picked: list[tuple[Tensor, ...]] = []
-        for stack in self.inventory.stacks:
-            if self.config.kind == "ia3":
-                picked.append((pick_vectors(self.inventory.stacked(stack, "l"), skills),))
-            else:
-                a_NQSIR, b_NQSRO = (self.inventory.stacked(stack, side) for side in "AB")
-                picked.append(pick_pairs(a_NQSIR, b_NQSRO, skills, scale=self.config.scale))
-        return picked
+    def _inventories(self, stack: Stack, side: str, tasks: tuple[int, ...]) -> Tensor:
+        """The stacked tensor as (N, K, Q, S, ...): K = 1 if shared, else one per slot."""
+        tensor = self.inventory.stacked(stack, side)
+        if not self.config.private:
+            return tensor.unsqueeze(1)
+        if tasks == tuple(range(tensor.shape[1])):
+            return tensor
+        return tensor.index_select(1, torch.tensor(tasks, device=tensor.device))
 
     def _weights(
         self, ids: tuple[int, ...], distinct: tuple[int, ...], seeds: Sequence[int] | None
@@ -145,7 +150,8 @@ class Adapter(nn.Module):
         if self.routing_logits is None:
             if config.policy == "random" and seeds is not None:
                 return routing.random_weights(seeds, shape_GQS, config).to(like), None
-            return like.new_full((1, *shape_GQS), 1.0 / config.n_skills), None
+            n_slots = len(distinct) if config.private else 1
+            return like.new_full((n_slots, *shape_GQS), 1.0 / config.n_skills), None
         rows = torch.tensor(distinct, device=device)
         leaf = self.routing_logits.detach().index_select(0, rows)
         leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
@@ -216,6 +222,19 @@ class Adapter(nn.Module):
                 raise AdapterError(f"task id {task} is not in 0..{len(self.task_names) - 1}")
         return tuple(numbers)
 
+    def bind(self, linears: Mapping[str, AdaptedLinear]) -> None:
+        """Sit in these linears of a model, in place of the adapter bound before; others run bare.
+
+        The tensors move to the linears' device.
+        """
+        self.linears = [linears[site.name] for site in self.sites]
+        own = {site.name for site in self.sites}
+        for name, linear in linears.items():
+            linear.is_off = name not in own
+        weight = self.linears[0].weight
+        if weight.device.type != "meta":
+            self.to(weight.device)
+
     def check_idle(self) -> None:
         """Raise `AdapterError` if no model is attached or slots are in use already."""
         if not self.linears or not self.linears[0].is_attached:
@@ -245,18 +264,27 @@ def attach(
     check_bare(model)
     sites = find_sites(model, config.layout)
     adapter = Adapter(config, sites, task_names=tasks, seed=seed)
+    adapter.bind(wrap(model, sites))
+    return adapter
+
+
+def wrap(model: nn.Module, sites: Sequence[Site]) -> dict[str, AdaptedLinear]:
+    """Freeze `model` and wrap the linears of `sites` in place; returns them by name.
+
+    One adapter after the other can then be bound to them. Raises `AdapterError` if the model has
+    adapters already.
+    """
+    check_bare(model)
     model.requires_grad_(False)
+    linears = {}
     for site in sites:
         parent_name, _, child = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         base = parent.get_submodule(child)
         linear = AdaptedLinear(base, site.name).train(base.training)
         setattr(parent, child, linear)
-        adapter.linears.append(linear)
-    weight = adapter.linears[0].weight
-    if weight.device.type != "meta":
-        adapter.to(weight.device)
-    return adapter
+        linears[site.name] = linear
+    return linears
 
 
 def check_bare(model: nn.Module) -> None:

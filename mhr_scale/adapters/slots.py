@@ -1,7 +1,7 @@
 """Filling slots: the only place where skills are mixed, once per step and shape.
 
-Shape letters: U slots, N linears of one shape, G routing groups, Q splits, S skills, R rank,
-I and O features of one split.
+Shape letters: U slots, N linears of one shape, Q splits, S skills, R rank, I and O features of one
+split. K inventories: 1 that all slots share, or U, one per slot.
 
 Layers never see the mixing graph. They get ready pairs as detached leaves, one pair per linear;
 after the backward pass the leaves' gradients are stacked per shape and pushed once through the
@@ -9,7 +9,6 @@ mixing graph ("the cut"). Activation recomputation, accumulation and sharding ho
 plain LoRA, whatever the method.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,34 +24,34 @@ if TYPE_CHECKING:
 
 
 def mix_pairs(
-    a_NQSIR: Tensor, b_NQSRO: Tensor, w_UNQS: Tensor, *, scale: float
+    a_NKQSIR: Tensor, b_NKQSRO: Tensor, w_UNQS: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Mix the skills of N linears for U slots: A^q = sum_s w_qs A_qs, B^q likewise.
 
     Returns A (N, U, Q * I, R), the splits side by side along the input, and scale * B
-    (N, U, R, Q * O), side by side along the output (method notes 1.4).
+    (N, U, R, Q * O), side by side along the output (method notes 1.4). Without weights the slots are
+    single skills as they stand (LoRA).
     """
-    a_NUQIR = torch.einsum("unqs,nqsir->nuqir", w_UNQS, a_NQSIR)
-    b_NURQO = torch.einsum("unqs,nqsro->nurqo", w_UNQS * scale, b_NQSRO)
+    if w_UNQS is None:
+        return a_NKQSIR[:, :, 0, 0], b_NKQSRO[:, :, 0, 0] * scale
+    w_NUQS = w_UNQS.transpose(0, 1)
+    if a_NKQSIR.shape[1] == 1:
+        a_NUQIR = torch.einsum("nuqs,nqsir->nuqir", w_NUQS, a_NKQSIR[:, 0])
+        b_NURQO = torch.einsum("nuqs,nqsro->nurqo", w_NUQS * scale, b_NKQSRO[:, 0])
+    else:
+        a_NUQIR = torch.einsum("nuqs,nuqsir->nuqir", w_NUQS, a_NKQSIR)
+        b_NURQO = torch.einsum("nuqs,nuqsro->nurqo", w_NUQS * scale, b_NKQSRO)
     return a_NUQIR.flatten(2, 3), b_NURQO.flatten(3, 4)
 
 
-def mix_vectors(l_NQSO: Tensor, w_UNQS: Tensor) -> Tensor:
+def mix_vectors(l_NKQSO: Tensor, w_UNQS: Tensor | None) -> Tensor:
     """Mix (IA)3 vectors: l = concat_q sum_s w_qs l_qs, (N, U, Q * O)."""
-    return torch.einsum("unqs,nqso->nuqo", w_UNQS, l_NQSO).flatten(2, 3)
-
-
-def pick_pairs(
-    a_NQSIR: Tensor, b_NQSRO: Tensor, skills: Sequence[int], *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Slots that are single skills as they stand (LoRA, private): no mixing, same shapes."""
-    index = torch.tensor(list(skills), device=a_NQSIR.device)
-    return a_NQSIR[:, 0].index_select(1, index), b_NQSRO[:, 0].index_select(1, index) * scale
-
-
-def pick_vectors(l_NQSO: Tensor, skills: Sequence[int]) -> Tensor:
-    """(IA)3 vectors of single skills, (N, U, O)."""
-    return l_NQSO[:, 0].index_select(1, torch.tensor(list(skills), device=l_NQSO.device))
+    if w_UNQS is None:
+        return l_NKQSO[:, :, 0, 0]
+    w_NUQS = w_UNQS.transpose(0, 1)
+    if l_NKQSO.shape[1] == 1:
+        return torch.einsum("nuqs,nqso->nuqo", w_NUQS, l_NKQSO[:, 0]).flatten(2, 3)
+    return torch.einsum("nuqs,nuqso->nuqo", w_NUQS, l_NKQSO).flatten(2, 3)
 
 
 class Slots(AbstractContextManager["Slots"]):

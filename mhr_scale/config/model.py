@@ -5,7 +5,7 @@ from typing import Any, Literal
 from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
 
-Policy = Literal["learned", "noisy", "straight_through", "uniform", "random", "fixed", "private"]
+Policy = Literal["learned", "noisy", "straight_through", "uniform", "random", "fixed"]
 
 
 @part
@@ -60,7 +60,9 @@ class AdapterConfig:
     block_span: int = 1
     """Number of consecutive blocks that share a routing table under granularity `blocks`."""
     policy: Policy = "learned"
-    """How mixing weights come from routing logits; `private` gives each task a pair of its own."""
+    """How mixing weights come from routing logits."""
+    private: bool = False
+    """Whether each task has an inventory of its own: what AdapterSoup averages."""
     temperature: float = 1.0
     """Temperature of the relaxed Bernoulli noise of policy `noisy`."""
     random_probability: float = 0.5
@@ -72,12 +74,8 @@ class AdapterConfig:
         for name in ("rank", "n_skills", "n_splits", "block_span"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"adapter.{name}: {getattr(self, name)} is not at least 1")
-        if self.n_splits > 1 and self.n_skills == 1 and self.policy != "private":
+        if self.n_splits > 1 and self.n_skills == 1:
             raise ConfigError("adapter.n_splits: splits route between skills; set n_skills above 1")
-        if self.policy == "private" and (self.n_skills != 1 or self.n_splits != 1):
-            raise ConfigError(
-                "adapter.policy: private keeps one pair per task; set n_skills and n_splits to 1"
-            )
         if self.block_span > 1 and self.granularity != "blocks":
             raise ConfigError("adapter.block_span: only granularity 'blocks' reads it")
         if self.temperature <= 0.0:
@@ -94,8 +92,8 @@ class AdapterConfig:
 
     @property
     def is_routed(self) -> bool:
-        """Whether mixing weights exist at all (more than one skill, none of them private)."""
-        return self.n_skills > 1 and self.policy != "private"
+        """Whether mixing weights exist at all (more than one skill)."""
+        return self.n_skills > 1
 
     @property
     def has_logits(self) -> bool:
@@ -105,7 +103,7 @@ class AdapterConfig:
     @property
     def method(self) -> str:
         """The name this setting has in tables."""
-        if self.policy == "private":
+        if self.private:
             return "private"
         if not self.is_routed:
             return "LoRA" if self.kind == "lora" else "(IA)3"

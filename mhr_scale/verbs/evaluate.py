@@ -253,7 +253,7 @@ def adapter_tasks(
     stored: Adapter | None, tasks: Sequence[Task], config: EvaluateConfig
 ) -> dict[str, int]:
     """The adapter's number for every task; 0 where all tasks share one slot."""
-    if stored is None or not (stored.config.has_logits or stored.config.policy == "private"):
+    if stored is None or not (stored.config.has_logits or stored.config.private):
         return dict.fromkeys((task.name for task in tasks), 0)
     foreign = [task.name for task in tasks if task.name not in stored.task_names]
     if foreign:

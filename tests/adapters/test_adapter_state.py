@@ -19,7 +19,7 @@ CONFIGS = {
     "noisy": AdapterConfig(n_skills=3, policy="noisy", temperature=0.5),
     "random": AdapterConfig(n_skills=3, policy="random", random_empty="uniform"),
     "fixed": AdapterConfig(n_skills=3, policy="fixed"),
-    "private": AdapterConfig(n_skills=1, policy="private"),
+    "private": AdapterConfig(n_skills=1, private=True),
     "ia3": AdapterConfig(kind="ia3", layout="light", n_skills=3),
 }
 QUERY = "encoder.block.0.layer.0.SelfAttention.q"

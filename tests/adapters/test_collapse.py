@@ -5,7 +5,7 @@ import torch
 from tiny import TASKS, attach_copy, logits, make_adapted, make_t5, tensors_of
 
 from mhr_scale.adapters import AdapterConfig
-from mhr_scale.adapters.collapse import average, collapse
+from mhr_scale.adapters.collapse import average, collapse, soup
 from mhr_scale.errors import AdapterError
 
 ROUTED = {
@@ -15,9 +15,10 @@ ROUTED = {
     "noisy": AdapterConfig(n_skills=3, n_splits=4, policy="noisy"),
     "straight-through": AdapterConfig(n_skills=3, n_splits=4, policy="straight_through"),
     "fixed": AdapterConfig(n_skills=3, n_splits=4, policy="fixed"),
-    "private": AdapterConfig(n_skills=1, rank=2, alpha=3.0, policy="private"),
+    "private": AdapterConfig(n_skills=1, rank=2, alpha=3.0, private=True),
+    "private MHR": AdapterConfig(n_skills=3, n_splits=4, rank=2, private=True),
     "MHR-(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
-    "private (IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1, policy="private"),
+    "private (IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1, private=True),
 }
 UNROUTED = {
     "LoRA": AdapterConfig(n_skills=1, rank=2, alpha=3.0),
@@ -51,10 +52,10 @@ def test_a_collapsed_adapter_gives_the_logits_of_its_task(name, task):
 def test_an_averaged_adapter_gives_the_logits_of_equal_weights(name):
     config = EVERY[name]
     model, adapter = make(config)
-    if config.policy == "private":
+    if config.private:
         for parameter in adapter.inventory.parameters():
-            parameter.data = parameter.data.mean(2, keepdim=True).expand_as(parameter).contiguous()
-    elif adapter.routing_logits is not None:
+            parameter.data = parameter.data.mean(1, keepdim=True).expand_as(parameter).contiguous()
+    if adapter.routing_logits is not None:
         adapter.routing_logits.data.fill_(1.0)  # above 0: on for straight-through as well
     expected = logits(model, adapter, [2] * 4)
     found = logits_in_a_fresh_model(average(make(config)[1]))
@@ -67,7 +68,9 @@ def test_an_averaged_adapter_holds_the_mean_of_each_side(name):
     mean = average(adapter)
     for stack in adapter.inventory.stacks:
         for side in adapter.inventory.sides:
-            pairs = adapter.inventory.stacked(stack, side).mean(2)
+            pairs = adapter.inventory.stacked(stack, side)
+            pairs = pairs.mean(1) if adapter.config.private else pairs
+            pairs = pairs.mean(2)
             # splits go side by side: along A's first dimension, along the last of B and l
             whole = torch.cat(list(pairs.unbind(1)), 1 if side == "A" else -1)
             found = mean.inventory.stacked(stack, side)[:, 0, 0]
@@ -129,3 +132,18 @@ def test_routing_annealed_to_uniform_is_the_average(name):
     with torch.no_grad(), mean.slots([0] * 4):
         averaged = model(input_ids=ids, decoder_input_ids=ids).logits
     torch.testing.assert_close(annealed, averaged, rtol=1e-5, atol=1e-5)
+
+
+def test_a_soup_is_the_mean_of_the_chosen_tasks_pairs():
+    _, adapter = make(ROUTED["private"])
+    found = tensors_of(soup(adapter, [TASKS[3], TASKS[1]]))
+    one, other = (tensors_of(collapse(adapter, TASKS[number])) for number in (1, 3))
+    expected = {name: (one[name] + other[name]) / 2 for name in one}
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["MHR", "LoRA", "private MHR"])
+def test_a_soup_needs_private_adapters_of_one_skill(name):
+    _, adapter = make(EVERY[name])
+    with pytest.raises(AdapterError, match="a soup is made of private adapters"):
+        soup(adapter, [TASKS[0]])

@@ -60,7 +60,7 @@ def test_linears_and_skills_start_apart():
     ("options", "shapes"),
     [
         ({"n_skills": 3, "n_splits": 4, "rank": 2}, {"A": (4, 3, 12, 2), "B": (4, 3, 2, 8)}),
-        ({"n_skills": 1, "policy": "private"}, {"A": (1, 4, 48, 1), "B": (1, 4, 1, 32)}),
+        ({"n_skills": 1, "private": True}, {"A": (4, 1, 1, 48, 1), "B": (4, 1, 1, 1, 32)}),
         ({"kind": "ia3", "n_skills": 3, "n_splits": 4}, {"l": (4, 3, 8)}),
     ],
     ids=["MHR", "private", "ia3"],

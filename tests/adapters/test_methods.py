@@ -5,7 +5,7 @@ import torch
 from tiny import TASKS, gradients, logits, make_adapted, tensors_of
 
 from mhr_scale.adapters import AdapterConfig
-from mhr_scale.adapters.collapse import average, collapse
+from mhr_scale.adapters.collapse import average, collapse, take_task
 
 TASK_IDS = (2, 0, 2, 1, 0)
 SEEDS = (11, 12, 13, 14, 15)
@@ -23,8 +23,9 @@ CONFIGS = {
     "Random": AdapterConfig(n_skills=4, rank=2, policy="random"),
     "uniform": AdapterConfig(n_skills=4, rank=2, policy="uniform"),
     "fixed": AdapterConfig(n_skills=3, n_splits=4, policy="fixed"),
-    "private": AdapterConfig(n_skills=1, rank=2, policy="private"),
-    "private (IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1, policy="private"),
+    "private": AdapterConfig(n_skills=1, rank=2, private=True),
+    "private MHR": AdapterConfig(n_skills=3, n_splits=2, rank=2, private=True),
+    "private (IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1, private=True),
 }
 ROUTED = [name for name, config in CONFIGS.items() if config.has_logits]
 
@@ -49,6 +50,7 @@ def n_slots(adapter, task_ids):
         ("uniform", 1, 1),
         ("fixed", 3, 3),
         ("private", 3, 3),
+        ("private MHR", 3, 3),
         ("private (IA)3", 3, 3),
     ],
 )
@@ -114,13 +116,13 @@ def test_random_training_rows_of_one_task_differ():
     assert len({tensor.sum().item() for tensor in found}) > 1
 
 
-@pytest.mark.parametrize("name", ["private", "private (IA)3"])
+@pytest.mark.parametrize("name", ["private", "private MHR", "private (IA)3"])
 def test_private_gradients_only_reach_the_pairs_of_present_tasks(name):
     model, adapter = make_adapted(CONFIGS[name])
     found = gradients(model, adapter, TASK_IDS)
     present = {
-        tuple(bool(tensor.select(2, task).any()) for task in range(len(TASKS)))
-        for tensor in found.values()
+        tuple(bool(tensor.select(0 if name == "routing_logits" else 1, t).any()) for t in range(4))
+        for name, tensor in found.items()
     }
     assert present == {(True, True, True, False)}
 
@@ -131,8 +133,19 @@ def test_private_tasks_train_as_if_each_had_its_own_adapter():
     single = collapse(adapter, TASKS[1])
     single.linears = adapter.linears
     apart = gradients(model, single, (0, 0, 0))
-    found = {name: tensor[:, :, 1:2] for name, tensor in together.items()}
+    found = {name: tensor[:, 1] for name, tensor in together.items()}
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["private", "private MHR", "private (IA)3"])
+def test_a_batch_of_private_tasks_equals_each_task_taken_out_of_it(name):
+    model, adapter = make_adapted(CONFIGS[name])
+    mixed = logits(model, adapter, TASK_IDS)
+    for row, task in enumerate(TASK_IDS):
+        single = take_task(adapter, task)
+        single.linears = adapter.linears
+        alone = logits(model, single, [0] * len(TASK_IDS))
+        torch.testing.assert_close(mixed[row], alone[row], rtol=1e-12, atol=1e-12)
 
 
 def test_fixed_logits_are_not_trainable():

@@ -15,7 +15,7 @@ CONFIGS = {
     "runs": AdapterConfig(n_skills=3, n_splits=4, rank=11),
     "noisy": AdapterConfig(n_skills=3, n_splits=4, rank=2, policy="noisy"),
     "random": AdapterConfig(n_skills=3, rank=2, policy="random"),
-    "private": AdapterConfig(n_skills=1, rank=2, policy="private"),
+    "private": AdapterConfig(n_skills=1, rank=2, private=True),
     "ia3": AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
 }
 

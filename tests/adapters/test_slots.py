@@ -107,7 +107,7 @@ def test_off_inside_slots_is_the_bare_backbone(adapted):
         MHR,
         AdapterConfig(n_skills=3, policy="noisy"),
         AdapterConfig(n_skills=3, policy="random"),
-        AdapterConfig(n_skills=1, policy="private"),
+        AdapterConfig(n_skills=1, private=True),
         AdapterConfig(kind="ia3", n_skills=1),
     ],
     ids=["LoRA", "MHR", "noisy", "random", "private", "ia3"],

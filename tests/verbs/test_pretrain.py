@@ -138,7 +138,7 @@ def test_old_steps_go_beyond_the_number_to_keep(tmp_path: Path) -> None:
         ["adapter={n_skills: 3, policy: random, granularity: model}"],
         ["adapter={n_skills: 3, policy: uniform}"],
         ["adapter={n_skills: 3, policy: fixed, layout: light}"],
-        ["adapter={n_skills: 1, policy: private}"],
+        ["adapter={n_skills: 1, private: true}"],
         ["optim.name=adafactor", "mixture.temperature=2", "loss.label_smoothing=0.1"],
         ["backbone.dtype=bfloat16", "backbone.recompute=non_reentrant"],
         ["loss.normalise=examples", "schedule.decay=cosine", "backbone.dropout=0.1"],
