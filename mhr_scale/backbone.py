@@ -8,7 +8,7 @@ from the names in the checkpoint.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,18 @@ def set_recompute(model: Any, mode: str) -> None:
     model.config.use_cache = False
 
 
+def require_input_gradients(model: Any) -> None:
+    """Let gradients flow to the embeddings, so that a backward pass meets every module."""
+
+    def flow(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.embedding_dim == model.config.d_model:
+            module.register_forward_hook(flow)
+
+
 class _Joint(torch.autograd.Function):
     """Identity; the gradients of everything behind it are summed before they go on."""
 
@@ -275,6 +287,39 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
             f"{blueprint.model_config.vocab_size}; choose the backbone's own tokenizer"
         )
     return tokenizer
+
+
+def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str]], Tensor]:
+    """A function from texts to vectors (texts, H): token states averaged, of a hub id or folder.
+
+    Raises `BackboneError` if it cannot be read.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model = AutoModel.from_pretrained(name).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise BackboneError(
+            f"soup.encoder: {name}: not a readable encoder ({first_line(error)})"
+        ) from error
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        found = []
+        for start in range(0, len(texts), 32):
+            inputs = tokenizer(
+                texts[start : start + 32], padding=True, truncation=True, return_tensors="pt"
+            ).to(device)
+            states_BLH = encoder(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).last_hidden_state.float()
+            mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
+            found.append(((states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)).cpu())
+        return torch.cat(found)
+
+    return encode
 
 
 def _model_class(model_type: str) -> Any:

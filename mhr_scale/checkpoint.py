@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +37,19 @@ UNREADABLE = (
 )
 
 
+#: Optimizer state: tensors as `<parameter>/<part>`, numbers by parameter and part.
+OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a saved step holds; `progress` also has the step."""
+
+    adapter: Adapter
+    optimizer: OptimizerState
+    progress: dict[str, Any]
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Folder of a saved step."""
     return run / "steps" / f"{step:06d}"
@@ -47,20 +61,22 @@ def complete_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def rank0_save(
+def save(
     run: Path,
     adapter: Adapter,
-    optimizer: Optimizer,
+    optimizer: OptimizerState,
     *,
     step: int,
     progress: Mapping[str, Any],
     backbone: Mapping[str, Any],
     origin: Mapping[str, Any],
     keep: int,
+    publish: bool = True,
 ) -> Path:
-    """Write a saved step and make it the run's `adapter/`; old steps beyond `keep` go.
+    """Write a saved step and, to `publish`, make it the run's `adapter/`. One rank calls it.
 
-    `progress` is what `load` gives back: JSON values that say where the run stands.
+    `progress` is what `read` gives back: JSON values that say where the run stands. The newest
+    `keep` steps stay, older ones go.
     """
     folder = step_folder(run, step)
     partial = folder.with_name(f".{folder.name}.tmp")
@@ -68,7 +84,7 @@ def rank0_save(
     state.save(adapter, partial, step=step, backbone=backbone, origin=origin)
     resume = partial / "resume"
     resume.mkdir()
-    tensors, numbers = _flatten(adapter, optimizer)
+    tensors, numbers = optimizer
     save_file(tensors, resume / "optimizer.safetensors")
     write_json(
         resume / "progress.json",
@@ -86,7 +102,8 @@ def rank0_save(
     (folder / DONE).touch()
     _flush(folder)
     _flush(folder.parent)
-    state.save(adapter, run / "adapter", step=step, backbone=backbone, origin=origin)
+    if publish:
+        state.save(adapter, run / "adapter", step=step, backbone=backbone, origin=origin)
     for old in complete_steps(run)[:-keep]:
         (step_folder(run, old) / DONE).unlink()
         shutil.rmtree(step_folder(run, old))
@@ -99,34 +116,45 @@ def find_resume(run: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def load(run: Path, step: int, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
-    """Load a saved step into an adapter and its optimizer; returns its `progress`.
-
-    Raises `RunError` or `AdapterError` if anything is missing, damaged or of another shape.
-    """
+def read(run: Path, step: int) -> Saved:
+    """Read a saved step; raises `RunError` or `AdapterError` if anything is missing or damaged."""
     folder = step_folder(run, step)
     stored = state.load(folder)
-    if stored.config != adapter.config or stored.sites != adapter.sites:
-        raise RunError(f"{folder}: another layout or method than the recipe's; use another folder")
-    if stored.task_names != adapter.task_names:
-        raise RunError(f"{folder}: other tasks than the recipe's; use another run.folder")
-    state.load_tensors(adapter, state.named_tensors(stored), place=str(folder))
     file = folder / "resume" / "optimizer.safetensors"
     try:
         progress: dict[str, Any] = json.loads((folder / "resume" / "progress.json").read_text())
         if state.hash_file(file) != progress["sha256"]:
             raise RunError(f"{file}: its hash is not the stored one; delete this step and resume")
-        _unflatten(adapter, optimizer, load_file(file), progress["optimizer"])
+        return Saved(stored, (load_file(file), progress["optimizer"]), progress)
     except UNREADABLE as error:
-        raise RunError(f"{folder}: cannot resume from it ({error!r}); delete this step") from error
+        raise _not_resumable(folder, error) from error
+
+
+def load(run: Path, step: int, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
+    """Load a saved step into an adapter and its optimizer; returns its `progress`.
+
+    Raises `RunError` or `AdapterError` if anything is missing, damaged or of another shape.
+    """
+    folder, saved = step_folder(run, step), read(run, step)
+    if saved.adapter.config != adapter.config or saved.adapter.sites != adapter.sites:
+        raise RunError(f"{folder}: another layout or method than the recipe's; use another folder")
+    if saved.adapter.task_names != adapter.task_names:
+        raise RunError(f"{folder}: other tasks than the recipe's; use another run.folder")
+    state.load_tensors(adapter, state.named_tensors(saved.adapter), place=str(folder))
+    try:
+        _unflatten(adapter, optimizer, *saved.optimizer)
+    except UNREADABLE as error:
+        raise _not_resumable(folder, error) from error
     log.info("resumed from %s", folder)
-    return progress
+    return saved.progress
 
 
-def _flatten(
-    adapter: Adapter, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """Optimizer state as named tensors and named numbers."""
+def _not_resumable(folder: Path, error: BaseException) -> RunError:
+    return RunError(f"{folder}: cannot resume from it ({error!r}); delete this step")
+
+
+def optimizer_state(adapter: Adapter, optimizer: Optimizer) -> OptimizerState:
+    """An optimizer's state as named tensors and named numbers."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for name, parameter in adapter.named_parameters():

@@ -158,6 +158,7 @@ class Engine:
         self._ds_content = ds_content
         self._runtime: Any = None
         self._sequence: _ModuleSequence | None = None
+        self._patient: Any = None
         on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.device = torch.device("cpu")
         if not on_gpu and self.world_size > 1:
@@ -226,15 +227,20 @@ class Engine:
             if stop > start:
                 shard[: stop - start].copy_(source.read(name, start, stop))
 
-    def prepare(self, model: nn.Module, config: BackboneConfig) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, config: BackboneConfig, *, always_backward: bool = False
+    ) -> nn.Module:
         """Install the runtime that gathers sharded weights; adapters must sit in place already.
 
         Collective. Returns the module to call. A replicated model only learns to sum gradients in
-        the order of a sharded one.
+        the order of a sharded one. `always_backward` makes every backward pass run through every
+        sharded module, whichever of them have an adapter: ranks with other adapters stay in step.
         """
         if not self.is_sharded:
             backbone.order_gradients(model)
             return model
+        if always_backward:
+            backbone.require_input_gradients(model)
         deepspeed = _import_deepspeed()
         ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
         self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)
@@ -268,6 +274,13 @@ class Engine:
                 "ranks ran different modules in the first step; under ZeRO-3 every rank must run "
                 "the same sequence of modules"
             )
+
+    def free_bytes(self) -> float:
+        """Memory that this process may still fill: of its GPU, or its share of the host's."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.mem_get_info(self.device)[0])
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages / int(os.environ.get("LOCAL_SIZE", self.world_size))
 
     def resident_numel(self, model: nn.Module) -> int:
         """Elements of frozen weights that are whole on this rank at this moment."""
@@ -307,6 +320,16 @@ class Engine:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    def open_patient_group(self) -> None:
+        """Prepare `wait_for_all`. Collective: call it while the ranks are still together."""
+        if self.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait_for_all(self) -> None:
+        """Wait for ranks that may be hours behind: other collectives give up after the timeout."""
+        if self._patient is not None:
+            dist.barrier(group=self._patient)
 
     def check_equal(self, tensors: Sequence[Tensor], *, what: str) -> None:
         """Raise `EngineError` if the tensors differ between ranks, bit for bit. Collective."""

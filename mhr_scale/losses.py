@@ -1,6 +1,7 @@
 """Training losses as (sum, count): the caller divides once, by the global count.
 
-Shape letters: B batch rows, C answer choices, L tokens, V vocabulary.
+Shape letters: B batch rows, C answer choices, L tokens, D decoder positions with choices side by
+side, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def language_model(logits_BLV: Tensor, labels_BL: Tensor, *, label_smoothing: fl
 
 @dataclass(frozen=True, slots=True)
 class TFewLosses:
-    """The three few-shot losses of T-Few and the scores they rank by."""
+    """The three few-shot losses of T-Few, per row, and the scores they rank by."""
 
     lm: Loss
     mc: Loss
@@ -51,34 +52,47 @@ class TFewLosses:
 
 
 def tfew(
-    logits_BCLV: Tensor,
-    choices_BCL: Tensor,
+    logits_BDV: Tensor,
+    targets_BD: Tensor,
+    blocks_BD: Tensor,
     labels_B: Tensor,
     *,
-    pad_id: int = 0,
+    n_choices: int | None = None,
     length_norm: float = 1.0,
 ) -> TFewLosses:
-    """T-Few's losses over answer choices (method notes 3.3).
+    """T-Few's losses over packed answer choices, any number per row (method notes 3.3).
 
-    `choices_BCL` holds token ids, end of sequence included, `pad_id` elsewhere; `labels_B` the
-    index of the right choice. lm: negative log-likelihood of the right choices' tokens; mc:
-    cross-entropy over minus the length-normalised scores; ul: -log(1 - p + 0.01) of the wrong
-    choices' tokens. `scores_BC` is each choice's summed negative log-likelihood over
-    length ** length_norm; the smallest wins.
+    `blocks_BD` is the choice that a position belongs to, -1 where padded; `targets_BD` the token to
+    predict there, end of sequence included; `labels_B` the right choice. lm: negative
+    log-likelihood of the right choices' tokens; mc: cross-entropy over minus the length-normalised
+    scores, once per row; ul: -log(1 - p + 0.01) of the wrong choices' tokens. `scores_BC` is each
+    choice's summed negative log-likelihood over length ** length_norm, infinite where a row has no
+    such choice; the smallest wins.
+
+    `n_choices`, the most that a row has, is known to who packed them; without it the device is
+    asked. Likelihoods are float32, or float64 if the logits are.
     """
-    log_p_BCLV = F.log_softmax(logits_BCLV, dim=-1)
-    log_p_BCL = log_p_BCLV.gather(-1, choices_BCL.unsqueeze(-1)).squeeze(-1)
-    is_token_BCL = choices_BCL != pad_id
-    lengths_BC = is_token_BCL.sum(-1)
-    nll_BC = -(log_p_BCL * is_token_BCL).sum(-1)
-    scores_BC = nll_BC / lengths_BC**length_norm
-    is_right_BC = F.one_hot(labels_B, choices_BCL.shape[1]).bool()
-    right = Loss(nll_BC[is_right_BC].sum(), lengths_BC[is_right_BC].sum())
-    ranked = Loss(
-        F.cross_entropy(-scores_BC, labels_B, reduction="sum"),
-        torch.tensor(len(labels_B), device=labels_B.device),
+    if n_choices is None:
+        n_choices = int(blocks_BD.max()) + 1  # waits for the device
+    logits_BDV = logits_BDV if logits_BDV.dtype == torch.float64 else logits_BDV.float()
+    nll_BD = F.cross_entropy(
+        logits_BDV.flatten(0, 1),
+        targets_BD.masked_fill(blocks_BD < 0, IGNORE).flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+    ).view_as(targets_BD)
+    is_choice_BDC = blocks_BD.unsqueeze(-1) == torch.arange(n_choices, device=blocks_BD.device)
+    lengths_BC = is_choice_BDC.sum(1)
+    nll_BC = (nll_BD.unsqueeze(-1) * is_choice_BDC).sum(1)
+    scores_BC = nll_BC / lengths_BC.clamp(min=1).to(nll_BC.dtype) ** length_norm
+    scores_BC = scores_BC.masked_fill(lengths_BC == 0, torch.inf)
+    ranked_B = F.cross_entropy(-scores_BC, labels_B, reduction="none")
+    is_right_BD = blocks_BD == labels_B.unsqueeze(-1)
+    is_wrong_BD = (blocks_BD >= 0) & ~is_right_BD
+    unlikely_BD = -torch.log(1.0 - torch.exp(-nll_BD) + 0.01)
+    return TFewLosses(
+        Loss((nll_BD * is_right_BD).sum(1), is_right_BD.sum(1)),
+        Loss(ranked_B, torch.ones_like(labels_B)),
+        Loss((unlikely_BD * is_wrong_BD).sum(1), is_wrong_BD.sum(1)),
+        scores_BC,
     )
-    is_wrong_BCL = is_token_BCL & ~is_right_BC.unsqueeze(-1)
-    unlikely_BCL = torch.log(1.0 - log_p_BCL.exp() + 0.01)
-    wrong = Loss(-(unlikely_BCL * is_wrong_BCL).sum(), is_wrong_BCL.sum())
-    return TFewLosses(right, ranked, wrong, scores_BC)

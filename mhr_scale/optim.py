@@ -7,7 +7,7 @@ parameter is then updated exactly as its members would be on their own.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,20 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig, ScheduleConfig
 
+#: Optimizer state off the device: tensors as `<parameter>/<part>`, numbers by parameter and part.
+OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
+
 
 class Adafactor(Optimizer):
     """Adafactor without momentum or relative steps (Shazeer and Stern 2018; transformers' rules).
 
     Each parameter group may set `lead` (leading dimensions that index separate tensors, default 0)
     and `routing` (the parameter is a routing table (T, G, Q, S): G separate tables (T, Q * S),
-    whose gradient may be sparse over T). A table row without a gradient stays exactly as it is, so
-    the sparse update equals the dense one.
+    whose gradient may be sparse over T; with `rows_apart` T * G tables (1, Q * S), dense). A table
+    row without a gradient stays exactly as it is, so the sparse update equals the dense one.
+
+    A group's `lr` may be a tensor that broadcasts against its parameters (tables apart: against
+    (T, G, 1, Q * S)), such as one rate per task.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Adafactor(Optimizer):
             "weight_decay": weight_decay,
             "lead": 0,
             "routing": False,
+            "rows_apart": False,
         }
         super().__init__(groups, defaults)
 
@@ -64,9 +71,10 @@ class Adafactor(Optimizer):
 
 def _blocks(tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, int]:
     """The tensor as blocks of separate tensors, and the number of leading block dimensions."""
-    if group["routing"]:
-        return tensor.flatten(2).transpose(0, 1), 1
-    return tensor, group["lead"]
+    if not group["routing"]:
+        return tensor, group["lead"]
+    tables_TGX = tensor.flatten(2)
+    return (tables_TGX.unsqueeze(2), 2) if group["rows_apart"] else (tables_TGX.transpose(0, 1), 1)
 
 
 def _beta2(group: dict[str, Any], state: dict[str, Any]) -> float:
@@ -75,10 +83,11 @@ def _beta2(group: dict[str, Any], state: dict[str, Any]) -> float:
 
 def _rate(values: Tensor, group: dict[str, Any], dims: tuple[int, ...]) -> Tensor | float:
     """Learning rate, times the RMS of each separate tensor under `scale_parameter`."""
+    lr: Tensor | float = group["lr"]
     if not group["scale_parameter"]:
-        return float(group["lr"])
+        return lr
     rms = values.square().mean(dims, keepdim=True).sqrt()
-    return rms.clamp(min=group["eps"][1]) * group["lr"]
+    return rms.clamp(min=group["eps"][1]) * lr
 
 
 def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -96,7 +105,7 @@ def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str,
         row = state["row"].mul_(beta2).add_(square.mean(-1), alpha=1.0 - beta2)
         column = state["column"].mul_(beta2).add_(square.mean(-2), alpha=1.0 - beta2)
         scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        update = gradient * scale * column.rsqrt().unsqueeze(-2)
+        update = (gradient * scale).mul_(column.rsqrt().unsqueeze(-2))
     else:
         if "square" not in state:
             state["square"] = torch.zeros_like(square)
@@ -107,7 +116,7 @@ def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str,
     rate = _rate(values, group, dims)
     if group["weight_decay"]:
         values.sub_(values * (rate * group["weight_decay"]))
-    values.sub_(update * rate)
+    values.sub_(update.mul_(rate))
 
 
 def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -117,6 +126,7 @@ def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, 
     """
     assert parameter.grad is not None
     assert group["routing"]
+    assert not group["rows_apart"]
     gradient = parameter.grad.coalesce()
     rows = gradient.indices()[0]
     gradient_GUX = gradient.values().flatten(2).transpose(0, 1)
@@ -139,14 +149,8 @@ def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, 
     parameter.data.index_add_(0, rows, update_UGQS, alpha=-1.0)
 
 
-def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
-    """The optimizer of an adapter: one group for the inventory, one for the routing logits.
-
-    Under Adafactor every adapted linear (every pair, where pairs are private to tasks) keeps
-    statistics of its own, and routing gradients stay sparse over tasks. AdamW's momentum moves
-    rows without a gradient too, so there they are dense.
-    """
-    lead = 2 if adapter.config.private else 1
+def make_groups(adapter: Adapter, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups `inventory` and, where routing trains, `routing`, with their peak rates."""
     groups: list[dict[str, Any]] = [
         {
             "params": list(adapter.inventory.parameters()),
@@ -166,12 +170,23 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
         )
     for group in groups:
         group["peak_lr"] = group["lr"]
+    return groups
+
+
+def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
+    """The optimizer of an adapter: one group for the inventory, one for the routing logits.
+
+    Under Adafactor every adapted linear (of every task, where inventories are private) keeps
+    statistics of its own, and routing gradients stay sparse over tasks. AdamW's momentum moves
+    rows without a gradient too, so there they are dense.
+    """
+    groups = make_groups(adapter, config)
     adapter.row_gradients = config.name == "adafactor"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
     for group in groups:
         group["routing"] = group["name"] == "routing"
-        group["lead"] = lead
+        group["lead"] = 2 if adapter.config.private else 1
     return Adafactor(groups, scale_parameter=config.scale_parameter)
 
 

@@ -135,6 +135,10 @@ def help_text(schema: type[Any], prefix: str = "") -> str:
     hints = typing.get_type_hints(schema)
     helps = _field_helps(schema)
     for item in fields(schema):
+        named = _named_part(hints[item.name])
+        if named is not None:
+            lines.append(help_text(named, f"{prefix}{item.name}.NAME."))
+            continue
         kinds = _parts(hints[item.name])
         if kinds:
             lines += [help_text(kind, f"{prefix}{item.name}.") for kind in kinds]
@@ -205,6 +209,12 @@ def _parts(kind: Any) -> tuple[Any, ...]:
     return tuple(member for member in _members(kind) if is_dataclass(member))
 
 
+def _named_part(kind: Any) -> Any:
+    """The dataclass whose values a mapping holds by name, or None."""
+    arguments = typing.get_args(kind) if typing.get_origin(kind) is dict else ()
+    return arguments[1] if len(arguments) == 2 and is_dataclass(arguments[1]) else None
+
+
 def _tags(parts: Sequence[Any]) -> dict[Any, str]:
     """The `suite` tag of each member of a union of parts."""
     return {kind: typing.get_args(typing.get_type_hints(kind)["suite"])[0] for kind in parts}
@@ -244,7 +254,13 @@ def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | No
     path: list[str] = []
     parts: tuple[Any, ...] = (schema,)
     holder = schema
+    named: Any = None
     for step in steps:
+        if named is not None:  # the name of a part in a mapping
+            path.append(step)
+            values = values.get(step) if isinstance(values, dict) else None
+            parts, holder, named = (named,), named, None
+            continue
         if len(parts) > 1:
             chosen = {part.__name__: part for part in parts}[step]
             if _tags(parts)[chosen] != values.get("suite"):
@@ -254,6 +270,7 @@ def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | No
         path.append(step)
         if parts:
             holder = parts[0]
-            parts = _parts(typing.get_type_hints(holder).get(step))
+            hint = typing.get_type_hints(holder).get(step)
+            parts, named = _parts(hint), _named_part(hint)
         values = values.get(step) if isinstance(values, dict) else None
     return path, holder

@@ -172,6 +172,11 @@ class Progress:
             )
             self._last = now
 
+    def skip(self, count: int) -> None:
+        """So many steps less to do."""
+        self._total -= count
+        self._bar.total = self._total
+
     def close(self) -> None:
         """End the bar."""
         self._bar.close()

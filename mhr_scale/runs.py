@@ -5,6 +5,7 @@ recipe, and the run folder.
 """
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import yaml
 from mhr_scale import backbone, checkpoint
 from mhr_scale.adapters import Adapter, attach, find_sites
 from mhr_scale.adapters.layout import check_splits
-from mhr_scale.adapters.state import load_tensors, named_tensors
+from mhr_scale.adapters.state import Card, check_backbone, load_tensors, named_tensors
 from mhr_scale.backbone import Blueprint
 from mhr_scale.batching import StepBatches
-from mhr_scale.config import AdapterConfig, PretrainConfig, SuperNITasks
+from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
-from mhr_scale.errors import RunError
+from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
@@ -95,6 +96,30 @@ def prepare(
         raise
 
 
+def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfig:
+    """The backbone an adapter was trained on, which may have moved since.
+
+    Raises `AdapterError` if the adapter does not tell.
+    """
+    facts = card.backbone
+    known = {item.name for item in fields(BackboneConfig)}
+    settings = {key: value for key, value in facts.items() if key in known}
+    if moved_to is not None:
+        settings["name"] = moved_to
+    if not settings.get("name") and not settings.get("config"):
+        raise AdapterError(
+            f"{adapter}: does not say which backbone it was trained on; set backbone_moved_to"
+        )
+    return BackboneConfig(**settings)
+
+
+def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:
+    """Raise `AdapterError` if an adapter was made for another backbone; no weight is read."""
+    with torch.device("meta"):
+        model = backbone.make_model(blueprint)
+    check_backbone(Path(adapter), card, model)
+
+
 def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
     """Raise `LayoutError` if the adapter does not fit the backbone, before any weight is read."""
     with torch.device("meta"):
@@ -120,11 +145,7 @@ def check_folder(config: PretrainConfig) -> None:
     """Raise `RunError` if the run folder holds a run with other settings."""
     path = Path(config.run.folder)
     stored_path = path / "config.yaml"
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
-    if path.exists() and not path.is_dir():
-        raise RunError(f"run.folder: {path} is a file; name a folder")
+    check_writable(path)
     if not stored_path.exists():
         if path.is_dir() and checkpoint.find_resume(path) is not None:
             raise RunError(f"{path}: saved steps but no config.yaml; use another run.folder")
@@ -144,6 +165,15 @@ def check_folder(config: PretrainConfig) -> None:
             f"{path}: holds a run with other settings ({'; '.join(changed[:3])}"
             f"{'; ...' if len(changed) > 3 else ''}); use another run.folder to start anew"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Raise `RunError` if a run folder cannot be made or written to."""
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run.folder: {path} is a file; name a folder")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -144,33 +144,46 @@ def _evaluation(model: nn.Module, adapter: Adapter | None, batch: Batch) -> Iter
             model.train()
 
 
-def _pad_inputs(batch: Batch, pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    width = max(_padded(row) for row in batch)
-    input_ids = np.full((len(batch), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(batch), width), dtype=np.int64)
-    for number, row in enumerate(batch):
-        input_ids[number, : len(row.input_ids)] = row.input_ids
-        mask[number, : len(row.input_ids)] = 1
+def pad_inputs(
+    inputs: Sequence[Ids], *, pad_id: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, padded on the right to a multiple of `PAD_MULTIPLE`."""
+    width = -(-max(len(ids) for ids in inputs) // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(inputs), width), dtype=np.int64)
+    for number, ids in enumerate(inputs):
+        input_ids[number, : len(ids)] = ids
+        mask[number, : len(ids)] = 1
     return {
         "input_ids": torch.from_numpy(input_ids).to(device),
         "attention_mask": torch.from_numpy(mask).to(device),
     }
 
 
+def _inputs(batch: Batch, pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
+    return pad_inputs([row.input_ids for row in batch], pad_id=pad_id, device=device)
+
+
 # -- ranking -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Packed:
+class Packed:
     """Choices side by side: decoder inputs, the tokens they are to predict, the choice of each.
 
-    `blocks_BD` counts the choices of a row from 0; it is -1 where padded.
+    `blocks_BD` counts the choices of a row from 0; it is -1 where padded. `starts` holds, per row,
+    where each choice begins.
     """
 
     decoder_input_ids_BD: Tensor
     targets_BD: Tensor
     blocks_BD: Tensor
     starts: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_choices(self) -> int:
+        """The most choices that a row has."""
+        return max(len(starts) for starts in self.starts)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive (B, 1, D, D): 0 where a token may look, the smallest number elsewhere.
@@ -183,17 +196,21 @@ class _Packed:
         return torch.where(is_open_BDD, torch.zeros_like(shut), shut)[:, None]
 
 
-def _pack_choices(
-    batch: Batch, *, start_id: int, pad_id: int, device: torch.device | str
-) -> _Packed:
-    depth = max(row.n_choice_tokens for row in batch)
-    inputs = np.full((len(batch), depth), pad_id, dtype=np.int64)
-    targets = np.full((len(batch), depth), pad_id, dtype=np.int64)
-    blocks = np.full((len(batch), depth), -1, dtype=np.int64)
+def pack_choices(
+    choices: Sequence[Sequence[Ids]], *, start_id: int, pad_id: int, device: torch.device | str
+) -> Packed:
+    """Lay the choices of each row side by side, as wide as the row with most tokens in all.
+
+    Every choice ends with the end-of-sequence token.
+    """
+    depth = max(sum(len(choice) for choice in row) for row in choices)
+    inputs = np.full((len(choices), depth), pad_id, dtype=np.int64)
+    targets = np.full((len(choices), depth), pad_id, dtype=np.int64)
+    blocks = np.full((len(choices), depth), -1, dtype=np.int64)
     all_starts = []
-    for number, row in enumerate(batch):
+    for number, row in enumerate(choices):
         starts, at = [], 0
-        for block, choice in enumerate(row.choices):
+        for block, choice in enumerate(row):
             end = at + len(choice)
             inputs[number, at] = start_id
             inputs[number, at + 1 : end] = choice[:-1]
@@ -202,7 +219,7 @@ def _pack_choices(
             starts.append(at)
             at = end
         all_starts.append(tuple(starts))
-    return _Packed(
+    return Packed(
         torch.from_numpy(inputs).to(device),
         torch.from_numpy(targets).to(device),
         torch.from_numpy(blocks).to(device),
@@ -228,12 +245,15 @@ def rank_choices(
         if not row.choices:
             raise DataError(f"row {row.number}: no choices to rank")
     config = model.config
-    packed = _pack_choices(
-        batch, start_id=config.decoder_start_token_id, pad_id=config.pad_token_id, device=device
+    packed = pack_choices(
+        [row.choices for row in batch],
+        start_id=config.decoder_start_token_id,
+        pad_id=config.pad_token_id,
+        device=device,
     )
     with _evaluation(model, adapter, batch):
         logits_BDV = model(
-            **_pad_inputs(batch, config.pad_token_id, device),
+            **_inputs(batch, config.pad_token_id, device),
             decoder_input_ids=packed.decoder_input_ids_BD,
             decoder_attention_mask=packed.mask(model.get_input_embeddings().weight.dtype),
             use_cache=False,
@@ -275,7 +295,7 @@ def generate_answers(
     """
     with _evaluation(model, adapter, batch):
         ids = model.generate(
-            **_pad_inputs(batch, model.config.pad_token_id, device),
+            **_inputs(batch, model.config.pad_token_id, device),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_new_tokens,

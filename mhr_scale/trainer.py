@@ -247,10 +247,10 @@ class Trainer:
         """Save the current step after checking that all ranks hold the same adapter. Collective."""
         self.engine.check_equal(list(self.adapter.parameters()), what="adapters")
         if self.engine.rank == 0:
-            folder = checkpoint.rank0_save(
+            folder = checkpoint.save(
                 self.folder,
                 self.adapter,
-                self.optimizer,
+                checkpoint.optimizer_state(self.adapter, self.optimizer),
                 step=self.step,
                 progress={
                     "plan": self.batches.plan.fingerprint,

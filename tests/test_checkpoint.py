@@ -46,7 +46,7 @@ class Run:
         return self
 
     def save(self, folder, step=2, *, keep=3, **progress):
-        return checkpoint.rank0_save(
+        return checkpoint.save(
             folder,
             self.adapter,
             self.optimizer,

@@ -29,10 +29,10 @@ STACKS = {
     "A of two linears": ((2, 3, 4, 5, 2), 1),
     "B of two linears": ((2, 3, 4, 2, 5), 1),
     "rank 1, one skill": ((3, 1, 1, 6, 1), 1),
-    "private A": ((2, 1, 4, 5, 2), 3),
-    "private B": ((2, 1, 4, 2, 5), 3),
+    "private A": ((2, 4, 3, 2, 5, 2), 2),
+    "private B": ((2, 4, 3, 2, 2, 5), 2),
     "(IA)3": ((3, 2, 4, 5), 1),
-    "private (IA)3": ((3, 1, 4, 6), 3),
+    "private (IA)3": ((3, 4, 1, 1, 6), 2),
     "one tensor": ((4, 5), 0),
     "one vector": ((7,), 0),
 }
@@ -65,10 +65,10 @@ def gradient_stream(shape) -> Iterator[torch.Tensor]:
 def run_ours(start, gradients, **options):
     parameter = nn.Parameter(start.clone())
     group = {"params": [parameter]}
-    for name in ("lead", "routing"):
+    for name in ("lead", "routing", "rows_apart"):
         if name in options:
             group[name] = options.pop(name)
-    optimizer = Adafactor([group], lr=1e-2, **options)
+    optimizer = Adafactor([group], **{"lr": 1e-2, **options})
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -78,7 +78,8 @@ def run_ours(start, gradients, **options):
 def run_oracle(parts, gradients_of_parts, **options):
     """transformers' Adafactor on separate tensors; gradients come as one list per step."""
     parameters = [nn.Parameter(part.clone()) for part in parts]
-    optimizer = Oracle(parameters, lr=1e-2, relative_step=False, warmup_init=False, **options)
+    options = {"lr": 1e-2, "relative_step": False, "warmup_init": False, **options}
+    optimizer = Oracle(parameters, **options)
     for gradients in gradients_of_parts:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -135,15 +136,28 @@ def test_ia3_vectors_of_plain_adapters_move_as_vectors(scale_parameter):
     assert_parts_close(list(found[:, 0, 0]), expected)
 
 
-def test_private_pairs_without_a_gradient_stay_bit_for_bit():
+def test_private_inventories_without_a_gradient_stay_bit_for_bit():
     shape, lead = STACKS["private A"]
     start = numbers(*shape, seed=0)
     stream = list(gradient_stream(shape))
     for gradient in stream:
-        gradient[:, :, 2] = 0.0
+        gradient[:, 2] = 0.0
     found = run_ours(start, stream, lead=lead)
-    assert torch.equal(found[:, :, 2], start[:, :, 2])
-    assert not torch.equal(found[:, :, 1], start[:, :, 1])
+    assert torch.equal(found[:, 2], start[:, 2])
+    assert not torch.equal(found[:, 1], start[:, 1])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_separate_tensors_may_have_rates_of_their_own(scale_parameter, weight_decay):
+    shape, lead = STACKS["private B"]
+    start, stream = numbers(*shape, seed=0), list(gradient_stream(shape))
+    options = {"scale_parameter": scale_parameter, "weight_decay": weight_decay}
+    rates_T = torch.tensor([1e-2, 0.0, 3e-3, 1.0], dtype=torch.float64)
+    found = run_ours(start, stream, lead=lead, lr=rates_T[:, None, None, None, None], **options)
+    for task, rate in enumerate(rates_T.tolist()):
+        gradients = [list(gradient[:, task]) for gradient in stream]
+        expected = run_oracle(list(start[:, task]), gradients, lr=rate, **options)
+        assert_parts_close(list(found[:, task]), expected)
 
 
 def test_a_parameter_without_a_gradient_is_left_alone():
@@ -186,6 +200,18 @@ def test_routing_moves_as_one_table_per_group(make_stream, scale_parameter):
     found = run_ours(start, stream, routing=True, **options)
     expected = run_oracle(tables(start), [tables(gradient) for gradient in stream], **options)
     assert_parts_close(tables(found), expected)
+
+
+def test_routing_rows_apart_move_as_tables_of_one_row(scale_parameter):
+    start, stream = numbers(*TABLE, seed=0), list(gradient_stream(TABLE))
+    options = {"scale_parameter": scale_parameter, "eps": (0.1, 1e-3)}
+    found = run_ours(start, stream, routing=True, rows_apart=True, **options)
+
+    def rows(tensor):
+        return list(tensor.flatten(0, 1).flatten(1)[:, None])
+
+    expected = run_oracle(rows(start), [rows(gradient) for gradient in stream], **options)
+    assert_parts_close(rows(found), expected)
 
 
 @pytest.mark.parametrize("eps", [1e-30, 0.1])
@@ -277,10 +303,11 @@ def test_adafactor_groups_say_what_a_separate_tensor_is():
     assert groups["routing"]["routing"]
 
 
-def test_each_private_pair_is_a_separate_tensor():
-    adapter = make_adapter(policy="private", **LORA)
-    (group,) = make_optimizer(adapter, OptimConfig()).param_groups
-    assert group["lead"] == 3
+@pytest.mark.parametrize("options", [{}, LORA], ids=["MHR", "LoRA"])
+def test_each_task_s_private_tensors_are_separate(options):
+    adapter = make_adapter(private=True, **options)
+    groups = groups_by_name(make_optimizer(adapter, OptimConfig()))
+    assert groups["inventory"]["lead"] == 2
 
 
 @pytest.mark.parametrize(
@@ -318,12 +345,14 @@ def test_a_step_leaves_the_routing_rows_of_absent_tasks_bit_for_bit():
     assert moved == [True, False, True, False, False]
 
 
-def test_a_step_leaves_the_private_pairs_of_absent_tasks_bit_for_bit():
-    adapter = make_adapter(policy="private", **LORA)
+@pytest.mark.parametrize("options", [{}, LORA], ids=["MHR", "LoRA"])
+def test_a_step_leaves_the_private_tensors_of_absent_tasks_bit_for_bit(options):
+    adapter = make_adapter(private=True, **options)
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     step_once(adapter, make_optimizer(adapter, OptimConfig()), ["sort", "copy"])
     for name, parameter in adapter.named_parameters():
-        pairs = zip(parameter.unbind(2), before[name].unbind(2), strict=True)
+        dim = 0 if name == "routing_logits" else 1
+        pairs = zip(parameter.unbind(dim), before[name].unbind(dim), strict=True)
         assert [not torch.equal(*pair) for pair in pairs] == [True, False, True, False, False]
 
 

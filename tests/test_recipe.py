@@ -482,7 +482,8 @@ def settings_of(kind, prefix=""):
     """Dotted names of all settings below a part."""
     for name, parts in parts_in(kind):
         for part in parts:
-            yield from settings_of(part, f"{prefix}{name}.")
+            is_named = typing.get_origin(typing.get_type_hints(kind)[name]) is dict
+            yield from settings_of(part, f"{prefix}{name}.{'NAME.' if is_named else ''}")
         if not parts:
             yield prefix + name
 

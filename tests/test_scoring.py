@@ -1,5 +1,6 @@
 """Packed ranking and batched generation against one example at a time; batches lose no row."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,16 @@ from torch.nn import functional as F
 
 from mhr_scale.adapters import AdapterConfig
 from mhr_scale.errors import DataError, DivergenceError
-from mhr_scale.scoring import ChoiceRow, deal, fill_batches, generate_answers, rank_choices, score
+from mhr_scale.losses import tfew
+from mhr_scale.scoring import (
+    ChoiceRow,
+    deal,
+    fill_batches,
+    generate_answers,
+    pack_choices,
+    rank_choices,
+    score,
+)
 
 TASKS = ("copy", "reverse", "sort")
 CONFIGS = {
@@ -128,6 +138,39 @@ def test_dropout_is_off_while_scoring():
     rows = make_rows()
     first, second = (rank_choices(model, None, rows, length_norm=1.0) for _ in range(2))
     assert first == second
+
+
+def test_choices_are_packed_side_by_side():
+    choices = [[[5, 6, 1], [7, 1]], [[8, 1]]]
+    packed = pack_choices(choices, start_id=9, pad_id=0, device="cpu")
+    assert packed.decoder_input_ids_BD.tolist() == [[9, 5, 6, 9, 7], [9, 8, 0, 0, 0]]
+    assert packed.targets_BD.tolist() == [[5, 6, 1, 7, 1], [8, 1, 0, 0, 0]]
+    assert packed.blocks_BD.tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
+    assert (packed.starts, packed.n_choices) == (((0, 3), (0,)), 2)
+
+
+def test_a_choice_sees_its_own_earlier_tokens_and_no_other_choice():
+    packed = pack_choices([[[5, 6, 1], [7, 1]]], start_id=9, pad_id=0, device="cpu")
+    is_open = packed.mask(torch.float32)[0, 0] == 0.0
+    wanted = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert is_open.int().tolist() == wanted
+
+
+@torch.no_grad()
+def test_training_ranks_packed_choices_by_the_scores_of_evaluation():
+    model = make_t5().eval()
+    question = make_rows()[0].input_ids
+    rows = [replace(row, input_ids=question) for row in make_rows()]
+    packed = pack_choices([row.choices for row in rows], start_id=0, pad_id=0, device="cpu")
+    logits = model(
+        input_ids=torch.tensor(np.array([row.input_ids for row in rows])),
+        decoder_input_ids=packed.decoder_input_ids_BD,
+        decoder_attention_mask=packed.mask(torch.float32),
+    ).logits
+    labels = torch.zeros(len(rows), dtype=torch.long)
+    losses = tfew(logits, packed.targets_BD, packed.blocks_BD, labels, n_choices=packed.n_choices)
+    found = losses.scores_BC[losses.scores_BC.isfinite()].tolist()
+    assert found == pytest.approx(flat(rank_choices(model, None, rows, length_norm=1.0)), rel=1e-5)
 
 
 def test_rows_that_cannot_be_ranked():

@@ -6,6 +6,7 @@ tells where it sits, and what each layout wraps. A new family with other names i
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,15 @@ class Family:
     """A row of the table of backbone families.
 
     `site` matches the full name of a linear with groups stack, block, sublayer, kind and linear.
-    `layouts` maps a layout to the last name parts it wraps.
+    `layouts` maps a layout to the last name parts it wraps, `sublayers` a stack to the kinds of
+    the sub-layers that each of its blocks has.
     """
 
     name: str
     model_types: tuple[str, ...]
     gated: bool
     site: re.Pattern[str]
+    sublayers: dict[str, tuple[str, ...]]
     layouts: dict[str, tuple[str, ...]]
 
     def expected_sites(self, layout: str, config: Any) -> int:
@@ -37,11 +40,27 @@ class Family:
         encoder, decoder = config.num_layers, config.num_decoder_layers
         return encoder * (attention + feed_forward) + decoder * (2 * attention + feed_forward)
 
+    def linear_names(self, layout: str, n_blocks: Mapping[str, int]) -> list[str]:
+        """Names of the linears of `layout` in a model's own order; `n_blocks` is per stack."""
+        return [
+            f"{stack}.block.{block}.layer.{number}.{kind}.{linear}"
+            for stack, kinds in self.sublayers.items()
+            for block in range(n_blocks[stack])
+            for number, kind in enumerate(kinds)
+            for linear in self.layouts[layout]
+            if (linear in ATTENTION) == kind.endswith("Attention")
+        ]
+
 
 T5_SITE = re.compile(
     r"(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.(?P<sublayer>\d+)"
     r"\.(?P<kind>SelfAttention|EncDecAttention|DenseReluDense)\.(?P<linear>\w+)"
 )
+
+T5_SUBLAYERS = {
+    "encoder": ("SelfAttention", "DenseReluDense"),
+    "decoder": ("SelfAttention", "EncDecAttention", "DenseReluDense"),
+}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -49,6 +68,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("t5", "mt5"),
         gated=True,
         site=T5_SITE,
+        sublayers=T5_SUBLAYERS,
         layouts={
             "full": (*ATTENTION, "wi_0", "wi_1", "wo"),
             "light": ("k", "v", "wi_1"),
@@ -60,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("t5",),
         gated=False,
         site=T5_SITE,
+        sublayers=T5_SUBLAYERS,
         layouts={
             "full": (*ATTENTION, "wi", "wo"),
             "light": ("k", "v", "wi"),
@@ -92,6 +113,18 @@ class Site:
         }[granularity]
 
 
+def _make_site(name: str, place: re.Match[str], in_features: int, out_features: int) -> Site:
+    """The site of a linear whose name matches its family's pattern as `place`."""
+    return Site(
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        stack=place["stack"],
+        block=int(place["block"]),
+        sublayer=int(place["sublayer"]),
+    )
+
+
 def find_family(config: Any) -> Family:
     """Return the family of a model configuration; raises `LayoutError` for an unknown one."""
     gated = bool(getattr(config, "is_gated_act", False))
@@ -122,16 +155,7 @@ def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
     for name, module in model.named_modules():
         place = family.site.fullmatch(name)
         if place and place["linear"] in children and isinstance(module, nn.Linear):
-            sites.append(
-                Site(
-                    name=name,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    stack=place["stack"],
-                    block=int(place["block"]),
-                    sublayer=int(place["sublayer"]),
-                )
-            )
+            sites.append(_make_site(name, place, module.in_features, module.out_features))
     expected = family.expected_sites(layout, config)
     if not sites or len(sites) != expected:
         counts = Counter(site.name.rsplit(".", 1)[1] for site in sites)
@@ -141,6 +165,35 @@ def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
             f"(found {dict(counts)}); known layouts: {known}"
         )
     return tuple(sites)
+
+
+def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[Site, ...]]:
+    """Layout and sites, in a model's own order, of linears known by name and (in, out) widths.
+
+    For tensors that come without their backbone. Raises `LayoutError` if the linears are not all
+    those of one layout, with the odd ones of the nearest layout.
+    """
+    nearest: tuple[str, list[str]] | None = None
+    for family in FAMILIES:
+        places = {name: place for name in widths if (place := family.site.fullmatch(name))}
+        blocks = {(place["stack"], place["block"]) for place in places.values()}
+        n_blocks = {stack: max(1, sum(s == stack for s, _ in blocks)) for stack in family.sublayers}
+        for layout in family.layouts:
+            names = family.linear_names(layout, n_blocks)
+            odd = [f"missing {name}" for name in names if name not in widths]
+            odd += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
+            if not odd:
+                return layout, tuple(
+                    _make_site(name, places[name], *widths[name]) for name in names
+                )
+            if nearest is None or len(odd) < len(nearest[1]):
+                nearest = (layout, odd)
+    assert nearest is not None
+    layout, odd = nearest
+    raise LayoutError(
+        f"the {len(widths)} linears are those of no layout; nearest is '{layout}', but "
+        f"{len(odd)} are odd: {'; '.join(odd[:5])}"
+    )
 
 
 def check_splits(sites: tuple[Site, ...], *, n_splits: int, kind: str) -> None:

@@ -29,8 +29,8 @@ def mix_pairs(
     """Mix the skills of N linears for U slots: A^q = sum_s w_qs A_qs, B^q likewise.
 
     Returns A (N, U, Q * I, R), the splits side by side along the input, and scale * B
-    (N, U, R, Q * O), side by side along the output (method notes 1.4). Without weights the slots are
-    single skills as they stand (LoRA).
+    (N, U, R, Q * O), side by side along the output (method notes 1.4). Without weights the slots
+    are single skills as they stand (LoRA).
     """
     if w_UNQS is None:
         return a_NKQSIR[:, :, 0, 0], b_NKQSRO[:, :, 0, 0] * scale

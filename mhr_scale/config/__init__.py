@@ -6,6 +6,16 @@ part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`
 `recipe.py` reads them from YAML. The text under a field is its help text.
 """
 
+from mhr_scale.config.adaptation import (
+    AdaptConfig,
+    AdaptRunConfig,
+    ProtocolConfig,
+    SelectionConfig,
+    ShotsConfig,
+    SoupConfig,
+    VariantConfig,
+    WavesConfig,
+)
 from mhr_scale.config.data import (
     EvalTasksConfig,
     HeldOutTasks,
@@ -33,6 +43,8 @@ from mhr_scale.config.verbs import (
 )
 
 __all__ = [
+    "AdaptConfig",
+    "AdaptRunConfig",
     "AdapterConfig",
     "AverageConfig",
     "BackboneConfig",
@@ -47,11 +59,17 @@ __all__ = [
     "OptimConfig",
     "Policy",
     "PretrainConfig",
+    "ProtocolConfig",
     "RunConfig",
     "ScheduleConfig",
     "ScoringConfig",
+    "SelectionConfig",
+    "ShotsConfig",
+    "SoupConfig",
     "SuperNITasks",
     "T0Tasks",
     "TasksConfig",
     "ToyTasks",
+    "VariantConfig",
+    "WavesConfig",
 ]

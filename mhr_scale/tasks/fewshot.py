@@ -10,6 +10,7 @@ Where there is no file, the same draw from the train split gives the same rows.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -119,22 +120,44 @@ def train_examples(
     """
     made = []
     for row in rows:
-        try:
+        with _blaming(row):
             template = prompts.draw(row, seed=seed, epoch=epoch)
             made.append(_example(prompts, row, template, salt=f"/{seed}/{epoch}"))
-        except ValueError as error:
-            raise DataError(f"{row.place}: {error}; mend the row") from error
     return tuple(made)
 
 
-def check_shots(prompts: Prompts, rows: Sequence[RawRow]) -> None:
-    """Raise `DataError` if a row is of no use under one of its templates: epochs draw them all."""
+def selection_examples(
+    prompts: Prompts, rows: Sequence[RawRow], *, seed: int
+) -> tuple[Example, ...]:
+    """Return the rows as evaluation rows are: each under one template, its number as its id."""
+    made = []
     for row in rows:
-        try:
+        with _blaming(row):
+            template = prompts.draw(row, seed=seed)
+            made.append(prompts.example(template, row, id=str(row.idx)))
+    return tuple(made)
+
+
+def check_shots(prompts: Prompts, rows: Sequence[RawRow]) -> tuple[Example, ...]:
+    """Return the rows under each of their templates, for epochs draw them all.
+
+    Raises `DataError` if a row is of no use under one of them. Ids are those of `train_examples`.
+    """
+    made = []
+    for row in rows:
+        with _blaming(row):
             for template in prompts.applicable(row):
-                _example(prompts, row, template, salt="")
-        except ValueError as error:
-            raise DataError(f"{row.place}: {error}; mend the row") from error
+                made.append(_example(prompts, row, template, salt=""))
+    return tuple(made)
+
+
+@contextmanager
+def _blaming(row: RawRow) -> Iterator[None]:
+    """Say where the row stands that a `ValueError` is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{row.place}: {error}; mend the row") from error
 
 
 def _example(prompts: Prompts, row: RawRow, template: Template, *, salt: str) -> Example:

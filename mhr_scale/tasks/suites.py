@@ -45,20 +45,34 @@ READERS: dict[type, Callable[[Any, Intake], Sequence[Task] | TaskStream]] = {
 }
 
 
-def read_evaluation(config: EvalTasksConfig, *, examples: int | None) -> tuple[list[Task], Intake]:
+def read_evaluation(
+    config: EvalTasksConfig, *, examples: int | None, use_held_out: bool = True
+) -> tuple[list[Task], Intake]:
     """Tasks with the rows that count as their `test`: test rows, else held-out ones.
 
-    `examples` keeps a task's first ones. Raises `DataError` for a task without any.
+    Held-out rows that count as `test` are not in `validation` any more; without `use_held_out`
+    they never count. `examples` keeps a task's first ones. Raises `DataError` for a task without
+    any.
     """
     intake = Intake(on_bad=config.intake.on_bad if not isinstance(config, ToyTasks) else "reject")
     tasks = []
     for task in READERS[type(config)](config, intake):
-        rows = (task.test or task.validation)[:examples]
-        if not rows:
-            raise DataError(f"task {task.name}: no test row and no held-out row to evaluate on")
-        tasks.append(replace(task, test=rows))
+        if not task.test and use_held_out:
+            task = replace(task, test=task.validation, validation=())
+        if not task.test:
+            wanted = "test row and no held-out row" if use_held_out else "test row"
+            raise DataError(f"task {task.name}: no {wanted} to evaluate on; {_more_rows(config)}")
+        tasks.append(replace(task, test=task.test[:examples]))
     intake.check()
     return tasks, intake
+
+
+def _more_rows(config: EvalTasksConfig) -> str:
+    """Say how a task gets rows to evaluate on."""
+    if isinstance(config, JsonlTasks):
+        return f"add its rows to a test.jsonl in {config.folder}"
+    is_test_task = isinstance(config, SuperNITasks) and config.fold == "test"
+    return f"raise tasks.{'test' if is_test_task else 'validation'}_examples"
 
 
 def open_suite(config: TasksConfig, *, on_bad: str | None = None) -> Reading:

@@ -5,9 +5,8 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,18 @@ import torch
 from mhr_scale import backbone, scoring, summary
 from mhr_scale.adapters import Adapter, attach, state
 from mhr_scale.adapters.collapse import average as mean_of
-from mhr_scale.config import BackboneConfig, BatchConfig, EvaluateConfig
-from mhr_scale.encode import Encoder
+from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.state import Card
+from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine import Engine, read_ds_config
-from mhr_scale.errors import AdapterError, DataError, RunError
+from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import Progress, log, record_provenance, write_json, write_text
+from mhr_scale.runs import backbone_of, check_fit
 from mhr_scale.scoring import ChoiceRow
-from mhr_scale.tasks import metrics
 from mhr_scale.tasks.suites import read_evaluation
-from mhr_scale.tasks.task import Example, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One example to score: its global id, its task, the metric that counts."""
-
-    id: str
-    task: str
-    metric: str
-    example: Example
+from mhr_scale.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +47,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder = Path(config.run.folder)
     ds_content = read_ds_config(config.run.ds_config)
     check_folder(config)
-    stored = load_adapter(config)
-    backbone_config = backbone_of(config)
+    card, stored, backbone_config = open_subject(config)
     blueprint = backbone.read_blueprint(backbone_config)
-    check_fit(config, blueprint)
+    if card is not None:
+        check_fit(str(config.adapter), card, blueprint)
     tokenizer = backbone.load_tokenizer(backbone_config, blueprint)
     tasks, intake = read_evaluation(config.tasks, examples=config.scoring.examples)
-    questions = [question for task in tasks for question in ask(task, config)]
+    questions = [question for task in tasks for question in ask(task, config.scoring)]
     numbers = adapter_tasks(stored, tasks, config)
-    rows = encode(tasks, questions, numbers, tokenizer, config)
+    rows = encode(tasks, questions, numbers, tokenizer, config.scoring)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
         model = engine.build(backbone_config, blueprint)
@@ -110,35 +101,10 @@ def run_job(
     if engine.rank == 0:
         keep_whole_lines(path)
     options = config.scoring
-    device = engine.device
-    ways: tuple[tuple[bool, Callable[[list[ChoiceRow]], list[Any]]], ...] = (
-        (
-            True,
-            partial(
-                scoring.rank_choices,
-                subject.model,
-                subject.adapter,
-                length_norm=options.length_norm,
-                device=device,
-            ),
-        ),
-        (
-            False,
-            partial(
-                scoring.generate_answers,
-                subject.model,
-                subject.adapter,
-                tokenizer=subject.tokenizer,
-                beams=options.beams,
-                max_new_tokens=options.max_new_tokens,
-                synced=engine.is_sharded,
-                device=device,
-            ),
-        ),
-    )
+    runs = answerers(subject.model, subject.adapter, subject.tokenizer, options, engine)
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
-    for ranks, run in ways:
-        todo = [row for row in rows if bool(row.choices) == ranks]
+    for kind, run in runs.items():
+        todo = [row for row in rows if bool(row.choices) == (kind == "rank")]
         todo = [row for row in todo if questions[row.number].id not in done]
         for results in scoring.score(todo, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
@@ -150,103 +116,14 @@ def run_job(
     progress.close()
 
 
-def judge(question: Question, value: Any) -> dict[str, Any]:
-    """One line of scores.jsonl from the choice scores or the generated text of a question."""
-    example = question.example
-    line = {
-        "id": question.id,
-        "task": question.task,
-        "example": example.id,
-        "prompt": example.id.partition("/")[2],
-        "metric": question.metric,
-    }
-    if question.metric == "accuracy":
-        label = example.label
-        assert label is not None
-        found = {"choice_scores": value, "prediction": metrics.best_choice(value), "label": label}
-        return {**line, **found, "points": metrics.accuracy(value, label)}
-    points = metrics.TEXT_METRICS[question.metric](value, example.targets)
-    return {**line, "prediction": value, "references": list(example.targets), "points": points}
-
-
-def ask(task: Task, config: EvaluateConfig) -> list[Question]:
-    """The questions of a task under its metric; raises `DataError` where they cannot be asked."""
-    metric = config.scoring.metric or task.metric
-    questions = []
-    for example in task.test:
-        if metric == "accuracy":
-            if not example.choices:
-                raise DataError(
-                    f"task {task.name}: example {example.id} has no choices to rank; set "
-                    "scoring.metric to rougeL or exact_match, or give choices"
-                )
-            if example.label is None or not 0 <= example.label < len(example.choices):
-                raise DataError(
-                    f"task {task.name}: example {example.id} has label {example.label} for "
-                    f"{len(example.choices)} choices; hidden labels cannot be scored"
-                )
-        questions.append(Question(f"{task.name}/{example.id}", task.name, metric, example))
-    return questions
-
-
-def encode(
-    tasks: Sequence[Task],
-    questions: Sequence[Question],
-    numbers: dict[str, int],
-    tokenizer: Any,
-    config: EvaluateConfig,
-) -> list[ChoiceRow]:
-    """Token ids of every question, in their order; choices only where they are ranked."""
-    lengths = BatchConfig(
-        max_input_tokens=config.scoring.max_input_tokens,
-        max_target_tokens=config.scoring.max_choice_tokens,
-    )
-    rows: list[ChoiceRow] = []
-    for task in tasks:
-        encoder = Encoder(task, tokenizer, lengths)
-        for encoded in encoder.rows(task.test):
-            question = questions[len(rows)]
-            ranked = question.example.choices if question.metric == "accuracy" else ()
-            choices = tuple(encoder.answers(ranked))
-            rows.append(ChoiceRow(len(rows), numbers[task.name], encoded.input_ids, choices))
-        if encoder.cuts.inputs:
-            log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
-    return rows
-
-
-def load_adapter(config: EvaluateConfig) -> Adapter | None:
-    """The adapter as it is stored, or its average; None for a bare backbone."""
-    if config.adapter is None:
-        return None
-    stored = state.load(config.adapter)
-    return mean_of(stored) if config.routing == "average" else stored
-
-
-def backbone_of(config: EvaluateConfig) -> BackboneConfig:
-    """The bare backbone of the recipe, or the one the adapter was trained on."""
+def open_subject(config: EvaluateConfig) -> tuple[Card | None, Adapter | None, BackboneConfig]:
+    """The adapter as it is stored, or its average, and its backbone; None and a bare backbone."""
     if config.adapter is None:
         assert config.backbone is not None
-        return config.backbone
-    facts = state.read_card(config.adapter).backbone
-    known = {item.name for item in fields(BackboneConfig)}
-    settings = {key: value for key, value in facts.items() if key in known}
-    if config.backbone_moved_to is not None:
-        settings["name"] = config.backbone_moved_to
-    if not settings.get("name") and not settings.get("config"):
-        raise AdapterError(
-            f"{config.adapter}: does not say which backbone it was trained on; set "
-            "backbone_moved_to"
-        )
-    return BackboneConfig(**settings)
-
-
-def check_fit(config: EvaluateConfig, blueprint: backbone.Blueprint) -> None:
-    """Raise `AdapterError` if the adapter was made for another backbone; no weight is read."""
-    if config.adapter is None:
-        return
-    with torch.device("meta"):
-        model = backbone.make_model(blueprint)
-    state.check_backbone(state.find(config.adapter), state.read_card(config.adapter), model)
+        return None, None, config.backbone
+    card, stored = open_adapter(config.adapter)
+    own = backbone_of(config.adapter, card, config.backbone_moved_to)
+    return card, mean_of(stored) if config.routing == "average" else stored, own
 
 
 def adapter_tasks(

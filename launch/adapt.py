@@ -1,0 +1,12 @@
+"""Adapt to many few-shot tasks at once: one adapter per task, seed and variant.
+
+python launch/adapt.py RECIPE [a.b=value ...]                      one process
+deepspeed --num_gpus N launch/adapt.py RECIPE [a.b=value ...]      N processes
+"""
+
+from mhr_scale.config import AdaptConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.adapt import adapt
+
+if __name__ == "__main__":
+    main(AdaptConfig, adapt, usage="python launch/adapt.py")

@@ -1,0 +1,212 @@
+"""Few-shot adaptation: which jobs there are, how they train, when they stop."""
+
+from dataclasses import field
+from typing import Literal
+
+from mhr_scale.config.data import EvalTasksConfig
+from mhr_scale.config.model import AdapterConfig, BackboneConfig
+from mhr_scale.config.part import part
+from mhr_scale.config.training import OptimConfig
+from mhr_scale.config.verbs import ScoringConfig
+from mhr_scale.errors import ConfigError
+
+
+@part
+class SoupConfig:
+    """Which private adapters an AdapterSoup averages: those of the most similar tasks."""
+
+    adapters: int = 5
+    """Number of adapters averaged (unknown in the paper; 5 in Chronopoulou et al. 2023)."""
+    encoder: str | None = None
+    """Hub id or folder of a sentence encoder; null: the frozen backbone's own encoder."""
+    examples: int = 100
+    """Training examples embedded per task at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("adapters", "examples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"soup.{name}: {getattr(self, name)} is not at least 1")
+
+
+@part
+class VariantConfig:
+    """One way to adapt: what a job starts from and which of its tensors train."""
+
+    adapter: str | None = None
+    """The run or adapter to start from; null: fresh tensors of the settings under `fresh`."""
+    fresh: AdapterConfig | None = None
+    """Settings of an adapter that starts from nothing."""
+    kind: Literal["full", "routing", "average", "soup", "backbone"] = "full"
+    """full: inventory and a fresh routing row; routing: that row alone (-z); average: the inventory
+    under uniform routing (-mu); soup: the mean of similar tasks' pairs; backbone: full, and the
+    backbone's weights too, one job at a time."""
+    trainable: Literal["mean", "inventory"] = "mean"
+    """average: train the mean as one adapter, or all skills under uniform routing (reference)."""
+    soup: SoupConfig = field(default_factory=SoupConfig)
+    """Settings of kind soup."""
+    steps: int | None = None
+    """Optimizer steps; null: the protocol's."""
+    lr: float | None = None
+    """Peak rate of the inventory; null: `optim.lr`."""
+    routing_lr: float | None = None
+    """Peak rate of the routing logits; null: `optim.routing_lr`."""
+
+    def __post_init__(self) -> None:
+        if (self.adapter is None) == (self.fresh is None):
+            raise ConfigError("variants: give each an adapter to start from, or fresh settings")
+        if self.fresh is not None and self.kind not in ("full", "backbone"):
+            raise ConfigError(
+                f"variants: kind {self.kind} starts from an adapter, not from nothing"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"variants: steps {self.steps} is not at least 1")
+
+
+@part
+class ShotsConfig:
+    """The few examples that each task is adapted on."""
+
+    seeds: tuple[int, ...] = (42, 1024, 0)
+    """One job per task, variant and seed, which draws the examples and their order."""
+    count: int | None = None
+    """Training examples per task; null: T-Few's number (t0_eval), else all the suite gives."""
+    folder: str | None = None
+    """t0_eval: T-Few's few-shot files; null: the same draw from the train split."""
+    set_aside: int = 0
+    """Of these, examples that no job trains on, for `selection.on: shots`."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"shots.seeds: {list(self.seeds)} are not different seeds")
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"shots.count: {self.count} is not at least 1")
+        if self.set_aside < 0 or (self.count is not None and self.set_aside >= self.count):
+            raise ConfigError(f"shots.set_aside: {self.set_aside} leaves no shot to train on")
+
+
+@part
+class SelectionConfig:
+    """Which of a job's checkpoints is kept."""
+
+    on: Literal["test", "validation", "shots", "last"] = "test"
+    """test: the reported rows themselves (the reference on T0; optimistic); validation: the
+    suite's validation rows; shots: those set aside; last: no selection."""
+    every_epochs: int = 50
+    """Epochs between evaluations."""
+    at_start: bool = True
+    """Evaluate before training too, as the reference does."""
+    patience: int | None = None
+    """Stop a job after so many evaluations in a row without a better one; null: never."""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 1:
+            raise ConfigError(f"selection.every_epochs: {self.every_epochs} is not at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"selection.patience: {self.patience} is not at least 1")
+
+
+@part
+class ProtocolConfig:
+    """How every job trains."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Examples per step; what is left of an epoch is dropped."""
+    warmup_fraction: float = 0.06
+    """Linear warm-up from 0, as a share of the steps; then linear decay to 0."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 after the warm-up, or none."""
+    loss: Literal["t_few", "language_model"] = "t_few"
+    """t_few: likelihood, ranking and unlikelihood over the choices; or of the target alone."""
+    label_smoothing: float = 0.0
+    """language_model: share of the target's probability spread over the vocabulary."""
+    normalise: Literal["tokens", "examples"] = "tokens"
+    """language_model: divide a job's loss by its target tokens (T0) or examples (SuperNI)."""
+    references: Literal["first", "random"] = "first"
+    """Training target of a row with several references: the first, or one drawn per epoch."""
+    mc_weight: float = 1.0
+    """t_few: weight of the ranking loss."""
+    ul_weight: float = 1.0
+    """t_few: weight of the unlikelihood loss."""
+    length_norm: float = 1.0
+    """t_few: scores inside the ranking loss are divided by length ** length_norm."""
+    max_input_tokens: int = 256
+    """Training inputs are cut here."""
+    max_target_tokens: int = 256
+    """Training targets and choices are cut here, the end-of-sequence token kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_input_tokens", "max_target_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"protocol.{name}: {getattr(self, name)} is not at least 1")
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ConfigError(f"protocol.warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+
+
+@part
+class WavesConfig:
+    """How jobs share passes of the backbone."""
+
+    size: int | None = None
+    """Jobs per wave; null: as many as the device's memory holds, 32 at most."""
+    save_every: int = 0
+    """Steps between saves of unfinished jobs; 0: at evaluations only."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"waves.size: {self.size} is not at least 1")
+        if self.save_every < 0:
+            raise ConfigError(f"waves.save_every: {self.save_every} is below 0")
+
+
+@part
+class AdaptRunConfig:
+    """Where jobs write, and under which DeepSpeed file they run."""
+
+    folder: str
+    """The run folder: `jobs/<task>/<seed>/<variant>/`; the same command goes on."""
+    log_every: int = 10
+    """Steps between lines of a job's metrics.jsonl."""
+    ds_config: str | None = None
+    """DeepSpeed file: placement of the backbone; null: replicated."""
+    timeout_seconds: float = 1800.0
+    """How long a collective may wait for the other ranks."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
+
+
+@part
+class AdaptConfig:
+    """Everything `adapt` reads: tasks x seeds x variants are the jobs."""
+
+    variants: dict[str, VariantConfig]
+    """The ways to adapt, by the name they have in tables and folders."""
+    tasks: EvalTasksConfig
+    """The tasks to adapt to."""
+    shots: ShotsConfig = field(default_factory=ShotsConfig)
+    """The few training examples."""
+    backbone: BackboneConfig | None = None
+    """The backbone, where every variant is fresh; adapters bring their own."""
+    backbone_moved_to: str | None = None
+    """Where the adapters' backbone lies now, if not where they were trained."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """Steps, batches, losses."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, scale_parameter=True))
+    """The optimizer; every job has statistics, rates and clipping of its own."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Evaluation while training, best checkpoint, early stop."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How answers are asked for and scored."""
+    waves: WavesConfig = field(default_factory=WavesConfig)
+    """How jobs share passes."""
+    run: AdaptRunConfig
+    """Where to write."""
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise ConfigError("variants: name at least one")
+        if self.selection.on == "shots" and not self.shots.set_aside:
+            raise ConfigError("selection.on: shots needs shots.set_aside, the shots to select on")

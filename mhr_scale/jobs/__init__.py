@@ -1,0 +1,6 @@
+"""Few-shot jobs: many independent fine-tunings that share passes of one frozen backbone.
+
+A job is (task, seed, variant): its own trainable tensors, data order, learning rate, clipping and
+best checkpoint. A wave is the jobs that step together: an adapter whose tasks are the jobs, so that
+each batch row points at its job's slot.
+"""

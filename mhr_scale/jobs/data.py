@@ -1,0 +1,148 @@
+"""What a job trains and is scored on, as token ids: a pure function of (task, seed, step)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mhr_scale.config import AdaptConfig, BatchConfig
+from mhr_scale.encode import Encoder, Ids
+from mhr_scale.errors import ConfigError
+from mhr_scale.questions import Question, ask, encode
+from mhr_scale.scoring import ChoiceRow
+from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.few_shot_suites import FewShotTask
+from mhr_scale.tasks.task import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """A training example: its input, the choices whose likelihood counts, and the right one.
+
+    Under the loss `language_model` the target is the only choice.
+    """
+
+    input_ids: Ids
+    choices: tuple[Ids, ...]
+    label: int
+
+    @property
+    def n_choice_tokens(self) -> int:
+        """Decoder positions the row takes."""
+        return sum(len(choice) for choice in self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Rows to score: their questions and token ids, in the same order."""
+
+    questions: tuple[Question, ...]
+    rows: tuple[ChoiceRow, ...]
+
+    def mean(self, points: Mapping[str, float]) -> float:
+        """Mean points of the questions, by their ids."""
+        return sum(points[question.id] for question in self.questions) / len(self.questions)
+
+
+@dataclass(slots=True)
+class JobData:
+    """The rows of a task's seed, shared by the jobs of all variants."""
+
+    few_shot: FewShotTask
+    config: AdaptConfig
+    tokenizer: Any
+    test: Exam
+    selection: Exam | None
+    _encoder: Encoder
+    _rows: dict[tuple[str, tuple[str, ...]], TrainRow] = field(default_factory=dict)
+    _epoch: tuple[int, tuple[TrainRow, ...]] = (-1, ())
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per step: the protocol's, or all there are."""
+        return min(self.config.protocol.batch_size, self.few_shot.n_rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over is dropped."""
+        return self.few_shot.n_rows // self.batch_size
+
+    def batch(self, step: int) -> Sequence[TrainRow]:
+        """The rows of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._draw(epoch))
+        start = place * self.batch_size
+        return self._epoch[1][start : start + self.batch_size]
+
+    def length(self) -> tuple[int, int]:
+        """Longest input and longest decoder row, in tokens, of any training row."""
+        rows = [self._row(example, epoch=0) for example in self.few_shot.task.train]
+        return max(len(r.input_ids) for r in rows), max(r.n_choice_tokens for r in rows)
+
+    def _draw(self, epoch: int) -> tuple[TrainRow, ...]:
+        task, seed = self.few_shot.task.name, self.few_shot.seed
+        examples = self.few_shot.draw(epoch)
+        order = np.random.Generator(np.random.PCG64(seed_from("order", task, seed, epoch)))
+        return tuple(
+            self._row(examples[number], epoch) for number in order.permutation(len(examples))
+        )
+
+    def _row(self, example: Example, epoch: int) -> TrainRow:
+        choices, label = example.choices, example.label
+        if self.config.protocol.loss == "language_model":
+            which = 0
+            if self.config.protocol.references == "random":
+                which = seed_from("reference", self.few_shot.seed, example.id, epoch)
+            choices, label = (example.targets[which % len(example.targets)],), 0
+        assert label is not None
+        key = (example.input, choices)
+        if key not in self._rows:
+            (row,) = self._encoder.rows([example])
+            self._rows[key] = TrainRow(row.input_ids, tuple(self._encoder.answers(choices)), 0)
+        found = self._rows[key]
+        return TrainRow(found.input_ids, found.choices, label)
+
+
+def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> JobData:
+    """Check a task's seed at the door and tokenise what it is scored on."""
+    task, protocol = few_shot.task, config.protocol
+    if protocol.loss == "t_few":
+        bare = [e for e in (*task.train, *few_shot.selection) if len(e.choices) < 2]
+        if bare:
+            raise ConfigError(
+                f"protocol.loss: t_few ranks choices, and example {bare[0].id} of {task.name} has "
+                f"{len(bare[0].choices)}; set language_model"
+            )
+    lengths = BatchConfig(
+        max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
+    )
+    chosen: tuple[Example, ...] = ()
+    if config.selection.on == "validation":
+        if not task.validation:
+            raise ConfigError(
+                f"selection.on: validation, but task {task.name} has no validation row; select on "
+                "shots, test or last"
+            )
+        chosen = task.validation
+    elif config.selection.on == "shots":
+        chosen = few_shot.selection
+    return JobData(
+        few_shot,
+        config,
+        tokenizer,
+        test=_exam(few_shot, task.test, config, tokenizer),
+        selection=_exam(few_shot, chosen, config, tokenizer) if chosen else None,
+        _encoder=Encoder(task, tokenizer, lengths),
+    )
+
+
+def _exam(
+    few_shot: FewShotTask, examples: tuple[Example, ...], config: AdaptConfig, tokenizer: Any
+) -> Exam:
+    asked = replace(few_shot.task, test=examples)
+    questions = ask(asked, config.scoring)
+    numbers = {asked.name: 0}
+    rows = encode([asked], questions, numbers, tokenizer, config.scoring)
+    return Exam(tuple(questions), tuple(rows))

@@ -1,0 +1,100 @@
+"""What a job is, where it lies, and what it leaves."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mhr_scale import checkpoint
+from mhr_scale.errors import RunError
+from mhr_scale.runlog import write_json
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Job:
+    """One fine-tuning: a task, the seed of its shots and their order, and a variant."""
+
+    task: str
+    seed: int
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """`<task>/<seed>/<variant>`, each part as a folder may be called."""
+        return "/".join(as_folder(part) for part in (self.task, str(self.seed), self.variant))
+
+    def folder(self, run: Path) -> Path:
+        """Where the job writes."""
+        return run / "jobs" / self.name
+
+
+def as_folder(text: str) -> str:
+    """A name as one folder below another: what a file system may refuse is %-encoded."""
+    quoted = quote(text, safe=" ()[],+=@")
+    return quoted if quoted.strip(". ") else quoted.replace(".", "%2E").replace(" ", "%20")
+
+
+@dataclass(slots=True)
+class Standing:
+    """How far a job is: what its saved steps keep, and at the end its result."""
+
+    best_step: int = -1
+    best_score: float | None = None
+    worse: int = 0
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+
+    def take(self, step: int, score: float) -> bool:
+        """Note a score; whether it is the best so far. Of equal scores the first one counts."""
+        self.evaluations.append((step, score))
+        if self.best_score is None or score > self.best_score:
+            self.best_step, self.best_score, self.worse = step, score, 0
+            return True
+        self.worse += 1
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Standing":
+        """From JSON values."""
+        evaluations = [(int(step), float(score)) for step, score in values["evaluations"]]
+        return cls(values["best_step"], values["best_score"], values["worse"], evaluations)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Where a job stands on disk: finished, or the saved step it goes on from (0: none)."""
+
+    is_finished: bool
+    step: int
+
+
+def stage(job: Job, run: Path) -> Stage:
+    """Look a job up in the run folder."""
+    folder = job.folder(run)
+    return Stage(is_finished=(folder / RESULT).is_file(), step=checkpoint.find_resume(folder) or 0)
+
+
+def write_result(job: Job, run: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of a finished job, the last file it writes."""
+    write_json(job.folder(run) / RESULT, {**asdict(job), **result})
+
+
+def read_results(jobs: list[Job], run: Path) -> Iterator[dict[str, Any]]:
+    """The results of the jobs that are finished; raises `RunError` for a damaged one."""
+    for job in jobs:
+        path = job.folder(run) / RESULT
+        if not path.is_file():
+            continue
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            float(result["score"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: not a result ({error!r}); delete it and run again") from error
+        yield result

@@ -1,0 +1,57 @@
+"""Ranks over a sharded backbone pass through it together, whatever jobs each of them has.
+
+Every pass gathers weights from all ranks, so all must run the same kind of pass at the same time: a
+training pass (forward and backward), a ranking pass (forward) or a generation. Before each pass a
+rank says what it wants; the first kind of `KINDS` that any rank wants runs, and ranks that want
+another one, or nothing any more, run a dummy of it: one row of a few tokens, whose gradients are
+thrown away. Training comes first, so that ranks meet at their evaluations. With a replicated
+backbone ranks are independent and a turn costs nothing.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from mhr_scale.engine import Engine
+
+#: Kinds of passes, the first first.
+KINDS = ("train", "rank", "generate")
+
+
+class Lockstep:
+    """Turns of the ranks; `dummies` runs one pass of each kind for company."""
+
+    def __init__(self, engine: Engine, dummies: Mapping[str, Callable[[], None]]) -> None:
+        self.engine = engine
+        self.dummies = dummies
+        self.passes = dict.fromkeys(KINDS, 0)
+        self.idle = dict.fromkeys(KINDS, 0)
+        self._is_needed = engine.is_sharded and engine.world_size > 1
+
+    def turn(self, kind: str) -> None:
+        """Wait until a pass of this kind is due here; the caller runs it at once. Collective."""
+        while self._is_needed:
+            agreed = self._agree(KINDS.index(kind))
+            if KINDS[agreed] == kind:
+                break
+            self._keep_company(KINDS[agreed])
+        self.passes[kind] += 1
+
+    def finish(self) -> None:
+        """Keep the other ranks company until all are done. Collective."""
+        while self._is_needed:
+            agreed = self._agree(len(KINDS))
+            if agreed == len(KINDS):
+                return
+            self._keep_company(KINDS[agreed])
+
+    def _agree(self, wanted: int) -> int:
+        """The smallest kind that any rank wants."""
+        flags = torch.zeros(len(KINDS) + 1, device=self.engine.device)
+        flags[wanted] = 1
+        self.engine.reduce_sum(flags)
+        return next(kind for kind, count in enumerate(flags.tolist()) if count)
+
+    def _keep_company(self, kind: str) -> None:
+        self.idle[kind] += 1
+        self.dummies[kind]()

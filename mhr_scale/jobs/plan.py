@@ -1,0 +1,133 @@
+"""Which jobs form a wave, how many, and which rank runs it: pure functions.
+
+Jobs of a wave share a variant, a batch size and the step they stand at; those of similar lengths
+come together, so that little is padded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mhr_scale.jobs.job import Job
+
+#: Jobs per wave at most where the recipe does not say.
+LARGEST = 32
+#: Share of the free memory that a wave may take.
+USABLE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """What is known of a job before it starts; lengths in tokens, padded as in a batch."""
+
+    job: Job
+    step: int
+    steps: int
+    batch_size: int
+    width: int
+    depth: int
+    scored_tokens: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Tokens through the model, a backward pass counted as one more forward pass."""
+        rows = (self.steps - self.step) * self.batch_size
+        return 2.0 * rows * (self.width + self.depth) + self.scored_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The jobs of a wave to be."""
+
+    jobs: tuple[Outlook, ...]
+
+    @property
+    def variant(self) -> str:
+        """The jobs' variant."""
+        return self.jobs[0].job.variant
+
+    @property
+    def step(self) -> int:
+        """The step all of them stand at."""
+        return self.jobs[0].step
+
+    @property
+    def cost(self) -> float:
+        """Cost of the wave, in the unit of `Outlook.cost`."""
+        return sum(outlook.cost for outlook in self.jobs)
+
+
+def plan_waves(
+    outlooks: Sequence[Outlook], *, size: int, world_size: int, alone: Sequence[str] = ()
+) -> list[Planned]:
+    """Cut jobs into waves of at most `size`, small enough that every rank gets some.
+
+    Jobs of the variants in `alone` share no pass. The result depends on the set of jobs alone.
+    """
+    if not outlooks:
+        return []
+    size = max(1, min(size, -(-len(outlooks) // world_size)))
+    groups: dict[tuple[str, int, int], list[Outlook]] = {}
+    for outlook in sorted(outlooks, key=lambda o: (o.width, o.depth, o.job)):
+        key = (outlook.job.variant, outlook.step, outlook.batch_size)
+        groups.setdefault(key, []).append(outlook)
+    waves = []
+    for (variant, _, _), members in sorted(groups.items()):
+        own_size = 1 if variant in alone else size
+        n_waves = -(-len(members) // own_size)
+        even = -(-len(members) // n_waves)
+        waves += [Planned(tuple(members[at : at + even])) for at in range(0, len(members), even)]
+    return waves
+
+
+def deal(waves: Sequence[Planned], world_size: int) -> list[list[Planned]]:
+    """Each rank's waves: the dearest first, each to the rank with the least to do so far."""
+    loads = [0.0] * world_size
+    dealt: list[list[Planned]] = [[] for _ in range(world_size)]
+    for wave in sorted(waves, key=lambda w: (-w.cost, w.jobs[0].job)):
+        rank = loads.index(min(loads))
+        dealt[rank].append(wave)
+        loads[rank] += wave.cost
+    return dealt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of a backbone that decide what its activations take."""
+
+    d_model: int
+    d_ff: int
+    inner: int
+    n_heads: int
+    encoder_layers: int
+    decoder_layers: int
+    vocabulary: int
+    bytes_per_number: int
+    is_recomputed: bool
+
+
+def job_bytes(shape: Shape, outlook: Outlook, *, trained: int, adafactor: bool) -> float:
+    """Memory of one job in a wave, in bytes: its tensors, and its rows' activations.
+
+    Tensors are float32: values, gradients, mixed slots with their gradients, and moments (two of
+    full size under AdamW, next to none under Adafactor). Activations that autograd keeps, per token
+    and layer: inputs and outputs of the linears, norms, and the attention scores where the kernel
+    writes them. An upper estimate: kernels that keep less are not counted on.
+    """
+    tensors = 4.0 * trained * (4 if adafactor else 6)
+    width, depth, rows = outlook.width, outlook.depth, outlook.batch_size
+    linear = 8 * shape.d_model + 4 * shape.inner + 5 * shape.d_ff
+    encoder = width * linear + 3 * shape.n_heads * width * width
+    decoder = depth * (linear + 4 * shape.d_model + 4 * shape.inner)
+    decoder += 3 * shape.n_heads * depth * (depth + width) + width * 2 * shape.inner
+    if shape.is_recomputed:
+        kept = shape.encoder_layers * width + shape.decoder_layers * depth
+        activations = kept * shape.d_model + encoder + decoder
+    else:
+        activations = shape.encoder_layers * encoder + shape.decoder_layers * decoder
+    logits = depth * shape.vocabulary * (2 * shape.bytes_per_number + 8)
+    return tensors + rows * (activations * shape.bytes_per_number + logits)
+
+
+def wave_size(free_bytes: float, dearest_job: float) -> int:
+    """Jobs that fit beside each other, at least 1 and at most `LARGEST`."""
+    return max(1, min(LARGEST, int(USABLE * free_bytes / dearest_job)))

@@ -1,0 +1,315 @@
+"""A rank's waves from their first step to the results of their jobs."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhr_scale import checkpoint, scoring, summary
+from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.config import AdaptConfig
+from mhr_scale.engine import Engine
+from mhr_scale.jobs.data import Exam
+from mhr_scale.jobs.job import Job, Standing, write_result
+from mhr_scale.jobs.lockstep import Lockstep
+from mhr_scale.jobs.start import stack, trained_numbers
+from mhr_scale.jobs.wave import Member, StepValues, Wave
+from mhr_scale.questions import Question, answerers, judge
+from mhr_scale.runlog import Metrics, Progress, log, write_text
+from mhr_scale.scoring import ChoiceRow
+
+
+class Runner:
+    """Runs waves on one rank: steps, evaluations, saves, results."""
+
+    def __init__(
+        self,
+        config: AdaptConfig,
+        *,
+        engine: Engine,
+        model: Any,
+        linears: Mapping[str, AdaptedLinear],
+        tokenizer: Any,
+        backbone_facts: dict[str, Any],
+        total_steps: int,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.model = model
+        self.linears = linears
+        self.tokenizer = tokenizer
+        self.backbone_facts = backbone_facts
+        self.folder = Path(config.run.folder)
+        self.lockstep = Lockstep(engine, self._dummies())
+        self.lost: list[str] = []
+        self.progress = Progress(total_steps, start=0, what="adapt", unit="job-step")
+
+    # -- a wave ----------------------------------------------------------------------------------
+
+    def run(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
+        """Train a wave until its last job is finished; `facts` of a job go into its result."""
+        wave.adapter.bind(self.linears)
+        begun = wave.step
+        logs = {
+            member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun)
+            for member in wave.members
+        }
+        if begun == 0 and self.config.selection.at_start:
+            self._evaluate(wave, range(len(wave.members)), logs)
+        while wave.members:
+            self.lockstep.turn("train")
+            self.model.train()
+            values = wave.train_step(
+                self.model,
+                device=self.engine.device,
+                after_backward=self.engine.after_backward,
+            )
+            self._log(wave, values, logs)
+            self._drop_lost(wave, values)
+            self._evaluate(wave, self._due(wave), logs)
+            self._finish(wave, facts)
+            self._save(wave)
+
+    def _open(self, member: Member) -> Path:
+        folder = member.job.folder(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _log(self, wave: Wave, values: StepValues, logs: Mapping[Job, Metrics]) -> None:
+        for number, member in enumerate(wave.members):
+            if wave.step % self.config.run.log_every == 0 or wave.step == member.steps:
+                logs[member.job].write({"step": wave.step, **values.of(number)})
+            self.progress.advance(f"{wave.members[0].job.variant} step {wave.step}")
+
+    def _drop_lost(self, wave: Wave, values: StepValues) -> None:
+        """Give up jobs whose loss is no number; the others have not noticed."""
+        lost = [n for n in range(len(wave.members)) if not values.is_finite(n)]
+        for number in lost:
+            name = wave.members[number].job.name
+            log.error("%s: loss or gradient is not finite in step %d", name, wave.step)
+            self.lost.append(f"{name} (step {wave.step})")
+            self.progress.skip(wave.members[number].steps - wave.step)
+        self._drop(wave, lost)
+
+    def _drop(self, wave: Wave, numbers: Sequence[int]) -> None:
+        if numbers:
+            wave.drop(numbers)
+            if wave.members:
+                wave.adapter.bind(self.linears)
+
+    def _save(self, wave: Wave) -> None:
+        every = self.config.waves.save_every
+        is_due = wave.step % every == 0 if every else bool(self._due(wave))
+        if not is_due:
+            return
+        for number, member in enumerate(wave.members):
+            wave.save(number, self.folder, backbone=self.backbone_facts)
+            for old in member.job.folder(self.folder).glob("best/*"):
+                if int(old.name) != member.standing.best_step:
+                    shutil.rmtree(old)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def _due(self, wave: Wave) -> list[int]:
+        """Jobs to evaluate after this step: every so many epochs, and after the last one."""
+        if self.config.selection.on == "last":
+            return []
+        every = self.config.selection.every_epochs
+        return [
+            number
+            for number, member in enumerate(wave.members)
+            if wave.step % (every * member.data.steps_per_epoch) == 0 or wave.step == member.steps
+        ]
+
+    def _evaluate(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
+        """Score jobs on the rows that select, and keep those that are better than before."""
+        selects_on_test = self.config.selection.on == "test"
+        if self.config.selection.on == "last" or not numbers:
+            return
+        exams = []
+        for number in numbers:
+            data = wave.members[number].data
+            exam = data.test if selects_on_test else data.selection
+            assert exam is not None
+            exams.append((number, exam))
+        for (number, _), lines in zip(exams, self.score(wave.adapter, exams), strict=True):
+            member = wave.members[number]
+            score = sum(line["points"] for line in lines) / len(lines)
+            logs[member.job].write({"step": wave.step, "score": score})
+            if member.standing.take(wave.step, score):
+                self._keep(wave, number, lines if selects_on_test else [])
+
+    def _keep(self, wave: Wave, number: int, lines: Sequence[Mapping[str, Any]]) -> Path:
+        """Write a job's adapter as the best so far, with the scores it was chosen by."""
+        member = wave.members[number]
+        folder = member.job.folder(self.folder) / "best" / f"{wave.step:06d}"
+        state.save(
+            wave.take(number),
+            folder,
+            step=wave.step,
+            backbone=self.backbone_facts,
+            origin={"job": member.job.name},
+        )
+        if lines:
+            write_text(folder / summary.SCORES, _to_lines(lines))
+        return folder
+
+    def score(
+        self, adapter: Adapter, exams: Sequence[tuple[int, Exam]]
+    ) -> list[list[dict[str, Any]]]:
+        """Score exams under the slots they are given with; the lines of each, in order."""
+        rows: list[ChoiceRow] = []
+        asked: list[tuple[int, Question]] = []
+        for exam_number, (slot, exam) in enumerate(exams):
+            for row, question in zip(exam.rows, exam.questions, strict=True):
+                rows.append(replace(row, number=len(rows), task=slot))
+                asked.append((exam_number, question))
+        self.model.eval()
+        found: dict[int, dict[str, Any]] = {}
+        runs = answerers(self.model, adapter, self.tokenizer, self.config.scoring, self.engine)
+        for kind, run in runs.items():
+            todo = [row for row in rows if bool(row.choices) == (kind == "rank")]
+            for batch in scoring.fill_batches(todo, self.config.scoring.max_tokens):
+                self.lockstep.turn(kind)
+                for row, value in zip(batch, run(batch), strict=True):
+                    found[row.number] = judge(asked[row.number][1], value)
+        lines: list[list[dict[str, Any]]] = [[] for _ in exams]
+        for number, (exam_number, _) in enumerate(asked):
+            lines[exam_number].append(found[number])
+        return lines
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def _finish(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
+        """Write the results of jobs that are through, and cut them out of the wave."""
+        patience = self.config.selection.patience
+        done = [
+            number
+            for number, member in enumerate(wave.members)
+            if wave.step >= member.steps
+            or (patience is not None and member.standing.worse >= patience)
+        ]
+        if not done:
+            return
+        folders = []
+        for number in done:
+            standing = wave.members[number].standing
+            if self.config.selection.on == "last":
+                standing.best_step = wave.step
+                self._keep(wave, number, [])
+            folder = wave.members[number].job.folder(self.folder)
+            folders.append(folder / "best" / f"{standing.best_step:06d}")
+        if self.config.selection.on != "test":
+            self._score_best(wave, done, folders)
+        trained = trained_numbers(wave.adapter)
+        for number, best in zip(done, folders, strict=True):
+            member = wave.members[number]
+            own = {"steps": wave.step, "trained_numbers": trained, **facts(member.job)}
+            self._write_result(member, best, own)
+            self.progress.skip(member.steps - wave.step)
+        self._drop(wave, done)
+
+    def _score_best(self, wave: Wave, numbers: Sequence[int], folders: Sequence[Path]) -> None:
+        """Score the best checkpoint of some jobs on their test rows, all of them together."""
+        members = [wave.members[number] for number in numbers]
+        best = stack(
+            [member.job.name for member in members],
+            [state.load(folder) for folder in folders],
+            routing_only=wave.variant.kind == "routing",
+        )
+        best.bind(self.linears)
+        exams = [(number, member.data.test) for number, member in enumerate(members)]
+        for folder, lines in zip(folders, self.score(best, exams), strict=True):
+            write_text(folder / summary.SCORES, _to_lines(lines))
+        wave.adapter.bind(self.linears)
+
+    def _write_result(self, member: Member, best: Path, facts: Mapping[str, Any]) -> None:
+        """Move the best checkpoint into place, then write the result, then clean up."""
+        folder, standing = member.job.folder(self.folder), member.standing
+        state.save(
+            state.load(best),
+            folder / "adapter",
+            step=standing.best_step,
+            backbone=self.backbone_facts,
+            origin={"job": member.job.name},
+        )
+        text = (best / summary.SCORES).read_text(encoding="utf-8")
+        write_text(folder / summary.SCORES, text)
+        points = [json.loads(line)["points"] for line in text.splitlines()]
+        write_result(
+            member.job,
+            self.folder,
+            {
+                "score": sum(points) / len(points),
+                "metric": json.loads(text.splitlines()[0])["metric"],
+                "examples": len(points),
+                "best_step": standing.best_step,
+                "evaluations": standing.evaluations,
+                **facts,
+            },
+        )
+        for leftover in (folder / "best", folder / "steps"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Keep the ranks that still have jobs company, until all are through. Collective."""
+        self.lockstep.finish()
+        self.progress.close()
+
+    # -- company ---------------------------------------------------------------------------------
+
+    def _dummies(self) -> dict[str, Callable[[], None]]:
+        """One pass of each kind with one row of a few tokens, through the same modules."""
+        return {
+            "train": partial(self._company, "train"),
+            "rank": partial(self._company, "rank"),
+            "generate": partial(self._company, "generate"),
+        }
+
+    def _company(self, kind: str) -> None:
+        bound = [(linear, linear.is_off) for linear in self.linears.values()]
+        for linear, _ in bound:
+            linear.is_off = True
+        ids = torch.full((1, scoring.PAD_MULTIPLE), self.model.config.eos_token_id or 1)
+        ids = ids.to(self.engine.device)
+        was_training = self.model.training
+        try:
+            self.model.train(kind == "train")
+            if kind == "generate":
+                with torch.no_grad():
+                    self.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        num_beams=self.config.scoring.beams,
+                        do_sample=False,
+                        max_new_tokens=self.config.scoring.max_new_tokens,
+                        use_cache=True,
+                        synced_gpus=True,
+                    )
+                return
+            with torch.set_grad_enabled(kind == "train"):
+                output = self.model(input_ids=ids, decoder_input_ids=ids[:, :1], use_cache=False)
+                if kind == "train":
+                    output.logits.float().sum().backward()
+                    self.engine.after_backward()
+        finally:
+            self.model.train(was_training)
+            for linear, is_off in bound:
+                linear.is_off = is_off
+
+
+def _to_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def saved_of(member: Member, run: Path, step: int) -> checkpoint.Saved:
+    """A job's saved step, its standing put back into the member."""
+    saved = checkpoint.read(member.job.folder(run), step)
+    member.standing = Standing.from_json(saved.progress["standing"])
+    return saved

@@ -1,0 +1,118 @@
+"""AdapterSoup: which training tasks are like a new one (method notes 1.8).
+
+A task is the mean of its training examples' sentence embeddings; tasks are compared by cosine. The
+encoder is the frozen backbone's own, its states averaged over the tokens, or a sentence encoder.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhr_scale import scoring
+from mhr_scale.backbone import load_sentence_encoder
+from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
+from mhr_scale.encode import Encoder
+from mhr_scale.engine import Engine
+from mhr_scale.errors import RunError
+from mhr_scale.recipe import load
+from mhr_scale.scoring import ChoiceRow
+from mhr_scale.tasks.suites import open_suite
+from mhr_scale.tasks.task import Example, Task
+
+K = TypeVar("K")
+
+#: Padded tokens of one batch of inputs to embed.
+MAX_TOKENS = 8192
+
+
+def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str, Task]:
+    """The tasks an adapter was trained on, with their first training examples.
+
+    Read again from the recipe of its run; raises `RunError` where that is gone.
+    """
+    file = Path(adapter) / "config.yaml"
+    if not file.is_file():
+        raise RunError(
+            f"{file}: missing; a soup compares tasks by their training examples, so name the run "
+            "folder of the private adapters, not the adapter in it"
+        )
+    reading = open_suite(load(PretrainConfig, file).tasks)
+    found = {task.name: _first(task, task.train, examples) for task in reading.tasks}
+    missing = sorted(set(names) - found.keys())
+    if missing:
+        raise RunError(f"{file}: its data lack {len(missing)} task(s), such as {missing[0]}")
+    return {name: found[name] for name in names}
+
+
+def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
+    return Task(
+        name=task.name,
+        train=tuple(rows[:count]),
+        suffix=task.suffix,
+        max_input_tokens=task.max_input_tokens,
+    )
+
+
+def embed_tasks(
+    tasks: Mapping[K, Task],
+    settings: SoupConfig,
+    *,
+    engine: Engine,
+    model: Any,
+    tokenizer: Any,
+    max_input_tokens: int,
+) -> dict[K, Tensor]:
+    """Mean embedding of each task's training inputs, of length 1. Collective.
+
+    The adapters in `model` must be off.
+    """
+    if settings.encoder is not None:
+        encode = load_sentence_encoder(settings.encoder, engine.device)
+        return {
+            key: _unit(encode([example.input for example in task.train]))
+            for key, task in tasks.items()
+        }
+    lengths = BatchConfig(max_input_tokens=max_input_tokens)
+    rows: list[ChoiceRow] = []
+    counts = []
+    for task in tasks.values():
+        encoded = Encoder(task, tokenizer, lengths).rows(task.train)
+        rows += [ChoiceRow(len(rows) + n, 0, row.input_ids) for n, row in enumerate(encoded)]
+        counts.append(len(encoded))
+    model.eval()
+    found: dict[int, list[float]] = {}
+    run: Callable[[list[ChoiceRow]], list[list[float]]] = partial(
+        _embed, model, device=engine.device
+    )
+    for results in scoring.score(rows, run, engine=engine, max_tokens=MAX_TOKENS):
+        found.update(results)
+    vectors = torch.tensor([found[number] for number in range(len(rows))])
+    parts = vectors.split(counts)
+    return {key: _unit(part) for key, part in zip(tasks, parts, strict=True)}
+
+
+@torch.no_grad()
+def _embed(model: Any, batch: list[ChoiceRow], *, device: torch.device) -> list[list[float]]:
+    inputs = scoring.pad_inputs(
+        [row.input_ids for row in batch], pad_id=model.config.pad_token_id, device=device
+    )
+    states_BLH = model.get_encoder()(**inputs).last_hidden_state.float()
+    mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
+    mean_BH = (states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+    found: list[list[float]] = mean_BH.tolist()
+    return found
+
+
+def _unit(vectors_EH: Tensor) -> Tensor:
+    return F.normalize(vectors_EH.double().mean(0), dim=0)
+
+
+def most_similar(vector: Tensor, others: Mapping[str, Tensor], count: int) -> list[str]:
+    """The names of the most similar tasks, the most similar first; of equals the first by name."""
+    similarity = {name: float(vector @ other) for name, other in others.items()}
+    return sorted(similarity, key=lambda name: (-similarity[name], name))[:count]

@@ -1,0 +1,155 @@
+"""What a job starts from: one adapter of one task, by variant (method notes 1.6 to 1.8).
+
+| kind | tensors at the start | trained |
+|---|---|---|
+| full | the source's inventory, a fresh routing row | both |
+| routing (-z) | the same | the routing row |
+| average (-mu) | the mean as one adapter, or the inventory under uniform routing | it |
+| soup | the mean of the pairs of similar tasks | it |
+| fresh | A random, B zero, a fresh routing row | both |
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters.collapse import average, soup
+from mhr_scale.adapters.layout import Site
+from mhr_scale.config import AdapterConfig, VariantConfig
+from mhr_scale.errors import AdapterError, ConfigError
+from mhr_scale.jobs.job import Job
+
+
+def check_variant(name: str, variant: VariantConfig, source: Adapter | None) -> None:
+    """Raise `ConfigError` if a variant cannot start from its source."""
+    if source is None:
+        return
+    config, place = source.config, f"variants.{name}"
+    if variant.kind == "soup":
+        if not config.private or config.is_routed:
+            raise ConfigError(
+                f"{place}.kind: soup averages private adapters, {variant.adapter} is "
+                f"{config.method}; pre-train with adapter.private: true and n_skills: 1"
+            )
+        if variant.soup.adapters > len(source.task_names):
+            raise ConfigError(
+                f"{place}.soup.adapters: {variant.soup.adapters}, but {variant.adapter} has "
+                f"{len(source.task_names)} tasks"
+            )
+        return
+    if config.private and variant.kind != "average":
+        raise ConfigError(
+            f"{place}.kind: {variant.kind}, but every task of {variant.adapter} has an inventory "
+            "of its own; use soup or average"
+        )
+    if config.private and variant.trainable == "inventory":
+        raise ConfigError(f"{place}.trainable: private inventories have a mean only; set mean")
+    if variant.kind == "routing" and not config.has_logits:
+        raise ConfigError(
+            f"{place}.kind: routing, but {variant.adapter} is {config.method} with policy "
+            f"'{config.policy}' and has no routing to train"
+        )
+
+
+def config_of(variant: VariantConfig, source: Adapter | None) -> AdapterConfig:
+    """Settings of the adapter that a job of this variant trains."""
+    if source is None:
+        assert variant.fresh is not None
+        return replace(variant.fresh, private=False)
+    config = source.config
+    if variant.kind in ("full", "routing", "backbone"):
+        return replace(config, policy="learned") if config.policy == "fixed" else config
+    if variant.kind == "average" and variant.trainable == "inventory" and config.is_routed:
+        return replace(config, policy="uniform")
+    return replace(
+        config,
+        n_skills=1,
+        n_splits=1,
+        policy="learned",
+        granularity="linear",
+        block_span=1,
+        private=False,
+    )
+
+
+def start(
+    job: Job,
+    variant: VariantConfig,
+    source: Adapter | None,
+    *,
+    sites: Sequence[Site],
+    similar: Sequence[str] = (),
+) -> Adapter:
+    """The adapter that a job starts from; its only task is the job's.
+
+    `similar` names the training tasks that kind soup averages.
+    """
+    config = config_of(variant, source)
+    made = Adapter(config, tuple(sites), task_names=[job.task], seed=job.seed)
+    if source is None:
+        return made
+    given = source
+    if variant.kind == "soup":
+        given = soup(source, similar)
+    elif variant.kind == "average" and not (variant.trainable == "inventory" and config.is_routed):
+        given = average(source)
+    tensors = dict(given.inventory.named_tensors())
+    own = state.named_tensors(made)
+    fresh = {name: own[name].clone() for name in own.keys() - tensors.keys()}
+    state.load_tensors(made, {**tensors, **fresh}, place=str(variant.adapter))
+    return made
+
+
+def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bool) -> Adapter:
+    """One adapter whose tasks are jobs, from one adapter per job.
+
+    Each job gets an inventory of its own, or, under `routing_only`, a routing row of its own over
+    the one frozen inventory that all of them started from.
+    """
+    first = adapters[0]
+    config = replace(first.config, private=not routing_only)
+    if any(adapter.config != first.config for adapter in adapters):
+        raise AdapterError("jobs of one wave need adapters of the same settings")
+    wave = Adapter(config, first.sites, task_names=names)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapters):
+            if wave.routing_logits is not None and adapter.routing_logits is not None:
+                wave.routing_logits[number].copy_(adapter.routing_logits[0])
+            for mine, theirs in zip(
+                wave.inventory.parameters(), adapter.inventory.parameters(), strict=True
+            ):
+                (mine if routing_only else mine[:, number]).copy_(theirs)
+    wave.inventory.requires_grad_(not routing_only)
+    return wave
+
+
+@torch.no_grad()
+def unstack(wave: Adapter, number: int, task: str) -> Adapter:
+    """One job's adapter out of a wave, on the host."""
+    config = replace(wave.config, private=False)
+    made = Adapter(config, wave.sites, task_names=[task])
+    if made.routing_logits is not None and wave.routing_logits is not None:
+        made.routing_logits[0].copy_(wave.routing_logits[number])
+    for mine, theirs in zip(made.inventory.parameters(), wave.inventory.parameters(), strict=True):
+        mine.copy_(theirs[:, number] if wave.config.private else theirs)
+    return made
+
+
+def trained_numbers(wave: Adapter) -> int:
+    """Numbers that one job of a wave trains."""
+    trained = sum(p.numel() for p in wave.parameters() if p.requires_grad)
+    return trained // len(wave.task_names)
+
+
+def count_trained(config: AdapterConfig, sites: Sequence[Site], *, routing_only: bool) -> int:
+    """Numbers that one job of these settings trains, without making its tensors."""
+    groups = {site.routing_group(config.granularity, config.block_span) for site in sites}
+    logits = len(groups) * config.n_splits * config.n_skills if config.has_logits else 0
+    if routing_only:
+        return logits
+    if config.kind == "ia3":
+        return logits + config.n_skills * sum(site.out_features for site in sites)
+    width = sum(site.in_features + site.out_features for site in sites)
+    return logits + config.n_skills * config.rank * width

@@ -1,0 +1,242 @@
+"""A wave: jobs that share forward and backward passes, each of them exact as if alone.
+
+Shape letters: J jobs, B batch rows of all jobs (a job's rows side by side), D decoder positions
+with choices side by side, V vocabulary.
+
+The loss is the sum of the jobs' own means; gradients meet in no tensor, since every job has a slot
+of its own; clipping, rates and Adafactor statistics are the job's (`job_optim`). A job that leaves
+is cut out of the stacked tensors.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhr_scale import checkpoint, job_optim, losses, optim
+from mhr_scale.adapters import Adapter
+from mhr_scale.config import AdaptConfig, OptimConfig, ScheduleConfig, VariantConfig
+from mhr_scale.jobs.data import JobData, TrainRow
+from mhr_scale.jobs.job import Job, Standing
+from mhr_scale.jobs.start import stack, unstack
+from mhr_scale.losses import IGNORE, Loss
+from mhr_scale.scoring import Packed, pack_choices, pad_inputs
+from mhr_scale.seeds import seed_from
+
+
+@dataclass(slots=True)
+class Member:
+    """A job in a wave."""
+
+    job: Job
+    data: JobData
+    steps: int
+    standing: Standing = field(default_factory=Standing)
+
+
+@dataclass(frozen=True, slots=True)
+class StepValues:
+    """What one step of a wave measured, a list with one number per job under each name."""
+
+    values: dict[str, list[float]]
+
+    def of(self, number: int) -> dict[str, float]:
+        """One job's numbers."""
+        return {name: values[number] for name, values in self.values.items()}
+
+    def is_finite(self, number: int) -> bool:
+        """Whether a job's loss and gradient are numbers."""
+        return all(math.isfinite(self.values[name][number]) for name in ("loss", "grad_norm"))
+
+
+class Wave:
+    """The stacked tensors of some jobs of one variant, and their optimizer."""
+
+    def __init__(
+        self,
+        config: AdaptConfig,
+        variant: VariantConfig,
+        members: Sequence[Member],
+        adapter: Adapter,
+        *,
+        step: int,
+    ) -> None:
+        self.config = config
+        self.variant = variant
+        self.members = list(members)
+        self.adapter = adapter
+        self.step = step
+        self.optimizer = job_optim.make_job_optimizer(adapter, self._optim)
+
+    @classmethod
+    def open(
+        cls,
+        config: AdaptConfig,
+        variant: VariantConfig,
+        members: Sequence[Member],
+        adapters: Sequence[Adapter],
+        *,
+        device: torch.device,
+        saved: Sequence[checkpoint.Saved] = (),
+    ) -> "Wave":
+        """A wave of jobs at their start, or of jobs saved after the same step."""
+        names = [member.job.name for member in members]
+        wave = cls(
+            config,
+            variant,
+            members,
+            stack(names, adapters, routing_only=variant.kind == "routing").to(device),
+            step=int(saved[0].progress["step"]) if saved else 0,
+        )
+        if saved:
+            states = [one.optimizer for one in saved]
+            job_optim.load_job_states(wave.adapter, wave.optimizer, states)
+        return wave
+
+    @cached_property
+    def _optim(self) -> OptimConfig:
+        given, variant = self.config.optim, self.variant
+        return replace(
+            given,
+            lr=given.lr if variant.lr is None else variant.lr,
+            routing_lr=given.routing_lr if variant.routing_lr is None else variant.routing_lr,
+        )
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def train_step(self, model: Any, *, device: torch.device, after_backward: Any) -> StepValues:
+        """Train every job by one step; gradients of jobs that have none finite change nothing."""
+        batches = [member.data.batch(self.step) for member in self.members]
+        rows = [row for batch in batches for row in batch]
+        owners = [number for number, batch in enumerate(batches) for _ in batch]
+        factors = self._set_rates()
+        with self.adapter.slots(owners, seeds=self._seeds(batches)) as slots:
+            parts = self._forward(model, rows, [len(batch) for batch in batches], device)
+            slots.backward(parts["loss"].sum())
+            after_backward()
+        norm_J = job_optim.clip_jobs(self.adapter, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        names = [*parts, "grad_norm"]
+        measured = torch.stack([*(part.detach().float() for part in parts.values()), norm_J])
+        found = dict(zip(names, measured.tolist(), strict=True))
+        return StepValues({**found, "lr": [self._optim.lr * factor for factor in factors]})
+
+    def _set_rates(self) -> list[float]:
+        protocol = self.config.protocol
+        factors = []
+        for member in self.members:
+            schedule = ScheduleConfig(
+                steps=member.steps, warmup_fraction=protocol.warmup_fraction, decay=protocol.decay
+            )
+            factors.append(optim.rate_factor(schedule, self.step))
+        factor_J = torch.tensor(factors)
+        peaks = {"inventory": self._optim.lr, "routing": self._optim.routing_lr}
+        job_optim.set_job_rates(
+            self.optimizer, {name: factor_J * peak for name, peak in peaks.items()}
+        )
+        return factors
+
+    def _seeds(self, batches: Sequence[Sequence[TrainRow]]) -> list[int]:
+        """One seed per row for policies that draw numbers; a job's own, whoever is beside it."""
+        return [
+            seed_from("noise", member.job.name, self.step, row)
+            for member, batch in zip(self.members, batches, strict=True)
+            for row in range(len(batch))
+        ]
+
+    def _forward(
+        self, model: Any, rows: Sequence[TrainRow], counts: list[int], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The jobs' losses (J,): `loss`, and under T-Few its parts."""
+        protocol = self.config.protocol
+        packed = pack_choices(
+            [row.choices for row in rows],
+            start_id=model.config.decoder_start_token_id,
+            pad_id=model.config.pad_token_id,
+            device=device,
+        )
+        dtype = model.get_input_embeddings().weight.dtype
+        logits_BDV = model(
+            **pad_inputs(
+                [row.input_ids for row in rows], pad_id=model.config.pad_token_id, device=device
+            ),
+            decoder_input_ids=packed.decoder_input_ids_BD,
+            decoder_attention_mask=packed.mask(dtype),
+            use_cache=False,
+        ).logits
+        if protocol.loss == "t_few":
+            return self._t_few(logits_BDV, packed, rows, counts)
+        labels_BD = packed.targets_BD.masked_fill(packed.blocks_BD < 0, IGNORE)
+        found = losses.language_model(
+            logits_BDV, labels_BD, label_smoothing=protocol.label_smoothing
+        )
+        if protocol.normalise == "examples":
+            found = Loss(found.sum, torch.ones_like(found.count))
+        return {"loss": _job_means(found, counts)}
+
+    def _t_few(
+        self, logits_BDV: Tensor, packed: Packed, rows: Sequence[TrainRow], counts: list[int]
+    ) -> dict[str, Tensor]:
+        protocol = self.config.protocol
+        labels_B = torch.tensor([row.label for row in rows], device=logits_BDV.device)
+        found = losses.tfew(
+            logits_BDV,
+            packed.targets_BD,
+            packed.blocks_BD,
+            labels_B,
+            n_choices=packed.n_choices,
+            length_norm=protocol.length_norm,
+        )
+        lm, mc, ul = (_job_means(part, counts) for part in (found.lm, found.mc, found.ul))
+        total = lm + protocol.mc_weight * mc + protocol.ul_weight * ul
+        return {"loss": total, "lm": lm, "mc": mc, "ul": ul}
+
+    # -- jobs come out ---------------------------------------------------------------------------
+
+    def take(self, number: int) -> Adapter:
+        """One job's adapter as it stands, on the host."""
+        return unstack(self.adapter, number, self.members[number].job.task)
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Cut jobs out; those that stay go on as if nothing had happened."""
+        kept = [number for number in range(len(self.members)) if number not in numbers]
+        self.members = [self.members[number] for number in kept]
+        if not kept or not numbers:
+            return
+        device = next(self.adapter.parameters()).device
+        smaller = stack(
+            [member.job.name for member in self.members],
+            [unstack(self.adapter, n, self.adapter.task_names[n]) for n in kept],
+            routing_only=self.variant.kind == "routing",
+        ).to(device)
+        optimizer = job_optim.make_job_optimizer(smaller, self._optim)
+        job_optim.take_jobs(self.optimizer, kept, optimizer)
+        self.adapter, self.optimizer = smaller, optimizer
+
+    def save(self, number: int, run: Path, *, backbone: dict[str, Any]) -> None:
+        """Save one job, in the form it would have alone: it may go on in any other wave."""
+        member = self.members[number]
+        checkpoint.save(
+            member.job.folder(run),
+            self.take(number),
+            job_optim.job_state(self.adapter, self.optimizer, number),
+            step=self.step,
+            progress={"standing": member.standing.to_json()},
+            backbone=backbone,
+            origin={"job": member.job.name},
+            keep=1,
+            publish=False,
+        )
+
+
+def _job_means(loss: Loss, counts: list[int]) -> Tensor:
+    """The mean of each job (J,) from sums and counts of its rows (B,)."""
+    sums, numbers = loss.sum.split(counts), loss.count.split(counts)
+    return torch.stack([a.sum() / b.sum() for a, b in zip(sums, numbers, strict=True)])

@@ -1,0 +1,365 @@
+"""The verb `adapt`: few-shot tasks x seeds x variants in, one adapter per job and a table out.
+
+<run folder>/  jobs/<task>/<seed>/<variant>/  adapter/  metrics.jsonl  scores.jsonl  result.json
+               summary.json                   the table's numbers, made from the results alone
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhr_scale import backbone, comparison
+from mhr_scale.adapters import Adapter, find_sites
+from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.state import Card
+from mhr_scale.backbone import Blueprint
+from mhr_scale.config import AdaptConfig, BackboneConfig
+from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.errors import ConfigError, DivergenceError
+from mhr_scale.jobs import soup
+from mhr_scale.jobs.data import JobData, open_data
+from mhr_scale.jobs.folder import check_folder, rank0_open_folder
+from mhr_scale.jobs.job import Job, Stage, read_results, stage
+from mhr_scale.jobs.plan import (
+    Outlook,
+    Planned,
+    Shape,
+    deal,
+    job_bytes,
+    plan_waves,
+    wave_size,
+)
+from mhr_scale.jobs.runner import Runner, saved_of
+from mhr_scale.jobs.start import check_variant, config_of, count_trained, start
+from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.runlog import log, write_json
+from mhr_scale.runs import backbone_of, check_adapter, check_fit
+from mhr_scale.tasks.few_shot_suites import read_few_shot
+from mhr_scale.tasks.task import Intake
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """What is read and found good before any weight is: sources, backbone, data, jobs."""
+
+    config: AdaptConfig
+    sources: dict[str, Adapter]
+    backbone: BackboneConfig
+    blueprint: Blueprint
+    sites: dict[str, tuple[Site, ...]]
+    tokenizer: Any
+    data: dict[tuple[str, int], JobData]
+    intake: Intake
+    jobs: list[Job]
+
+    def source(self, variant: str) -> Adapter | None:
+        """The adapter a variant starts from, None if it is fresh."""
+        path = self.config.variants[variant].adapter
+        return None if path is None else self.sources[path]
+
+    def steps(self, job: Job) -> int:
+        """Optimizer steps of a job."""
+        return self.config.variants[job.variant].steps or self.config.protocol.steps
+
+
+def adapt(config: AdaptConfig) -> Path:
+    """Adapt to every task, seed and variant; returns the run folder.
+
+    Collective. The same command goes on with unfinished jobs and runs those that are new in the
+    recipe. Raises `DivergenceError` at the end if the loss of some jobs was no number.
+    """
+    folder = Path(config.run.folder)
+    ds_content = read_ds_config(config.run.ds_config)
+    check_folder(config)
+    opening = open_jobs(config)
+    engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
+    try:
+        engine.open_patient_group()
+        model = engine.build(opening.backbone, opening.blueprint)
+        linears = wrap(model, all_sites(opening, model))
+        model = engine.prepare(model, opening.backbone, always_backward=True)
+        if engine.rank == 0:
+            rank0_open_folder(config, engine, opening.blueprint, opening.intake)
+        lost = run_jobs(opening, engine, model, linears)
+        engine.wait_for_all()
+        lost = sorted(itertools.chain(*engine.gather_objects(lost)))
+        if engine.rank == 0:
+            report(opening, folder)
+        engine.gather_barrier()
+    finally:
+        engine.close()
+    if lost:
+        raise DivergenceError(
+            f"{len(lost)} job(s) given up, loss or gradient not finite: {', '.join(lost[:5])}; "
+            "lower optim.lr or the variant's lr; all other jobs are finished"
+        )
+    return folder
+
+
+# -- at the door -----------------------------------------------------------------------------------
+
+
+def open_jobs(config: AdaptConfig) -> Opening:
+    """Read and check sources, backbone, tasks and variants; no weight is read."""
+    paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
+    opened = {path: open_adapter(path) for path in paths}
+    sources = {path: adapter for path, (_, adapter) in opened.items()}
+    for name, variant in config.variants.items():
+        check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)
+    own_backbone = one_backbone(config, {path: card for path, (card, _) in opened.items()})
+    blueprint = backbone.read_blueprint(own_backbone)
+    for path, (card, _) in opened.items():
+        check_fit(path, card, blueprint)
+    with torch.device("meta"):
+        bare = backbone.make_model(blueprint)
+    sites = {}
+    for name, variant in config.variants.items():
+        if variant.adapter:
+            sites[name] = sources[variant.adapter].sites
+        else:
+            assert variant.fresh is not None
+            check_adapter(blueprint, variant.fresh)
+            sites[name] = find_sites(bare, variant.fresh.layout)
+    tokenizer = backbone.load_tokenizer(own_backbone, blueprint)
+    data: dict[tuple[str, int], JobData] = {}
+    intake = Intake()
+    for seed in config.shots.seeds:
+        few_shot, intake = read_few_shot(
+            config.tasks, config.shots, seed=seed, examples=config.scoring.examples
+        )
+        for task in few_shot:
+            data[task.task.name, seed] = open_data(task, config, tokenizer)
+    jobs = [
+        Job(task=task, seed=seed, variant=variant)
+        for (task, seed), variant in itertools.product(data, config.variants)
+    ]
+    return Opening(
+        config=config,
+        sources=sources,
+        backbone=own_backbone,
+        blueprint=blueprint,
+        sites=sites,
+        tokenizer=tokenizer,
+        data=data,
+        intake=intake,
+        jobs=jobs,
+    )
+
+
+def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConfig:
+    """The backbone of all variants; raises `ConfigError` if they have several."""
+    found = {
+        path: backbone_of(path, card, config.backbone_moved_to) for path, card in cards.items()
+    }
+    if config.backbone is not None:
+        found["backbone"] = config.backbone
+    if not found:
+        raise ConfigError("backbone: required where every variant is fresh")
+    (first, chosen), *others = found.items()
+    for path, other in others:
+        if (other.name, other.config) != (chosen.name, chosen.config):
+            raise ConfigError(
+                f"variants: {first} was trained on {chosen.name or 'random weights'}, {path} on "
+                f"{other.name or 'other random weights'}; jobs of one run share a backbone: make "
+                "two runs, or set backbone_moved_to if it is the same one in two places"
+            )
+    if chosen.dropout:
+        raise ConfigError(
+            f"backbone.dropout: {chosen.dropout}; jobs that share a pass would share its random "
+            "numbers too: set it to 0"
+        )
+    return chosen
+
+
+def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
+    """Every linear that some variant adapts, in the order of the model."""
+    known = {site.name: site for sites in opening.sites.values() for site in sites}
+    return [known[name] for name, _ in model.named_modules() if name in known]
+
+
+# -- the jobs --------------------------------------------------------------------------------------
+
+
+def run_jobs(
+    opening: Opening, engine: Engine, model: Any, linears: Mapping[str, AdaptedLinear]
+) -> list[str]:
+    """Plan waves, run this rank's, and keep the others company; returns the jobs given up."""
+    config, folder = opening.config, Path(opening.config.run.folder)
+    stages: dict[Job, Stage] = engine.broadcast_object(
+        {job: stage(job, folder) for job in opening.jobs} if engine.rank == 0 else None
+    )
+    soups = find_soups(opening, engine, model, linears)
+    outlooks = [
+        look_out(opening, job, stages[job].step)
+        for job in opening.jobs
+        if not stages[job].is_finished
+    ]
+    size = config.waves.size or fitting_size(opening, outlooks, engine)
+    waves = plan_waves(outlooks, size=size, world_size=engine.world_size)
+    dealt = deal(waves, engine.world_size)
+    log.info(
+        "%d jobs (%d tasks and seeds x %d variants), %d finished; %d waves of at most %d jobs on "
+        "%d rank(s), %s",
+        len(opening.jobs),
+        len(opening.data),
+        len(config.variants),
+        len(opening.jobs) - len(outlooks),
+        len(waves),
+        size,
+        engine.world_size,
+        engine.placement,
+    )
+    mine = dealt[engine.rank]
+    runner = Runner(
+        config,
+        engine=engine,
+        model=model,
+        linears=linears,
+        tokenizer=opening.tokenizer,
+        backbone_facts={
+            **opening.blueprint.facts,
+            "dtype": opening.backbone.dtype,
+            "tokenizer": opening.backbone.tokenizer,
+        },
+        total_steps=sum(o.steps - o.step for wave in mine for o in wave.jobs),
+    )
+    for planned in mine:
+        wave = open_wave(opening, planned, soups, device=engine.device)
+        runner.run(wave, partial(facts_of, opening, soups))
+    runner.close()
+    return runner.lost
+
+
+def look_out(opening: Opening, job: Job, step: int) -> Outlook:
+    """What a job will take."""
+    data = opening.data[job.task, job.seed]
+    width, depth = data.length()
+    scored = sum(len(row.input_ids) + row.n_choice_tokens for row in data.test.rows)
+    return Outlook(
+        job=job,
+        step=step,
+        steps=opening.steps(job),
+        batch_size=data.batch_size,
+        width=width,
+        depth=depth,
+        scored_tokens=scored,
+    )
+
+
+def open_wave(
+    opening: Opening,
+    planned: Planned,
+    soups: Mapping[tuple[str, str, int], Sequence[str]],
+    *,
+    device: torch.device,
+) -> Wave:
+    """A wave at its jobs' start or at their saved step."""
+    config, name = opening.config, planned.variant
+    variant, run = config.variants[name], Path(config.run.folder)
+    members = [Member(o.job, opening.data[o.job.task, o.job.seed], o.steps) for o in planned.jobs]
+    if planned.step:
+        saved = [saved_of(member, run, planned.step) for member in members]
+        adapters = [one.adapter for one in saved]
+        return Wave.open(config, variant, members, adapters, device=device, saved=saved)
+    adapters = [
+        start(
+            member.job,
+            variant,
+            opening.source(name),
+            sites=opening.sites[name],
+            similar=soups.get((name, member.job.task, member.job.seed), ()),
+        )
+        for member in members
+    ]
+    return Wave.open(config, variant, members, adapters, device=device)
+
+
+def find_soups(
+    opening: Opening, engine: Engine, model: Any, linears: Mapping[str, AdaptedLinear]
+) -> dict[tuple[str, str, int], list[str]]:
+    """The similar training tasks of every (variant, task, seed) of kind soup. Collective."""
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for name, variant in opening.config.variants.items():
+        source = opening.source(name)
+        if variant.kind != "soup" or source is None:
+            continue
+        for linear in linears.values():
+            linear.is_off = True
+        known = soup.source_tasks(str(variant.adapter), source.task_names, variant.soup.examples)
+        new = {key: data.few_shot.task for key, data in opening.data.items()}
+        vectors = soup.embed_tasks(
+            {**{(task, -1): known[task] for task in known}, **new},
+            variant.soup,
+            engine=engine,
+            model=model,
+            tokenizer=opening.tokenizer,
+            max_input_tokens=opening.config.protocol.max_input_tokens,
+        )
+        others = {task: vectors[task, -1] for task in known}
+        for task, seed in new:
+            chosen = soup.most_similar(vectors[task, seed], others, variant.soup.adapters)
+            found[name, task, seed] = chosen
+    return found
+
+
+def facts_of(
+    opening: Opening, soups: Mapping[tuple[str, str, int], Sequence[str]], job: Job
+) -> dict[str, Any]:
+    """What a job's result says of where it started."""
+    source, variant = opening.source(job.variant), opening.config.variants[job.variant]
+    numbers = 0
+    if source is not None:
+        numbers = sum(parameter.numel() for parameter in source.inventory.parameters())
+    facts = {"kind": variant.kind, "adapter": variant.adapter, "source_numbers": numbers}
+    chosen = soups.get((job.variant, job.task, job.seed))
+    return facts if chosen is None else {**facts, "soup": list(chosen)}
+
+
+def fitting_size(opening: Opening, outlooks: Sequence[Outlook], engine: Engine) -> int:
+    """Jobs per wave that the memory of this machine holds; the smallest number of all ranks."""
+    given, config = opening.blueprint.model_config, opening.config
+    shape = Shape(
+        d_model=given.d_model,
+        d_ff=given.d_ff,
+        inner=given.num_heads * given.d_kv,
+        n_heads=given.num_heads,
+        encoder_layers=given.num_layers,
+        decoder_layers=given.num_decoder_layers,
+        vocabulary=given.vocab_size,
+        bytes_per_number=2 if opening.backbone.dtype == "bfloat16" else 4,
+        is_recomputed=opening.backbone.recompute != "none",
+    )
+    dearest = 1.0
+    for outlook in outlooks:
+        name = outlook.job.variant
+        variant = config.variants[name]
+        trained = count_trained(
+            config_of(variant, opening.source(name)),
+            opening.sites[name],
+            routing_only=variant.kind == "routing",
+        )
+        is_adafactor = config.optim.name == "adafactor"
+        needed = job_bytes(shape, outlook, trained=trained, adafactor=is_adafactor)
+        dearest = max(dearest, needed)
+    return min(engine.gather_objects(wave_size(engine.free_bytes(), dearest)))
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def report(opening: Opening, folder: Path) -> None:
+    """Write the summary of all finished jobs and print its tables."""
+    results = list(read_results(opening.jobs, folder))
+    if not results:
+        return
+    found = comparison.compare(results)
+    write_json(folder / "summary.json", found)
+    log.info("\n%s\n  jobs     %s", comparison.table(found), folder / "jobs")

@@ -1,0 +1,523 @@
+"""Jobs stacked in a wave against the same jobs one after another, update by update."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from adapters.tiny import Recorder, make_batch, make_t5, randomise, tensors_of
+from torch import Tensor
+from transformers.optimization import Adafactor as Oracle
+
+from mhr_scale import checkpoint
+from mhr_scale.adapters import Adapter, AdapterConfig, attach
+from mhr_scale.adapters.layout import Site
+from mhr_scale.config import OptimConfig
+from mhr_scale.errors import RunError
+from mhr_scale.job_optim import (
+    clip_jobs,
+    job_state,
+    load_job_states,
+    make_job_optimizer,
+    set_job_rates,
+    take_jobs,
+)
+from mhr_scale.losses import language_model
+from mhr_scale.optim import clip_gradients, gradient_norm, make_optimizer
+
+N_JOBS, STEPS, CLIP_NORM = 3, 12, 1.0
+SITES = tuple(
+    Site(name=name, in_features=i, out_features=o, stack="encoder", block=n, sublayer=0)
+    for n, (name, i, o) in enumerate([("x", 8, 12), ("y", 8, 12), ("z", 12, 8)])
+)
+CONFIGS = {
+    "MHR": AdapterConfig(n_skills=3, n_splits=4, rank=2),
+    "Poly, rank 1": AdapterConfig(n_skills=3, granularity="stack"),
+    "uniform": AdapterConfig(n_skills=3, n_splits=2, rank=2, policy="uniform"),
+    "LoRA": AdapterConfig(n_skills=1, rank=2),
+    "(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1),
+    "MHR-(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
+    "routing only": AdapterConfig(n_skills=3, n_splits=4, rank=2),
+}
+OPTIMIZERS = {
+    "adafactor": OptimConfig(),
+    "adafactor, scale_parameter": OptimConfig(scale_parameter=True, weight_decay=0.1),
+    "adamw": OptimConfig(name="adamw"),
+    "adamw, decay": OptimConfig(name="adamw", weight_decay=0.1, beta1=0.8, eps=1e-3),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(",", "").replace(" ", "-"))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=OPTIMIZERS, ids=lambda name: name.replace(",", "").replace(" ", "-"))
+def optim(request):
+    return OPTIMIZERS[request.param]
+
+
+# --- jobs, alone and in a wave
+
+
+def make_alone(kind, job: int, dtype=torch.float64) -> Adapter:
+    """A job as an adapter of one task; jobs that train routing only share their inventory."""
+    alone = Adapter(CONFIGS[kind], SITES, task_names=[f"job{job}"]).to(dtype)
+    is_frozen = kind == "routing only"
+    randomise(alone, seed=0 if is_frozen else job)
+    if is_frozen:
+        alone.inventory.requires_grad_(False)
+        alone.routing_logits.data.mul_(1.0 + job)
+    return alone
+
+
+@torch.no_grad()
+def make_wave(alones) -> Adapter:
+    """The wave of some jobs that have not begun."""
+    first = alones[0]
+    is_private = all(p.requires_grad for p in first.inventory.parameters())
+    config = replace(first.config, private=is_private)
+    names = [alone.task_names[0] for alone in alones]
+    wave = Adapter(config, first.sites, task_names=names).to(next(first.parameters()).dtype)
+    wave.inventory.requires_grad_(is_private)
+    for name, parameter in wave.named_parameters():
+        parts = [alone.get_parameter(name) for alone in alones]
+        if name == "routing_logits":
+            parameter.copy_(torch.cat(parts))
+        else:
+            parameter.copy_(torch.stack(parts, 1) if is_private else parts[0])
+    return wave
+
+
+def slices(wave: Adapter, job: int) -> dict[str, Tensor]:
+    """A job's tensors in the shapes they have alone."""
+    return {
+        name: tensor[job : job + 1]
+        if name == "routing_logits"
+        else tensor[:, job]
+        if wave.config.private
+        else tensor
+        for name, tensor in tensors_of(wave).items()
+    }
+
+
+def draw_gradients(alone: Adapter, job: int, step: int) -> dict[str, Tensor]:
+    """A job's gradients in a step, above the clip norm in some steps and below it in others."""
+    generator = torch.Generator().manual_seed(100 * job + step)
+    found = {}
+    for name, parameter in alone.named_parameters():
+        if parameter.requires_grad:
+            noise, size = (
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                for _ in range(2)
+            )
+            found[name] = (0.01 * 3.0 ** (step % 3 + job) * noise * size.exp()).to(parameter)
+    return found
+
+
+def draw_rates(n_jobs: int, step: int) -> dict[str, Tensor]:
+    """Rates of jobs whose schedules differ; the first step is one of rate 0."""
+    shares = torch.arange(1, n_jobs + 1, dtype=torch.float64)
+    share = 0.0 if step == 0 else 1.0 - step / (STEPS + shares)
+    return {"inventory": 0.01 * shares * share, "routing": 0.3 / shares * share}
+
+
+def set_gradients(wave: Adapter, gradients: list[dict[str, Tensor]]) -> None:
+    for name in gradients[0]:
+        parts = [part[name] for part in gradients]
+        is_routing = name == "routing_logits"
+        wave.get_parameter(name).grad = torch.cat(parts) if is_routing else torch.stack(parts, 1)
+
+
+def run_alone(alone, job, optim, *, clip_norm=CLIP_NORM, steps=range(STEPS), optimizer=None):
+    """Train one job by itself; returns its gradient norms."""
+    optimizer = optimizer or make_optimizer(alone, optim)
+    norms = []
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = draw_rates(N_JOBS, step)[group["name"]][job].item()
+        for name, gradient in draw_gradients(alone, job, step).items():
+            parameter = alone.get_parameter(name)
+            parameter.grad = gradient
+            if name == "routing_logits" and alone.row_gradients:
+                parameter.grad = gradient.to_sparse(1)
+        norm = gradient_norm(alone.parameters())
+        if clip_norm is not None:
+            clip_gradients(alone.parameters(), norm, clip_norm)
+        optimizer.step()
+        norms.append(norm)
+    return torch.stack(norms)
+
+
+def run_wave(wave, optimizer, alones, jobs, steps, *, clip_norm=CLIP_NORM, spoil=None):
+    """Train some jobs of a wave together; returns their gradient norms (steps, jobs)."""
+    norms = []
+    for step in steps:
+        rates = draw_rates(N_JOBS, step)
+        set_job_rates(optimizer, {name: rates_J[list(jobs)] for name, rates_J in rates.items()})
+        gradients = [draw_gradients(alones[job], job, step) for job in jobs]
+        if spoil is not None:
+            spoil(step, gradients)
+        set_gradients(wave, gradients)
+        norms.append(clip_jobs(wave, clip_norm))
+        optimizer.step()
+    return torch.stack(norms)
+
+
+def largest_difference(found, expected) -> float:
+    """Largest difference of two jobs' tensors, relative to the largest entry of each tensor."""
+    assert found.keys() == expected.keys()
+    return max(
+        ((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item()
+        for name in expected
+    )
+
+
+def assert_same(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def start(kind, optim, n_jobs=N_JOBS, dtype=torch.float64):
+    """Jobs, their wave and its optimizer."""
+    alones = [make_alone(kind, job, dtype) for job in range(n_jobs)]
+    wave = make_wave(alones)
+    return alones, wave, make_job_optimizer(wave, optim)
+
+
+# --- stacked equals separate
+
+
+@pytest.mark.parametrize("clip_norm", [CLIP_NORM, None], ids=["clipped", "not-clipped"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
+)
+def test_every_job_of_a_wave_moves_as_it_does_alone(kind, optim, clip_norm, dtype, tolerance):
+    alones, wave, optimizer = start(kind, optim, dtype=dtype)
+    before = tensors_of(wave)
+    jobs = range(N_JOBS)
+    norms_TJ = run_wave(wave, optimizer, alones, jobs, range(STEPS), clip_norm=clip_norm)
+    for job in jobs:
+        norms_T = run_alone(alones[job], job, optim, clip_norm=clip_norm)
+        torch.testing.assert_close(norms_TJ[:, job], norms_T)
+        assert largest_difference(slices(wave, job), tensors_of(alones[job])) < tolerance
+    assert (norms_TJ > CLIP_NORM).any()
+    assert (norms_TJ < CLIP_NORM).any()
+    trained = [name for name, p in wave.named_parameters() if p.requires_grad]
+    assert all(not torch.equal(wave.get_parameter(name), before[name]) for name in trained)
+
+
+def test_one_clip_and_one_optimizer_over_the_stack_would_be_another_method(optim):
+    alones, wave, _ = start("MHR", optim)
+    naive = make_optimizer(wave, optim)
+    wave.row_gradients = False
+    for step in range(STEPS):
+        for group in naive.param_groups:
+            group["lr"] = draw_rates(N_JOBS, step)[group["name"]][0].item()
+        set_gradients(wave, [draw_gradients(alones[job], job, step) for job in range(N_JOBS)])
+        clip_gradients(wave.parameters(), gradient_norm(wave.parameters()), CLIP_NORM)
+        naive.step()
+    run_alone(alones[0], 0, optim)
+    assert largest_difference(slices(wave, 0), tensors_of(alones[0])) > 1e-3
+
+
+def test_one_job_under_adamw_is_torch_s():
+    optim = OptimConfig(name="adamw", weight_decay=0.1)
+    alones, wave, optimizer = start("MHR", optim, n_jobs=1)
+    parameters = [
+        torch.nn.Parameter(tensor.clone()) for _, tensor in sorted(tensors_of(wave).items())
+    ]
+    groups = [
+        {"params": parameters[:-1], "name": "inventory", "weight_decay": 0.1},
+        {"params": parameters[-1:], "name": "routing", "weight_decay": 0.0},
+    ]
+    oracle = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    for step in range(STEPS):
+        gradients = draw_gradients(alones[0], 0, step)
+        for group in oracle.param_groups:
+            group["lr"] = draw_rates(N_JOBS, step)[group["name"]][0].item()
+        set_gradients(wave, [gradients])
+        for parameter, (name, _) in zip(parameters, sorted(gradients.items()), strict=True):
+            parameter.grad = wave.get_parameter(name).grad.clone()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        oracle.step()
+        set_job_rates(optimizer, {k: v[:1] for k, v in draw_rates(N_JOBS, step).items()})
+        clip_jobs(wave, CLIP_NORM)
+        optimizer.step()
+    for (_, found), expected in zip(sorted(tensors_of(wave).items()), parameters, strict=True):
+        torch.testing.assert_close(found, expected.data, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale_parameter", [False, True], ids=["plain", "scale_parameter"])
+@pytest.mark.parametrize("kind", ["MHR", "LoRA", "(IA)3"])
+def test_one_job_under_adafactor_is_transformers_on_the_linears_own_tensors(kind, scale_parameter):
+    optim = OptimConfig(scale_parameter=scale_parameter)
+    alones, wave, optimizer = start(kind, optim, n_jobs=1)
+
+    def parts(name, tensor):
+        """Tensors of the single linears (Q, S, ...); tables (1, Q * S) of the groups."""
+        return list(tensor[0].flatten(1)[:, None] if name == "routing_logits" else tensor[:, 0])
+
+    names = list(tensors_of(wave))
+    starts = [parts(name, tensor) for name, tensor in tensors_of(wave).items()]
+    parameters = [[torch.nn.Parameter(part.clone()) for part in own] for own in starts]
+    groups = [
+        {"params": own, "name": "routing" if name == "routing_logits" else "inventory"}
+        for name, own in zip(names, parameters, strict=True)
+    ]
+    options = {"relative_step": False, "warmup_init": False, "lr": 1.0}
+    oracle = Oracle(groups, scale_parameter=scale_parameter, **options)
+    for step in range(STEPS):
+        rates = draw_rates(N_JOBS, step)
+        set_gradients(wave, [draw_gradients(alones[0], 0, step)])
+        set_job_rates(optimizer, {name: rates_J[:1] for name, rates_J in rates.items()})
+        clip_jobs(wave, None)
+        for name, own, group in zip(names, parameters, oracle.param_groups, strict=True):
+            group["lr"] = rates[group["name"]][0].item()
+            gradients = parts(name, wave.get_parameter(name).grad)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient.clone()
+        oracle.step()
+        optimizer.step()
+    for (name, found), own in zip(tensors_of(wave).items(), parameters, strict=True):
+        for part, expected in zip(parts(name, found), own, strict=True):
+            torch.testing.assert_close(part, expected.data, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(name="adamw")], ids=lambda o: o.name)
+@pytest.mark.parametrize("kind", ["MHR", "LoRA", "(IA)3", "routing only"])
+def test_jobs_train_in_one_pass_of_a_backbone_as_one_after_another(kind, optim):
+    """Losses are a mean over each job's own tokens; float32, as language_model computes."""
+    config = CONFIGS[kind]
+    rates = torch.tensor([1e-3, 3e-3, 2e-3])
+    batches = [make_batch(4, seed=job) for job in range(N_JOBS)]
+
+    def train(jobs):
+        """The adapter of some jobs after a few steps together."""
+        model = make_t5().train()
+        first = attach(model, config, tasks=["job"])
+        starts = []
+        for job in jobs:
+            made = Adapter(config, first.sites, task_names=[f"job{job}"])
+            randomise(made, seed=0 if kind == "routing only" else job)
+            made.inventory.requires_grad_(kind != "routing only")
+            if made.routing_logits is not None:
+                made.routing_logits.data.add_(0.1 * job)
+            starts.append(made)
+        wave = make_wave(starts)
+        wave.bind({linear.name: linear for linear in first.linears})
+        optimizer = make_job_optimizer(wave, optim)
+        rates_J = rates[list(jobs)]
+        set_job_rates(optimizer, {"inventory": rates_J, "routing": 10.0 * rates_J})
+        batch = {key: torch.cat([batches[job][key] for job in jobs]) for key in batches[0]}
+        for _ in range(5):
+            optimizer.zero_grad()
+            task_ids = [number for number in range(len(jobs)) for _ in range(4)]
+            with wave.slots(task_ids) as slots:
+                loss = language_model(model(**batch).logits, batch["labels"])
+                sums_J, counts_J = loss.sum.view(-1, 4).sum(1), loss.count.view(-1, 4).sum(1)
+                slots.backward((sums_J / counts_J).sum())
+            clip_jobs(wave, CLIP_NORM)
+            optimizer.step()
+        return wave
+
+    together = train(range(N_JOBS))
+    for job in range(N_JOBS):
+        expected = slices(train([job]), 0)
+        assert largest_difference(slices(together, job), expected) < 1e-5
+
+
+# --- jobs that diverge
+
+
+@pytest.mark.parametrize("clip_norm", [CLIP_NORM, None], ids=["clipped", "not-clipped"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_job_whose_gradient_is_no_number_leaves_the_others_bit_for_bit(
+    kind, optim, value, clip_norm
+):
+    def spoil(step, gradients):
+        if step == 5:
+            next(iter(gradients[1].values())).view(-1)[2] = value
+
+    alones, clean, optimizer = start(kind, optim)
+    run_wave(clean, optimizer, alones, range(N_JOBS), range(STEPS), clip_norm=clip_norm)
+    alones, wave, optimizer = start(kind, optim)
+    norms_TJ = run_wave(
+        wave, optimizer, alones, range(N_JOBS), range(STEPS), clip_norm=clip_norm, spoil=spoil
+    )
+    assert (~norms_TJ.isfinite()).nonzero().tolist() == [[5, 1]]
+    for job in (0, 2):
+        assert_same(slices(wave, job), slices(clean, job))
+    assert all(tensor.isfinite().all() for tensor in tensors_of(wave).values())
+
+
+def test_a_job_at_rate_zero_stays_bit_for_bit(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(3))
+    before = slices(wave, 1)
+    rates = {name: rates_J.clone() for name, rates_J in draw_rates(N_JOBS, 3).items()}
+    for rates_J in rates.values():
+        rates_J[1] = 0.0
+    set_job_rates(optimizer, rates)
+    optimizer.step()
+    assert_same(slices(wave, 1), before)
+
+
+# --- compaction, saving, loading
+
+
+def test_the_jobs_that_are_left_go_on_in_a_smaller_wave_bit_for_bit(kind, optim):
+    left = [2, 0]
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
+    halves = [make_alone(kind, job) for job in left]
+    for half, job in zip(halves, left, strict=True):
+        for name, tensor in slices(wave, job).items():
+            half.get_parameter(name).data.copy_(tensor)
+    smaller = make_wave(halves)
+    its_optimizer = make_job_optimizer(smaller, optim)
+    take_jobs(optimizer, left, its_optimizer)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6, STEPS))
+    run_wave(smaller, its_optimizer, alones, left, range(6, STEPS))
+    for number, job in enumerate(left):
+        assert_same(slices(smaller, number), slices(wave, job))
+
+
+def test_a_wave_goes_on_bit_for_bit_from_the_saved_states_of_its_jobs(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
+    states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
+    tensors = tensors_of(wave)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6, STEPS))
+    _, again, its_optimizer = start(kind, optim)
+    for name, tensor in tensors.items():
+        again.get_parameter(name).data.copy_(tensor)
+    load_job_states(again, its_optimizer, states)
+    run_wave(again, its_optimizer, alones, range(N_JOBS), range(6, STEPS))
+    assert_same(tensors_of(again), tensors_of(wave))
+
+
+def test_a_job_s_state_is_named_and_shaped_as_that_of_the_job_alone(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
+    tensors, numbers = job_state(wave, optimizer, 1)
+    single = make_optimizer(alones[1], optim)
+    run_alone(alones[1], 1, optim, steps=range(6), optimizer=single)
+    expected, expected_numbers = checkpoint.optimizer_state(alones[1], single)
+    assert numbers == expected_numbers
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name])
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of the whole wave
+
+
+def test_a_job_goes_on_alone_from_the_state_its_wave_gave(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
+    alone = alones[1]
+    for name, tensor in slices(wave, 1).items():
+        alone.get_parameter(name).data.copy_(tensor)
+    single = make_optimizer(alone, optim)
+    tensors, numbers = job_state(wave, optimizer, 1)
+    for key, value in tensors.items():
+        name, _, part = key.rpartition("/")
+        single.state[alone.get_parameter(name)][part] = value
+    for name, own in numbers.items():
+        single.state[alone.get_parameter(name)].update(own)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(6, STEPS))
+    run_alone(alone, 1, optim, steps=range(6, STEPS), optimizer=single)
+    assert largest_difference(slices(wave, 1), tensors_of(alone)) < 1e-12
+
+
+def test_states_before_the_first_step_are_empty_and_can_be_loaded(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
+    assert states == [({}, {})] * N_JOBS
+    load_job_states(wave, optimizer, states)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(2))
+
+
+def test_jobs_of_different_steps_make_no_wave(kind, optim):
+    alones, wave, optimizer = start(kind, optim)
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(2))
+    states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(2, 3))
+    with pytest.raises(RunError, match="different steps"):
+        load_job_states(wave, optimizer, [*states[:2], job_state(wave, optimizer, 2)])
+
+
+def test_states_of_other_tensors_are_refused():
+    alones, wave, optimizer = start("MHR", OptimConfig())
+    run_wave(wave, optimizer, alones, range(N_JOBS), range(2))
+    states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
+    _, routing_only, its_optimizer = start("routing only", OptimConfig())
+    with pytest.raises(RunError, match=r"inventory.A_12x8.*\['routing_logits'\] train"):
+        load_job_states(routing_only, its_optimizer, states)
+
+
+# --- what it costs
+
+
+def record_step(n_jobs, kind, optim):
+    _, wave, optimizer = start(kind, optim, n_jobs=n_jobs)
+    for parameter in wave.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with Recorder() as recorder:
+        set_job_rates(optimizer, draw_rates(n_jobs, 1))
+        clip_jobs(wave, CLIP_NORM)
+        optimizer.step()
+    return recorder.operations
+
+
+def test_more_jobs_take_no_more_operations(kind, optim):
+    assert record_step(8, kind, optim) == record_step(2, kind, optim)
+
+
+def test_a_step_never_waits_for_the_device(kind, optim):
+    """Nothing can be read from tensors of the device `meta`."""
+    wave = make_wave([make_alone(kind, job) for job in range(N_JOBS)]).to("meta")
+    optimizer = make_job_optimizer(wave, optim)
+    for parameter in wave.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    set_job_rates(optimizer, draw_rates(N_JOBS, 1))
+    assert clip_jobs(wave, CLIP_NORM).shape == (N_JOBS,)
+    optimizer.step()
+
+
+# --- the groups
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("MHR", ["inventory", "routing"]),
+        ("LoRA", ["inventory"]),
+        ("uniform", ["inventory"]),
+        ("routing only", ["routing"]),
+    ],
+)
+def test_there_are_groups_for_what_trains(kind, names, optim):
+    _, wave, optimizer = start(kind, optim)
+    assert [group["name"] for group in optimizer.param_groups] == names
+    assert not wave.row_gradients
+
+
+def test_until_rates_are_set_every_job_has_the_peak_rates():
+    _, _, optimizer = start("MHR", OptimConfig(lr=0.5, routing_lr=0.25))
+    rates = {group["name"]: group["lr"].flatten().tolist() for group in optimizer.param_groups}
+    assert rates == {"inventory": [0.5] * N_JOBS, "routing": [0.25] * N_JOBS}
+
+
+def test_only_the_inventory_decays(optim):
+    _, _, optimizer = start("MHR", optim)
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"inventory": optim.weight_decay, "routing": 0.0}
+
+
+def test_jobs_cannot_train_a_shared_inventory():
+    wave = Adapter(CONFIGS["MHR"], SITES, task_names=["one", "two"])
+    with pytest.raises(AssertionError, match="shared inventory"):
+        make_job_optimizer(wave, OptimConfig())
