@@ -6,7 +6,7 @@ tells where it sits, and what each layout wraps. A new family with other names i
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,8 +176,11 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
     nearest: tuple[str, list[str]] | None = None
     for family in FAMILIES:
         places = {name: place for name in widths if (place := family.site.fullmatch(name))}
-        blocks = {(place["stack"], place["block"]) for place in places.values()}
-        n_blocks = {stack: max(1, sum(s == stack for s, _ in blocks)) for stack in family.sublayers}
+        blocks = {(place["stack"], int(place["block"])) for place in places.values()}
+        n_blocks = {
+            stack: _likeliest_depth([block for s, block in blocks if s == stack])
+            for stack in family.sublayers
+        }
         for layout in family.layouts:
             names = family.linear_names(layout, n_blocks)
             odd = [f"missing {name}" for name in names if name not in widths]
@@ -191,9 +194,15 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
     assert nearest is not None
     layout, odd = nearest
     raise LayoutError(
-        f"the {len(widths)} linears are those of no layout; nearest is '{layout}', but "
-        f"{len(odd)} are odd: {'; '.join(odd[:5])}"
+        f"the {len(widths)} linears are those of no layout; nearest is '{layout}', with "
+        f"{len(odd)} odd: {'; '.join(odd[:5])}"
     )
+
+
+def _likeliest_depth(blocks: Sequence[int]) -> int:
+    """Number of blocks of a stack for which fewest of the blocks seen are missing or too many."""
+    depths = (block + 1 for block in sorted(blocks, reverse=True))
+    return min(depths, key=lambda n: n - 2 * sum(block < n for block in blocks), default=1)
 
 
 def check_splits(sites: tuple[Site, ...], *, n_splits: int, kind: str) -> None:

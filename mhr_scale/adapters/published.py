@@ -271,7 +271,9 @@ def _share(
             group = found.setdefault(site.routing_group(granularity, 1), [])
             if site.name in tables:
                 group.append(tables[site.name])
-        if all(group and all(torch.equal(group[0], t) for t in group) for group in found.values()):
+        if all(
+            group and all(torch.equal(group[0], t) for t in group[1:]) for group in found.values()
+        ):
             return granularity, {name: group[0] for name, group in found.items()} | unknown
     without = [site.name for site in sites if site.name not in tables]
     raise AdapterError(

@@ -191,6 +191,7 @@ def test_stock_peft_adapts_exactly_our_linears(layout, backbone, tmp_path):
     assert adapted == [site.name for site in adapter.sites]
 
 
+@pytest.mark.slow
 def test_an_exported_lora_runs_in_a_process_without_this_package(tmp_path):
     adapter = make(MHR, average)
     folder = write(adapter, tmp_path / "peft")
@@ -263,6 +264,12 @@ def test_a_float64_adapter_is_stored_in_float32(tmp_path):
     write(adapter, tmp_path)
     tensors = load_file(tmp_path / interop.TENSORS).values()
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_a_lora_that_stock_peft_saved_again_comes_back_bit_for_bit(tmp_path):
+    adapter = make(MHR, average)
+    load_stock(write(adapter, tmp_path / "ours")).save_pretrained(tmp_path / "theirs")
+    assert_same(read(tmp_path / "theirs"), adapter)
 
 
 def test_a_lora_needs_no_note_of_ours(lora_folder):
@@ -416,7 +423,7 @@ def test_a_folder_of_another_type_is_refused(reader, found, lora_folder):
 def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
     folder = write(make(replace(IA3, layout="full")), tmp_path)
     edit(folder, feedforward_modules=inputs)
-    with pytest.raises(AdapterError, match="feedforward_modules .* which scales inputs .*wo"):
+    with pytest.raises(AdapterError, match=r"feedforward_modules .* which scales inputs .*wo"):
         interop.read_peft_ia3(folder)
 
 
@@ -496,9 +503,9 @@ def rename(tensors):
     ("change", "words"),
     [
         (drop, f"missing {QUERY}.A"),
-        (drop_linear, f"nearest is 'full', but 1 are odd: missing {QUERY}"),
+        (drop_linear, f"nearest is 'full', with 1 odd: missing {QUERY}"),
         (add, f"unknown {STORED}.lora_magnitude_vector"),
-        (add_linear, "nearest is 'full', but 1 are odd: unknown lm_head"),
+        (add_linear, "nearest is 'full', with 1 odd: unknown lm_head"),
         (reshape, rf"{QUERY}.A is \[1, 1, 31, 2\], not \[1, 1, 32, 2\]"),
         (rerank, rf"{QUERY}.B is \[1, 1, 3, 32\], not \[1, 1, 2, 32\]"),
         (flatten, rf"{QUERY}.B is \[64\], not \[1, 1, 2, 32\]"),
@@ -524,7 +531,7 @@ def test_routing_tables_of_another_shape_are_listed(tmp_path):
 def test_linears_of_no_layout_are_named(tmp_path):
     config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
     make_stock(config, tmp_path)
-    words = "12 linears are those of no layout; nearest is 'attention', but 12 are odd: missing"
+    words = "12 linears are those of no layout; nearest is 'attention', with 12 odd: missing"
     with pytest.raises(AdapterError, match=words):
         interop.read_peft_lora(tmp_path)
 
@@ -609,8 +616,19 @@ def test_sites_are_recognised_by_name_in_the_order_of_the_model(layout, backbone
     assert recognise_sites(widths) == (layout, sites)
 
 
-@pytest.mark.parametrize("drop", ["encoder.block.1.", "decoder.", ".EncDecAttention.", ".v"])
-def test_sites_that_are_not_all_there_are_named(drop):
-    widths = {s.name: (32, 32) for s in find_sites(make_t5(), "light") if drop not in s.name}
-    with pytest.raises(LayoutError, match="nearest is 'light', but . are odd: missing"):
+@pytest.mark.parametrize(
+    ("drop", "count"),
+    [("encoder.block.1.", 3), ("decoder.block.0", 5), (".EncDecAttention.", 6), (".v", 9)],
+)
+def test_sites_that_are_not_all_there_are_named(drop, count):
+    sites = find_sites(make_t5(num_layers=3, num_decoder_layers=3), "light")
+    widths = {site.name: (32, 32) for site in sites if drop not in site.name}
+    with pytest.raises(LayoutError, match=f"nearest is 'light', with {count} odd: missing"):
+        recognise_sites(widths)
+
+
+def test_sites_far_beyond_the_others_are_named():
+    widths = {site.name: (32, 32) for site in find_sites(make_t5(), "light")}
+    widths["decoder.block.999999999.layer.0.SelfAttention.k"] = (32, 32)
+    with pytest.raises(LayoutError, match="with 1 odd: unknown decoder"):
         recognise_sites(widths)
