@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from mhr_scale.adapters import Adapter, state
 from mhr_scale.errors import RunError
+from mhr_scale.optim import OptimizerState
 from mhr_scale.runlog import log, write_json
 
 DONE = "DONE"
@@ -35,10 +36,6 @@ UNREADABLE = (
     TypeError,
     SafetensorError,
 )
-
-
-#: Optimizer state: tensors as `<parameter>/<part>`, numbers by parameter and part.
-OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)

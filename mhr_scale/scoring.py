@@ -145,10 +145,11 @@ def _evaluation(model: nn.Module, adapter: Adapter | None, batch: Batch) -> Iter
 
 
 def pad_inputs(
-    inputs: Sequence[Ids], *, pad_id: int, device: torch.device | str
+    inputs: Sequence[Ids], *, pad_id: int, device: torch.device | str, at_least: int = 0
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, padded on the right to a multiple of `PAD_MULTIPLE`."""
-    width = -(-max(len(ids) for ids in inputs) // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = max(at_least, *(len(ids) for ids in inputs))
+    width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(inputs), width), dtype=np.int64)
     for number, ids in enumerate(inputs):
@@ -197,13 +198,18 @@ class Packed:
 
 
 def pack_choices(
-    choices: Sequence[Sequence[Ids]], *, start_id: int, pad_id: int, device: torch.device | str
+    choices: Sequence[Sequence[Ids]],
+    *,
+    start_id: int,
+    pad_id: int,
+    device: torch.device | str,
+    at_least: int = 0,
 ) -> Packed:
-    """Lay the choices of each row side by side, as wide as the row with most tokens in all.
+    """Lay the choices of each row side by side, as wide as the row with most tokens, or wider.
 
     Every choice ends with the end-of-sequence token.
     """
-    depth = max(sum(len(choice) for choice in row) for row in choices)
+    depth = max(at_least, *(sum(len(choice) for choice in row) for row in choices))
     inputs = np.full((len(choices), depth), pad_id, dtype=np.int64)
     targets = np.full((len(choices), depth), pad_id, dtype=np.int64)
     blocks = np.full((len(choices), depth), -1, dtype=np.int64)

@@ -56,6 +56,7 @@ class Adapter(nn.Module):
         self.groups = tuple(dict.fromkeys(groups))
         self._group_of_site = tuple(self.groups.index(group) for group in groups)
         self.row_gradients = False
+        self.mixes_apart = False
         self.routing_logits: nn.Parameter | None = None
         if config.has_logits:
             shape = (len(self.task_names), len(self.groups), config.n_splits, config.n_skills)
@@ -113,9 +114,15 @@ class Adapter(nn.Module):
         """Mix all linears for U slots, one batched product per shape and side.
 
         `tasks` are the slots' tasks, read where inventories are private. Without weights a slot is
-        the only skill.
+        the only skill. `mixes_apart` mixes slot by slot, for the bits that each would have alone.
         """
         config = self.config
+        if self.mixes_apart and weights_UGQS is not None and len(weights_UGQS) > 1:
+            singles = [self.mix(weights_1GQS) for weights_1GQS in weights_UGQS.split(1)]
+            return [
+                tuple(torch.cat(side, 1) for side in zip(*stacks, strict=True))
+                for stacks in zip(*singles, strict=True)
+            ]
         mixed: list[tuple[Tensor, ...]] = []
         for stack in self.inventory.stacks:
             w_UNQS = None

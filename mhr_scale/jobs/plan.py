@@ -1,7 +1,7 @@
 """Which jobs form a wave, how many, and which rank runs it: pure functions.
 
-Jobs of a wave share a variant, a batch size and the step they stand at; those of similar lengths
-come together, so that little is padded.
+Jobs of a wave share a variant, the shape of their batches and the step they stand at: each computes
+what it would compute alone, to the bit.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ USABLE = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
-    """What is known of a job before it starts; lengths in tokens, padded as in a batch."""
+    """What is known of a job before it starts; the shape of its batches in rows and tokens."""
 
     job: Job
     step: int
@@ -66,13 +66,13 @@ def plan_waves(
     if not outlooks:
         return []
     size = max(1, min(size, -(-len(outlooks) // world_size)))
-    groups: dict[tuple[str, int, int], list[Outlook]] = {}
-    for outlook in sorted(outlooks, key=lambda o: (o.width, o.depth, o.job)):
-        key = (outlook.job.variant, outlook.step, outlook.batch_size)
-        groups.setdefault(key, []).append(outlook)
+    groups: dict[tuple[str, int, int, int, int], list[Outlook]] = {}
+    for one in sorted(outlooks, key=lambda o: (o.steps, o.job)):
+        key = (one.job.variant, one.step, one.batch_size, one.width, one.depth)
+        groups.setdefault(key, []).append(one)
     waves = []
-    for (variant, _, _), members in sorted(groups.items()):
-        own_size = 1 if variant in alone else size
+    for key, members in sorted(groups.items()):
+        own_size = 1 if key[0] in alone else size
         n_waves = -(-len(members) // own_size)
         even = -(-len(members) // n_waves)
         waves += [Planned(tuple(members[at : at + even])) for at in range(0, len(members), even)]

@@ -156,16 +156,21 @@ class Wave:
     ) -> dict[str, Tensor]:
         """The jobs' losses (J,): `loss`, and under T-Few its parts."""
         protocol = self.config.protocol
+        width, depth = self.members[0].data.shape
         packed = pack_choices(
             [row.choices for row in rows],
             start_id=model.config.decoder_start_token_id,
             pad_id=model.config.pad_token_id,
             device=device,
+            at_least=depth,
         )
         dtype = model.get_input_embeddings().weight.dtype
         logits_BDV = model(
             **pad_inputs(
-                [row.input_ids for row in rows], pad_id=model.config.pad_token_id, device=device
+                [row.input_ids for row in rows],
+                pad_id=model.config.pad_token_id,
+                device=device,
+                at_least=width,
             ),
             decoder_input_ids=packed.decoder_input_ids_BD,
             decoder_attention_mask=packed.mask(dtype),

@@ -241,7 +241,7 @@ def run_jobs(
 def look_out(opening: Opening, job: Job, step: int) -> Outlook:
     """What a job will take."""
     data = opening.data[job.task, job.seed]
-    width, depth = data.length()
+    width, depth = data.shape
     scored = sum(len(row.input_ids) + row.n_choice_tokens for row in data.test.rows)
     return Outlook(
         job=job,
