@@ -7,7 +7,7 @@ recipe, and the run folder.
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,13 +20,15 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
-from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.recipe import to_yaml
+from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
 from mhr_scale.tasks.task import to_json_lines
 from mhr_scale.tokens import TokenSet, open_tokens
 from mhr_scale.trainer import Trainer
+
+T = TypeVar("T")
 
 #: Settings that may differ when a run goes on: where and how fast, not what.
 FREE_TO_CHANGE = (
@@ -150,21 +152,34 @@ def check_folder(config: PretrainConfig) -> None:
         if path.is_dir() and checkpoint.find_resume(path) is not None:
             raise RunError(f"{path}: saved steps but no config.yaml; use another run.folder")
         return
-    try:
-        stored = flatten(yaml.safe_load(stored_path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise RunError(f"{stored_path}: not readable ({error}); use another run.folder") from error
-    wanted = flatten(yaml.safe_load(to_yaml(config)))
     changed = [
-        f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key) != wanted.get(key) and key not in FREE_TO_CHANGE
+        difference
+        for key, difference in differences(read_recipe(PretrainConfig, stored_path), config)
+        if key not in FREE_TO_CHANGE
     ]
     if changed and checkpoint.find_resume(path) is not None:
         raise RunError(
             f"{path}: holds a run with other settings ({'; '.join(changed[:3])}"
             f"{'; ...' if len(changed) > 3 else ''}); use another run.folder to start anew"
         )
+
+
+def read_recipe(schema: type[T], path: Path) -> T:
+    """A run folder's own recipe; raises `RunError` if it cannot be read."""
+    try:
+        return load(schema, path)
+    except ConfigError as error:
+        raise RunError(f"{error}; use another run.folder") from error
+
+
+def differences(before: Any, now: Any) -> list[tuple[str, str]]:
+    """The settings in which two recipes differ, by their dotted names, and what to say of each."""
+    old, new = (flatten(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
+    return [
+        (key, f"{key} was {old.get(key)!r}, is {new.get(key)!r}")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def check_writable(path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import yaml
-
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import RunError
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import record_provenance, write_text
-from mhr_scale.runs import check_writable, flatten
+from mhr_scale.runs import check_writable, differences, read_recipe
 from mhr_scale.tasks.task import Intake
 
 #: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.
@@ -24,22 +22,16 @@ def check_folder(config: AdaptConfig) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         return
-    try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        before, variants = flatten(stored), stored["variants"]
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise RunError(f"{file}: not readable ({error!r}); use another run.folder") from error
-    recipe = yaml.safe_load(to_yaml(config))
-    now = flatten(recipe)
+    before = read_recipe(AdaptConfig, file)
     changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        difference
+        for key, difference in differences(before, config)
+        if not key.startswith(FREE_TO_CHANGE)
     ]
     changed += [
         f"variant {name} is another one"
-        for name in variants.keys() & recipe["variants"].keys()
-        if variants[name] != recipe["variants"][name]
+        for name in before.variants.keys() & config.variants.keys()
+        if before.variants[name] != config.variants[name]
     ]
     if changed and any(folder.glob("jobs/*/*/*")):
         raise RunError(

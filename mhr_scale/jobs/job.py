@@ -1,7 +1,7 @@
 """What a job is, where it lies, and what it leaves."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,21 @@ def write_result(job: Job, run: Path, result: Mapping[str, Any]) -> None:
     write_json(job.folder(run) / RESULT, {**asdict(job), **result})
 
 
-def read_results(jobs: list[Job], run: Path) -> Iterator[dict[str, Any]]:
-    """The results of the jobs that are finished; raises `RunError` for a damaged one."""
-    for job in jobs:
-        path = job.folder(run) / RESULT
-        if not path.is_file():
-            continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            float(result["score"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: not a result ({error!r}); delete it and run again") from error
-        yield result
+def read_results(jobs: Iterable[Job], run: Path) -> list[dict[str, Any]]:
+    """The results of those jobs that are finished; raises `RunError` for a damaged one."""
+    files = [job.folder(run) / RESULT for job in jobs]
+    return [_read_result(file) for file in files if file.is_file()]
+
+
+def read_all_results(run: Path) -> list[dict[str, Any]]:
+    """The results of all finished jobs of a run folder, by the names of their folders."""
+    return [_read_result(file) for file in sorted(run.glob(f"jobs/*/*/*/{RESULT}"))]
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        float(result["score"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: not a result ({error!r}); delete it and run again") from error
+    return result

@@ -357,7 +357,7 @@ def fitting_size(opening: Opening, outlooks: Sequence[Outlook], engine: Engine) 
 
 def report(opening: Opening, folder: Path) -> None:
     """Write the summary of all finished jobs and print its tables."""
-    results = list(read_results(opening.jobs, folder))
+    results = read_results(opening.jobs, folder)
     if not results:
         return
     found = comparison.compare(results)
