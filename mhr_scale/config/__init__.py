@@ -12,7 +12,6 @@ from mhr_scale.config.adaptation import (
     ProtocolConfig,
     SelectionConfig,
     ShotsConfig,
-    SoupConfig,
     VariantConfig,
     WavesConfig,
 )
@@ -27,7 +26,7 @@ from mhr_scale.config.data import (
     TasksConfig,
     ToyTasks,
 )
-from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy
+from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy, SoupConfig
 from mhr_scale.config.training import (
     BatchConfig,
     LossConfig,

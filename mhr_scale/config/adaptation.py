@@ -4,28 +4,11 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.config.data import EvalTasksConfig
-from mhr_scale.config.model import AdapterConfig, BackboneConfig
+from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
 from mhr_scale.config.part import part
 from mhr_scale.config.training import OptimConfig
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-
-
-@part
-class SoupConfig:
-    """Which private adapters an AdapterSoup averages: those of the most similar tasks."""
-
-    adapters: int = 5
-    """Number of adapters averaged (unknown in the paper; 5 in Chronopoulou et al. 2023)."""
-    encoder: str | None = None
-    """Hub id or folder of a sentence encoder; null: the frozen backbone's own encoder."""
-    examples: int = 100
-    """Training examples embedded per task at most."""
-
-    def __post_init__(self) -> None:
-        for name in ("adapters", "examples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"soup.{name}: {getattr(self, name)} is not at least 1")
 
 
 @part
@@ -39,7 +22,8 @@ class VariantConfig:
     kind: Literal["full", "routing", "average", "soup", "backbone"] = "full"
     """full: inventory and a fresh routing row; routing: that row alone (-z); average: the inventory
     under uniform routing (-mu); soup: the mean of similar tasks' pairs; backbone: full, and the
-    backbone's weights too, one job at a time."""
+    backbone's weights too (full fine-tuning): one job at a time, replicated, in float32. Such a job
+    is not saved in the middle: if it is interrupted, it starts again."""
     trainable: Literal["mean", "inventory"] = "mean"
     """average: train the mean as one adapter, or all skills under uniform routing (reference)."""
     soup: SoupConfig = field(default_factory=SoupConfig)
@@ -50,6 +34,8 @@ class VariantConfig:
     """Peak rate of the inventory; null: `optim.lr`."""
     routing_lr: float | None = None
     """Peak rate of the routing logits; null: `optim.routing_lr`."""
+    backbone_lr: float = 1e-4
+    """backbone: peak rate of the backbone's weights; `optim` says the rest, weight decay too."""
 
     def __post_init__(self) -> None:
         if (self.adapter is None) == (self.fresh is None):
@@ -192,6 +178,8 @@ class AdaptConfig:
     """The backbone, where every variant is fresh; adapters bring their own."""
     backbone_moved_to: str | None = None
     """Where the adapters' backbone lies now, if not where they were trained."""
+    backbone_dtype: Literal["bfloat16", "float32"] | None = None
+    """Data type of the backbone, if not the one the adapters were trained with."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Steps, batches, losses."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, scale_parameter=True))

@@ -111,3 +111,20 @@ class AdapterConfig:
             return "Random"
         family = "Poly" if self.n_splits == 1 else "MHR"
         return family if self.kind == "lora" else f"{family}-(IA)3"
+
+
+@part
+class SoupConfig:
+    """Which private adapters an AdapterSoup averages: those of the most similar tasks."""
+
+    adapters: int = 5
+    """Number of adapters averaged (unknown in the paper; 5 in Chronopoulou et al. 2023)."""
+    encoder: str | None = None
+    """Hub id or folder of a sentence encoder; null: the frozen backbone's own encoder."""
+    examples: int = 100
+    """Training examples embedded per task at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("adapters", "examples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"soup.{name}: {getattr(self, name)} is not at least 1")

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.config.data import EvalTasksConfig, MixtureConfig, TasksConfig
-from mhr_scale.config.model import AdapterConfig, BackboneConfig
+from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
 from mhr_scale.config.part import part
 from mhr_scale.config.training import (
     BatchConfig,
@@ -102,8 +102,13 @@ class EvaluateConfig:
     """The bare backbone; an adapter brings its own."""
     backbone_moved_to: str | None = None
     """Where the adapter's backbone lies now, if not where it was trained."""
-    routing: Literal["own", "average"] = "own"
-    """own: each task under its own routing; average: all tasks under the averaged adapter."""
+    backbone_dtype: Literal["bfloat16", "float32"] | None = None
+    """Data type of the backbone, if not the one the adapter was trained with."""
+    routing: Literal["own", "average", "soup"] = "own"
+    """own: each task under its own routing; average: all tasks under the averaged adapter; soup:
+    each task under the mean of similar training tasks' private adapters, found by its inputs."""
+    soup: SoupConfig = field(default_factory=SoupConfig)
+    """How similar tasks are found, for routing soup."""
     tasks: EvalTasksConfig
     """The tasks; their test rows count, or their held-out rows where there are none."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -116,3 +121,5 @@ class EvaluateConfig:
             raise ConfigError("give an adapter, which brings its backbone, or a bare backbone")
         if self.backbone_moved_to is not None and self.adapter is None:
             raise ConfigError("backbone_moved_to: only an adapter's backbone can have moved")
+        if self.routing == "soup" and self.adapter is None:
+            raise ConfigError("routing: soup averages the private adapters of a run; name it")

@@ -47,8 +47,8 @@ class Exam:
 
 
 def round_up(length: int) -> int:
-    """The next multiple of 16 tokens, above 64 of 32, above 256 of 64: few different shapes."""
-    step = 16 if length <= 64 else 32 if length <= 256 else 64
+    """The next multiple of 8 tokens, of 16 above 64, of 32 above 128, ...: few different shapes."""
+    step = max(8, 1 << ((length - 1).bit_length() - 3)) if length > 8 else 8
     return -(-length // step) * step
 
 

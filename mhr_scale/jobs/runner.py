@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from mhr_scale import checkpoint, scoring, summary
-from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.jobs.data import Exam
 from mhr_scale.jobs.job import Job, Standing, write_result
 from mhr_scale.jobs.lockstep import Lockstep
-from mhr_scale.jobs.start import stack, trained_numbers
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.questions import Question, answerers, judge
 from mhr_scale.runlog import Metrics, Progress, log, write_text
@@ -57,7 +56,7 @@ class Runner:
         wave.adapter.bind(self.linears)
         begun = wave.step
         logs = {
-            member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun)
+            member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun or -1)
             for member in wave.members
         }
         if begun == 0 and self.config.selection.at_start:
@@ -149,13 +148,7 @@ class Runner:
         """Write a job's adapter as the best so far, with the scores it was chosen by."""
         member = wave.members[number]
         folder = member.job.folder(self.folder) / "best" / f"{wave.step:06d}"
-        state.save(
-            wave.take(number),
-            folder,
-            step=wave.step,
-            backbone=self.backbone_facts,
-            origin={"job": member.job.name},
-        )
+        wave.keep(number, folder, backbone=self.backbone_facts)
         if lines:
             write_text(folder / summary.SCORES, _to_lines(lines))
         return folder
@@ -207,38 +200,29 @@ class Runner:
             folders.append(folder / "best" / f"{standing.best_step:06d}")
         if self.config.selection.on != "test":
             self._score_best(wave, done, folders)
-        trained = trained_numbers(wave.adapter)
+        trained = wave.trained_numbers
         for number, best in zip(done, folders, strict=True):
             member = wave.members[number]
             own = {"steps": wave.step, "trained_numbers": trained, **facts(member.job)}
-            self._write_result(member, best, own)
+            self._write_result(wave, number, best, own)
             self.progress.skip(member.steps - wave.step)
         self._drop(wave, done)
 
     def _score_best(self, wave: Wave, numbers: Sequence[int], folders: Sequence[Path]) -> None:
         """Score the best checkpoint of some jobs on their test rows, all of them together."""
-        members = [wave.members[number] for number in numbers]
-        best = stack(
-            [member.job.name for member in members],
-            [state.load(folder) for folder in folders],
-            routing_only=wave.variant.kind == "routing",
-        )
+        best = wave.kept(numbers, folders)
         best.bind(self.linears)
-        exams = [(number, member.data.test) for number, member in enumerate(members)]
+        tests = [wave.members[number].data.test for number in numbers]
+        exams = list(enumerate(tests))
         for folder, lines in zip(folders, self.score(best, exams), strict=True):
             write_text(folder / summary.SCORES, _to_lines(lines))
         wave.adapter.bind(self.linears)
 
-    def _write_result(self, member: Member, best: Path, facts: Mapping[str, Any]) -> None:
+    def _write_result(self, wave: Wave, number: int, best: Path, facts: Mapping[str, Any]) -> None:
         """Move the best checkpoint into place, then write the result, then clean up."""
+        member = wave.members[number]
         folder, standing = member.job.folder(self.folder), member.standing
-        state.save(
-            state.load(best),
-            folder / "adapter",
-            step=standing.best_step,
-            backbone=self.backbone_facts,
-            origin={"job": member.job.name},
-        )
+        wave.publish(number, best, folder, backbone=self.backbone_facts)
         text = (best / summary.SCORES).read_text(encoding="utf-8")
         write_text(folder / summary.SCORES, text)
         points = [json.loads(line)["points"] for line in text.splitlines()]

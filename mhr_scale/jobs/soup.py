@@ -5,6 +5,7 @@ encoder is the frozen backbone's own, its states averaged over the tokens, or a 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhr_scale import scoring
+from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.backbone import load_sentence_encoder
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
 from mhr_scale.encode import Encoder
@@ -28,6 +30,39 @@ K = TypeVar("K")
 
 #: Padded tokens of one batch of inputs to embed.
 MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kitchen:
+    """What embedding takes: the prepared model, its adapters' linears, its tokenizer."""
+
+    engine: Engine
+    model: Any
+    linears: Mapping[str, AdaptedLinear]
+    tokenizer: Any
+    max_input_tokens: int
+
+
+def find_similar(
+    source: str,
+    names: Sequence[str],
+    tasks: Mapping[K, Task],
+    settings: SoupConfig,
+    kitchen: Kitchen,
+) -> dict[K, list[str]]:
+    """The most similar training tasks of each task, by the inputs of its training examples.
+
+    `source` is the run that trained private adapters for the tasks `names`. Collective; leaves all
+    adapters off.
+    """
+    for linear in kitchen.linears.values():
+        linear.is_off = True
+    known = embed_tasks(source_tasks(source, names, settings.examples), settings, kitchen)
+    new = {key: _first(task, task.train, settings.examples) for key, task in tasks.items()}
+    return {
+        key: most_similar(vector, known, settings.adapters)
+        for key, vector in embed_tasks(new, settings, kitchen).items()
+    }
 
 
 def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str, Task]:
@@ -58,30 +93,23 @@ def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
     )
 
 
-def embed_tasks(
-    tasks: Mapping[K, Task],
-    settings: SoupConfig,
-    *,
-    engine: Engine,
-    model: Any,
-    tokenizer: Any,
-    max_input_tokens: int,
-) -> dict[K, Tensor]:
+def embed_tasks(tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen) -> dict[K, Tensor]:
     """Mean embedding of each task's training inputs, of length 1. Collective.
 
-    The adapters in `model` must be off.
+    The adapters in the model must be off.
     """
+    engine, model = kitchen.engine, kitchen.model
     if settings.encoder is not None:
         encode = load_sentence_encoder(settings.encoder, engine.device)
         return {
             key: _unit(encode([example.input for example in task.train]))
             for key, task in tasks.items()
         }
-    lengths = BatchConfig(max_input_tokens=max_input_tokens)
+    lengths = BatchConfig(max_input_tokens=kitchen.max_input_tokens)
     rows: list[ChoiceRow] = []
     counts = []
     for task in tasks.values():
-        encoded = Encoder(task, tokenizer, lengths).rows(task.train)
+        encoded = Encoder(task, kitchen.tokenizer, lengths).rows(task.train)
         rows += [ChoiceRow(len(rows) + n, 0, row.input_ids) for n, row in enumerate(encoded)]
         counts.append(len(encoded))
     model.eval()

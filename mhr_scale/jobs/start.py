@@ -6,6 +6,7 @@
 | routing (-z) | the same | the routing row |
 | average (-mu) | the mean as one adapter, or the inventory under uniform routing | it |
 | soup | the mean of the pairs of similar tasks | it |
+| backbone | as full, or fresh | both, and the backbone's weights (`full`) |
 | fresh | A random, B zero, a fresh routing row | both |
 """
 

@@ -10,6 +10,7 @@ is cut out of the stacked tensors.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mhr_scale import checkpoint, job_optim, losses, optim
-from mhr_scale.adapters import Adapter
+from mhr_scale.adapters import Adapter, state
 from mhr_scale.config import AdaptConfig, OptimConfig, ScheduleConfig, VariantConfig
 from mhr_scale.jobs.data import JobData, TrainRow
 from mhr_scale.jobs.job import Job, Standing
-from mhr_scale.jobs.start import stack, unstack
+from mhr_scale.jobs.start import stack, trained_numbers, unstack
 from mhr_scale.losses import IGNORE, Loss
 from mhr_scale.scoring import Packed, pack_choices, pad_inputs
 from mhr_scale.seeds import seed_from
@@ -55,7 +56,10 @@ class StepValues:
 
 
 class Wave:
-    """The stacked tensors of some jobs of one variant, and their optimizer."""
+    """The stacked tensors of some jobs of one variant, and their optimizer.
+
+    `full.FullWave` is the one of kind backbone.
+    """
 
     def __init__(
         self,
@@ -107,6 +111,15 @@ class Wave:
             routing_lr=given.routing_lr if variant.routing_lr is None else variant.routing_lr,
         )
 
+    @property
+    def trained_numbers(self) -> int:
+        """Numbers that one job trains."""
+        return trained_numbers(self.adapter)
+
+    def thawed(self, model: Any) -> AbstractContextManager[None]:
+        """The block in which the wave runs: the weights of `model` are as before after it."""
+        return nullcontext()
+
     # -- one step --------------------------------------------------------------------------------
 
     def train_step(self, model: Any, *, device: torch.device, after_backward: Any) -> StepValues:
@@ -119,14 +132,19 @@ class Wave:
             parts = self._forward(model, rows, [len(batch) for batch in batches], device)
             slots.backward(parts["loss"].sum())
             after_backward()
-        norm_J = job_optim.clip_jobs(self.adapter, self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm_J = self._update(factors)
         self.step += 1
         names = [*parts, "grad_norm"]
         measured = torch.stack([*(part.detach().float() for part in parts.values()), norm_J])
         found = dict(zip(names, measured.tolist(), strict=True))
         return StepValues({**found, "lr": [self._optim.lr * factor for factor in factors]})
+
+    def _update(self, factors: Sequence[float]) -> Tensor:
+        """Clip, step and drop the gradients; returns the jobs' norms (J,) before clipping."""
+        norm_J = job_optim.clip_jobs(self.adapter, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm_J
 
     def _set_rates(self) -> list[float]:
         protocol = self.config.protocol
@@ -209,6 +227,37 @@ class Wave:
         """One job's adapter as it stands, on the host."""
         return unstack(self.adapter, number, self.members[number].job.task)
 
+    def keep(self, number: int, folder: Path, *, backbone: dict[str, Any]) -> None:
+        """Write what one job has trained so far, its best yet, into `folder`."""
+        state.save(
+            self.take(number),
+            folder,
+            step=self.step,
+            backbone=backbone,
+            origin=self._origin(number),
+        )
+
+    def kept(self, numbers: Sequence[int], folders: Sequence[Path]) -> Adapter:
+        """The adapters that some jobs have kept, side by side, ready to be scored."""
+        return stack(
+            [self.members[number].job.name for number in numbers],
+            [state.load(folder) for folder in folders],
+            routing_only=self.variant.kind == "routing",
+        )
+
+    def publish(self, number: int, kept: Path, folder: Path, *, backbone: dict[str, Any]) -> None:
+        """Put what one job has kept where readers of the run look for it."""
+        state.save(
+            state.load(kept),
+            folder / "adapter",
+            step=self.members[number].standing.best_step,
+            backbone=backbone,
+            origin=self._origin(number),
+        )
+
+    def _origin(self, number: int) -> dict[str, Any]:
+        return {"job": self.members[number].job.name}
+
     def drop(self, numbers: Sequence[int]) -> None:
         """Cut jobs out; those that stay go on as if nothing had happened."""
         kept = [number for number in range(len(self.members)) if number not in numbers]
@@ -235,7 +284,7 @@ class Wave:
             step=self.step,
             progress={"standing": member.standing.to_json()},
             backbone=backbone,
-            origin={"job": member.job.name},
+            origin=self._origin(number),
             keep=1,
             publish=False,
         )

@@ -1,12 +1,13 @@
 """The verb `adapt`: few-shot tasks x seeds x variants in, one adapter per job and a table out.
 
 <run folder>/  jobs/<task>/<seed>/<variant>/  adapter/  metrics.jsonl  scores.jsonl  result.json
+                                              backbone.safetensors (kind backbone)
                summary.json                   the table's numbers, made from the results alone
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mhr_scale.errors import ConfigError, DivergenceError
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.folder import check_folder, rank0_open_folder
+from mhr_scale.jobs.full import FullWave, check_backbone_jobs
 from mhr_scale.jobs.job import Job, Stage, read_results, stage
 from mhr_scale.jobs.plan import (
     Outlook,
@@ -80,6 +82,8 @@ def adapt(config: AdaptConfig) -> Path:
     ds_content = read_ds_config(config.run.ds_config)
     check_folder(config)
     opening = open_jobs(config)
+    is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
+    check_backbone_jobs(config, opening.backbone, is_sharded=is_sharded)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
         engine.open_patient_group()
@@ -176,7 +180,7 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
             f"backbone.dropout: {chosen.dropout}; jobs that share a pass would share its random "
             "numbers too: set it to 0"
         )
-    return chosen
+    return replace(chosen, dtype=config.backbone_dtype or chosen.dtype)
 
 
 def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
@@ -203,7 +207,8 @@ def run_jobs(
         if not stages[job].is_finished
     ]
     size = config.waves.size or fitting_size(opening, outlooks, engine)
-    waves = plan_waves(outlooks, size=size, world_size=engine.world_size)
+    alone = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
+    waves = plan_waves(outlooks, size=size, world_size=engine.world_size, alone=alone)
     dealt = deal(waves, engine.world_size)
     log.info(
         "%d jobs (%d tasks and seeds x %d variants), %d finished; %d waves of at most %d jobs on "
@@ -233,7 +238,8 @@ def run_jobs(
     )
     for planned in mine:
         wave = open_wave(opening, planned, soups, device=engine.device)
-        runner.run(wave, partial(facts_of, opening, soups))
+        with wave.thawed(model):
+            runner.run(wave, partial(facts_of, opening, soups))
     runner.close()
     return runner.lost
 
@@ -264,11 +270,12 @@ def open_wave(
     """A wave at its jobs' start or at their saved step."""
     config, name = opening.config, planned.variant
     variant, run = config.variants[name], Path(config.run.folder)
+    kind = FullWave if variant.kind == "backbone" else Wave
     members = [Member(o.job, opening.data[o.job.task, o.job.seed], o.steps) for o in planned.jobs]
     if planned.step:
         saved = [saved_of(member, run, planned.step) for member in members]
         adapters = [one.adapter for one in saved]
-        return Wave.open(config, variant, members, adapters, device=device, saved=saved)
+        return kind.open(config, variant, members, adapters, device=device, saved=saved)
     adapters = [
         start(
             member.job,
@@ -279,7 +286,7 @@ def open_wave(
         )
         for member in members
     ]
-    return Wave.open(config, variant, members, adapters, device=device)
+    return kind.open(config, variant, members, adapters, device=device)
 
 
 def find_soups(
@@ -291,22 +298,18 @@ def find_soups(
         source = opening.source(name)
         if variant.kind != "soup" or source is None:
             continue
-        for linear in linears.values():
-            linear.is_off = True
-        known = soup.source_tasks(str(variant.adapter), source.task_names, variant.soup.examples)
         new = {key: data.few_shot.task for key, data in opening.data.items()}
-        vectors = soup.embed_tasks(
-            {**{(task, -1): known[task] for task in known}, **new},
-            variant.soup,
+        kitchen = soup.Kitchen(
             engine=engine,
             model=model,
+            linears=linears,
             tokenizer=opening.tokenizer,
             max_input_tokens=opening.config.protocol.max_input_tokens,
         )
-        others = {task: vectors[task, -1] for task in known}
-        for task, seed in new:
-            chosen = soup.most_similar(vectors[task, seed], others, variant.soup.adapters)
-            found[name, task, seed] = chosen
+        similar = soup.find_similar(
+            str(variant.adapter), source.task_names, new, variant.soup, kitchen
+        )
+        found |= {(name, task, seed): names for (task, seed), names in similar.items()}
     return found
 
 
@@ -324,7 +327,10 @@ def facts_of(
 
 
 def fitting_size(opening: Opening, outlooks: Sequence[Outlook], engine: Engine) -> int:
-    """Jobs per wave that the memory of this machine holds; the smallest number of all ranks."""
+    """Jobs per wave that the memory of this machine holds; the smallest number of all ranks.
+
+    Jobs of kind backbone have no wave to fit into.
+    """
     given, config = opening.blueprint.model_config, opening.config
     shape = Shape(
         d_model=given.d_model,
@@ -341,6 +347,8 @@ def fitting_size(opening: Opening, outlooks: Sequence[Outlook], engine: Engine) 
     for outlook in outlooks:
         name = outlook.job.variant
         variant = config.variants[name]
+        if variant.kind == "backbone":
+            continue
         trained = count_trained(
             config_of(variant, opening.source(name)),
             opening.sites[name],

@@ -6,20 +6,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mhr_scale import backbone, scoring, summary
-from mhr_scale.adapters import Adapter, attach, state
+from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.collapse import average as mean_of
+from mhr_scale.adapters.collapse import soup
 from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.methods import wrap
 from mhr_scale.adapters.state import Card
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.jobs.soup import Kitchen, find_similar
+from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import Progress, log, record_provenance, write_json, write_text
@@ -59,11 +63,19 @@ def evaluate(config: EvaluateConfig) -> Path:
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
         model = engine.build(backbone_config, blueprint)
-        adapter = None
-        if stored is not None:
-            adapter = attach(model, stored.config, tasks=stored.task_names)
-            state.load_tensors(adapter, state.named_tensors(stored), place=str(config.adapter))
+        linears = {} if stored is None else wrap(model, stored.sites)
         model = engine.prepare(model, backbone_config).eval()
+        if stored is not None:
+            if config.routing == "soup":
+                kitchen = Kitchen(
+                    engine=engine,
+                    model=model,
+                    linears=linears,
+                    tokenizer=tokenizer,
+                    max_input_tokens=config.scoring.max_input_tokens,
+                )
+                stored = soup_of_every_task(config, stored, tasks, kitchen)
+            stored.bind(linears)
         if engine.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.yaml", to_yaml(config))
@@ -75,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 backbone=blueprint.facts,
             )
         engine.gather_barrier()
-        subject = Subject(engine=engine, model=model, adapter=adapter, tokenizer=tokenizer)
+        subject = Subject(engine=engine, model=model, adapter=stored, tokenizer=tokenizer)
         run_job(config, subject, questions, rows)
         if engine.rank == 0:
             found = summary.summarise(summary.read_scores(folder / summary.SCORES))
@@ -123,13 +135,34 @@ def open_subject(config: EvaluateConfig) -> tuple[Card | None, Adapter | None, B
         return None, None, config.backbone
     card, stored = open_adapter(config.adapter)
     own = backbone_of(config.adapter, card, config.backbone_moved_to)
+    own = replace(own, dtype=config.backbone_dtype or own.dtype)
     return card, mean_of(stored) if config.routing == "average" else stored, own
+
+
+def soup_of_every_task(
+    config: EvaluateConfig, stored: Adapter, tasks: Sequence[Task], kitchen: Kitchen
+) -> Adapter:
+    """One adapter with a soup for each task, made of training tasks with similar inputs."""
+    by_input = {task.name: replace(task, train=task.test) for task in tasks}
+    similar = find_similar(str(config.adapter), stored.task_names, by_input, config.soup, kitchen)
+    for task, names in similar.items():
+        log.info("soup of %s: %s", task, ", ".join(names))
+    soups = [soup(stored, names) for names in similar.values()]
+    return stack(list(similar), soups, routing_only=False)
 
 
 def adapter_tasks(
     stored: Adapter | None, tasks: Sequence[Task], config: EvaluateConfig
 ) -> dict[str, int]:
     """The adapter's number for every task; 0 where all tasks share one slot."""
+    if config.routing == "soup":
+        assert stored is not None
+        if not stored.config.private or stored.config.is_routed:
+            raise AdapterError(
+                f"{config.adapter}: a soup is made of private adapters, this is "
+                f"{stored.config.method}; set routing: average"
+            )
+        return {task.name: number for number, task in enumerate(tasks)}
     if stored is None or not (stored.config.has_logits or stored.config.private):
         return dict.fromkeys((task.name for task in tasks), 0)
     foreign = [task.name for task in tasks if task.name not in stored.task_names]

@@ -1,0 +1,185 @@
+"""Jobs of kind backbone: full fine-tuning, the backbone's own weights beside an adapter (flag F).
+
+There is one backbone, so such a job runs alone. Its weights are copied to the host, train in place,
+and are put back bit for bit however the job ends: whatever runs next meets the backbone it would
+meet without this job. The best weights lie beside the best adapter, which is worth nothing without
+them. Nothing is saved in the middle.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mhr_scale import job_optim, optim
+from mhr_scale.adapters import Adapter
+from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig
+from mhr_scale.errors import ConfigError
+from mhr_scale.jobs.wave import Wave
+from mhr_scale.runlog import log
+
+#: The trained weights of a job, in the result's folder and beside the best adapter.
+WEIGHTS = "backbone.safetensors"
+
+
+def check_backbone_jobs(config: AdaptConfig, backbone: BackboneConfig, *, is_sharded: bool) -> None:
+    """Raise `ConfigError` if a variant is to train a backbone that is sharded or not float32."""
+    names = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
+    if not names:
+        return
+    place = f"variants.{names[0]}.kind: backbone"
+    if is_sharded:
+        raise ConfigError(
+            f"{place} trains weights that are whole on every rank, and {config.run.ds_config} "
+            "shards them; leave run.ds_config out, or name a file of stage 0"
+        )
+    if backbone.dtype != "float32":
+        way_out = "set backbone.dtype: float32"
+        if any(variant.adapter for variant in config.variants.values()):
+            way_out = (
+                "as the adapter says; set backbone_dtype: float32, for all variants of the run"
+            )
+        raise ConfigError(
+            f"{place} trains weights in float32, and the backbone is {backbone.dtype}; {way_out}"
+        )
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a backbone by the names they have without adapters, tied ones once."""
+    return {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
+
+
+def make_weight_optimizer(
+    weights: Sequence[nn.Parameter], config: OptimConfig, *, lr: float
+) -> Optimizer:
+    """The optimizer of a backbone's weights; under Adafactor each tensor has its own statistics."""
+    group = {
+        "params": list(weights),
+        "lr": lr,
+        "peak_lr": lr,
+        "name": "backbone",
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW([group], betas=(config.beta1, config.beta2), eps=config.eps)
+    return optim.Adafactor([group], scale_parameter=config.scale_parameter)
+
+
+class FullWave(Wave):
+    """A wave of one job that trains the weights of the backbone too. Train it inside `thawed`."""
+
+    #: What trains inside `thawed`, and by what.
+    weights: dict[str, nn.Parameter]
+    weight_optimizer: Optimizer
+
+    @contextmanager
+    def thawed(self, model: nn.Module) -> Iterator[None]:
+        """Let the weights of `model` train inside the block; they are put back at its end."""
+        (member,) = self.members
+        weights = named_weights(model)
+        before = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        log.info(
+            "%s: trains %d numbers of the backbone too; not saved before its end%s",
+            member.job.name,
+            sum(weight.numel() for weight in weights.values()),
+            ", starts again" if self._was_begun() else "",
+        )
+        self.weights = weights
+        self.weight_optimizer = make_weight_optimizer(
+            list(weights.values()), self._optim, lr=self.variant.backbone_lr
+        )
+        try:
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            yield
+        finally:
+            del self.weights, self.weight_optimizer
+            for weight in weights.values():
+                weight.requires_grad_(False)
+                weight.grad = None
+            fill(weights, before)
+
+    def _was_begun(self) -> bool:
+        folder = self.members[0].job.folder(Path(self.config.run.folder))
+        return (folder / "metrics.jsonl").exists()
+
+    @property
+    def trained_numbers(self) -> int:
+        """Numbers that the job trains, of its adapter and of the backbone."""
+        own = sum(weight.numel() for weight in self.weights.values())
+        return super().trained_numbers + own
+
+    def _update(self, factors: Sequence[float]) -> Tensor:
+        """Clip adapter and weights by their common norm, then step both.
+
+        A gradient that is not finite spoils both: the job is given up, and no other is in the wave.
+        """
+        weights = list(self.weights.values())
+        parts = [job_optim.clip_jobs(self.adapter, None)[0], optim.gradient_norm(weights)]
+        norm = torch.linalg.vector_norm(torch.stack(parts))
+        if self.config.optim.clip_norm is not None:
+            everything = [*self.adapter.parameters(), *weights]
+            optim.clip_gradients(everything, norm, self.config.optim.clip_norm)
+        optim.set_rates(self.weight_optimizer, factors[0])
+        for optimizer in (self.optimizer, self.weight_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        return norm[None]
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def keep(self, number: int, folder: Path, *, backbone: dict[str, Any]) -> None:
+        """Write adapter and weights, in place of those that were the best before."""
+        super().keep(number, folder, backbone=backbone)
+        write_weights(self.weights, folder / WEIGHTS)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
+        log.info(
+            "%s: best so far after step %d, %.1f MB of weights in %s",
+            self.members[number].job.name,
+            self.step,
+            (folder / WEIGHTS).stat().st_size / 1e6,
+            folder / WEIGHTS,
+        )
+
+    def kept(self, numbers: Sequence[int], folders: Sequence[Path]) -> Adapter:
+        """The best adapter, its weights put into the model: the job has no step left to do."""
+        (folder,) = folders
+        fill(self.weights, load_file(folder / WEIGHTS))
+        return super().kept(numbers, folders)
+
+    def publish(self, number: int, kept: Path, folder: Path, *, backbone: dict[str, Any]) -> None:
+        """Move the best weights into place, then the adapter that belongs to them."""
+        os.replace(kept / WEIGHTS, folder / WEIGHTS)
+        super().publish(number, kept, folder, backbone=backbone)
+
+    def save(self, number: int, run: Path, *, backbone: dict[str, Any]) -> None:
+        """Save nothing: optimizer and weights would take several times the backbone's space."""
+
+    def _origin(self, number: int) -> dict[str, Any]:
+        return {**super()._origin(number), "backbone": WEIGHTS}
+
+
+@torch.no_grad()
+def fill(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Copy values of the same names into the weights."""
+    assert weights.keys() == values.keys()
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
+def write_weights(weights: dict[str, nn.Parameter], file: Path) -> None:
+    """Write named weights whole or not at all."""
+    partial = file.with_name(f".{file.name}.tmp")
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)

@@ -1,0 +1,353 @@
+"""The ways to train few-shot jobs that `few_shot_waves.py` compares, and what they all train on.
+
+Waves      mhr_scale.jobs.wave.Wave, any number of jobs to a wave; waves of 1 are our own loop
+PeftLoop   one stock PEFT adapter per job and a plain training loop
+
+Jobs of all ways have the same backbone weights, start from the same tensors and see the same rows.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
+from mhr_scale.adapters.collapse import average
+from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.config import (
+    AdaptConfig,
+    BackboneConfig,
+    OptimConfig,
+    ProtocolConfig,
+    ScheduleConfig,
+    VariantConfig,
+)
+from mhr_scale.config.adaptation import AdaptRunConfig
+from mhr_scale.config.data import JsonlTasks
+from mhr_scale.jobs.data import TrainRow, round_up
+from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.start import start
+from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.optim import rate_factor
+
+Kind = Literal["average", "full", "routing"]
+KINDS: tuple[Kind, ...] = ("average", "full", "routing")
+OPTIMIZERS = ("adamw", "adafactor")
+#: A protocol's steps: rates are those of its beginning, where every job is alive.
+STEPS = 1000
+CLIP_NORM, LR, ROUTING_LR = 1.0, 1e-3, 1e-2
+LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+#: The collator of the plain loop pads to the batch's longest row, rounded up to this.
+COLLATE_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A T5 v1.1 and the batch of one job; `layers` per stack."""
+
+    d_model: int
+    layers: int
+    rows: int
+    tokens: int
+    d_ff: int = 0
+    heads: int = 0
+    vocabulary: int = 512
+    target_tokens: int = 6
+
+    @property
+    def name(self) -> str:
+        """`d64 2+2 8x16`: width, blocks, rows x input tokens."""
+        return f"d{self.d_model} {self.layers}+{self.layers} {self.rows}x{self.tokens}"
+
+    def backbone(self, *, dtype: Literal["bfloat16", "float32"] = "float32") -> BackboneConfig:
+        """Its backbone, of random weights."""
+        heads = self.heads or max(2, self.d_model // 32)
+        fields = {
+            "vocab_size": self.vocabulary,
+            "d_model": self.d_model,
+            "d_kv": 64 if self.heads else self.d_model // heads,
+            "d_ff": self.d_ff or 2 * self.d_model,
+            "num_layers": self.layers,
+            "num_decoder_layers": self.layers,
+            "num_heads": heads,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        }
+        return BackboneConfig(config=fields, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one job, with what `Wave` reads of a `JobData`."""
+
+    setting: Setting
+    rows: tuple[TrainRow, ...]
+
+    @classmethod
+    def draw(cls, setting: Setting, job: int) -> "Rows":
+        """Four batches of random token ids, each row ended by </s>."""
+        generator = np.random.default_rng(job)
+
+        def ids(length: int) -> np.ndarray:
+            return np.append(generator.integers(2, setting.vocabulary, length - 1), 1)
+
+        return cls(
+            setting,
+            tuple(
+                TrainRow(ids(setting.tokens), (ids(setting.target_tokens),), 0)
+                for _ in range(4 * setting.rows)
+            ),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.setting.rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What `JobData` would pad to."""
+        return round_up(self.setting.tokens), round_up(self.setting.target_tokens)
+
+    def batch(self, step: int) -> Sequence[TrainRow]:
+        """The rows of a step."""
+        at = step * self.setting.rows % len(self.rows)
+        return self.rows[at : at + self.setting.rows]
+
+
+class Bench:
+    """The jobs of one setting and kind: their configuration, rows and tensors at the start."""
+
+    def __init__(self, setting: Setting, kind: Kind, optimizer: str, model: nn.Module) -> None:
+        self.setting, self.kind = setting, kind
+        self.optim = OptimConfig(
+            name=optimizer,  # type: ignore[arg-type]
+            lr=LR,
+            routing_lr=ROUTING_LR,
+            scale_parameter=optimizer == "adafactor",
+            clip_norm=CLIP_NORM,
+        )
+        self.variant = VariantConfig(adapter="source", kind=kind)
+        self.config = AdaptConfig(
+            variants={kind: self.variant},
+            tasks=JsonlTasks(suite="jsonl", folder="."),
+            protocol=ProtocolConfig(steps=STEPS, loss="language_model", batch_size=setting.rows),
+            optim=self.optim,
+            run=AdaptRunConfig(folder="."),
+        )
+        self.sites = find_sites(model, "full")
+        self.rows = cache(lambda number: Rows.draw(setting, number))
+        self.start = cache(self._start)
+
+    def job(self, number: int) -> Job:
+        return Job(task=f"task{number}", seed=number, variant=self.kind)
+
+    def _start(self, number: int) -> Adapter:
+        return start(self.job(number), self.variant, make_source(self.sites), sites=self.sites)
+
+    def schedule(self) -> ScheduleConfig:
+        protocol = self.config.protocol
+        return ScheduleConfig(
+            steps=protocol.steps, warmup_fraction=protocol.warmup_fraction, decay=protocol.decay
+        )
+
+
+@cache
+def make_source(sites: tuple[Site, ...]) -> Adapter:
+    """A "trained" MHR inventory, 8 skills and 8 splits of rank 1, B no longer zero."""
+    config = AdapterConfig(n_skills=8, n_splits=8, rank=1)
+    source = Adapter(config, sites, task_names=["source"], seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in source.inventory.named_tensors():
+        if name.endswith(".B") and tensor.device.type == "cpu":
+            tensor.normal_(0.0, 0.02, generator=generator)
+    return source
+
+
+class Waves:
+    """Our own code: waves of `size` jobs over one backbone."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: Any,
+        linears: Mapping[str, AdaptedLinear],
+        *,
+        size: int,
+        device: str = "cpu",
+        turn: Callable[[], None] = lambda: None,
+        after_backward: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.bench, self.model, self.linears, self.size = bench, model, linears, size
+        self.device, self.turn, self.after_backward = torch.device(device), turn, after_backward
+
+    def open(self, numbers: Sequence[int]) -> Wave:
+        """A wave of these jobs at their start, bound to the model."""
+        bench = self.bench
+        members = [Member(bench.job(n), bench.rows(n), STEPS) for n in numbers]  # type: ignore[arg-type]
+        wave = Wave.open(
+            bench.config,
+            bench.variant,
+            members,
+            [bench.start(n) for n in numbers],
+            device=self.device,
+        )
+        wave.adapter.bind(self.linears)
+        return wave
+
+    def step(self, wave: Wave) -> list[float]:
+        """One step of all jobs of a wave; returns their losses."""
+        self.turn()
+        self.model.train()
+        values = wave.train_step(
+            self.model, device=self.device, after_backward=self.after_backward
+        )
+        return values.values["loss"]
+
+    def close(self, wave: Wave) -> None:
+        """Nothing: the next wave is bound in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftJob:
+    """A job of the plain loop."""
+
+    number: int
+    model: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    trained: list[nn.Parameter]
+
+
+class PeftLoop:
+    """PEFT and a plain training loop: one adapter per job, on the same loaded backbone.
+
+    `lora`: one low-rank pair per linear; `poly`: the inventory, mixed by PEFT's Poly.
+    `many_tensors` asks torch for the optimizer and clipping kernels that it takes on a GPU.
+    """
+
+    size: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: Any,
+        *,
+        method: Literal["lora", "poly"],
+        device: str = "cpu",
+        many_tensors: bool | None = None,
+    ) -> None:
+        self.bench, self.model, self.method = bench, model, method
+        self.device, self.many_tensors = torch.device(device), many_tensors
+
+    def open(self, numbers: Sequence[int]) -> PeftJob:
+        """A new adapter in the backbone, with the job's tensors, and its optimizer."""
+        from peft import LoraConfig, PolyConfig, get_peft_model
+
+        (number,) = numbers
+        config = LoraConfig(
+            task_type="SEQ_2_SEQ_LM", r=1, lora_alpha=1, target_modules=LINEARS, lora_dropout=0.0
+        )
+        if self.method == "poly":
+            config = PolyConfig(
+                task_type="SEQ_2_SEQ_LM",
+                r=1,
+                n_tasks=1,
+                n_skills=8,
+                n_splits=8,
+                target_modules=LINEARS,
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(self.model, config).train()
+        if self.device.type != "meta":
+            self._fill(model, self.bench.start(number))
+        if self.bench.kind == "routing" and self.method == "poly":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("module_logits" in name)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = self._optimizer(trained)
+        schedule = self.bench.schedule()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(schedule, step)
+        )
+        return PeftJob(number, model, optimizer, scheduler, trained)
+
+    def _fill(self, model: Any, adapter: Adapter) -> None:
+        if self.method == "lora":
+            single = average(adapter) if adapter.config.n_skills > 1 else adapter
+            for name, tensor in single.inventory.named_tensors():
+                linear, _, side = name.rpartition(".")
+                layer = model.base_model.model.get_submodule(linear)
+                getattr(layer, f"lora_{side}")["default"].weight.data.copy_(tensor[0, 0].T)
+            return
+        for name, tensor in adapter.inventory.named_tensors():
+            linear, _, side = name.rpartition(".")
+            layer = model.base_model.model.get_submodule(linear)
+            getattr(layer, f"poly_lora_{side}")["default"].data.copy_(tensor)
+            assert adapter.routing_logits is not None
+            row = adapter.routing_logits.data[:, adapter.groups.index(linear)]
+            layer.poly_router["default"].module_logits.data.copy_(row.flatten(1))
+
+    def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optim = self.bench.optim
+        if optim.name == "adamw":
+            return torch.optim.AdamW(
+                trained,
+                lr=optim.lr,
+                betas=(optim.beta1, optim.beta2),
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                foreach=self.many_tensors,
+            )
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            trained, lr=optim.lr, scale_parameter=True, relative_step=False, warmup_init=False
+        )
+
+    def step(self, job: PeftJob) -> list[float]:
+        """One step of the job; returns its loss."""
+        rows = self.bench.rows(job.number)
+        batch = collate(rows.batch(job.scheduler.last_epoch), self.device)
+        if self.method == "poly":
+            batch["task_ids"] = torch.zeros(len(batch["labels"]), dtype=torch.long).to(self.device)
+        loss = job.model(**batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(job.trained, CLIP_NORM, foreach=self.many_tensors)
+        job.optimizer.step()
+        job.scheduler.step()
+        job.optimizer.zero_grad()
+        return [loss.item()]
+
+    def close(self, job: PeftJob) -> None:
+        """Take the adapter out of the backbone."""
+        job.model.unload()
+
+
+def collate(rows: Sequence[TrainRow], device: torch.device) -> dict[str, Tensor]:
+    """A batch for transformers' own loss, padded to the longest row, labels with -100."""
+
+    def padded(lists: Sequence[Any], value: int) -> Tensor:
+        width = -(-max(len(ids) for ids in lists) // COLLATE_MULTIPLE) * COLLATE_MULTIPLE
+        array = np.full((len(lists), width), value, dtype=np.int64)
+        for number, ids in enumerate(lists):
+            array[number, : len(ids)] = ids
+        return torch.from_numpy(array)
+
+    inputs = [row.input_ids for row in rows]
+    return {
+        "input_ids": padded(inputs, 0).to(device),
+        "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0).to(device),
+        "labels": padded([row.choices[0] for row in rows], -100).to(device),
+    }
+
+
+def without_batch(setting: Setting) -> Setting:
+    """The setting's backbone alone: settings that differ in their batches share it."""
+    return replace(setting, rows=0, tokens=0)
