@@ -91,7 +91,11 @@ class JobData:
         blow a rounding error up wherever a gradient is next to nothing. So a job gets the very bits
         it would get alone, beside jobs of the same shape.
         """
-        rows = [self._row(example, epoch=0) for example in self.few_shot.task.train]
+        rows = [
+            self._encode(example, choices)
+            for example in self.few_shot.task.train
+            for choices in self._answers(example)
+        ]
         longest = max(len(r.input_ids) for r in rows), max(r.n_choice_tokens for r in rows)
         return round_up(longest[0]), round_up(longest[1])
 
@@ -103,20 +107,27 @@ class JobData:
             self._row(examples[number], epoch) for number in order.permutation(len(examples))
         )
 
+    def _answers(self, example: Example) -> list[tuple[str, ...]]:
+        """What the decoder may be given: all choices, or one of the references that are drawn."""
+        protocol = self.config.protocol
+        if protocol.loss == "t_few":
+            return [example.choices]
+        references = example.targets if protocol.references == "random" else example.targets[:1]
+        return [(reference,) for reference in references]
+
     def _row(self, example: Example, epoch: int) -> TrainRow:
-        choices, label = example.choices, example.label
-        if self.config.protocol.loss == "language_model":
-            which = 0
-            if self.config.protocol.references == "random":
-                which = seed_from("reference", self.few_shot.seed, example.id, epoch)
-            choices, label = (example.targets[which % len(example.targets)],), 0
+        answers = self._answers(example)
+        which = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
+        label = example.label if self.config.protocol.loss == "t_few" else 0
         assert label is not None
+        return replace(self._encode(example, answers[which]), label=label)
+
+    def _encode(self, example: Example, choices: tuple[str, ...]) -> TrainRow:
         key = (example.input, choices)
         if key not in self._rows:
             (row,) = self._encoder.rows([example])
             self._rows[key] = TrainRow(row.input_ids, tuple(self._encoder.answers(choices)), 0)
-        found = self._rows[key]
-        return TrainRow(found.input_ids, found.choices, label)
+        return self._rows[key]
 
 
 def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> JobData:

@@ -41,14 +41,10 @@ def check_backbone_jobs(config: AdaptConfig, backbone: BackboneConfig, *, is_sha
             "shards them; leave run.ds_config out, or name a file of stage 0"
         )
     if backbone.dtype != "float32":
-        way_out = "set backbone.dtype: float32"
+        way_out = "backbone.dtype: float32"
         if any(variant.adapter for variant in config.variants.values()):
-            way_out = (
-                "as the adapter says; set backbone_dtype: float32, for all variants of the run"
-            )
-        raise ConfigError(
-            f"{place} trains weights in float32, and the backbone is {backbone.dtype}; {way_out}"
-        )
+            way_out = "backbone_dtype: float32 for all variants (the adapter brings the other one)"
+        raise ConfigError(f"{place} trains weights in float32, not {backbone.dtype}; set {way_out}")
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:

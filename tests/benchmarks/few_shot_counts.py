@@ -1,4 +1,4 @@
-"""What one step does, counted: operations, kernels, flops, bytes, gathers; and what a GPU makes of it.
+"""What one step does, counted: operations, kernels, flops, bytes, gathers; and GPUs to judge it by.
 
 Counting on the meta device needs no memory and no arithmetic, so that steps of T5-XXL are counted
 at their real shapes, in the code that really runs.
@@ -6,13 +6,14 @@ at their real shapes, in the code that really runs.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -77,11 +78,13 @@ class Counts:
 class Counter(TorchDispatchMode):
     """Counts every operation that reaches a kernel library, backward passes included.
 
-    What the host reads from the meta device is answered with zeros and "true".
+    Kernels, flops and bytes are those of `device` alone. What the host reads from the meta device
+    is answered with zeros and "true".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.counts = Counts()
 
     def __torch_dispatch__(
@@ -104,7 +107,9 @@ class Counter(TorchDispatchMode):
         counts.operations += 1
         if func is aten._local_scalar_dense.default or is_read:
             counts.reads_by_host += 1
-        if func.is_view or name in FREE or is_read:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        is_elsewhere = not any(tensor.device.type == self.device for tensor in tensors)
+        if func.is_view or name in FREE or is_read or is_elsewhere:
             return
         launches = 1
         if name.startswith("_foreach"):
@@ -129,7 +134,7 @@ def _host_reads(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if not isinstance(first, Tensor) or first.device.type != "meta":
         return None
     if func is aten._local_scalar_dense.default:
-        return True if first.dtype == torch.bool else 1
+        return True if first.dtype == torch.bool else 0
     if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
         return torch.zeros(first.shape, dtype=kwargs.get("dtype") or first.dtype)
     return None
@@ -145,9 +150,9 @@ def _bytes(values: Any) -> float:
     )
 
 
-def count(step: Callable[[], object]) -> Counts:
+def count(step: Callable[[], object], *, device: str = "cpu") -> Counts:
     """Count one call."""
-    with Counter() as counter:
+    with Counter(device) as counter:
         step()
     return counter.counts
 
@@ -183,8 +188,11 @@ def counted_gathers() -> Iterator[Gathers]:
 
 
 @contextmanager
-def gpu_attention() -> Iterator[None]:
-    """Attention as one kernel forward and one backward, as a GPU has it under a position bias."""
+def like_a_gpu() -> Iterator[None]:
+    """Lets steps run on the meta device with the operations that a GPU would get.
+
+    Attention is one kernel forward and one backward, as under a position bias; autocast is off.
+    """
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
@@ -198,22 +206,10 @@ def gpu_attention() -> Iterator[None]:
         )[0]
         return out
 
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend):
+    with (
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+        mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
+        mock.patch.object(torch, "autocast", return_value=nullcontext()),
+    ):
         yield
-
-
-def gpu_seconds(
-    counts: Counts,
-    chip_number: int,
-    *,
-    weight_bytes: float = 0.0,
-    passes: float = 2.0,
-    link: float = math.inf,
-) -> float:
-    """Seconds of one step: the slowest of launching, computing, and fetching the frozen weights.
-
-    `weight_bytes` cross a link of `link` bytes/s `passes` times: once forward, once backward.
-    """
-    chip = CHIPS[chip_number]
-    launching = counts.kernels * chip.launch_seconds
-    return max(launching, counts.device_seconds[chip_number], passes * weight_bytes / link)

@@ -8,7 +8,7 @@ Jobs of all ways have the same backbone weights, start from the same tensors and
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import (
     AdaptConfig,
     BackboneConfig,
@@ -30,6 +32,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
 from mhr_scale.config.data import JsonlTasks
+from mhr_scale.engine import Engine
 from mhr_scale.jobs.data import TrainRow, round_up
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import start
@@ -42,6 +45,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 #: A protocol's steps: rates are those of its beginning, where every job is alive.
 STEPS = 1000
 CLIP_NORM, LR, ROUTING_LR = 1.0, 1e-3, 1e-2
+CPU = torch.device("cpu")
 LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 #: The collator of the plain loop pads to the batch's longest row, rounded up to this.
 COLLATE_MULTIPLE = 8
@@ -123,7 +127,9 @@ class Rows:
 class Bench:
     """The jobs of one setting and kind: their configuration, rows and tensors at the start."""
 
-    def __init__(self, setting: Setting, kind: Kind, optimizer: str, model: nn.Module) -> None:
+    def __init__(
+        self, setting: Setting, kind: Kind, optimizer: str, sites: tuple[Site, ...]
+    ) -> None:
         self.setting, self.kind = setting, kind
         self.optim = OptimConfig(
             name=optimizer,  # type: ignore[arg-type]
@@ -140,7 +146,7 @@ class Bench:
             optim=self.optim,
             run=AdaptRunConfig(folder="."),
         )
-        self.sites = find_sites(model, "full")
+        self.sites = sites
         self.rows = cache(lambda number: Rows.draw(setting, number))
         self.start = cache(self._start)
 
@@ -169,6 +175,45 @@ def make_source(sites: tuple[Site, ...]) -> Adapter:
     return source
 
 
+@dataclass(frozen=True, slots=True)
+class Hall:
+    """A loaded, frozen backbone with linears for our adapters, and the engine that placed it."""
+
+    engine: Engine
+    model: Any
+    linears: Mapping[str, AdaptedLinear]
+    sites: tuple[Site, ...]
+
+    @classmethod
+    def build(cls, setting: Setting, engine: Engine) -> "Hall":
+        """Build and place the backbone of a setting as `adapt` does. Collective."""
+        config = setting.backbone()
+        blueprint = backbone.read_blueprint(config)
+        with torch.device("meta"):
+            sites = find_sites(backbone.make_model(blueprint), "full")
+        model = engine.build(config, blueprint)
+        linears = wrap(model, sites)
+        return cls(engine, engine.prepare(model, config, always_backward=True), linears, sites)
+
+    def waves(self, bench: Bench, *, size: int, turn: Callable[[], None] = lambda: None) -> "Waves":
+        """Waves over this backbone; `turn` is called before each step."""
+        return Waves(
+            bench,
+            self.model,
+            self.linears,
+            size=size,
+            device=self.engine.device,
+            turn=turn,
+            after_backward=self.engine.after_backward,
+        )
+
+
+def build_bare(setting: Setting, engine: Engine) -> Any:
+    """The same backbone without our linears."""
+    config = setting.backbone()
+    return engine.build(config, backbone.read_blueprint(config))
+
+
 class Waves:
     """Our own code: waves of `size` jobs over one backbone."""
 
@@ -179,12 +224,13 @@ class Waves:
         linears: Mapping[str, AdaptedLinear],
         *,
         size: int,
-        device: str = "cpu",
+        device: torch.device,
         turn: Callable[[], None] = lambda: None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
+        self.name = f"waves of {size}" if size > 1 else "one by one"
         self.bench, self.model, self.linears, self.size = bench, model, linears, size
-        self.device, self.turn, self.after_backward = torch.device(device), turn, after_backward
+        self.device, self.turn, self.after_backward = device, turn, after_backward
 
     def open(self, numbers: Sequence[int]) -> Wave:
         """A wave of these jobs at their start, bound to the model."""
@@ -204,9 +250,7 @@ class Waves:
         """One step of all jobs of a wave; returns their losses."""
         self.turn()
         self.model.train()
-        values = wave.train_step(
-            self.model, device=self.device, after_backward=self.after_backward
-        )
+        values = wave.train_step(self.model, device=self.device, after_backward=self.after_backward)
         return values.values["loss"]
 
     def close(self, wave: Wave) -> None:
@@ -228,7 +272,7 @@ class PeftLoop:
     """PEFT and a plain training loop: one adapter per job, on the same loaded backbone.
 
     `lora`: one low-rank pair per linear; `poly`: the inventory, mixed by PEFT's Poly.
-    `many_tensors` asks torch for the optimizer and clipping kernels that it takes on a GPU.
+    `many_tensors` asks torch for the AdamW that it takes on a GPU.
     """
 
     size: ClassVar[int] = 1
@@ -239,11 +283,12 @@ class PeftLoop:
         model: Any,
         *,
         method: Literal["lora", "poly"],
-        device: str = "cpu",
+        device: torch.device = CPU,
         many_tensors: bool | None = None,
     ) -> None:
+        self.name = {"lora": "PEFT LoRA", "poly": "PEFT Poly"}[method]
         self.bench, self.model, self.method = bench, model, method
-        self.device, self.many_tensors = torch.device(device), many_tensors
+        self.device, self.many_tensors = device, many_tensors
 
     def open(self, numbers: Sequence[int]) -> PeftJob:
         """A new adapter in the backbone, with the job's tensors, and its optimizer."""
@@ -319,7 +364,7 @@ class PeftLoop:
             batch["task_ids"] = torch.zeros(len(batch["labels"]), dtype=torch.long).to(self.device)
         loss = job.model(**batch, use_cache=False).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(job.trained, CLIP_NORM, foreach=self.many_tensors)
+        nn.utils.clip_grad_norm_(job.trained, CLIP_NORM)
         job.optimizer.step()
         job.scheduler.step()
         job.optimizer.zero_grad()
@@ -346,8 +391,3 @@ def collate(rows: Sequence[TrainRow], device: torch.device) -> dict[str, Tensor]
         "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0).to(device),
         "labels": padded([row.choices[0] for row in rows], -100).to(device),
     }
-
-
-def without_batch(setting: Setting) -> Setting:
-    """The setting's backbone alone: settings that differ in their batches share it."""
-    return replace(setting, rows=0, tokens=0)

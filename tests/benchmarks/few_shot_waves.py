@@ -1,0 +1,321 @@
+"""Few-shot jobs in waves, against one after another and against PEFT with a plain loop.
+
+python tests/benchmarks/few_shot_waves.py [--json FILE] [--quick]
+    24 jobs as waves of 24 and of 8, one by one in our own loop, and one by one with stock PEFT
+DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tests/benchmarks/few_shot_waves.py --placement zero3
+    waves of 8 against one by one over a sharded (zero3_offload: offloaded) backbone
+python tests/benchmarks/few_shot_waves.py --model-gpu
+    what a GPU would give, from operations and bytes counted at the real shapes of T5
+
+All ways take turns, in an order that is reversed every other time; times are medians over the
+turns and ratios medians over the ratios of a turn. Opening a job and its first step, which makes
+the optimizer's state, are not timed.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from few_shot_counts import count, counted_gathers
+from few_shot_gpu import SHAPES, estimates
+from few_shot_ways import (
+    KINDS,
+    OPTIMIZERS,
+    Bench,
+    Hall,
+    PeftLoop,
+    Setting,
+    Waves,
+    build_bare,
+)
+
+from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.jobs.lockstep import KINDS as PASSES
+from mhr_scale.jobs.lockstep import Lockstep
+from mhr_scale.runlog import Progress, rank, start_logging
+
+SETTINGS = {
+    "d64-2x16": Setting(d_model=64, layers=2, rows=2, tokens=16),
+    "d64-8x16": Setting(d_model=64, layers=2, rows=8, tokens=16),
+    "d64-8x48": Setting(d_model=64, layers=2, rows=8, tokens=48),
+    "d128-8x32": Setting(d_model=128, layers=4, rows=8, tokens=32),
+    "d256-8x64": Setting(d_model=256, layers=4, rows=8, tokens=64),
+    "t5-small": Setting(
+        d_model=512, d_ff=1024, heads=8, layers=6, rows=8, tokens=32, vocabulary=32128
+    ),
+}
+PLACEMENTS = {
+    "replicated": "ds_configs/replicated.json",
+    "zero3": "ds_configs/cpu.json",
+    "zero3_offload": "ds_configs/zero3_offload.json",
+}
+N_JOBS = 24
+#: Wave sizes that are compared with one by one.
+SIZES = (24, 8)
+#: Steps in which DeepSpeed learns the order of the modules, before it gathers ahead.
+TRACED_STEPS = 4
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run one of the three comparisons, print its table, and return its rows."""
+    args = parse(arguments)
+    start_logging()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|bitsandbytes)\b")
+    if args.model_gpu:
+        shapes = args.shapes[:1] if args.quick else args.shapes
+        rows = estimates(shapes, tokens=args.tokens[:1] if args.quick else args.tokens)
+        printed = to_markdown(rows, skip=("counts",))
+    else:
+        rows = compare_placed(args) if args.placement else compare_all(args)
+        extra = ("gathers", "gathered_mib") if args.placement else ("operations", "kernels")
+        printed = "\n".join(pivot(rows, what) for what in ("ms", "faster", *extra))
+    if rank() == 0:
+        print(printed)
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options; `--quick` shortens whatever was not given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--settings", nargs="+", choices=SETTINGS, help="backbones and batches (all)")
+    add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="what a job trains (all)")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"], help="(adamw)")
+    add("--jobs", type=int, help="jobs in all (24), under --placement on each rank (8)")
+    add("--steps", type=int, default=2, help="timed steps of each job in a turn (2)")
+    add("--turns", type=int, help="turns (7)")
+    add("--threads", type=int, default=1, help="threads of one process (1)")
+    add("--placement", choices=PLACEMENTS, help="compare over a backbone placed by DeepSpeed")
+    add("--ds-config", help="another DeepSpeed file for --placement")
+    add("--model-gpu", action="store_true", help="estimate a GPU's times from counted numbers")
+    add("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="of --model-gpu (all)")
+    add("--tokens", nargs="+", type=int, default=[32, 256], help="of --model-gpu (32 256)")
+    add("--json", help="write the rows to this file too")
+    add("--quick", action="store_true", help="the smallest of everything: does it run at all?")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.settings = args.settings or (["d64-2x16"] if args.quick else [*SETTINGS])
+    args.turns = args.turns or (1 if args.quick else 7)
+    args.jobs = args.jobs or (2 if args.quick else 8 if args.placement else N_JOBS)
+    return args
+
+
+# -- one process -----------------------------------------------------------------------------------
+
+
+def compare_all(args: argparse.Namespace) -> list[Row]:
+    """Compare all ways for all settings and optimizers."""
+    torch.set_num_threads(args.threads)
+    n_pairs = len(args.settings) * len(args.optimizers)
+    n_ways = sum(len(SIZES) + 2 + (kind == "full") for kind in args.kinds)
+    progress = Progress(n_pairs * n_ways * (args.turns + 1), start=0, what="few-shot", unit="run")
+    rows = []
+    for name in args.settings:
+        engine = Engine(read_ds_config(None), timeout_seconds=600)
+        ours = Hall.build(SETTINGS[name], engine)
+        bare = build_bare(SETTINGS[name], engine)
+        for optimizer in args.optimizers:
+            rows += compare(args, name, optimizer, ours, bare, progress)
+    progress.close()
+    return rows
+
+
+def compare(
+    args: argparse.Namespace, name: str, optimizer: str, ours: Hall, bare: Any, progress: Progress
+) -> list[Row]:
+    """Compare all ways and kinds for one setting and optimizer, in turn."""
+    ways: dict[tuple[str, str], Waves | PeftLoop] = {}
+    for kind in args.kinds:
+        bench = Bench(SETTINGS[name], kind, optimizer, ours.sites)
+        sizes = sorted({min(size, args.jobs) for size in SIZES} | {1}, reverse=True)
+        made: list[Waves | PeftLoop] = [ours.waves(bench, size=size) for size in sizes]
+        made.append(PeftLoop(bench, bare, method="lora"))
+        if kind != "average":
+            made.append(PeftLoop(bench, bare, method="poly"))
+        ways |= {(kind, way.name): way for way in made}
+    counts = {}
+    for key, way in ways.items():
+        counts[key] = counted(way)
+        progress.advance(f"{name} {optimizer} {key}: counted")
+    check_losses({key: found["loss"] for key, found in counts.items()})
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
+    for turn in range(args.turns):
+        for key in [*ways][:: -1 if turn % 2 else 1]:
+            seconds = timed(ways[key], range(args.jobs), args.steps, clock=time.process_time)
+            times[key].append(seconds)
+            progress.advance(f"{name} {optimizer} {key[0]}, {key[1]}")
+    rows = []
+    for (kind, way), seconds in times.items():
+        head = {"setting": SETTINGS[name].name, "optimizer": optimizer, "kind": kind, "way": way}
+        rows.append(head | figures(kind, seconds, times) | counts[kind, way])
+    return rows
+
+
+def timed(
+    way: Waves | PeftLoop, numbers: Sequence[int], steps: int, *, clock: Callable[[], float]
+) -> float:
+    """Seconds per job-step of training some jobs, `way.size` at a time, for so many steps each."""
+    total = 0.0
+    gc.collect()
+    for at in range(0, len(numbers), way.size):
+        handle = way.open(numbers[at : at + way.size])
+        way.step(handle)
+        begun = clock()
+        for _ in range(steps):
+            way.step(handle)
+        total += clock() - begun
+        way.close(handle)
+    return total / (len(numbers) * steps)
+
+
+def counted(way: Waves | PeftLoop) -> Row:
+    """Operations and kernels per job-step, and the first job's first loss."""
+    handle = way.open(range(way.size))
+    loss = way.step(handle)[0]
+    found = count(lambda: way.step(handle))
+    way.close(handle)
+    return {**found.per(way.size), "loss": loss}
+
+
+def check_losses(losses: Mapping[tuple[str, str], float]) -> None:
+    """All ways train the same job; PEFT's Poly draws noise and stays close only."""
+    expected = next(iter(losses.values()))
+    for (kind, way), loss in losses.items():
+        tolerance = 1e-2 if way == "PEFT Poly" else 1e-4
+        assert abs(loss / expected - 1.0) < tolerance, (kind, way, loss, expected)
+
+
+def figures(
+    kind: str, seconds: Sequence[float], times: Mapping[tuple[str, str], Sequence[float]]
+) -> Row:
+    """Median milliseconds, and how many times as long each other way of the same kind takes."""
+    longer = {
+        other: statistics.median(b / a for a, b in zip(seconds, theirs, strict=True))
+        for (other_kind, other), theirs in times.items()
+        if other_kind == kind and theirs is not seconds
+    }
+    return {
+        "ms": 1000 * statistics.median(seconds),
+        "faster": longer,
+        "all_ms": [1000 * value for value in seconds],
+    }
+
+
+# -- ranks over a placed backbone ------------------------------------------------------------------
+
+
+def compare_placed(args: argparse.Namespace) -> list[Row]:
+    """Compare waves with one by one over a backbone that DeepSpeed carries. Collective."""
+    engine = Engine(
+        read_ds_config(args.ds_config or PLACEMENTS[args.placement]), timeout_seconds=600
+    )
+    lockstep = Lockstep(engine, dict.fromkeys(PASSES, lambda: None))
+    n_runs = len(args.settings) * len(args.optimizers) * len(args.kinds) * 2 * args.turns
+    progress = Progress(n_runs, start=0, what=args.placement, unit="run")
+    rows = []
+    try:
+        for name in args.settings:
+            hall = Hall.build(SETTINGS[name], engine)
+            for optimizer in args.optimizers:
+                for kind in args.kinds:
+                    bench = Bench(SETTINGS[name], kind, optimizer, hall.sites)
+                    ways = [
+                        hall.waves(bench, size=size, turn=lambda: lockstep.turn("train"))
+                        for size in (args.jobs, 1)
+                    ]
+                    rows += placed(args, engine, ways, progress)
+    finally:
+        progress.close()
+        engine.close()
+    return rows
+
+
+def placed(
+    args: argparse.Namespace, engine: Engine, ways: Sequence[Waves], progress: Progress
+) -> list[Row]:
+    """Rows of two ways that take turns; a turn takes as long as its slowest rank. Collective."""
+    bench = ways[0].bench
+    mine = range(engine.rank * args.jobs, (engine.rank + 1) * args.jobs)
+    times: dict[tuple[str, str], list[float]] = {(bench.kind, way.name): [] for way in ways}
+    gathered = {}
+    timed(ways[0], mine, TRACED_STEPS, clock=time.perf_counter)
+    for turn in range(args.turns):
+        for way in ways[:: -1 if turn % 2 else 1]:
+            engine.gather_barrier()
+            with counted_gathers() as gathers:
+                seconds = timed(way, mine, args.steps, clock=time.perf_counter)
+            times[bench.kind, way.name].append(max(engine.gather_objects(seconds)))
+            progress.advance(f"{bench.setting.name} {bench.kind} {way.name}")
+            # the untimed first step of every wave gathers like the others
+            n_steps = args.jobs * (args.steps + 1)
+            gathered[way.name] = {
+                "gathers": gathers.calls / n_steps,
+                "gathered_mib": gathers.bytes_gathered / n_steps / 2**20,
+            }
+    return [
+        {
+            "setting": bench.setting.name,
+            "optimizer": bench.optim.name,
+            "kind": kind,
+            "placement": args.placement,
+            "ranks": engine.world_size,
+            "way": way,
+            **figures(kind, seconds, times),
+            **gathered[way],
+        }
+        for (kind, way), seconds in times.items()
+    ]
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def pivot(rows: Sequence[Row], what: str) -> str:
+    """One number of every way side by side, or under `faster` how much the first way gains."""
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = (row["setting"], row["optimizer"], row["kind"])
+        line = lines.setdefault(key, dict(zip(("setting", "optimizer", "kind"), key, strict=True)))
+        if what != "faster":
+            line[row["way"]] = row[what]
+        elif row["way"].startswith("waves"):
+            line |= {f"{other} / {row['way']}": x for other, x in row["faster"].items()}
+    titles = {
+        "ms": "milliseconds per job-step",
+        "faster": "times as long per job-step (median of paired ratios)",
+        "gathered_mib": "MiB gathered per job-step, on each rank",
+    }
+    title = titles.get(what, f"{what} per job-step")
+    return f"\n{title}\n\n{to_markdown([*lines.values()])}"
+
+
+def to_markdown(rows: Sequence[Row], *, skip: Sequence[str] = ()) -> str:
+    """A table of rows that need not have all columns."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row)]
+    columns = [name for name in columns if name not in skip]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[to_text(row.get(name, "")) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def to_text(value: Any) -> str:
+    """A cell: three significant digits, no decimals from 100 on."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Few-shot jobs through the launchers: however they are batched and spread, the same bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import read_metrics, run, succeed
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+VARIANTS = "MHR", "MHR-z", "MHR-mu", "MHR-mu-all", "LoRA", "IA3"
+#: Random weights, four layers in all; toy tasks in bytes: inputs and answers of many lengths.
+BACKBONE = (
+    "backbone={config: {d_model: 32, d_ff: 64, d_kv: 16, num_heads: 2, num_layers: 2, "
+    "vocab_size: 384, feed_forward_proj: gated-gelu, tie_word_embeddings: false}, dtype: float32}"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An inventory that has been trained for some steps."""
+    folder = tmp_path_factory.mktemp("source") / "mhr"
+    succeed(
+        "launch/pretrain.py",
+        "launch/recipes/toy.yaml",
+        BACKBONE,
+        f"run.folder={folder}",
+        "tasks.n_tasks=8",
+        "tasks.train_examples=20",
+        "tasks.validation_examples=0",
+        "schedule.steps=10",
+        "batch.batch_size=16",
+        "batch.micro_batch_size=16",
+    )
+    return folder
+
+
+def settings(source: Path, folder: Path) -> list[str]:
+    variants = (
+        f"variants={{MHR: {{adapter: {source}}}, MHR-z: {{adapter: {source}, kind: routing}}, "
+        f"MHR-mu: {{adapter: {source}, kind: average, steps: 35}}, "
+        f"MHR-mu-all: {{adapter: {source}, kind: average, trainable: inventory}}, "
+        "LoRA: {fresh: {n_skills: 1, rank: 2}}, "
+        "IA3: {fresh: {kind: ia3, layout: light, n_skills: 1}, lr: 0.01}}"
+    )
+    return [
+        "launch/recipes/toy_adapt.yaml",
+        variants,
+        "shots={seeds: [0], count: 12}",
+        "protocol={steps: 50, batch_size: 4, loss: t_few, max_input_tokens: 32}",
+        "optim={name: adafactor, lr: 3.0e-3, scale_parameter: true}",
+        "selection={on: test, every_epochs: 4, patience: 2}",
+        "scoring={metric: accuracy, examples: 6}",
+        f"run.folder={folder}",
+        "run.log_every=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every job by itself, one after the other."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    succeed("launch/adapt.py", *settings(source, folder), "waves.size=1")
+    return folder
+
+
+def jobs(folder: Path) -> dict[str, Path]:
+    found = {str(p.parent.relative_to(folder)): p.parent for p in folder.rglob("result.json")}
+    assert {path.name for path in found.values()} == set(VARIANTS)
+    assert len(found) == 10 * len(VARIANTS)
+    return found
+
+
+def scores(job: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (job / "scores.jsonl").read_text().splitlines()]
+    return {line["id"]: line["choice_scores"] for line in lines}
+
+
+def check_same(folder: Path, alone: Path) -> None:
+    """Adapters, losses and evaluations of all jobs agree, bit for bit.
+
+    Choice scores are sums over batches that jobs share, and agree up to rounding.
+    """
+    for name, job in jobs(folder).items():
+        other = alone / name
+        mine, theirs = (load_file(at / "adapter" / "adapter.safetensors") for at in (job, other))
+        assert all(mine[key].equal(theirs[key]) for key in mine.keys() | theirs.keys()), name
+        assert read_metrics(job) == read_metrics(other), name
+        assert (job / "result.json").read_text() == (other / "result.json").read_text(), name
+        expected = scores(other)
+        assert scores(job).keys() == expected.keys()
+        for identity, found in scores(job).items():
+            assert found == pytest.approx(expected[identity], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "placement", "size"),
+    [(0, "null", 10), (2, "null", 4), (2, "ds_configs/cpu.json", 3)],
+    ids=["waves-of-10", "two-replicated-ranks", "two-sharded-ranks"],
+)
+def test_jobs_in_waves_equal_separate_runs(
+    source: Path, alone: Path, tmp_path: Path, ranks: int, placement: str, size: int
+) -> None:
+    options = [f"waves.size={size}", f"run.ds_config={placement}"]
+    printed = succeed("launch/adapt.py", *settings(source, tmp_path), *options, ranks=ranks)
+    check_same(tmp_path, alone)
+    assert all(name in printed for name in VARIANTS)
+
+
+def test_jobs_stop_at_steps_of_their_own(alone: Path) -> None:
+    steps = {json.loads((job / "result.json").read_text())["steps"] for job in jobs(alone).values()}
+    assert len(steps) > 3
+
+
+def test_an_interrupted_run_goes_on_with_other_ranks_and_waves(
+    source: Path, alone: Path, tmp_path: Path
+) -> None:
+    options = ["waves.save_every=7", "run.ds_config=ds_configs/cpu.json", "waves.size=10"]
+    programme = "tests/distributed/programs/adapt_killed.py"
+    result = run(programme, "23", *settings(source, tmp_path), *options, ranks=2)
+    assert result.returncode != 0
+    assert any(tmp_path.rglob("steps/*/DONE"))
+    succeed("launch/adapt.py", *settings(source, tmp_path), "waves.size=4", "waves.save_every=7")
+    check_same(tmp_path, alone)

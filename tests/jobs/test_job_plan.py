@@ -1,0 +1,281 @@
+"""Which jobs share a wave, how many, and on which rank."""
+
+import random
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhr_scale.jobs.job import Job, as_folder
+from mhr_scale.jobs.plan import (
+    LARGEST,
+    Outlook,
+    Planned,
+    Shape,
+    deal,
+    job_bytes,
+    plan_waves,
+    wave_size,
+)
+
+few = settings(max_examples=100, deadline=None)
+
+
+def outlook(number: int, variant: str = "MHR", **changes) -> Outlook:
+    one = Outlook(
+        job=Job(task=f"task{number:02}", seed=0, variant=variant),
+        step=0,
+        steps=100,
+        batch_size=8,
+        width=64,
+        depth=16,
+    )
+    return replace(one, **changes)
+
+
+@st.composite
+def outlooks(draw) -> list[Outlook]:
+    """Jobs of a few variants, shapes and saved steps, each job once."""
+    keys = draw(
+        st.lists(st.tuples(st.integers(0, 9), st.sampled_from("ab")), unique=True, max_size=20)
+    )
+    return [
+        outlook(
+            number,
+            variant,
+            step=draw(st.sampled_from([0, 50])),
+            steps=100 if variant == "a" else 60,
+            batch_size=draw(st.sampled_from([4, 8])),
+            width=draw(st.sampled_from([32, 64])),
+            depth=draw(st.sampled_from([8, 16])),
+            scored_tokens=draw(st.integers(0, 10**5)),
+        )
+        for number, variant in keys
+    ]
+
+
+sizes = st.integers(1, 8)
+ranks = st.integers(1, 5)
+
+
+def kind(one: Outlook) -> tuple[object, ...]:
+    return (one.job.variant, one.step, one.batch_size, one.width, one.depth)
+
+
+# --- waves
+
+
+@few
+@given(outlooks(), sizes, ranks)
+def test_every_job_is_in_one_wave_of_one_rank(jobs, size, world_size):
+    dealt = deal(plan_waves(jobs, size=size, world_size=world_size), world_size)
+    assert len(dealt) == world_size
+    found = [one.job for waves in dealt for wave in waves for one in wave.jobs]
+    assert sorted(found) == sorted(one.job for one in jobs)
+
+
+@few
+@given(outlooks(), sizes, ranks)
+def test_jobs_of_a_wave_share_variant_saved_step_and_batch_shape(jobs, size, world_size):
+    for wave in plan_waves(jobs, size=size, world_size=world_size):
+        assert len({kind(one) for one in wave.jobs}) == 1
+        assert (wave.variant, wave.step) == kind(wave.jobs[0])[:2]
+
+
+@few
+@given(outlooks(), sizes, ranks)
+def test_waves_are_as_few_as_their_size_allows_and_no_larger_than_a_rank_s_share(
+    jobs, size, world_size
+):
+    waves = plan_waves(jobs, size=size, world_size=world_size)
+    largest = max(1, min(size, -(-len(jobs) // world_size)))
+    for group in {kind(one) for one in jobs}:
+        lengths = [len(wave.jobs) for wave in waves if kind(wave.jobs[0]) == group]
+        n_waves = -(-sum(lengths) // largest)
+        assert len(lengths) == n_waves
+        assert max(lengths) == -(-sum(lengths) // n_waves)
+
+
+@few
+@given(outlooks(), sizes, ranks, st.randoms())
+def test_the_plan_depends_on_the_set_of_jobs_alone(jobs, size, world_size, shuffler):
+    shuffled = shuffler.sample(jobs, len(jobs))
+    plan, again = (plan_waves(o, size=size, world_size=world_size) for o in (jobs, shuffled))
+    assert plan == again
+    assert deal(plan, world_size) == deal(shuffler.sample(plan, len(plan)), world_size)
+
+
+@few
+@given(outlooks(), sizes, ranks)
+def test_jobs_of_some_variants_can_be_kept_apart(jobs, size, world_size):
+    waves = plan_waves(jobs, size=size, world_size=world_size, alone=["a"])
+    others = plan_waves(
+        [one for one in jobs if one.job.variant == "b"], size=size, world_size=world_size
+    )
+    assert all(len(wave.jobs) == 1 for wave in waves if wave.variant == "a")
+    if not any(one.job.variant == "a" for one in jobs):
+        assert waves == others
+
+
+def test_waves_are_cut_evenly_rather_than_full():
+    waves = plan_waves([outlook(n) for n in range(9)], size=8, world_size=1)
+    assert [len(wave.jobs) for wave in waves] == [5, 4]
+
+
+def test_waves_are_small_enough_to_go_round():
+    jobs = [outlook(n) for n in range(8)]
+    assert [len(wave.jobs) for wave in plan_waves(jobs, size=8, world_size=4)] == [2, 2, 2, 2]
+
+
+def test_more_ranks_than_jobs_leave_some_without_any():
+    dealt = deal(plan_waves([outlook(n) for n in range(3)], size=8, world_size=5), 5)
+    assert sorted(len(waves) for waves in dealt) == [0, 0, 1, 1, 1]
+
+
+def test_no_job_makes_no_wave():
+    assert plan_waves([], size=8, world_size=2) == []
+    assert deal([], 2) == [[], []]
+
+
+def test_jobs_that_end_together_share_a_wave():
+    jobs = [outlook(n, steps=300 if n % 2 else 100) for n in range(8)]
+    waves = plan_waves(jobs, size=4, world_size=1)
+    assert [{one.steps for one in wave.jobs} for wave in waves] == [{100}, {300}]
+
+
+# --- ranks
+
+
+@few
+@given(outlooks(), sizes, ranks)
+def test_no_rank_has_more_to_do_than_its_share_and_part_of_a_wave(jobs, size, world_size):
+    waves = plan_waves(jobs, size=size, world_size=world_size)
+    loads = [sum(wave.cost for wave in mine) for mine in deal(waves, world_size)]
+    dearest = max((wave.cost for wave in waves), default=0.0)
+    assert max(loads) <= sum(loads) / world_size + dearest * (1 - 1 / world_size) + 1e-6
+
+
+def test_a_dear_wave_has_a_rank_to_itself_where_the_others_are_cheap():
+    jobs = [outlook(0, steps=1000), *(outlook(n, steps=100) for n in range(1, 6))]
+    waves = plan_waves(jobs, size=1, world_size=2)
+    alone, rest = sorted(deal(waves, 2), key=len)
+    assert [one.job.task for wave in alone for one in wave.jobs] == ["task00"]
+    assert len(rest) == 5
+
+
+def test_what_a_job_has_done_costs_nothing_more():
+    whole, half, scored = outlook(0), outlook(0, step=50), outlook(0, scored_tokens=10**4)
+    assert half.cost == whole.cost / 2
+    assert scored.cost == whole.cost + 10**4
+
+
+# --- memory
+
+XL = Shape(
+    d_model=2048,
+    d_ff=5120,
+    inner=2048,
+    n_heads=32,
+    encoder_layers=24,
+    decoder_layers=24,
+    vocabulary=32128,
+    bytes_per_number=2,
+    is_recomputed=False,
+)
+
+
+def needed(shape: Shape = XL, *, trained: int = 10**6, adafactor: bool = True, **changes) -> float:
+    return job_bytes(shape, outlook(0, **changes), trained=trained, adafactor=adafactor)
+
+
+@few
+@given(
+    st.integers(1, 16),
+    st.integers(8, 512),
+    st.integers(8, 256),
+    st.integers(0, 10**8),
+    st.sampled_from(["batch_size", "width", "depth", "trained"]),
+    st.integers(1, 100),
+)
+def test_more_of_anything_takes_more_memory(batch_size, width, depth, trained, what, by):
+    small = {"batch_size": batch_size, "width": width, "depth": depth, "trained": trained}
+    assert needed(**{**small, what: small[what] + by}) > needed(**small) > 0
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["d_model", "d_ff", "inner", "n_heads", "encoder_layers", "decoder_layers", "vocabulary"],
+)
+def test_a_larger_backbone_takes_more_memory(size):
+    assert needed(replace(XL, **{size: 2 * getattr(XL, size)})) > needed()
+
+
+def test_float32_recomputing_and_the_optimizer_count():
+    assert needed(replace(XL, bytes_per_number=4)) > needed()
+    assert needed(replace(XL, is_recomputed=True)) < needed() / 4
+    assert needed(adafactor=False) == needed() + 2 * 4 * 10**6
+
+
+def test_a_job_of_the_paper_takes_a_few_gigabytes():
+    """8 rows of 256 + 3 x 8 tokens over T5-XL: between the states of its blocks and ten times."""
+    states = 8 * (24 * 256 + 24 * 24) * 2048 * 2
+    assert 2 * states < needed(batch_size=8, width=256, depth=24) < 50e9
+
+
+@few
+@given(st.floats(0, 1e12), st.floats(1, 1e12), st.floats(1, 10))
+def test_a_wave_has_from_one_job_to_the_largest_number(free, dearest, factor):
+    size = wave_size(free, dearest)
+    assert 1 <= size <= LARGEST
+    assert wave_size(free * factor, dearest) >= size >= wave_size(free, dearest * factor)
+    assert size == 1 or Fraction(size) * Fraction(dearest) <= Fraction(free)
+
+
+def test_some_of_the_free_memory_is_left_alone():
+    assert wave_size(100.0, 10.0) == 8
+
+
+# --- folders
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("copy.mirror.after", "copy.mirror.after"),
+        ("super_glue/rte", "super_glue%2Frte"),
+        ("MHR (16)", "MHR (16)"),
+        ("..", "%2E%2E"),
+        (" ", "%20"),
+        ("mü:*?", "m%C3%BC%3A%2A%3F"),
+    ],
+)
+def test_any_name_is_one_folder(text, folder, tmp_path):
+    assert as_folder(text) == folder
+    (tmp_path / "jobs" / folder).mkdir(parents=True)
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [folder]
+
+
+@few
+@given(st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=2, unique=True))
+def test_other_names_are_other_folders(names):
+    first, second = (as_folder(name) for name in names)
+    assert first != second
+    assert "/" not in first
+
+
+def test_a_wave_costs_what_its_jobs_cost():
+    jobs = (outlook(0), outlook(1, scored_tokens=7))
+    assert Planned(jobs).cost == jobs[0].cost + jobs[1].cost
+
+
+def test_the_order_of_equal_waves_is_that_of_their_jobs():
+    waves = [Planned((outlook(n),)) for n in range(6)]
+    random.Random(0).shuffle(waves)
+    dealt = deal(waves, 3)
+    assert [[wave.jobs[0].job.task for wave in mine] for mine in dealt] == [
+        ["task00", "task03"],
+        ["task01", "task04"],
+        ["task02", "task05"],
+    ]
