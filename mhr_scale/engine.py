@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mhr_scale import backbone
+from mhr_scale import backbone, quantise
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import EngineError, did_you_mean
@@ -196,6 +197,7 @@ class Engine:
         """
         dtype = getattr(torch, config.dtype)
         if self.is_sharded:
+            assert config.quantise == "none", "quantise.check comes first"
             deepspeed = _import_deepspeed()
             ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
             with deepspeed.zero.Init(config_dict_or_path=ds_config):
@@ -203,21 +205,24 @@ class Engine:
         else:
             with torch.device("meta"):
                 model = backbone.make_model(blueprint).to(dtype)
-            model = model.to_empty(device=self.device)
+            quantise.allocate(model, config.quantise, self.device)
             backbone.tie(model, blueprint)
             model.requires_grad_(False)
-        self._fill(model, blueprint)
+        self._fill(model, blueprint, config.quantise)
         backbone.set_dropout(model, config.dropout)
         backbone.set_recompute(model, config.recompute)
         return model
 
     @torch.no_grad()
-    def _fill(self, model: nn.Module, blueprint: Blueprint) -> None:
+    def _fill(self, model: nn.Module, blueprint: Blueprint, kind: str) -> None:
         source = blueprint.source
         for name, parameter in backbone.plan_copies(model, source).items():
             if not self.is_sharded:
-                whole = source.read(name, 0, parameter.numel())
-                parameter.data.copy_(whole.reshape(parameter.shape))
+                whole = source.read(name, 0, parameter.numel()).reshape(parameter.shape)
+                if parameter.is_meta:
+                    quantise.put(model, name, whole.to(parameter.dtype), kind, self.device)
+                else:
+                    parameter.data.copy_(whole)
                 continue
             shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
             total: int = parameter.ds_numel  # type: ignore[attr-defined]
@@ -279,8 +284,8 @@ class Engine:
         """Memory that this process may still fill: of its GPU, or its share of the host's."""
         if self.device.type == "cuda":
             return float(torch.cuda.mem_get_info(self.device)[0])
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return pages / int(os.environ.get("LOCAL_SIZE", self.world_size))
+        here = psutil.virtual_memory().available
+        return here / int(os.environ.get("LOCAL_SIZE", self.world_size))
 
     def resident_numel(self, model: nn.Module) -> int:
         """Elements of frozen weights that are whole on this rank at this moment."""

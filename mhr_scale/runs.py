@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from mhr_scale import backbone, checkpoint
+from mhr_scale import backbone, checkpoint, quantise
 from mhr_scale.adapters import Adapter, attach, find_sites
 from mhr_scale.adapters.layout import check_splits
 from mhr_scale.adapters.state import Card, check_backbone, load_tensors, named_tensors
@@ -59,6 +59,7 @@ def prepare(
     config.batch.accumulation(world_size())
     check_folder(config)
     blueprint = backbone.read_blueprint(config.backbone)
+    check_quantise(config.backbone, blueprint, ds_content, config.run.ds_config)
     check_adapter(blueprint, config.adapter)
     tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
     tokens = open_tokens(config.tasks, tokenizer, config.batch, cache=config.run.token_cache)
@@ -86,16 +87,27 @@ def prepare(
                 rank=engine.rank,
                 world_size=engine.world_size,
             ),
-            backbone_facts={
-                **blueprint.facts,
-                "dtype": config.backbone.dtype,
-                "tokenizer": config.backbone.tokenizer,
-            },
+            backbone_facts=backbone_facts(config.backbone, blueprint),
             save_steps=save_steps,
         )
     except BaseException:
         engine.close()
         raise
+
+
+def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
+    """What an adapter's card says of the backbone it was trained on."""
+    settings = {name: getattr(config, name) for name in ("dtype", "quantise", "tokenizer")}
+    return {**blueprint.facts, **settings}
+
+
+def check_quantise(
+    config: BackboneConfig, blueprint: Blueprint, ds_content: dict[str, Any], ds_file: str | None
+) -> None:
+    """Raise `EngineError` or `BackboneError` if the backbone cannot be quantised where it lies."""
+    is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
+    sharding = ds_file if is_sharded else None
+    quantise.check(config, blueprint.model_config, ds_config=sharding)
 
 
 def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfig:

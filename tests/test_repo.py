@@ -78,11 +78,15 @@ def test_the_commands_of_the_readme_run(
     shorter: tuple[str, ...] = SHORT
     if script == "launch/average.py":
         shorter = (f"source={toy_run}", "steps=[0, 2]")
+    if script == "launch/adapt.py":
+        sources = f"variants={{MHR: {{adapter: {toy_run}}}}}"
+        shorter = (sources, "protocol.steps=2", "shots.seeds=[0]", "scoring.examples=1")
     if script == "launch/evaluate.py":
         shorter = (f"adapter={toy_run}", "tasks.n_tasks=60", "scoring.examples=1")
     result = run(script, *arguments, f"run.folder={tmp_path / 'run'}", *shorter, ranks=ranks)
     assert result.returncode == 0, result.stdout[-3000:]
-    written = {"launch/data.py": None, "launch/evaluate.py": "summary.json"}
+    written = {"launch/data.py": None}
+    written |= dict.fromkeys(("launch/evaluate.py", "launch/adapt.py"), "summary.json")
     expected = written.get(script, "adapter/adapter.safetensors")
     assert expected is None or (tmp_path / "run" / expected).is_file()
 

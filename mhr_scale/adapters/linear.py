@@ -111,10 +111,13 @@ class AdaptedLinear(nn.Module):
 
     slots: LowRankSlots | ScalingSlots | None
 
-    def __init__(self, base: nn.Module, name: str) -> None:
+    def __init__(
+        self, base: nn.Module, name: str, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.base = base
         self.name = name
+        self._dtype = dtype
         self.slots = None
         self.is_off = False
         self.is_attached = True
@@ -123,6 +126,15 @@ class AdaptedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The frozen weight: T5's feed-forward reads `wo.weight.dtype`."""
         return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Data type of the frozen product: the weight's, or `dtype` where that is a whole number.
+
+        Which is what weights in 8 bits are, and in 4 bits unless they pass for something else.
+        """
+        dtype = self.weight.dtype
+        return dtype if dtype.is_floating_point else self._dtype
 
     @property
     def bias(self) -> Tensor | None:

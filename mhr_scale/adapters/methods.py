@@ -197,13 +197,10 @@ class Adapter(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """Data type of the frozen product: autocast's where it is on, else the weights'."""
-        weight = self.linears[0].weight if self.linears else None
-        device = weight.device.type if weight is not None else "cpu"
+        device = self.linears[0].weight.device.type if self.linears else "cpu"
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        if weight is not None and weight.dtype.is_floating_point:
-            return weight.dtype
-        return torch.float32
+        return self.linears[0].compute_dtype if self.linears else torch.float32
 
     def check_task_ids(self, task_ids: Sequence[int | str] | Tensor) -> tuple[int, ...]:
         """Task numbers of ids or names; raises `AdapterError` for any the adapter lacks."""
@@ -283,12 +280,14 @@ def wrap(model: nn.Module, sites: Sequence[Site]) -> dict[str, AdaptedLinear]:
     """
     check_bare(model)
     model.requires_grad_(False)
+    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    dtype = next(floating, torch.float32)
     linears = {}
     for site in sites:
         parent_name, _, child = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         base = parent.get_submodule(child)
-        linear = AdaptedLinear(base, site.name).train(base.training)
+        linear = AdaptedLinear(base, site.name, dtype=dtype).train(base.training)
         setattr(parent, child, linear)
         linears[site.name] = linear
     return linears

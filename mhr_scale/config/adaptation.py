@@ -180,6 +180,8 @@ class AdaptConfig:
     """Where the adapters' backbone lies now, if not where they were trained."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
     """Data type of the backbone, if not the one the adapters were trained with."""
+    backbone_quantise: Literal["none", "int8", "nf4"] | None = None
+    """Frozen linears in 8 or 4 bits or neither, if not as the adapters were trained."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Steps, batches, losses."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, scale_parameter=True))

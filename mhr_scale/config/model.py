@@ -24,6 +24,8 @@ class BackboneConfig:
     """Hub id, folder, or `byt5`; default: the backbone's own, `byt5` for random weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the computation; adapters stay float32."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Frozen linears in 8 or 4 bits (bitsandbytes); replicated placements only."""
     dropout: float | None = 0.0
     """Dropout of the backbone while training; null keeps the rate of its configuration."""
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"

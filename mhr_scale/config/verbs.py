@@ -104,6 +104,8 @@ class EvaluateConfig:
     """Where the adapter's backbone lies now, if not where it was trained."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
     """Data type of the backbone, if not the one the adapter was trained with."""
+    backbone_quantise: Literal["none", "int8", "nf4"] | None = None
+    """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
     routing: Literal["own", "average", "soup"] = "own"
     """own: each task under its own routing; average: all tasks under the averaged adapter; soup:
     each task under the mean of similar training tasks' private adapters, found by its inputs."""

@@ -43,7 +43,13 @@ from mhr_scale.jobs.runner import Runner, saved_of
 from mhr_scale.jobs.start import check_variant, config_of, count_trained, start
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.runlog import log, write_json
-from mhr_scale.runs import backbone_of, check_adapter, check_fit
+from mhr_scale.runs import (
+    backbone_facts,
+    backbone_of,
+    check_adapter,
+    check_fit,
+    check_quantise,
+)
 from mhr_scale.tasks.few_shot_suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
@@ -180,7 +186,18 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
             f"backbone.dropout: {chosen.dropout}; jobs that share a pass would share its random "
             "numbers too: set it to 0"
         )
-    return replace(chosen, dtype=config.backbone_dtype or chosen.dtype)
+    chosen = replace(
+        chosen,
+        dtype=config.backbone_dtype or chosen.dtype,
+        quantise=config.backbone_quantise or chosen.quantise,
+    )
+    trains = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
+    if trains and chosen.quantise != "none":
+        raise ConfigError(
+            f"variants.{trains[0]}.kind: backbone trains weights, and weights in "
+            f"{chosen.quantise} cannot be trained; set {'backbone_quantise' if cards else ''}"
+        )
+    return chosen
 
 
 def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
@@ -229,11 +246,7 @@ def run_jobs(
         model=model,
         linears=linears,
         tokenizer=opening.tokenizer,
-        backbone_facts={
-            **opening.blueprint.facts,
-            "dtype": opening.backbone.dtype,
-            "tokenizer": opening.backbone.tokenizer,
-        },
+        backbone_facts=backbone_facts(opening.backbone, opening.blueprint),
         total_steps=sum(o.steps - o.step for wave in mine for o in wave.jobs),
     )
     for planned in mine:

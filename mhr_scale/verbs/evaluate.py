@@ -27,7 +27,7 @@ from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import Progress, log, record_provenance, write_json, write_text
-from mhr_scale.runs import backbone_of, check_fit
+from mhr_scale.runs import backbone_facts, backbone_of, check_fit, check_quantise
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
@@ -53,6 +53,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     check_folder(config)
     card, stored, backbone_config = open_subject(config)
     blueprint = backbone.read_blueprint(backbone_config)
+    check_quantise(backbone_config, blueprint, ds_content, config.run.ds_config)
     if card is not None:
         check_fit(str(config.adapter), card, blueprint)
     tokenizer = backbone.load_tokenizer(backbone_config, blueprint)
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 folder / "provenance.json",
                 world_size=engine.world_size,
                 placement=engine.placement,
-                backbone=blueprint.facts,
+                backbone=backbone_facts(backbone_config, blueprint),
             )
         engine.gather_barrier()
         subject = Subject(engine=engine, model=model, adapter=stored, tokenizer=tokenizer)
@@ -135,7 +136,11 @@ def open_subject(config: EvaluateConfig) -> tuple[Card | None, Adapter | None, B
         return None, None, config.backbone
     card, stored = open_adapter(config.adapter)
     own = backbone_of(config.adapter, card, config.backbone_moved_to)
-    own = replace(own, dtype=config.backbone_dtype or own.dtype)
+    own = replace(
+        own,
+        dtype=config.backbone_dtype or own.dtype,
+        quantise=config.backbone_quantise or own.quantise,
+    )
     return card, mean_of(stored) if config.routing == "average" else stored, own
 
 

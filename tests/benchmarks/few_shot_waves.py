@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,10 @@ N_JOBS = 24
 SIZES = (24, 8)
 #: Steps in which DeepSpeed learns the order of the modules, before it gathers ahead.
 TRACED_STEPS = 4
+#: Time of this process alone, and time that passes: ranks wait for each other.
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 Row = dict[str, Any]
+Seconds = dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -75,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         printed = to_markdown(rows, skip=("counts",))
     else:
         rows = compare_placed(args) if args.placement else compare_all(args)
-        extra = ("gathers", "gathered_mib") if args.placement else ("operations", "kernels")
-        printed = "\n".join(pivot(rows, what) for what in ("ms", "faster", *extra))
+        what = ["cpu_ms", "cpu_ratios", "operations", "kernels"]
+        if args.placement:
+            what = ["wall_ms", "wall_ratios", "cpu_ms", "cpu_ratios", "gathers", "gathered_mib"]
+        printed = "\n".join(pivot(rows, one) for one in what)
     if rank() == 0:
         print(printed)
         if args.json:
@@ -150,34 +155,35 @@ def compare(
         counts[key] = counted(way)
         progress.advance(f"{name} {optimizer} {key}: counted")
     check_losses({key: found["loss"] for key, found in counts.items()})
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
+    times: dict[tuple[str, str], list[Seconds]] = {key: [] for key in ways}
     for turn in range(args.turns):
         for key in [*ways][:: -1 if turn % 2 else 1]:
-            seconds = timed(ways[key], range(args.jobs), args.steps, clock=time.process_time)
-            times[key].append(seconds)
+            times[key].append(timed(ways[key], range(args.jobs), args.steps))
             progress.advance(f"{name} {optimizer} {key[0]}, {key[1]}")
     rows = []
-    for (kind, way), seconds in times.items():
+    for kind, way in ways:
         head = {"setting": SETTINGS[name].name, "optimizer": optimizer, "kind": kind, "way": way}
-        rows.append(head | figures(kind, seconds, times) | counts[kind, way])
+        rows.append(head | figures(kind, way, times) | counts[kind, way])
     return rows
 
 
-def timed(
-    way: Waves | PeftLoop, numbers: Sequence[int], steps: int, *, clock: Callable[[], float]
-) -> float:
-    """Seconds per job-step of training some jobs, `way.size` at a time, for so many steps each."""
-    total = 0.0
+def timed(way: Waves | PeftLoop, numbers: Sequence[int], steps: int) -> Seconds:
+    """Seconds per job-step, by clock, of training some jobs for so many steps each.
+
+    `way.size` jobs train at a time. Their opening and first step are not timed.
+    """
+    total = dict.fromkeys(CLOCKS, 0.0)
     gc.collect()
     for at in range(0, len(numbers), way.size):
         handle = way.open(numbers[at : at + way.size])
         way.step(handle)
-        begun = clock()
+        begun = {name: clock() for name, clock in CLOCKS.items()}
         for _ in range(steps):
             way.step(handle)
-        total += clock() - begun
+        for name, clock in CLOCKS.items():
+            total[name] += clock() - begun[name]
         way.close(handle)
-    return total / (len(numbers) * steps)
+    return {name: seconds / (len(numbers) * steps) for name, seconds in total.items()}
 
 
 def counted(way: Waves | PeftLoop) -> Row:
@@ -197,20 +203,20 @@ def check_losses(losses: Mapping[tuple[str, str], float]) -> None:
         assert abs(loss / expected - 1.0) < tolerance, (kind, way, loss, expected)
 
 
-def figures(
-    kind: str, seconds: Sequence[float], times: Mapping[tuple[str, str], Sequence[float]]
-) -> Row:
-    """Median milliseconds, and how many times as long each other way of the same kind takes."""
-    longer = {
-        other: statistics.median(b / a for a, b in zip(seconds, theirs, strict=True))
-        for (other_kind, other), theirs in times.items()
-        if other_kind == kind and theirs is not seconds
-    }
-    return {
-        "ms": 1000 * statistics.median(seconds),
-        "faster": longer,
-        "all_ms": [1000 * value for value in seconds],
-    }
+def figures(kind: str, way: str, times: Mapping[tuple[str, str], Sequence[Seconds]]) -> Row:
+    """By clock: median milliseconds, and how many times as long the other ways of a kind take."""
+    mine = times[kind, way]
+    found: Row = {}
+    for clock in CLOCKS:
+        own = [seconds[clock] for seconds in mine]
+        found[f"{clock}_ms"] = 1000 * statistics.median(own)
+        found[f"{clock}_ratios"] = {
+            other: statistics.median(b[clock] / a for a, b in zip(own, theirs, strict=True))
+            for (other_kind, other), theirs in times.items()
+            if other_kind == kind and other != way
+        }
+        found[f"{clock}_all_ms"] = [1000 * value for value in own]
+    return found
 
 
 # -- ranks over a placed backbone ------------------------------------------------------------------
@@ -248,15 +254,16 @@ def placed(
     """Rows of two ways that take turns; a turn takes as long as its slowest rank. Collective."""
     bench = ways[0].bench
     mine = range(engine.rank * args.jobs, (engine.rank + 1) * args.jobs)
-    times: dict[tuple[str, str], list[float]] = {(bench.kind, way.name): [] for way in ways}
+    times: dict[tuple[str, str], list[Seconds]] = {(bench.kind, way.name): [] for way in ways}
     gathered = {}
-    timed(ways[0], mine, TRACED_STEPS, clock=time.perf_counter)
+    timed(ways[0], mine, TRACED_STEPS)
     for turn in range(args.turns):
         for way in ways[:: -1 if turn % 2 else 1]:
             engine.gather_barrier()
             with counted_gathers() as gathers:
-                seconds = timed(way, mine, args.steps, clock=time.perf_counter)
-            times[bench.kind, way.name].append(max(engine.gather_objects(seconds)))
+                seconds = engine.gather_objects(timed(way, mine, args.steps))
+            slowest = {clock: max(one[clock] for one in seconds) for clock in CLOCKS}
+            times[bench.kind, way.name].append(slowest)
             progress.advance(f"{bench.setting.name} {bench.kind} {way.name}")
             # the untimed first step of every wave gathers like the others
             n_steps = args.jobs * (args.steps + 1)
@@ -268,14 +275,14 @@ def placed(
         {
             "setting": bench.setting.name,
             "optimizer": bench.optim.name,
-            "kind": kind,
+            "kind": bench.kind,
             "placement": args.placement,
             "ranks": engine.world_size,
-            "way": way,
-            **figures(kind, seconds, times),
-            **gathered[way],
+            "way": way.name,
+            **figures(bench.kind, way.name, times),
+            **gathered[way.name],
         }
-        for (kind, way), seconds in times.items()
+        for way in ways
     ]
 
 
@@ -283,18 +290,20 @@ def placed(
 
 
 def pivot(rows: Sequence[Row], what: str) -> str:
-    """One number of every way side by side, or under `faster` how much the first way gains."""
+    """One number of every way side by side, or the ratios of all ways to the waves."""
     lines: dict[tuple[str, ...], Row] = {}
     for row in rows:
         key = (row["setting"], row["optimizer"], row["kind"])
         line = lines.setdefault(key, dict(zip(("setting", "optimizer", "kind"), key, strict=True)))
-        if what != "faster":
+        if not what.endswith("ratios"):
             line[row["way"]] = row[what]
         elif row["way"].startswith("waves"):
-            line |= {f"{other} / {row['way']}": x for other, x in row["faster"].items()}
+            line |= {f"{other} / {row['way']}": x for other, x in row[what].items()}
     titles = {
-        "ms": "milliseconds per job-step",
-        "faster": "times as long per job-step (median of paired ratios)",
+        "cpu_ms": "milliseconds of CPU time per job-step",
+        "wall_ms": "milliseconds per job-step",
+        "cpu_ratios": "ratios of CPU times: medians over turns",
+        "wall_ratios": "ratios of times: medians over turns",
         "gathered_mib": "MiB gathered per job-step, on each rank",
     }
     title = titles.get(what, f"{what} per job-step")

@@ -1,0 +1,60 @@
+"""What is exported, in which format, and where to."""
+
+from typing import Literal
+
+from mhr_scale.config.part import part
+from mhr_scale.errors import ConfigError
+
+#: What each format can hold of what is asked for; None is the adapter's own natural choice.
+SINGLES = (None, "average", "task", "soup", "whole")
+EXPRESSIBLE = {
+    "peft": (*SINGLES, "all_tasks"),
+    "peft_poly": (None, "whole"),
+    "merged": SINGLES,
+    "native": (*SINGLES, "all_tasks"),
+}
+
+
+@part
+class ExportConfig:
+    """Everything `export` reads; the model part comes from the adapter."""
+
+    adapter: str
+    """A run, adapter or job folder, a PEFT LoRA, IA3 or Poly folder, or a published checkpoint."""
+    what: Literal["average", "task", "all_tasks", "soup", "whole"] | None = None
+    """average: the mean of the inventory; task: one training task under its routing; all_tasks: a
+    folder for each; soup: the mean of some private adapters; whole: the adapter as it is. null:
+    whole for the formats that hold it (native, peft_poly) and for a single adapter, the task of an
+    adapter that has only one (a finished job), else average."""
+    task: str | None = None
+    """The training task, for `what: task`."""
+    tasks: tuple[str, ...] = ()
+    """The training tasks whose private adapters are averaged, for `what: soup`."""
+    format: Literal["peft", "peft_poly", "merged", "native"] = "peft"
+    """peft: a LoRA or IA3 folder; peft_poly: inventory and routing; merged: the backbone with the
+    adapter added into its weights; native: this package's own artefact."""
+    folder: str
+    """Where to write: a folder that is absent or empty."""
+    backbone_moved_to: str | None = None
+    """Where the adapter's backbone lies now, if not where it was trained."""
+    check: bool = True
+    """Reload what was written and compare its logits, on the backbone in float32 on the CPU."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """merged: data type of the written weights; null: what each tensor of the backbone has."""
+    max_shard_bytes: int = 5_000_000_000
+    """merged: size of one file, and bound of the memory that writing takes."""
+
+    def __post_init__(self) -> None:
+        if (self.what == "task") != (self.task is not None):
+            raise ConfigError("task: name the training task for what: task, and only for it")
+        if (self.what == "soup") != bool(self.tasks):
+            raise ConfigError("tasks: name training tasks for what: soup, and only for it")
+        if self.what not in EXPRESSIBLE[self.format]:
+            fitting = " or ".join(what for what in EXPRESSIBLE[self.format] if what)
+            raise ConfigError(
+                f"format: {self.format} cannot hold what: {self.what}; set what: {fitting}"
+            )
+        if self.dtype is not None and self.format != "merged":
+            raise ConfigError("dtype: adapters are written in float32; only format merged reads it")
+        if self.max_shard_bytes < 1:
+            raise ConfigError(f"max_shard_bytes: {self.max_shard_bytes} is not at least 1")

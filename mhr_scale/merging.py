@@ -1,0 +1,174 @@
+"""The merged backbone: an adapter added into the weights, written as safetensors shards.
+
+Shape letters: I in features, O out features, R rank.
+
+Weights come tensor by tensor from the backbone's source, whatever placement they were trained in;
+memory holds one shard and one linear in float32 at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhr_scale import backbone
+from mhr_scale.adapters import Adapter, state
+from mhr_scale.backbone import Blueprint
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.runlog import Progress, write_json
+from mhr_scale.weights import SafetensorsSource
+
+#: Files of a backbone folder that belong to a merged one too.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One tensor of a merged backbone: its name, shape and data type in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
+    """The tensors of a merged backbone in its own order, tied ones once; no weight is read.
+
+    Raises `BackboneError` if the weights do not fit their configuration.
+    """
+    with torch.device("meta"):
+        model = backbone.make_model(blueprint)
+    return [
+        Weight(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=getattr(torch, dtype) if dtype else blueprint.source.read(name, 0, 1).dtype,
+        )
+        for name, parameter in backbone.plan_copies(model, blueprint.source).items()
+    ]
+
+
+def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
+    """Weights in order, cut into files of `max_bytes` at most; a larger tensor has its own."""
+    shards: list[list[Weight]] = []
+    size = 0
+    for weight in weights:
+        if not shards or size + weight.n_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.n_bytes
+    return shards
+
+
+def merge(name: str, weight_OI: Tensor, pairs: Mapping[str, Tensor], *, scale: float) -> Tensor:
+    """The weight `name` with what a single adapter stores for it added in, in float32.
+
+    W + scale * (A B)^T, or the rows of W scaled by an (IA)3 vector; other weights as they are.
+    """
+    linear = name.removesuffix(".weight")
+    if f"{linear}.l" in pairs:
+        return weight_OI.float() * pairs[f"{linear}.l"].float().flatten()[:, None]
+    if f"{linear}.A" in pairs:
+        a_IR, b_RO = (pairs[f"{linear}.{side}"][0, 0].float() for side in "AB")
+        return weight_OI.float() + (a_IR @ (b_RO * scale)).T
+    return weight_OI
+
+
+@torch.no_grad()
+def write_merged(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    blueprint: Blueprint,
+    weights: Sequence[Weight],
+    max_shard_bytes: int,
+) -> None:
+    """Write the weights of `blueprint` with a single adapter in them; each is rounded once.
+
+    Memory: one shard, and the tensor in work in float32.
+    """
+    pairs, scale = state.named_tensors(adapter), adapter.config.scale
+    shards = plan_shards(weights, max_shard_bytes)
+    files, progress = {}, Progress(len(shards), start=0, what="merge", unit="shard")
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for weight in shard:
+            stored = blueprint.source.read(weight.name, 0, prod(weight.shape))
+            merged = merge(weight.name, stored.reshape(weight.shape), pairs, scale=scale)
+            tensors[weight.name] = merged.to(weight.dtype).contiguous()
+            files[weight.name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        progress.advance(file)
+    progress.close()
+    if len(shards) > 1:
+        size = sum(weight.n_bytes for weight in weights)
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_companions(
+    folder: Path, *, blueprint: Blueprint, settings: BackboneConfig, weights: Sequence[Weight]
+) -> None:
+    """Write the configuration, generation settings and tokenizer beside merged weights.
+
+    The configuration is the backbone's own: whether its logits are scaled is told by what it says
+    of tied embeddings, and whether they are tied by the names of the weights.
+    """
+    raw: dict[str, Any] = {"model_type": "t5", **blueprint.facts.get("config", {})}
+    if blueprint.folder is not None:
+        raw = json.loads((blueprint.folder / "config.json").read_text(encoding="utf-8"))
+    raw["architectures"] = [blueprint.model_class.__name__]
+    if raw.get("decoder_start_token_id") is None:
+        raw["decoder_start_token_id"] = blueprint.model_config.decoder_start_token_id
+    raw.pop("dtype", None)
+    largest = max(weights, key=lambda weight: weight.n_bytes)
+    raw["torch_dtype"] = str(largest.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", raw)
+    if settings.tokenizer or blueprint.folder is None:
+        backbone.load_tokenizer(settings, blueprint).save_pretrained(folder)
+    if blueprint.folder is not None:
+        for pattern in COMPANIONS:
+            for file in sorted(blueprint.folder.glob(pattern)):
+                if not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+
+
+def check_free_space(folder: Path, weights: Sequence[Weight]) -> None:
+    """Raise `RunError` if the disk below `folder` has no room for the weights."""
+    needed = sum(weight.n_bytes for weight in weights)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"folder: the merged backbone takes {needed / 1e9:.1f} GB and {folder} has "
+            f"{free / 1e9:.1f} GB left; name a folder on another disk"
+        )
+
+
+def with_weights(blueprint: Blueprint, file: Path) -> Blueprint:
+    """The same backbone with the weights that a job of kind backbone trained and left in `file`."""
+    if not file.is_file():
+        raise BackboneError(f"{file}: missing, though the job trained it; copy the folder whole")
+    return replace(blueprint, source=SafetensorsSource([file]))

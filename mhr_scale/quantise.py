@@ -1,0 +1,111 @@
+"""Frozen linears in 8 or 4 bits: which ones they are, and how bitsandbytes makes them.
+
+Every linear in the blocks of encoder and decoder is quantised, `wo` too; embeddings, norms, position
+biases and `lm_head` keep the backbone's data type. T5 casts what it hands to `wo` to the data type
+of `wo.weight` unless that is int8 (transformers leaves `wo` alone for that reason), so 4-bit weights
+are stored as bytes that pass for numbers of the backbone's data type, and the cast changes nothing.
+"""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError, EngineError
+
+IN_BLOCK = re.compile(r"(encoder|decoder)\.block\.")
+#: int8: columns of activations with a value of this size stay unquantised (Dettmers et al. 2022).
+OUTLIER = 6.0
+#: nf4: so many weights of a row share a scale. The CPU kernel is wrong where a row ends in a block.
+BLOCK = 64
+
+
+def check(config: BackboneConfig, model_config: Any, *, ds_config: str | None = None) -> None:
+    """Raise `EngineError` or `BackboneError` if this backbone cannot be quantised.
+
+    `ds_config` names the DeepSpeed file that shards the backbone, if one does.
+    """
+    if config.quantise == "none":
+        return
+    if ds_config is not None:
+        raise EngineError(
+            f"backbone.quantise: {config.quantise} weights are whole on every rank, and "
+            f"{ds_config} shards them; leave run.ds_config out, name a file of stage 0, or set "
+            "quantise: none"
+        )
+    widths = {
+        "d_model": model_config.d_model,
+        "num_heads * d_kv": model_config.num_heads * model_config.d_kv,
+        "d_ff": model_config.d_ff,
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % BLOCK]
+    if config.quantise == "nf4" and odd:
+        raise BackboneError(
+            f"backbone.quantise: nf4 takes weights in blocks of {BLOCK}, and {', '.join(odd)} is "
+            "no multiple of it; use int8"
+        )
+
+
+def allocate(model: nn.Module, kind: str, device: torch.device) -> None:
+    """Give a model on the meta device memory, but none to the linears that get quantised."""
+    for name, module in model.named_modules():
+        is_left_out = isinstance(module, nn.Linear) and IN_BLOCK.match(name)
+        if kind == "none" or not is_left_out:
+            module.to_empty(device=device, recurse=False)
+
+
+def put(model: nn.Module, name: str, weight_OI: Tensor, kind: str, device: torch.device) -> None:
+    """Put a quantised linear in the place of the one whose weight is called `name`."""
+    place = name.removesuffix(".weight")
+    model.set_submodule(place, make_linear(weight_OI, kind=kind, device=device))
+
+
+def make_linear(weight_OI: Tensor, *, kind: str, device: torch.device) -> nn.Linear:
+    """A frozen linear of kind `int8` or `nf4` (double quantisation) on `device`.
+
+    It computes in the data type of the weight that it is made from.
+    """
+    bitsandbytes = _import_bitsandbytes()
+    width_O, width_I = weight_OI.shape
+    dtype, host = weight_OI.dtype, weight_OI.cpu()
+    with torch.device("meta"):
+        if kind == "int8":
+            linear = bitsandbytes.nn.Linear8bitLt(
+                width_I, width_O, bias=False, has_fp16_weights=False, threshold=OUTLIER
+            )
+        else:
+            linear = bitsandbytes.nn.Linear4bit(
+                width_I, width_O, bias=False, compute_dtype=dtype, quant_storage=dtype
+            )
+    if kind == "int8":
+        weight = bitsandbytes.nn.Int8Params(host, requires_grad=False)
+    else:
+        weight = bitsandbytes.nn.Params4bit(
+            host, quant_type="nf4", quant_storage=dtype, module=linear
+        )
+    linear.weight = weight.to(device)
+    keep_format(linear)
+    made: nn.Linear = linear.eval()
+    return made
+
+
+def keep_format(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are stored.
+
+    In evaluation on a CPU with AVX512-BF16 bitsandbytes packs them for another kernel, for good; it
+    has no gradient, so that a model evaluated once would train on with wrong ones.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its remarks on every cast and on kernels it could download."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes

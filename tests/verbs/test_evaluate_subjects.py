@@ -1,0 +1,127 @@
+"""What `evaluate` can be given besides an artefact of ours; references score in full."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+from mhr_scale import summary
+from mhr_scale.adapters import state
+from mhr_scale.adapters.collapse import average, soup
+from mhr_scale.adapters.interop import write_peft_lora
+from mhr_scale.config import (
+    EvaluateConfig,
+    PretrainConfig,
+    RunConfig,
+    ScoringConfig,
+    SoupConfig,
+    SuperNITasks,
+    ToyTasks,
+)
+from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.recipe import load
+from mhr_scale.tasks.metrics import rouge_l
+from mhr_scale.tasks.suites import read_evaluation
+from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.pretrain import pretrain
+
+TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
+SHORT = (
+    "schedule.steps=4",
+    "batch.batch_size=8",
+    "batch.micro_batch_size=4",
+    "tasks.n_tasks=4",
+    "tasks.train_examples=10",
+    "tasks.validation_examples=5",
+    "tasks.instruction=full",
+    "run.validate_every=-1",
+)
+TASKS = ToyTasks(
+    suite="toy", n_tasks=4, train_examples=10, validation_examples=5, instruction="full"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    pretrain(load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private") / "toy"
+    options = ["adapter={layout: attention, rank: 2, n_skills: 1, private: true}"]
+    pretrain(load(PretrainConfig, TOY, [*SHORT, *options, f"run.folder={folder}"]))
+    return folder
+
+
+def choice_scores(adapter: Path, folder: Path, **changes: object) -> dict[str, list[float]]:
+    config = EvaluateConfig(
+        adapter=str(adapter),
+        tasks=TASKS,
+        scoring=ScoringConfig(metric="accuracy"),
+        run=RunConfig(folder=str(folder)),
+    )
+    evaluate(replace(config, **changes))
+    lines = summary.read_scores(folder / "scores.jsonl")
+    return {line["id"]: line["choice_scores"] for line in lines}
+
+
+def test_a_peft_folder_scores_as_the_adapter_it_came_from(trained: Path, tmp_path: Path) -> None:
+    mean = average(state.load(trained))
+    write_peft_lora(mean, tmp_path / "peft", base_model="builtin:toy")
+    found = choice_scores(tmp_path / "peft", tmp_path / "found", backbone_dtype="float32")
+    expected = choice_scores(trained, tmp_path / "expected", routing="average")
+    assert found == expected
+
+
+def test_a_soup_scores_each_task_under_its_similar_tasks(private: Path, tmp_path: Path) -> None:
+    soups = SoupConfig(adapters=1, examples=10)
+    found = choice_scores(private, tmp_path / "soup", routing="soup", soup=soups)
+    own = choice_scores(private, tmp_path / "own", routing="own")
+    for identity, scores in own.items():  # with instruction, a task is the one most like itself
+        assert found[identity] == pytest.approx(scores, rel=1e-5)
+
+
+def test_a_soup_of_all_tasks_is_their_mean(private: Path, tmp_path: Path) -> None:
+    soups = SoupConfig(adapters=4, examples=5)
+    found = choice_scores(private, tmp_path / "soup", routing="soup", soup=soups)
+    stored = state.load(private)
+    card = state.read_card(private)
+    state.save(soup(stored, stored.task_names), tmp_path / "mean", backbone=card.backbone)
+    expected = choice_scores(tmp_path / "mean", tmp_path / "expected")
+    for identity, scores in expected.items():
+        assert found[identity] == pytest.approx(scores, rel=1e-5)
+
+
+def test_a_soup_needs_private_adapters(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="a soup is made of private adapters, this is MHR"):
+        choice_scores(trained, tmp_path / "run", routing="soup")
+
+
+def test_a_soup_needs_the_run_of_its_adapters(private: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="name the run folder"):
+        choice_scores(private / "adapter", tmp_path / "run", routing="soup")
+
+
+def test_a_bare_backbone_has_no_soup() -> None:
+    with pytest.raises(ConfigError, match="routing: soup"):
+        EvaluateConfig(
+            backbone={"name": "builtin:toy"},
+            routing="soup",
+            tasks=TASKS,
+            run=RunConfig(folder="x"),
+        )
+
+
+def test_references_of_real_tasks_score_100_against_themselves(shared: Path) -> None:
+    config = SuperNITasks(suite="superni", folder=str(shared / "data/superni_sample"), fold="test")
+    tasks, _ = read_evaluation(config, examples=None)
+    texts = {text for task in tasks for example in task.test for text in example.targets}
+    counted = [text for text in texts if re.search("[a-z0-9]", text.lower())]
+    assert len(tasks) == 20
+    assert len(counted) > 1000
+    assert {rouge_l(text, [text, "something else"]) for text in counted} == {100.0}
