@@ -145,7 +145,8 @@ def help_text(schema: type[Any], prefix: str = "") -> str:
             continue
         default = "required" if _is_required(item) else f"default {_default(item)!r}"
         kind = str(hints[item.name]).replace("typing.", "").replace("<class '", "").rstrip("'>")
-        lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {helps.get(item.name, '')}\n")
+        text = " ".join(helps.get(item.name, "").split())
+        lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {text}\n")
     return "".join(lines)
 
 

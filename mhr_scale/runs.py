@@ -113,9 +113,14 @@ def check_quantise(
 def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfig:
     """The backbone an adapter was trained on, which may have moved since.
 
-    Raises `AdapterError` if the adapter does not tell.
+    Raises `AdapterError` if the adapter does not tell, or belongs to weights of its own.
     """
     facts = card.backbone
+    if "backbone" in card.origin:
+        raise AdapterError(
+            f"{adapter}: was trained together with the backbone's weights, in "
+            f"{card.origin['backbone']} beside it: over other weights it is worth nothing"
+        )
     known = {item.name for item in fields(BackboneConfig)}
     settings = {key: value for key, value in facts.items() if key in known}
     if moved_to is not None:

@@ -15,13 +15,14 @@ from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
+from mhr_scale.errors import DivergenceError
 from mhr_scale.jobs.data import Exam
 from mhr_scale.jobs.job import Job, Standing, write_result
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.questions import Question, answerers, judge
 from mhr_scale.runlog import Metrics, Progress, log, write_text
-from mhr_scale.scoring import ChoiceRow
+from mhr_scale.scoring import Batch, ChoiceRow
 
 
 class Runner:
@@ -89,12 +90,15 @@ class Runner:
     def _drop_lost(self, wave: Wave, values: StepValues) -> None:
         """Give up jobs whose loss is no number; the others have not noticed."""
         lost = [n for n in range(len(wave.members)) if not values.is_finite(n)]
-        for number in lost:
+        self._note_lost(wave, lost, what="loss or gradient")
+        self._drop(wave, lost)
+
+    def _note_lost(self, wave: Wave, numbers: Sequence[int], *, what: str) -> None:
+        for number in numbers:
             name = wave.members[number].job.name
-            log.error("%s: loss or gradient is not finite in step %d", name, wave.step)
+            log.error("%s: %s is not finite in step %d", name, what, wave.step)
             self.lost.append(f"{name} (step {wave.step})")
             self.progress.skip(wave.members[number].steps - wave.step)
-        self._drop(wave, lost)
 
     def _drop(self, wave: Wave, numbers: Sequence[int]) -> None:
         if numbers:
@@ -137,12 +141,18 @@ class Runner:
             exam = data.test if selects_on_test else data.selection
             assert exam is not None
             exams.append((number, exam))
+        lost = []
         for (number, _), lines in zip(exams, self.score(wave.adapter, exams), strict=True):
             member = wave.members[number]
+            if lines is None:
+                lost.append(number)
+                continue
             score = sum(line["points"] for line in lines) / len(lines)
             logs[member.job].write({"step": wave.step, "score": score})
             if member.standing.take(wave.step, score):
                 self._keep(wave, number, lines if selects_on_test else [])
+        self._note_lost(wave, lost, what="a score")
+        self._drop(wave, lost)
 
     def _keep(self, wave: Wave, number: int, lines: Sequence[Mapping[str, Any]]) -> Path:
         """Write a job's adapter as the best so far, with the scores it was chosen by."""
@@ -155,8 +165,11 @@ class Runner:
 
     def score(
         self, adapter: Adapter, exams: Sequence[tuple[int, Exam]]
-    ) -> list[list[dict[str, Any]]]:
-        """Score exams under the slots they are given with; the lines of each, in order."""
+    ) -> list[list[dict[str, Any]] | None]:
+        """Score exams under the slots they are given with; the lines of each, in order.
+
+        None where the scores of a slot are no numbers.
+        """
         rows: list[ChoiceRow] = []
         asked: list[tuple[int, Question]] = []
         for exam_number, (slot, exam) in enumerate(exams):
@@ -169,13 +182,31 @@ class Runner:
         for kind, run in runs.items():
             todo = [row for row in rows if bool(row.choices) == (kind == "rank")]
             for batch in scoring.fill_batches(todo, self.config.scoring.max_tokens):
-                self.lockstep.turn(kind)
-                for row, value in zip(batch, run(batch), strict=True):
+                for row, value in self._answer(kind, run, batch):
                     found[row.number] = judge(asked[row.number][1], value)
         lines: list[list[dict[str, Any]]] = [[] for _ in exams]
         for number, (exam_number, _) in enumerate(asked):
-            lines[exam_number].append(found[number])
-        return lines
+            if number in found:
+                lines[exam_number].append(found[number])
+        whole = [len(exam.rows) for _, exam in exams]
+        return [own if len(own) == n else None for own, n in zip(lines, whole, strict=True)]
+
+    def _answer(
+        self, kind: str, run: Callable[[Batch], list[Any]], batch: Batch
+    ) -> list[tuple[ChoiceRow, Any]]:
+        """Rows of a batch with their answers; without those of slots whose scores are no numbers.
+
+        Such a slot spoils its batch: each of the others is asked again by itself.
+        """
+        self.lockstep.turn(kind)
+        try:
+            return list(zip(batch, run(batch), strict=True))
+        except DivergenceError:
+            slots = sorted({row.task for row in batch})
+            if len(slots) == 1:
+                return []
+            parts = ([row for row in batch if row.task == slot] for slot in slots)
+            return [answer for part in parts for answer in self._answer(kind, run, part)]
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -198,25 +229,37 @@ class Runner:
                 self._keep(wave, number, [])
             folder = wave.members[number].job.folder(self.folder)
             folders.append(folder / "best" / f"{standing.best_step:06d}")
+        lost = []
         if self.config.selection.on != "test":
-            self._score_best(wave, done, folders)
+            lost = self._score_best(wave, done, folders)
+        self._note_lost(wave, lost, what="a score")
         trained = wave.trained_numbers
         for number, best in zip(done, folders, strict=True):
             member = wave.members[number]
+            if number in lost:
+                continue
             own = {"steps": wave.step, "trained_numbers": trained, **facts(member.job)}
             self._write_result(wave, number, best, own)
             self.progress.skip(member.steps - wave.step)
         self._drop(wave, done)
 
-    def _score_best(self, wave: Wave, numbers: Sequence[int], folders: Sequence[Path]) -> None:
-        """Score the best checkpoint of some jobs on their test rows, all of them together."""
+    def _score_best(self, wave: Wave, numbers: Sequence[int], folders: Sequence[Path]) -> list[int]:
+        """Score the best checkpoint of some jobs on their test rows, all of them together.
+
+        Returns the jobs whose scores are no numbers.
+        """
         best = wave.kept(numbers, folders)
         best.bind(self.linears)
         tests = [wave.members[number].data.test for number in numbers]
         exams = list(enumerate(tests))
-        for folder, lines in zip(folders, self.score(best, exams), strict=True):
-            write_text(folder / summary.SCORES, _to_lines(lines))
+        lost = []
+        for number, folder, lines in zip(numbers, folders, self.score(best, exams), strict=True):
+            if lines is None:
+                lost.append(number)
+            else:
+                write_text(folder / summary.SCORES, _to_lines(lines))
         wave.adapter.bind(self.linears)
+        return lost
 
     def _write_result(self, wave: Wave, number: int, best: Path, facts: Mapping[str, Any]) -> None:
         """Move the best checkpoint into place, then write the result, then clean up."""

@@ -117,10 +117,11 @@ class Bench:
         planned = Planned((look_out(self.opening, self.opening.jobs[number], 0),))
         return open_wave(self.opening, planned, {}, device=self.engine.device)
 
-    def step(self, wave: Wave) -> StepValues:
+    def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:
         wave.adapter.bind(self.linears)
         self.model.train()
-        return wave.train_step(self.model, device=self.engine.device, after_backward=lambda: None)
+        device = self.engine.device
+        return wave.train_step(self.model, device=device, after_backward=after_backward)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: w.detach().cpu().clone() for name, w in named_weights(self.model).items()}
@@ -298,16 +299,19 @@ def test_they_are_put_back_when_the_job_raises(recipe: Callable[..., AdaptConfig
     bench = Bench(recipe())
     wave, before = bench.open(), bench.weights()
 
-    def break_off() -> None:
+    def run_out() -> None:
+        raise RuntimeError("out of memory")
+
+    def train() -> None:
         with wave.thawed(bench.model):
             bench.step(wave)
             bench.step(wave)
-            raise RuntimeError("out of memory")
+            bench.step(wave, after_backward=run_out)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        break_off()
+        train()
     assert not differing(bench.weights(), before)
-    assert not any(w.requires_grad for w in bench.model.parameters())
+    assert all(w.grad is None and not w.requires_grad for w in bench.model.parameters())
 
 
 def test_a_job_leaves_no_trace_in_the_next_one(recipe: Callable[..., AdaptConfig]) -> None:
@@ -382,6 +386,17 @@ def test_nothing_but_the_best_weights_and_their_adapter_stays(
     expected = {"adapter", WEIGHTS, "metrics.jsonl", "scores.jsonl", "result.json"}
     assert {path.name for path in folder.iterdir()} == expected
     assert state.read_card(folder).origin["backbone"] == WEIGHTS
+
+
+def test_better_weights_take_the_place_of_those_before(
+    recipe: Callable[..., AdaptConfig], tmp_path: Path
+) -> None:
+    bench = Bench(recipe())
+    wave = bench.open()
+    with wave.thawed(bench.model):
+        for name in ("000000", "000003"):
+            wave.keep(0, tmp_path / "best" / name, backbone={})
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["000003"]
 
 
 def selections() -> list[Any]:

@@ -117,6 +117,14 @@ def test_a_bare_backbone_has_no_soup() -> None:
         )
 
 
+def test_an_adapter_of_fine_tuned_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+    card = state.read_card(trained)
+    origin = {"backbone": "backbone.safetensors"}
+    state.save(state.load(trained), tmp_path / "job", backbone=card.backbone, origin=origin)
+    with pytest.raises(AdapterError, match=r"together with the backbone's weights, in backbone\."):
+        choice_scores(tmp_path / "job", tmp_path / "run")
+
+
 def test_references_of_real_tasks_score_100_against_themselves(shared: Path) -> None:
     config = SuperNITasks(suite="superni", folder=str(shared / "data/superni_sample"), fold="test")
     tasks, _ = read_evaluation(config, examples=None)
