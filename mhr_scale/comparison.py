@@ -5,15 +5,19 @@ run are finished; seeds that lack some are left out and named.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mhr_scale.summary import aggregate
 
 
-def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of the table, from the results of jobs in any order."""
-    tasks = sorted({result["task"] for result in results})
+def compare(results: Sequence[Mapping[str, Any]], *, tasks: Iterable[str] = ()) -> dict[str, Any]:
+    """The numbers of the table, from the results of jobs in any order.
+
+    `tasks` are those of the run, by default the ones that have a result: a task without any leaves
+    no seed whole.
+    """
+    tasks = sorted({*tasks, *(result["task"] for result in results)})
     by_variant: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         by_variant[result["variant"]].append(result)

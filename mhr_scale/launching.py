@@ -41,8 +41,8 @@ def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
 
 
 def _ds_text(config: Any) -> str:
-    """The dictionary DeepSpeed would get, as YAML comments; nothing where no backbone is named."""
-    if getattr(config, "backbone", None) is None:
+    """The dictionary DeepSpeed would get, as YAML comments; nothing where it gets none."""
+    if getattr(config, "backbone", None) is None or not hasattr(config.run, "ds_config"):
         return ""
     import json
 

@@ -1,9 +1,11 @@
 """Frozen linears in 8 or 4 bits: which ones they are, and how bitsandbytes makes them.
 
-Every linear in the blocks of encoder and decoder is quantised, `wo` too; embeddings, norms, position
-biases and `lm_head` keep the backbone's data type. T5 casts what it hands to `wo` to the data type
-of `wo.weight` unless that is int8 (transformers leaves `wo` alone for that reason), so 4-bit weights
-are stored as bytes that pass for numbers of the backbone's data type, and the cast changes nothing.
+Every linear in the blocks of encoder and decoder is quantised, `wo` too; embeddings, norms,
+position biases and `lm_head` keep the backbone's data type. T5 casts what it hands to `wo` to the
+data type of `wo.weight` unless that is int8 (transformers leaves `wo` alone for that reason), so
+4-bit weights are stored as bytes that pass for numbers of the backbone's data type: then the cast
+changes nothing. The product in 8 bits holds on to its input, whether or not `recompute:
+non_reentrant` would drop it.
 """
 
 import logging
@@ -68,7 +70,7 @@ def make_linear(weight_OI: Tensor, *, kind: str, device: torch.device) -> nn.Lin
 
     It computes in the data type of the weight that it is made from.
     """
-    bitsandbytes = _import_bitsandbytes()
+    bitsandbytes = import_bitsandbytes()
     width_O, width_I = weight_OI.shape
     dtype, host = weight_OI.dtype, weight_OI.cpu()
     with torch.device("meta"):
@@ -100,10 +102,10 @@ def keep_format(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
-def _import_bitsandbytes() -> Any:
+def import_bitsandbytes() -> Any:
     """Import bitsandbytes without its remarks on every cast and on kernels it could download."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes

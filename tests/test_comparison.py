@@ -79,9 +79,7 @@ def test_what_a_variant_is_stands_beside_its_scores(mhr):
 
 def test_a_seed_that_lacks_a_task_is_left_out_and_named():
     unfinished = [
-        one
-        for one in results()
-        if (one["variant"], one["seed"], one["task"]) != ("MHR", 1, "wic")
+        one for one in results() if (one["variant"], one["seed"], one["task"]) != ("MHR", 1, "wic")
     ]
     found = compare(unfinished)
     mhr = found["variants"]["MHR"]
@@ -99,6 +97,14 @@ def test_a_variant_without_a_whole_seed_has_no_numbers():
     assert found["variants"]["LoRA"]["mean"] == 40.0
 
 
+def test_a_task_that_no_job_has_finished_leaves_no_seed_whole():
+    """Nor is the mean silently one over fewer tasks."""
+    found = compare(results(), tasks=["rte", "wic", "copa"])
+    assert found["tasks"] == ["copa", "rte", "wic"]
+    for variant in found["variants"].values():
+        assert (variant["seeds"], variant["incomplete_seeds"]) == ([], [0, 1, 2])
+
+
 # --- as text
 
 
@@ -108,7 +114,7 @@ def lines(found: dict) -> list[list[str]]:
 
 def test_the_table_has_a_line_per_variant():
     head, mhr, lora = lines(compare(results()))[:3]
-    assert head == "variant multi-task adaptation mean +- seeds medians seeds".split()
+    assert " ".join(head) == "variant multi-task adaptation mean +- seeds medians seeds"
     assert mhr == ["MHR", "17.7M", "221.2K", "47.50", "9.01", "52.50", "3"]
     assert lora == ["LoRA", "17.7M", "221.2K", "40.00", "0.00", "40.00", "3"]
 
@@ -123,7 +129,9 @@ def test_long_names_do_not_shift_columns():
     scores = {"a rather long name": SCORES["MHR"], "b": SCORES["LoRA"]}
     first, second = table(compare(results(scores))).rstrip().split("\n\n")
     head, *rows = first.splitlines()
-    assert {row.index("17.7M") + len("17.7M") for row in rows} == {head.index("-task") + len("-task")}
+    assert {row.index("17.7M") + len("17.7M") for row in rows} == {
+        head.index("-task") + len("-task")
+    }
     assert len({len(line) for line in second.splitlines()}) == 1
 
 

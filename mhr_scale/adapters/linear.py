@@ -111,9 +111,7 @@ class AdaptedLinear(nn.Module):
 
     slots: LowRankSlots | ScalingSlots | None
 
-    def __init__(
-        self, base: nn.Module, name: str, *, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, base: nn.Module, name: str, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.base = base
         self.name = name

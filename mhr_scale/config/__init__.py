@@ -26,6 +26,13 @@ from mhr_scale.config.data import (
     TasksConfig,
     ToyTasks,
 )
+from mhr_scale.config.export import ExportConfig
+from mhr_scale.config.finetune import (
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    FinetuneShotsConfig,
+)
 from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy, SoupConfig
 from mhr_scale.config.training import (
     BatchConfig,
@@ -50,6 +57,11 @@ __all__ = [
     "BatchConfig",
     "EvalTasksConfig",
     "EvaluateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "FinetuneOptimConfig",
+    "FinetuneRunConfig",
+    "FinetuneShotsConfig",
     "HeldOutTasks",
     "IntakeConfig",
     "JsonlTasks",

@@ -49,6 +49,8 @@ class ExportConfig:
             raise ConfigError("task: name the training task for what: task, and only for it")
         if (self.what == "soup") != bool(self.tasks):
             raise ConfigError("tasks: name training tasks for what: soup, and only for it")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks: {list(self.tasks)} names a task twice")
         if self.what not in EXPRESSIBLE[self.format]:
             fitting = " or ".join(what for what in EXPRESSIBLE[self.format] if what)
             raise ConfigError(

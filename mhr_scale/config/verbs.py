@@ -123,5 +123,7 @@ class EvaluateConfig:
             raise ConfigError("give an adapter, which brings its backbone, or a bare backbone")
         if self.backbone_moved_to is not None and self.adapter is None:
             raise ConfigError("backbone_moved_to: only an adapter's backbone can have moved")
+        if self.backbone_quantise is not None and self.adapter is None:
+            raise ConfigError("backbone_quantise: of a bare backbone, set backbone.quantise")
         if self.routing == "soup" and self.adapter is None:
             raise ConfigError("routing: soup averages the private adapters of a run; name it")

@@ -1,11 +1,13 @@
 """The run folder of `adapt`: jobs can be added to it, but not changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import RunError
+from mhr_scale.jobs.job import as_folder
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import record_provenance, write_text
 from mhr_scale.runs import check_writable, differences, read_recipe
@@ -28,11 +30,9 @@ def check_folder(config: AdaptConfig) -> None:
         for key, difference in differences(before, config)
         if not key.startswith(FREE_TO_CHANGE)
     ]
-    changed += [
-        f"variant {name} is another one"
-        for name in before.variants.keys() & config.variants.keys()
-        if before.variants[name] != config.variants[name]
-    ]
+    for name in sorted(before.variants.keys() & config.variants.keys()):
+        pairs = differences(before.variants[name], config.variants[name])
+        changed += [f"variants.{name}.{difference}" for _, difference in pairs]
     if changed and any(folder.glob("jobs/*/*/*")):
         raise RunError(
             f"{folder}: holds jobs of other settings ({'; '.join(changed[:3])}"
@@ -44,11 +44,19 @@ def check_folder(config: AdaptConfig) -> None:
 def rank0_open_folder(
     config: AdaptConfig, engine: Engine, blueprint: Blueprint, intake: Intake
 ) -> None:
-    """Write what a reader of the run needs before its first number."""
+    """Write what a reader of the run needs before its first number.
+
+    A variant that has jobs stays in the stored recipe, also where the new one leaves it out: under
+    other settings it must not come back.
+    """
     folder = Path(config.run.folder)
+    file = folder / "config.yaml"
+    known = read_recipe(AdaptConfig, file).variants if file.exists() else {}
+    begun = {job.name for job in folder.glob("jobs/*/*/*")}
+    kept = {name: variant for name, variant in known.items() if as_folder(name) in begun}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
+        write_text(file, to_yaml(replace(config, variants={**kept, **config.variants})))
     except OSError as error:
         raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
     intake.write(folder / "rejects.jsonl")

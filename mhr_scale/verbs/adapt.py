@@ -90,6 +90,7 @@ def adapt(config: AdaptConfig) -> Path:
     opening = open_jobs(config)
     is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
     check_backbone_jobs(config, opening.backbone, is_sharded=is_sharded)
+    check_quantise(opening.backbone, opening.blueprint, ds_content, config.run.ds_config)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
         engine.open_patient_group()
@@ -108,7 +109,7 @@ def adapt(config: AdaptConfig) -> Path:
         engine.close()
     if lost:
         raise DivergenceError(
-            f"{len(lost)} job(s) given up, loss or gradient not finite: {', '.join(lost[:5])}; "
+            f"{len(lost)} job(s) given up, loss or scores not finite: {', '.join(lost[:5])}; "
             "lower optim.lr or the variant's lr; all other jobs are finished"
         )
     return folder
@@ -175,15 +176,20 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
         raise ConfigError("backbone: required where every variant is fresh")
     (first, chosen), *others = found.items()
     for path, other in others:
-        if (other.name, other.config) != (chosen.name, chosen.config):
+        if (other.name, other.config, other.config_seed) != (
+            chosen.name,
+            chosen.config,
+            chosen.config_seed,
+        ):
             raise ConfigError(
                 f"variants: {first} was trained on {chosen.name or 'random weights'}, {path} on "
                 f"{other.name or 'other random weights'}; jobs of one run share a backbone: make "
                 "two runs, or set backbone_moved_to if it is the same one in two places"
             )
-    if chosen.dropout:
+    if chosen.dropout != 0.0:
+        rate = "null, the backbone's own rate" if chosen.dropout is None else chosen.dropout
         raise ConfigError(
-            f"backbone.dropout: {chosen.dropout}; jobs that share a pass would share its random "
+            f"backbone.dropout: {rate}; jobs that share a pass would share its random "
             "numbers too: set it to 0"
         )
     chosen = replace(
@@ -191,11 +197,11 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
         dtype=config.backbone_dtype or chosen.dtype,
         quantise=config.backbone_quantise or chosen.quantise,
     )
-    trains = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
-    if trains and chosen.quantise != "none":
+    trained = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
+    if trained and chosen.quantise != "none":
         raise ConfigError(
-            f"variants.{trains[0]}.kind: backbone trains weights, and weights in "
-            f"{chosen.quantise} cannot be trained; set {'backbone_quantise' if cards else ''}"
+            f"variants.{trained[0]}.kind: backbone trains weights, which {chosen.quantise} ones "
+            "cannot be; set backbone_quantise: none for all variants"
         )
     return chosen
 
@@ -381,6 +387,6 @@ def report(opening: Opening, folder: Path) -> None:
     results = read_results(opening.jobs, folder)
     if not results:
         return
-    found = comparison.compare(results)
+    found = comparison.compare(results, tasks={job.task for job in opening.jobs})
     write_json(folder / "summary.json", found)
     log.info("\n%s\n  jobs     %s", comparison.table(found), folder / "jobs")

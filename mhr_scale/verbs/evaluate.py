@@ -187,7 +187,15 @@ def check_folder(config: EvaluateConfig) -> None:
     if not (folder / summary.SCORES).exists():
         return
     before = load(EvaluateConfig, folder / "config.yaml")
-    parts = ("adapter", "backbone", "routing", "tasks", "scoring")
+    parts = (
+        "adapter",
+        "backbone",
+        "backbone_dtype",
+        "backbone_quantise",
+        "routing",
+        "tasks",
+        "scoring",
+    )
     changed = [name for name in parts if getattr(before, name) != getattr(config, name)]
     if changed:
         raise RunError(

@@ -4,16 +4,10 @@ What was written is loaded again and its logits are compared before it is moved 
 imports: any adapter that can be read can be written as this package's own artefact.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mhr_scale import backbone, merging
 from mhr_scale.adapters import Adapter, interop, state
@@ -21,12 +15,21 @@ from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, ExportConfig
-from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.errors import AdapterError
 from mhr_scale.jobs.job import as_folder
 from mhr_scale.recipe import to_yaml
-from mhr_scale.reloading import N_ROWS, Bench, check_same, difference, spread
+from mhr_scale.reloading import (
+    N_ROWS,
+    Bench,
+    Part,
+    check_merged,
+    check_native,
+    check_peft,
+    spread,
+)
 from mhr_scale.runlog import Progress, log, rank, write_json, write_text
 from mhr_scale.runs import backbone_of, check_fit
+from mhr_scale.target import check_target, moved_into_place, nearest_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,19 +44,6 @@ class Source:
     facts: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One folder to be written, and the adapter and task numbers it has to agree with.
-
-    `make` gives the adapter that goes into it; `folder` is its place below the target.
-    """
-
-    make: Callable[[], Adapter]
-    original: Adapter
-    task_ids: tuple[int, ...] = (0,) * N_ROWS
-    folder: str = "."
-
-
 def export(config: ExportConfig) -> Path:
     """Write the folder that `config` asks for, and return it.
 
@@ -64,37 +54,15 @@ def export(config: ExportConfig) -> Path:
         return target
     check_target(target)
     source = open_source(config)
-    what, parts = choose(config, source)
+    parts = choose(config, source)
     with moved_into_place(target) as folder:
-        write(config, source, parts, folder, target=target)
-        found = ""
-        if config.check:
-            bench = Bench(source.blueprint)
-            checks = {"merged": check_merged}
-            found = checks.get(config.format, check_adapters)(config, source, parts, folder, bench)
-    log.info("%s", closing(config, source, what=what, n_parts=len(parts), found=found))
+        write(config, source, parts, folder)
+        found = check(config, source, parts, folder) if config.check else "not checked"
+    log.info("%s", closing(config, source, parts, found=found))
     return target
 
 
 # --- at the door
-
-
-def check_target(target: Path) -> None:
-    """Raise `RunError` if the target is not absent or an empty folder that can be replaced."""
-    if target.exists() and not target.is_dir():
-        raise RunError(f"folder: {target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise RunError(f"folder: {target} is not empty; name another folder, or empty it")
-    if os.path.ismount(target):
-        raise RunError(f"folder: {target} is where a disk is mounted; name a folder below it")
-    above = nearest_folder(target)
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise RunError(f"folder: cannot write in {above}; name another folder")
-
-
-def nearest_folder(target: Path) -> Path:
-    """The nearest path above `target` that exists."""
-    return next(path for path in target.absolute().parents if path.exists())
 
 
 def open_source(config: ExportConfig) -> Source:
@@ -137,9 +105,9 @@ def open_source(config: ExportConfig) -> Source:
 
 
 def open_backbone(config: ExportConfig, card: state.Card) -> BackboneConfig:
-    """The adapter's backbone; raises `AdapterError` if the adapter does not tell."""
+    """The backbone as it was before any job; `AdapterError` if the adapter does not tell."""
     try:
-        return backbone_of(config.adapter, card, config.backbone_moved_to)
+        return backbone_of(config.adapter, replace(card, origin={}), config.backbone_moved_to)
     except AdapterError as error:
         way_out = "" if config.format == "merged" else ", or check: false"
         raise AdapterError(f"{error}{way_out}") from error
@@ -148,8 +116,8 @@ def open_backbone(config: ExportConfig, card: state.Card) -> BackboneConfig:
 # --- what is exported
 
 
-def choose(config: ExportConfig, source: Source) -> tuple[str, list[Part]]:
-    """What is exported, and its parts; raises `AdapterError` if the adapter does not have them."""
+def choose(config: ExportConfig, source: Source) -> list[Part]:
+    """What is exported; raises `AdapterError` if the adapter does not have it."""
     what = config.what or natural_choice(config, source.stored)
     try:
         parts = parts_of(what, config, source.stored)
@@ -162,7 +130,7 @@ def choose(config: ExportConfig, source: Source) -> tuple[str, list[Part]]:
             f"{len(first.task_names)} task(s) is no single adapter; set what: average or what: "
             "task, or format: peft_poly or native for the whole"
         )
-    return what, parts
+    return parts
 
 
 def is_single(adapter: Adapter) -> bool:
@@ -184,6 +152,7 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[Part]:
         names = stored.task_names if what == "all_tasks" else [config.task or stored.task_names[0]]
         return [
             Part(
+                what=what,
                 make=partial(collapse, stored, name),
                 original=stored,
                 task_ids=stored.check_task_ids([name]) * N_ROWS,
@@ -194,56 +163,37 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[Part]:
     if what == "whole" or (what == "average" and is_single(stored)):
         numbers = spread(len(stored.task_names))
         rows = tuple(numbers[row % len(numbers)] for row in range(N_ROWS))
-        return [Part(make=lambda: stored, original=stored, task_ids=rows)]
+        return [Part(what="whole", make=lambda: stored, original=stored, task_ids=rows)]
     single = soup(stored, config.tasks) if what == "soup" else mean_of(stored)
-    return [Part(make=lambda: single, original=single)]
+    return [Part(what=what, make=lambda: single, original=single)]
 
 
 # --- writing
 
 
-@contextmanager
-def moved_into_place(target: Path) -> Iterator[Path]:
-    """A folder on the target's disk that becomes the target, or nothing if the block fails."""
-    place = Path(os.path.realpath(target))
-    unfinished = nearest_folder(place) / f".{place.name}.unfinished"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(unfinished, place)
-    except OSError as error:
-        raise RunError(f"folder: cannot write to {target} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def write(
-    config: ExportConfig, source: Source, parts: list[Part], folder: Path, *, target: Path
-) -> None:
+def write(config: ExportConfig, source: Source, parts: list[Part], folder: Path) -> None:
     """Write every part below `folder`, and the recipe beside them."""
-    progress = Progress(len(parts), start=0, what="export", unit="task")
+    is_many = parts[0].what == "all_tasks"
+    progress = Progress(len(parts), start=0, what="export", unit="task") if is_many else None
     for part in parts:
-        place = folder / part.folder
         try:
-            write_part(config, source, part.make(), place)
+            write_part(config, source, part, folder / part.folder)
         except AdapterError as error:
-            raise AdapterError(str(error).replace(str(folder), str(target))) from error
-        if len(parts) > 1:
+            raise AdapterError(str(error).replace(str(folder), config.folder)) from error
+        if progress:
             progress.advance(part.folder)
-    progress.close()
-    if config.what == "all_tasks":
+    if progress:
+        progress.close()
         names = {part.folder: source.stored.task_names[part.task_ids[0]] for part in parts}
         write_json(folder / "tasks.json", names)
     write_text(folder / "export.yaml", to_yaml(config))
 
 
-def write_part(config: ExportConfig, source: Source, adapter: Adapter, folder: Path) -> None:
+def write_part(config: ExportConfig, source: Source, part: Part, folder: Path) -> None:
     """Write one adapter in the format asked for."""
-    name = base_name(source.facts)
+    adapter, name = part.make(), base_name(source.facts)
     if config.format == "native":
-        origin = {"exported_from": config.adapter, "what": config.what or "whole"}
+        origin = {"exported_from": config.adapter, "what": part.what}
         state.save(adapter, folder, step=source.card.step, backbone=source.facts, origin=origin)
     elif config.format == "peft_poly":
         interop.write_peft_poly(adapter, folder, base_model=name)
@@ -264,3 +214,75 @@ def write_part(config: ExportConfig, source: Source, adapter: Adapter, folder: P
         interop.write_peft_ia3(adapter, folder, base_model=name)
     else:
         interop.write_peft_lora(adapter, folder, base_model=name)
+
+
+def base_name(facts: dict[str, Any]) -> str | None:
+    """The backbone as other programs find it: a hub id or a folder; None for random weights."""
+    name = facts.get("name")
+    return str(backbone.BUILTIN.get(name, name)) if name else None
+
+
+# --- comparing and telling
+
+
+def check(config: ExportConfig, source: Source, parts: list[Part], folder: Path) -> str:
+    """Compare logits of what was written with the original's; returns what to say of it.
+
+    Of many tasks some are compared. Raises `AdapterError` if anything differs.
+    """
+    assert source.blueprint is not None
+    weights = merging.plan_weights(source.blueprint, "float32")
+    size = sum(weight.n_bytes for weight in weights) / 1e9
+    log.info("comparing logits, which takes the backbone in float32: %.2g GB of memory", size)
+    bench = Bench(source.blueprint)
+    is_peft = source.card.origin.get("format", "").startswith("PEFT")
+    peft_folder = Path(config.adapter) if is_peft else None
+    numbers, worst, moved = spread(len(parts)), 0.0, 0.0
+    try:
+        for part, place in ((parts[n], folder / parts[n].folder) for n in numbers):
+            if config.format == "merged":
+                found, moved = check_merged(
+                    bench, part, place, blueprint=source.blueprint, weights=source.weights
+                )
+            elif config.format == "native":
+                found = check_native(bench, part, place, peft_folder=peft_folder)
+            else:
+                found = check_peft(bench, part, place)
+            worst = max(worst, found)
+    except AdapterError as error:
+        raise AdapterError(f"{config.folder}: not exported: {error}") from error
+    text = (
+        f"the logits are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
+    )
+    text += f"; rounding the weights to their data type moves them by {moved:.1e}" if moved else ""
+    return f"{len(numbers)} of {len(parts)} tasks: {text}" if len(parts) > 1 else text
+
+
+def closing(config: ExportConfig, source: Source, parts: list[Part], *, found: str) -> str:
+    """What was written, how well it agrees, and the lines that load it."""
+    base = base_name(source.facts) or "FOLDER OF THE BACKBONE"
+    place = str(Path(config.folder) / parts[0].folder)
+    load = "model = AutoModelForSeq2SeqLM.from_pretrained"
+    lines = {
+        "merged": ["from transformers import AutoModelForSeq2SeqLM", f'{load}("{place}")'],
+        "native": ["from mhr_scale import load_adapter", f'adapter = load_adapter("{place}")'],
+    }.get(
+        config.format,
+        [
+            "from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM",
+            f'{load}("{base}")',
+            f'model = PeftModel.from_pretrained(model, "{place}")',
+        ],
+    )
+    if config.format == "peft_poly":
+        lines.append("model(..., task_ids=...): places in task_names of mhr_scale.json")
+    names = {
+        "whole": "the adapter as it is",
+        "average": "the average",
+        "task": f"task {source.stored.task_names[parts[0].task_ids[0]]}",
+        "all_tasks": f"{len(parts)} tasks, a folder each",
+        "soup": f"the soup of {', '.join(config.tasks)}",
+    }
+    what = names[parts[0].what]
+    text = f"{config.adapter}: {what} -> {config.folder} ({config.format})\n  {found}\n  load:"
+    return "\n    ".join([text, *lines])

@@ -46,6 +46,9 @@ def announce(trainer: Trainer) -> None:
     )
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = config.backbone.name or "random weights"
+    precision: str = config.backbone.dtype
+    if config.backbone.quantise != "none":
+        precision = f"{config.backbone.quantise} and {precision}"
     log.info(
         "%s, layout %s: %d linears, %s trainable numbers, %d tasks; backbone %s frozen in %s, "
         "%s on %d rank(s); %d steps of %d rows into %s",
@@ -55,7 +58,7 @@ def announce(trainer: Trainer) -> None:
         f"{trainable:,}",
         len(adapter.task_names),
         frozen,
-        config.backbone.dtype,
+        precision,
         trainer.engine.placement,
         trainer.engine.world_size,
         config.schedule.steps,

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from few_shot_counts import CHIPS, Counter, Counts, count, like_a_gpu
-from few_shot_ways import Bench, PeftLoop, Setting, Waves
+from few_shot_peft import Method, PeftLoop
+from few_shot_ways import Bench, Setting, Waves, Way
 
 from mhr_scale import backbone
 from mhr_scale.adapters import find_sites
@@ -92,12 +93,11 @@ def counted_ways(name: str, length: int) -> tuple[dict[str, tuple[Counts, int]],
             bench = Bench(setting, "full", "adamw", sites)
             first = bench.start(0)
             bench.start = lambda number: first
-        ways: list[Waves | PeftLoop] = [
-            Waves(bench, ours, linears, size=size, device=META) for size in SIZES
-        ]
+        ways: list[Way] = [Waves(bench, ours, linears, size=size, device=META) for size in SIZES]
+        methods: tuple[Method, ...] = ("lora", "poly")
         ways += [
             PeftLoop(bench, bare, method=method, device=META, many_tensors=True)
-            for method in ("lora", "poly")
+            for method in methods
         ]
         for way in ways:
             with META, Counter("meta"):

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from few_shot_counts import count, counted_gathers
 from few_shot_gpu import SHAPES, estimates
+from few_shot_peft import Method, PeftLoop
 from few_shot_ways import (
     KINDS,
     OPTIMIZERS,
     Bench,
     Hall,
-    PeftLoop,
     Setting,
-    Waves,
+    Way,
     build_bare,
 )
 
@@ -123,9 +123,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare_all(args: argparse.Namespace) -> list[Row]:
     """Compare all ways for all settings and optimizers."""
     torch.set_num_threads(args.threads)
-    n_pairs = len(args.settings) * len(args.optimizers)
-    n_ways = sum(len(SIZES) + 2 + (kind == "full") for kind in args.kinds)
-    progress = Progress(n_pairs * n_ways * (args.turns + 1), start=0, what="few-shot", unit="run")
+    n_ways = sum(len(sizes(args.jobs)) + len(peft_methods(kind)) for kind in args.kinds)
+    n_runs = len(args.settings) * len(args.optimizers) * n_ways * (args.turns + 1)
+    progress = Progress(n_runs, start=0, what="few-shot", unit="run")
     rows = []
     for name in args.settings:
         engine = Engine(read_ds_config(None), timeout_seconds=600)
@@ -141,14 +141,11 @@ def compare(
     args: argparse.Namespace, name: str, optimizer: str, ours: Hall, bare: Any, progress: Progress
 ) -> list[Row]:
     """Compare all ways and kinds for one setting and optimizer, in turn."""
-    ways: dict[tuple[str, str], Waves | PeftLoop] = {}
+    ways: dict[tuple[str, str], Way] = {}
     for kind in args.kinds:
         bench = Bench(SETTINGS[name], kind, optimizer, ours.sites)
-        sizes = sorted({min(size, args.jobs) for size in SIZES} | {1}, reverse=True)
-        made: list[Waves | PeftLoop] = [ours.waves(bench, size=size) for size in sizes]
-        made.append(PeftLoop(bench, bare, method="lora"))
-        if kind != "average":
-            made.append(PeftLoop(bench, bare, method="poly"))
+        made: list[Way] = [ours.waves(bench, size=size) for size in sizes(args.jobs)]
+        made += [PeftLoop(bench, bare, method=method) for method in peft_methods(kind)]
         ways |= {(kind, way.name): way for way in made}
     counts = {}
     for key, way in ways.items():
@@ -161,13 +158,24 @@ def compare(
             times[key].append(timed(ways[key], range(args.jobs), args.steps))
             progress.advance(f"{name} {optimizer} {key[0]}, {key[1]}")
     rows = []
-    for kind, way in ways:
-        head = {"setting": SETTINGS[name].name, "optimizer": optimizer, "kind": kind, "way": way}
-        rows.append(head | figures(kind, way, times) | counts[kind, way])
+    head = {"setting": SETTINGS[name].name, "optimizer": optimizer}
+    for kind, title in ways:
+        own = {"kind": kind, "way": title}
+        rows.append(head | own | figures(kind, title, times) | counts[kind, title])
     return rows
 
 
-def timed(way: Waves | PeftLoop, numbers: Sequence[int], steps: int) -> Seconds:
+def sizes(n_jobs: int) -> list[int]:
+    """Jobs per wave of our own ways, the last of them one by one."""
+    return sorted({min(size, n_jobs) for size in SIZES} | {1}, reverse=True)
+
+
+def peft_methods(kind: str) -> tuple[Method, ...]:
+    """What the plain loop trains beside jobs of a kind: an average is a plain LoRA."""
+    return ("lora",) if kind == "average" else ("lora", "poly")
+
+
+def timed(way: Way, numbers: Sequence[int], steps: int) -> Seconds:
     """Seconds per job-step, by clock, of training some jobs for so many steps each.
 
     `way.size` jobs train at a time. Their opening and first step are not timed.
@@ -186,7 +194,7 @@ def timed(way: Waves | PeftLoop, numbers: Sequence[int], steps: int) -> Seconds:
     return {name: seconds / (len(numbers) * steps) for name, seconds in total.items()}
 
 
-def counted(way: Waves | PeftLoop) -> Row:
+def counted(way: Way) -> Row:
     """Operations and kernels per job-step, and the first job's first loss."""
     handle = way.open(range(way.size))
     loss = way.step(handle)[0]
@@ -237,11 +245,11 @@ def compare_placed(args: argparse.Namespace) -> list[Row]:
             for optimizer in args.optimizers:
                 for kind in args.kinds:
                     bench = Bench(SETTINGS[name], kind, optimizer, hall.sites)
-                    ways = [
+                    ways: list[Way] = [
                         hall.waves(bench, size=size, turn=lambda: lockstep.turn("train"))
                         for size in (args.jobs, 1)
                     ]
-                    rows += placed(args, engine, ways, progress)
+                    rows += placed(args, engine, bench, ways, progress)
     finally:
         progress.close()
         engine.close()
@@ -249,10 +257,9 @@ def compare_placed(args: argparse.Namespace) -> list[Row]:
 
 
 def placed(
-    args: argparse.Namespace, engine: Engine, ways: Sequence[Waves], progress: Progress
+    args: argparse.Namespace, engine: Engine, bench: Bench, ways: Sequence[Way], progress: Progress
 ) -> list[Row]:
     """Rows of two ways that take turns; a turn takes as long as its slowest rank. Collective."""
-    bench = ways[0].bench
     mine = range(engine.rank * args.jobs, (engine.rank + 1) * args.jobs)
     times: dict[tuple[str, str], list[Seconds]] = {(bench.kind, way.name): [] for way in ways}
     gathered = {}
@@ -298,7 +305,11 @@ def pivot(rows: Sequence[Row], what: str) -> str:
         if not what.endswith("ratios"):
             line[row["way"]] = row[what]
         elif row["way"].startswith("waves"):
-            line |= {f"{other} / {row['way']}": x for other, x in row[what].items()}
+            line |= {
+                f"{other} / {row['way']}": ratio
+                for other, ratio in row[what].items()
+                if not other.startswith("waves")
+            }
     titles = {
         "cpu_ms": "milliseconds of CPU time per job-step",
         "wall_ms": "milliseconds per job-step",

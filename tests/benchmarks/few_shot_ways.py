@@ -1,24 +1,19 @@
-"""The ways to train few-shot jobs that `few_shot_waves.py` compares, and what they all train on.
+"""What `few_shot_waves.py` trains, and our own way to train it: waves of any number of jobs.
 
-Waves      mhr_scale.jobs.wave.Wave, any number of jobs to a wave; waves of 1 are our own loop
-PeftLoop   one stock PEFT adapter per job and a plain training loop
-
-Jobs of all ways have the same backbone weights, start from the same tensors and see the same rows.
+Waves of 1 are our own loop over one job after another. Jobs of all ways (`few_shot_peft.py` is the
+other one) have the same backbone weights, start from the same tensors and see the same rows.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
-from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.methods import wrap
@@ -37,7 +32,6 @@ from mhr_scale.jobs.data import TrainRow, round_up
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, Wave
-from mhr_scale.optim import rate_factor
 
 Kind = Literal["average", "full", "routing"]
 KINDS: tuple[Kind, ...] = ("average", "full", "routing")
@@ -46,9 +40,6 @@ OPTIMIZERS = ("adamw", "adafactor")
 STEPS = 1000
 CLIP_NORM, LR, ROUTING_LR = 1.0, 1e-3, 1e-2
 CPU = torch.device("cpu")
-LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
-#: The collator of the plain loop pads to the batch's longest row, rounded up to this.
-COLLATE_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +139,7 @@ class Bench:
         )
         self.sites = sites
         self.rows = cache(lambda number: Rows.draw(setting, number))
-        self.start = cache(self._start)
+        self.start: Callable[[int], Adapter] = cache(self._start)
 
     def job(self, number: int) -> Job:
         return Job(task=f"task{number}", seed=number, variant=self.kind)
@@ -214,6 +205,22 @@ def build_bare(setting: Setting, engine: Engine) -> Any:
     return engine.build(config, backbone.read_blueprint(config))
 
 
+class Way(Protocol):
+    """A way to train jobs, `size` at a time."""
+
+    name: str
+    size: int
+
+    def open(self, numbers: Sequence[int]) -> Any:
+        """Make these jobs ready for their first step; returns what `step` and `close` take."""
+
+    def step(self, handle: Any) -> list[float]:
+        """Train them by one step; returns their losses."""
+
+    def close(self, handle: Any) -> None:
+        """Make room for other jobs."""
+
+
 class Waves:
     """Our own code: waves of `size` jobs over one backbone."""
 
@@ -255,139 +262,3 @@ class Waves:
 
     def close(self, wave: Wave) -> None:
         """Nothing: the next wave is bound in its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeftJob:
-    """A job of the plain loop."""
-
-    number: int
-    model: Any
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    trained: list[nn.Parameter]
-
-
-class PeftLoop:
-    """PEFT and a plain training loop: one adapter per job, on the same loaded backbone.
-
-    `lora`: one low-rank pair per linear; `poly`: the inventory, mixed by PEFT's Poly.
-    `many_tensors` asks torch for the AdamW that it takes on a GPU.
-    """
-
-    size: ClassVar[int] = 1
-
-    def __init__(
-        self,
-        bench: Bench,
-        model: Any,
-        *,
-        method: Literal["lora", "poly"],
-        device: torch.device = CPU,
-        many_tensors: bool | None = None,
-    ) -> None:
-        self.name = {"lora": "PEFT LoRA", "poly": "PEFT Poly"}[method]
-        self.bench, self.model, self.method = bench, model, method
-        self.device, self.many_tensors = device, many_tensors
-
-    def open(self, numbers: Sequence[int]) -> PeftJob:
-        """A new adapter in the backbone, with the job's tensors, and its optimizer."""
-        from peft import LoraConfig, PolyConfig, get_peft_model
-
-        (number,) = numbers
-        config = LoraConfig(
-            task_type="SEQ_2_SEQ_LM", r=1, lora_alpha=1, target_modules=LINEARS, lora_dropout=0.0
-        )
-        if self.method == "poly":
-            config = PolyConfig(
-                task_type="SEQ_2_SEQ_LM",
-                r=1,
-                n_tasks=1,
-                n_skills=8,
-                n_splits=8,
-                target_modules=LINEARS,
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = get_peft_model(self.model, config).train()
-        if self.device.type != "meta":
-            self._fill(model, self.bench.start(number))
-        if self.bench.kind == "routing" and self.method == "poly":
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("module_logits" in name)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = self._optimizer(trained)
-        schedule = self.bench.schedule()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate_factor(schedule, step)
-        )
-        return PeftJob(number, model, optimizer, scheduler, trained)
-
-    def _fill(self, model: Any, adapter: Adapter) -> None:
-        if self.method == "lora":
-            single = average(adapter) if adapter.config.n_skills > 1 else adapter
-            for name, tensor in single.inventory.named_tensors():
-                linear, _, side = name.rpartition(".")
-                layer = model.base_model.model.get_submodule(linear)
-                getattr(layer, f"lora_{side}")["default"].weight.data.copy_(tensor[0, 0].T)
-            return
-        for name, tensor in adapter.inventory.named_tensors():
-            linear, _, side = name.rpartition(".")
-            layer = model.base_model.model.get_submodule(linear)
-            getattr(layer, f"poly_lora_{side}")["default"].data.copy_(tensor)
-            assert adapter.routing_logits is not None
-            row = adapter.routing_logits.data[:, adapter.groups.index(linear)]
-            layer.poly_router["default"].module_logits.data.copy_(row.flatten(1))
-
-    def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optim = self.bench.optim
-        if optim.name == "adamw":
-            return torch.optim.AdamW(
-                trained,
-                lr=optim.lr,
-                betas=(optim.beta1, optim.beta2),
-                eps=optim.eps,
-                weight_decay=optim.weight_decay,
-                foreach=self.many_tensors,
-            )
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
-            trained, lr=optim.lr, scale_parameter=True, relative_step=False, warmup_init=False
-        )
-
-    def step(self, job: PeftJob) -> list[float]:
-        """One step of the job; returns its loss."""
-        rows = self.bench.rows(job.number)
-        batch = collate(rows.batch(job.scheduler.last_epoch), self.device)
-        if self.method == "poly":
-            batch["task_ids"] = torch.zeros(len(batch["labels"]), dtype=torch.long).to(self.device)
-        loss = job.model(**batch, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(job.trained, CLIP_NORM)
-        job.optimizer.step()
-        job.scheduler.step()
-        job.optimizer.zero_grad()
-        return [loss.item()]
-
-    def close(self, job: PeftJob) -> None:
-        """Take the adapter out of the backbone."""
-        job.model.unload()
-
-
-def collate(rows: Sequence[TrainRow], device: torch.device) -> dict[str, Tensor]:
-    """A batch for transformers' own loss, padded to the longest row, labels with -100."""
-
-    def padded(lists: Sequence[Any], value: int) -> Tensor:
-        width = -(-max(len(ids) for ids in lists) // COLLATE_MULTIPLE) * COLLATE_MULTIPLE
-        array = np.full((len(lists), width), value, dtype=np.int64)
-        for number, ids in enumerate(lists):
-            array[number, : len(ids)] = ids
-        return torch.from_numpy(array)
-
-    inputs = [row.input_ids for row in rows]
-    return {
-        "input_ids": padded(inputs, 0).to(device),
-        "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0).to(device),
-        "labels": padded([row.choices[0] for row in rows], -100).to(device),
-    }

@@ -136,9 +136,7 @@ class Apart:
         raise AssertionError("a collective")
 
 
-@pytest.mark.parametrize(
-    ("is_sharded", "world_size"), [(False, 1), (False, 4), (True, 1)], ids=str
-)
+@pytest.mark.parametrize(("is_sharded", "world_size"), [(False, 1), (False, 4), (True, 1)], ids=str)
 def test_ranks_that_are_independent_take_turns_at_no_cost(is_sharded, world_size):
     one = Walk(Apart(is_sharded=is_sharded, world_size=world_size))
     one.run(["train", "rank", "generate", "train"])

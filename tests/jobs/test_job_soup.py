@@ -198,5 +198,5 @@ def test_an_adapter_without_its_run_is_refused(source, tasks):
 
 
 def test_a_run_whose_data_lack_a_task_is_refused(source, tasks):
-    with pytest.raises(RunError, match="its data lack 2 task.*such as gone"):
+    with pytest.raises(RunError, match=r"its data lack 2 task.*such as gone"):
         source_tasks(str(source), [*tasks, "lost", "gone"], 5)

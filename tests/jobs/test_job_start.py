@@ -205,7 +205,11 @@ def test_a_fresh_job_has_no_use_for_private_inventories():
         (SOUP, MHR, "soup averages private adapters, source is MHR"),
         (SOUP, LORA, "soup averages private adapters, source is LoRA"),
         (SOUP, replace(MHR, private=True), "adapter.private: true and n_skills: 1"),
-        (replace(SOUP, soup=SoupConfig(adapters=4)), PRIVATE, r"adapters: 4, but source has 3 task"),
+        (
+            replace(SOUP, soup=SoupConfig(adapters=4)),
+            PRIVATE,
+            r"adapters: 4, but source has 3 task",
+        ),
         (FULL, PRIVATE, "kind: full, but every task of source has an inventory of its own"),
         (ROUTING, PRIVATE, "use soup or average"),
         (INVENTORY, PRIVATE, "trainable: private inventories have a mean only"),

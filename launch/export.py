@@ -1,0 +1,11 @@
+"""Export an adapter to PEFT or into the backbone's weights, or import one made elsewhere.
+
+python launch/export.py RECIPE [a.b=value ...]
+"""
+
+from mhr_scale.config import ExportConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.export import export
+
+if __name__ == "__main__":
+    main(ExportConfig, export, usage="python launch/export.py")

@@ -1,0 +1,11 @@
+"""Fine-tune an exported LoRA on one task, over a backbone in 4, 8 or 16 bits.
+
+python launch/finetune.py RECIPE [a.b=value ...]
+"""
+
+from mhr_scale.config import FinetuneConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.finetune import finetune
+
+if __name__ == "__main__":
+    main(FinetuneConfig, finetune, usage="python launch/finetune.py")

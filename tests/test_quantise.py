@@ -1,0 +1,436 @@
+"""Frozen linears in 8 and 4 bits: what they compute, and jobs of every verb over them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT
+from torch import Tensor, nn
+
+from mhr_scale import quantise, summary
+from mhr_scale.adapters import Adapter, attach, find_sites
+from mhr_scale.adapters.state import read_card
+from mhr_scale.backbone import read_blueprint
+from mhr_scale.config import (
+    AdaptConfig,
+    AdapterConfig,
+    AdaptRunConfig,
+    BackboneConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    ProtocolConfig,
+    RunConfig,
+    ScoringConfig,
+    SelectionConfig,
+    ShotsConfig,
+    ToyTasks,
+    VariantConfig,
+)
+from mhr_scale.engine import Engine
+from mhr_scale.errors import BackboneError, ConfigError, EngineError
+from mhr_scale.recipe import load
+from mhr_scale.runs import backbone_of
+from mhr_scale.verbs.adapt import adapt
+from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.pretrain import pretrain
+
+SIZES = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+    "vocab_size": 384,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+MHR = AdapterConfig(layout="full", rank=2, n_skills=4, n_splits=4)
+TASK_IDS = (0, 1, 1, 2)
+DTYPES = ("float32", "bfloat16")
+KINDS = ("int8", "nf4")
+WO = "encoder.block.1.layer.1.DenseReluDense.wo"
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Builds a backbone as a verb does, on CPU; by default random weights in float32."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def build(kind: str, **settings: Any) -> Any:
+        given = {"dtype": "float32", **settings}
+        if "name" not in given:
+            given["config"] = given.get("config", SIZES)
+        config = BackboneConfig(quantise=kind, **given)  # type: ignore[arg-type]
+        return Engine({}, timeout_seconds=60).build(config, read_blueprint(config))
+
+    return build
+
+
+def batch(rows: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "input_ids": torch.randint(3, 300, (rows, 9), generator=generator),
+        "labels": torch.randint(3, 300, (rows, 5), generator=generator),
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(**batch()).logits
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def quantised(model: Any) -> dict[str, nn.Module]:
+    kinds = ("Linear8bitLt", "Linear4bit")
+    return {name: m for name, m in model.named_modules() if type(m).__name__ in kinds}
+
+
+def whole_weight(linear: Any) -> Tensor:
+    """The weight that a quantised linear stands for."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    if type(linear).__name__ == "Linear4bit":
+        found: Tensor = functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        return found
+    scale = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+    return linear.weight.data.float() * scale[:, None] / 127.0
+
+
+def with_whole_weights(model: Any, bare: Any) -> Any:
+    """`bare`, an unquantised model, with the weights that those of `model` stand for."""
+    for name, linear in quantised(model).items():
+        bare.get_submodule(name).weight.data.copy_(whole_weight(linear))
+    return bare
+
+
+def make_adapter(model: Any) -> Adapter:
+    adapter = attach(model, MHR, tasks=("a", "b", "c"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def gradients(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    model.train()
+    with adapter.slots(TASK_IDS) as slots:
+        slots.backward(model(**batch()).loss)
+    found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+    adapter.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    errors = {name: relative(found[name].float(), expected[name].float()) for name in expected}
+    assert {name: error for name, error in errors.items() if error > tolerance} == {}
+
+
+# -- what is quantised -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_of_the_blocks_is_quantised_and_nothing_else(build: Build, kind: str) -> None:
+    model = build(kind)
+    in_blocks = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    assert quantised(model).keys() == in_blocks
+    assert len(in_blocks) == 2 * 7 + 2 * 11
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_other_weights_have_the_recipes_type(build: Build, kind: str, dtype: str) -> None:
+    model = build(kind, dtype=dtype)
+    inside = {f"{name}.weight" for name in quantised(model)}
+    others = {p.dtype for name, p in model.named_parameters() if name not in inside}
+    assert others == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_weights_are_frozen_and_the_model_is_in_evaluation_mode(
+    build: Build, kind: str
+) -> None:
+    model = build(kind)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 1.0), ("nf4", 0.5)])
+def test_a_quantised_weight_takes_so_many_bytes(build: Build, kind: str, most: float) -> None:
+    for linear in quantised(build(kind)).values():
+        weight = linear.weight
+        held = weight.numel() * weight.element_size()
+        assert held == most * linear.in_features * linear.out_features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sites_of_a_layout_are_found_as_in_whole_weights(build: Build, kind: str) -> None:
+    assert find_sites(build(kind), "full") == find_sites(build("none"), "full")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_its_own_stays_one(build: Build, kind: str) -> None:
+    model, bare = build(kind), build("none")
+    assert torch.equal(model.lm_head.weight, bare.lm_head.weight)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+# -- what they compute -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_in_4_bits_computes_what_its_weights_stand_for(build: Build, dtype: str) -> None:
+    model = build("nf4", dtype=dtype)
+    expected = logits(with_whole_weights(model, build("none", dtype=dtype)))
+    assert relative(logits(model), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_in_8_bits_computes_nearly_what_its_weights_stand_for(
+    build: Build, dtype: str
+) -> None:
+    model = build("int8", dtype=dtype)
+    expected = logits(with_whole_weights(model, build("none", dtype=dtype)))
+    assert relative(logits(model), expected) < 0.03  # activations are in 8 bits too
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_reach_wo_in_the_models_own_type(build: Build, kind: str, dtype: str) -> None:
+    model, seen = build(kind, dtype=dtype), []
+    model.get_submodule(WO).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits(model)
+    assert seen[0].dtype == getattr(torch, dtype)
+    assert seen[0].frac().abs().max() > 0.0
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.04), ("nf4", 0.3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_are_near_those_of_whole_weights(
+    build: Build, kind: str, most: float, dtype: str
+) -> None:
+    expected = logits(build("none"))
+    assert relative(logits(build(kind, dtype=dtype)).float(), expected) < most
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("nf4", 0.06)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_a_real_backbone_are_near_those_of_whole_weights(
+    build: Build, shared: Path, kind: str, most: float, dtype: str
+) -> None:
+    name = str(shared / "backbones" / "t5_mini_text")
+    expected = logits(build("none", name=name))
+    assert relative(logits(build(kind, name=name, dtype=dtype)).float(), expected) < most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_train_in_float32_with_the_gradients_of_what_the_weights_stand_for(
+    build: Build, kind: str, dtype: str
+) -> None:
+    model = build(kind, dtype=dtype)
+    bare = with_whole_weights(model, build("none", dtype=dtype))
+    found = gradients(model, make_adapter(model))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert_close(found, gradients(bare, make_adapter(bare)), 1e-5 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_adapted_linear_keeps_the_type_of_the_frozen_product(
+    build: Build, kind: str, dtype: str
+) -> None:
+    model = build(kind, dtype=dtype)
+    adapter, seen = make_adapter(model), []
+    for linear in adapter.linears:
+        linear.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    with torch.no_grad(), adapter.slots(TASK_IDS):
+        model(**batch())
+    assert set(seen) == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_was_evaluated_trains_with_the_same_gradients(build: Build, kind: str) -> None:
+    fresh, used = build(kind), build(kind)
+    logits(used)
+    expected = gradients(fresh, make_adapter(fresh))
+    assert_close(gradients(used, make_adapter(used)), expected, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", ["reentrant", "non_reentrant"])
+def test_recomputing_activations_leaves_gradients_as_they_are(
+    build: Build, kind: str, recompute: str
+) -> None:
+    plain, sparing = build(kind), build(kind, recompute=recompute)
+    expected = gradients(plain, make_adapter(plain))
+    assert_close(gradients(sparing, make_adapter(sparing)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_sit_in_a_model_that_transformers_quantised(kind: str, shared: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    options = {
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+    }
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        shared / "backbones" / "t5_mini_text",
+        dtype=torch.bfloat16,
+        quantization_config=transformers.BitsAndBytesConfig(**options[kind]),
+        device_map={"": "cpu"},
+    )
+    quantise.keep_format(model)
+    adapter = make_adapter(model)
+    found = gradients(model, adapter)
+    assert adapter.compute_dtype() == torch.bfloat16
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+# -- at the door -----------------------------------------------------------------------------------
+
+
+def test_widths_that_4_bits_cannot_hold_are_refused_with_the_way_out() -> None:
+    config = BackboneConfig(config={**SIZES, "d_ff": 80}, quantise="nf4")
+    with pytest.raises(BackboneError, match=r"d_ff 80 is no multiple of it; use int8"):
+        quantise.check(config, read_blueprint(config).model_config)
+
+
+def test_8_bits_hold_any_width(build: Build) -> None:
+    sizes = {**SIZES, "d_ff": 82, "d_kv": 5, "d_model": 20}
+    expected = logits(build("none", config=sizes))
+    assert relative(logits(build("int8", config=sizes)), expected) < 0.05
+
+
+RECIPE = str(ROOT / "launch" / "recipes" / "toy.yaml")
+SHORT = (
+    "schedule.steps=12",
+    "batch.batch_size=16",
+    "batch.micro_batch_size=16",
+    "tasks.n_tasks=4",
+    "tasks.train_examples=20",
+    "tasks.validation_examples=10",
+    "run.log_every=1",
+)
+
+
+def test_a_sharded_placement_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    overrides = ("backbone.quantise=nf4", "run.ds_config=ds_configs/cpu.json")
+    config = load(PretrainConfig, RECIPE, [*SHORT, *overrides, f"run.folder={tmp_path / 'run'}"])
+    with pytest.raises(EngineError, match=r"ds_configs/cpu.json shards them; leave run.ds_config"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bare_backbone_says_itself_how_it_is_quantised(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set backbone.quantise"):
+        EvaluateConfig(
+            backbone=BackboneConfig(name="builtin:toy"),
+            backbone_quantise="nf4",
+            tasks=TASKS,
+            run=RunConfig(folder=str(tmp_path)),
+        )
+
+
+# -- the verbs -------------------------------------------------------------------------------------
+
+TASKS = ToyTasks(suite="toy", n_tasks=4, train_examples=20, validation_examples=10)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short toy run over a quantised backbone."""
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    overrides = (f"backbone.quantise={request.param}", f"run.folder={folder}")
+    pretrain(load(PretrainConfig, RECIPE, [*SHORT, *overrides]))
+    return folder
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_pretraining_lowers_the_loss_on_held_out_rows(run: Path) -> None:
+    lines = read_lines(run / "metrics.jsonl")
+    found = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_the_card_says_how_the_backbone_was_quantised(run: Path) -> None:
+    card = read_card(run)
+    assert card.backbone["quantise"] == run.name
+    assert backbone_of(str(run), card, None).quantise == run.name
+
+
+def test_a_card_that_does_not_say_so_means_whole_weights(run: Path) -> None:
+    card = read_card(run)
+    facts = {name: value for name, value in card.backbone.items() if name != "quantise"}
+    assert backbone_of(str(run), replace(card, backbone=facts), None).quantise == "none"
+
+
+def scores(folder: Path) -> Tensor:
+    return torch.tensor([s["choice_scores"] for s in summary.read_scores(folder / "scores.jsonl")])
+
+
+def test_an_adapter_is_evaluated_on_the_backbone_it_was_trained_on_or_another(
+    run: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(
+        adapter=str(run),
+        tasks=TASKS,
+        scoring=ScoringConfig(metric="accuracy"),
+        run=RunConfig(folder=str(tmp_path / "own")),
+    )
+    own = scores(evaluate(config))
+    whole = replace(config, backbone_quantise="none", run=RunConfig(folder=str(tmp_path / "whole")))
+    other = scores(evaluate(whole))
+    assert own.isfinite().all()
+    assert 1e-5 < relative(own, other) < 0.5
+
+
+def few_shot(run: Path, folder: Path, **changes: Any) -> AdaptConfig:
+    config = AdaptConfig(
+        variants={
+            "MHR": VariantConfig(adapter=str(run)),
+            "mean": VariantConfig(adapter=str(run), kind="average"),
+        },
+        tasks=ToyTasks(suite="toy", fold="held_out"),
+        shots=ShotsConfig(seeds=(0,), count=8),
+        protocol=ProtocolConfig(
+            steps=8, loss="language_model", max_input_tokens=32, max_target_tokens=32
+        ),
+        selection=SelectionConfig(on="last"),
+        scoring=ScoringConfig(metric="accuracy", examples=2),
+        run=AdaptRunConfig(folder=str(folder), log_every=1),
+    )
+    return replace(config, **changes)
+
+
+def test_few_shot_jobs_train_over_a_quantised_backbone(run: Path, tmp_path: Path) -> None:
+    folder = adapt(few_shot(run, tmp_path / "jobs"))
+    results = list(folder.glob("jobs/*/*/*/result.json"))
+    assert len(results) == 20
+    for file in results:
+        losses = [line["loss"] for line in read_lines(file.with_name("metrics.jsonl"))]
+        assert losses[-1] < losses[0]
+
+
+def test_weights_in_few_bits_are_not_fine_tuned(run: Path, tmp_path: Path) -> None:
+    variants = {"full": VariantConfig(adapter=str(run), kind="backbone")}
+    config = few_shot(run, tmp_path / "jobs", variants=variants)
+    with pytest.raises(ConfigError, match=r"set backbone_quantise: none for all variants"):
+        adapt(config)

@@ -1,0 +1,231 @@
+"""The verb `adapt` on recipes it cannot run: one line with the way out, and nothing is written."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_runs import BARE, LORA, TASKS, make_config, make_source, write_fold, write_rows
+
+from mhr_scale.adapters import state
+from mhr_scale.backbone import BUILTIN
+from mhr_scale.config import (
+    AdaptConfig,
+    AdapterConfig,
+    BackboneConfig,
+    JsonlTasks,
+    SelectionConfig,
+    ShotsConfig,
+    ToyTasks,
+    VariantConfig,
+)
+from mhr_scale.errors import AdapterError, ConfigError, DataError, LayoutError, RunError, UserError
+from mhr_scale.recipe import load
+from mhr_scale.tasks import toy
+from mhr_scale.verbs.adapt import adapt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("refusals")
+
+
+@pytest.fixture(scope="module")
+def source(base) -> Path:
+    return make_source(base / "source")
+
+
+@pytest.fixture(scope="module")
+def rows(base) -> Path:
+    return write_rows(base / "rows")
+
+
+@pytest.fixture
+def config(source, rows, tmp_path) -> AdaptConfig:
+    variants = {"MHR": VariantConfig(adapter=str(source))}
+    return make_config(tmp_path / "run", rows, variants)
+
+
+@pytest.fixture
+def fresh(config) -> AdaptConfig:
+    return replace(config, variants={"LoRA": LORA}, backbone=BARE)
+
+
+def refuse(config: AdaptConfig, error: type[UserError], words: str) -> None:
+    """Expect an error, before anything is written."""
+    with pytest.raises(error, match=words):
+        adapt(config)
+    assert not Path(config.run.folder).exists()
+
+
+# --- variants
+
+
+def test_an_adapter_that_is_not_there_is_named(config, tmp_path):
+    variants = {**config.variants, "mine": VariantConfig(adapter=str(tmp_path / "gone"))}
+    refuse(replace(config, variants=variants), AdapterError, "gone: no adapter here; looked for")
+
+
+def test_a_variant_that_its_adapter_cannot_give_is_named(config, source):
+    variants = {"mine": VariantConfig(adapter=str(source), kind="soup")}
+    refuse(replace(config, variants=variants), ConfigError, r"variants\.mine\.kind: soup averages")
+
+
+def test_splits_that_do_not_fit_the_backbone_are_refused(fresh):
+    odd = VariantConfig(fresh=AdapterConfig(layout="attention", n_skills=2, n_splits=7))
+    refuse(replace(fresh, variants={"odd": odd}), LayoutError, "n_splits: 7 does not divide")
+
+
+def test_a_layout_that_the_backbone_lacks_is_refused(fresh):
+    odd = VariantConfig(fresh=AdapterConfig(layout="atention"))
+    refuse(replace(fresh, variants={"odd": odd}), LayoutError, "did you mean 'attention'")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("variants.MHR.kind=rooting", "kind: 'rooting' is not .* did you mean 'routing'"),
+        ("variants.MHR.adaptor=x", "unknown setting 'variants.MHR.adaptor'; did you mean"),
+        ("variants.MHR.fresh={rank: 1}", "an adapter to start from, or fresh settings"),
+        ("variants={}", "variants: name at least one"),
+        ("selection.on=tests", "selection.on: 'tests' is not"),
+        ("selection.on=shots", "selection.on: shots needs shots.set_aside"),
+        ("selection.patience=0", "patience: 0 is not at least 1"),
+        ("shots.seeds=[1, 1]", "are not different seeds"),
+        ("shots.seeds=[]", "are not different seeds"),
+        ("shots.set_aside=8", "set_aside: 8 leaves no shot"),
+        ("protocol.batch_size=0", "batch_size: 0 is not at least 1"),
+        ("protocol.loss=tfew", "protocol.loss: 'tfew' is not"),
+        ("waves.size=0", "waves.size: 0 is not at least 1"),
+        ("waves.save_every=-1", "save_every: -1 is below 0"),
+        ("variants.MHR.soup={adapters: 0}", "soup.adapters: 0 is not at least 1"),
+    ],
+)
+def test_settings_that_are_none_are_refused_as_the_recipe_is_read(tmp_path, override, words):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "variants: {MHR: {adapter: runs/toy}}\n"
+        "tasks: {suite: toy, fold: held_out}\n"
+        "shots: {count: 8}\n"
+        "run: {folder: run}\n"
+    )
+    load(AdaptConfig, recipe)
+    with pytest.raises(ConfigError, match=words):
+        load(AdaptConfig, recipe, [override])
+
+
+# --- the backbone
+
+
+def test_fresh_variants_alone_need_a_backbone(fresh):
+    refuse(replace(fresh, backbone=None), ConfigError, "backbone: required where every variant")
+
+
+def test_jobs_of_a_run_share_a_backbone(config, source, tmp_path):
+    card = state.read_card(source)
+    other = state.save(
+        state.load(source), tmp_path / "other", backbone={**card.backbone, "name": "t5-other"}
+    )
+    variants = {**config.variants, "other": VariantConfig(adapter=str(other))}
+    refuse(
+        replace(config, variants=variants),
+        ConfigError,
+        "builtin:toy, .*other on t5-other; jobs of one run share a backbone: make two runs, or set",
+    )
+
+
+def test_an_adapter_and_another_backbone_make_no_run(config):
+    other = replace(BARE, name="t5-other")
+    refuse(replace(config, backbone=other), ConfigError, "backbone on t5-other; jobs of one run")
+
+
+def test_random_weights_of_another_seed_are_another_backbone(config, source, tmp_path):
+    loaded, variants = state.load(source), {}
+    for seed in (0, 1):
+        facts = {"name": None, "config": {"d_model": 64}, "config_seed": seed}
+        folder = state.save(loaded, tmp_path / str(seed), backbone=facts)
+        variants[f"seed {seed}"] = VariantConfig(adapter=str(folder))
+    refuse(replace(config, variants=variants), ConfigError, "jobs of one run share a backbone")
+
+
+def test_an_adapter_of_other_widths_is_refused(config, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(BUILTIN["builtin:toy"], narrow)
+    settings = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**settings, "num_layers": 1}))
+    refuse(
+        replace(config, backbone_moved_to=str(narrow)), AdapterError, "made for another backbone"
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.1, None], ids=["given", "of-the-backbone"])
+def test_dropout_is_refused(fresh, tmp_path, dropout):
+    """Null keeps the rate of the backbone's own configuration."""
+    wet = tmp_path / "wet"
+    shutil.copytree(BUILTIN["builtin:toy"], wet)
+    settings = json.loads((wet / "config.json").read_text())
+    (wet / "config.json").write_text(json.dumps({**settings, "dropout_rate": 0.1}))
+    backbone = BackboneConfig(name=str(wet), dtype="float32", dropout=dropout)
+    refuse(replace(fresh, backbone=backbone), ConfigError, r"backbone\.dropout: .*set it to 0")
+
+
+# --- rows
+
+
+def test_t_few_needs_choices_to_rank(fresh, tmp_path):
+    folder = tmp_path / "rows"
+    (task,) = (
+        task
+        for task in toy.held_out_tasks(ToyTasks(suite="toy", fold="held_out", train_examples=10))
+        if task.name == TASKS[0]
+    )
+    (folder / task.name).mkdir(parents=True)
+    for fold, examples in (("train", task.train), ("test", task.test[:3])):
+        write_fold(folder / task.name / f"{fold}.jsonl", examples, choices=None, label=None)
+    plain = replace(fresh, tasks=JsonlTasks(suite="jsonl", folder=str(folder)))
+    refuse(plain, ConfigError, rf"t_few ranks choices, .* of {task.name} has 0; set language_model")
+
+
+def test_validation_rows_have_to_be_there_to_select_on(fresh, tmp_path):
+    rows = write_rows(tmp_path / "rows", validation=0)
+    tasks = JsonlTasks(suite="jsonl", folder=str(rows), validation_examples=0)
+    selection = SelectionConfig(on="validation")
+    refuse(
+        replace(fresh, tasks=tasks, selection=selection),
+        ConfigError,
+        "no validation row; select on shots, test or last",
+    )
+
+
+def test_more_shots_than_rows_are_refused(fresh):
+    refuse(replace(fresh, shots=ShotsConfig(count=99)), DataError, "cannot fill 99 shots; lower")
+
+
+def test_training_tasks_are_no_few_shot_tasks(fresh):
+    tasks = ToyTasks(suite="toy")
+    refuse(replace(fresh, tasks=tasks), ConfigError, r"tasks\.fold: train tasks were trained on")
+
+
+# --- the folder
+
+
+def test_a_run_folder_that_is_a_file_is_refused(config, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="is a file; name a folder"):
+        adapt(config)
+
+
+def test_a_recipe_in_the_run_folder_that_cannot_be_read_is_named(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("variants: [")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        adapt(config)

@@ -1,0 +1,439 @@
+"""The verb `finetune`: an exported LoRA trains over a backbone in 4, 8 or 32 bits."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT, read_metrics, succeed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mhr_scale import backbone, summary
+from mhr_scale.adapters import Adapter, AdapterConfig, find_sites, state
+from mhr_scale.adapters.collapse import average
+from mhr_scale.adapters.interop import open_adapter, write_peft_ia3, write_peft_lora
+from mhr_scale.config import (
+    AdaptConfig,
+    AdaptRunConfig,
+    BackboneConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    FinetuneShotsConfig,
+    HeldOutTasks,
+    OptimConfig,
+    ProtocolConfig,
+    ScoringConfig,
+    SelectionConfig,
+    ShotsConfig,
+    ToyTasks,
+    VariantConfig,
+)
+from mhr_scale.engine import Engine
+from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.jobs.data import JobData
+from mhr_scale.recipe import load
+from mhr_scale.verbs.adapt import adapt
+from mhr_scale.verbs.finetune import finetune
+
+TOY = BackboneConfig(name="builtin:toy", dtype="float32")
+TASK = "sort.plus4.after"
+MHR = AdapterConfig(layout="full", rank=2, n_skills=4, n_splits=4)
+LORA = AdapterConfig(layout="full", rank=2, n_skills=1)
+PRECISIONS = ("none", "int8", "nf4")
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def make_adapter(config: BackboneConfig, settings: AdapterConfig = MHR) -> Adapter:
+    """An adapter of the full layout with small numbers everywhere."""
+    with torch.device("meta"):
+        model = backbone.make_model(backbone.read_blueprint(config))
+    sites = find_sites(model, settings.layout)
+    adapter = Adapter(settings, sites, task_names=("a", "b"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.inventory.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def base_model(config: BackboneConfig) -> str:
+    return str(backbone.read_blueprint(config).folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The averaged adapter of a toy inventory as a PEFT folder."""
+    folder = tmp_path_factory.mktemp("exported") / "toy"
+    return write_peft_lora(average(make_adapter(TOY)), folder, base_model=base_model(TOY))
+
+
+def toy(adapter: Path, folder: Path, **changes: Any) -> FinetuneConfig:
+    config = FinetuneConfig(
+        adapter=str(adapter),
+        backbone=TOY,
+        tasks=ToyTasks(suite="toy", fold="held_out"),
+        task=TASK,
+        shots=FinetuneShotsConfig(seed=0, count=16),
+        protocol=ProtocolConfig(
+            steps=12,
+            loss="language_model",
+            warmup_fraction=0.1,
+            max_input_tokens=32,
+            max_target_tokens=32,
+        ),
+        optim=FinetuneOptimConfig(name="adamw", lr=5e-3),
+        scoring=ScoringConfig(metric="accuracy", examples=6),
+        run=FinetuneRunConfig(folder=str(folder), log_every=1, save_every=4),
+    )
+    return replace(config, **changes)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder)]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+# -- a real task -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
+    """RTE with T-Few's shots and losses, from an averaged adapter of a small real backbone."""
+    config = BackboneConfig(name=str(shared / "backbones" / "t5_mini_text"), dtype="float32")
+    folder = tmp_path_factory.mktemp("real") / "exported"
+    write_peft_lora(average(make_adapter(config)), folder, base_model=config.name)
+    data = shared / "data"
+    return FinetuneConfig(
+        adapter=str(folder),
+        backbone=config,
+        tasks=HeldOutTasks(
+            suite="t0_eval",
+            folder=str(data / "t0_eval_sets"),
+            templates=str(data / "promptsource_templates" / "templates"),
+        ),
+        task="rte",
+        shots=FinetuneShotsConfig(seed=42, folder=str(data / "tfew_few_shot")),
+        protocol=ProtocolConfig(steps=12, max_input_tokens=64, max_target_tokens=16),
+        optim=FinetuneOptimConfig(name="adamw", lr=2e-2),
+        scoring=ScoringConfig(max_input_tokens=64, examples=8),
+        run=FinetuneRunConfig(folder="", log_every=1),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_a_real_few_shot_task_is_learnt_from_an_averaged_adapter(
+    real: FinetuneConfig, kind: str, tmp_path: Path
+) -> None:
+    config = replace(
+        real,
+        backbone=replace(real.backbone, quantise=kind),  # type: ignore[arg-type]
+        run=replace(real.run, folder=str(tmp_path)),
+    )
+    finetune(config)
+    found = losses(tmp_path)
+    assert len(found) == 12
+    assert sum(found[-4:]) < 0.9 * sum(found[:4])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["metric"], result["examples"]) == ("accuracy", 8)
+
+
+def test_an_unknown_held_out_task_comes_with_a_suggestion(
+    real: FinetuneConfig, tmp_path: Path
+) -> None:
+    config = replace(real, task="winogrand", run=replace(real.run, folder=str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match="did you mean 'winogrande'"):
+        finetune(config)
+
+
+# -- what a run leaves -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished toy run over whole weights."""
+    folder = tmp_path_factory.mktemp("finetuned") / "toy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        finetune(toy(exported, folder))
+    return folder
+
+
+def test_the_loss_falls(run: Path) -> None:
+    found = losses(run)
+    assert len(found) == 12
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_scores_before_and_after_lie_beside_the_result(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    for key, name in (("score_before", "scores_before.jsonl"), ("score", "scores.jsonl")):
+        points = [score["points"] for score in summary.read_scores(run / name)]
+        assert len(points) == 6
+        assert result[key] == pytest.approx(sum(points) / 6)
+
+
+def test_every_trained_number_is_counted(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    assert result["trained_numbers"] == sum(tensor.numel() for tensor in tensors(run).values())
+
+
+def test_the_new_adapter_has_the_names_of_the_old_one_and_other_numbers(
+    run: Path, exported: Path
+) -> None:
+    before, after = load_file(exported / "adapter_model.safetensors"), tensors(run)
+    assert after.keys() == before.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_stock_peft_loads_the_new_adapter_and_agrees_with_our_reader(run: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(base_model(TOY), dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    card, adapter = open_adapter(run / "adapter")
+    ours = Engine({}, timeout_seconds=60).build(TOY, backbone.read_blueprint(TOY))
+    linears = backbone_linears(ours, adapter)
+    adapter.bind(linears)
+    rows = {"input_ids": torch.arange(3, 15).reshape(2, 6), "labels": torch.full((2, 3), 5)}
+    with torch.no_grad(), adapter.slots([0, 0]):
+        torch.testing.assert_close(model(**rows).logits, ours(**rows).logits, rtol=0, atol=2e-5)
+    assert card.backbone == {"name": base_model(TOY)}
+
+
+def backbone_linears(model: Any, adapter: Adapter) -> Any:
+    from mhr_scale.adapters.methods import wrap
+
+    return wrap(model, adapter.sites)
+
+
+def test_a_finished_run_does_nothing_again(run: Path, exported: Path) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert finetune(toy(exported, run)) == run / "adapter"
+    assert file.stat().st_mtime_ns == before
+
+
+# -- the same as adapt -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["language_model", "t_few"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_job_of_adapt_has_the_same_losses(
+    exported: Path, tmp_path: Path, loss: str, optimizer: str
+) -> None:
+    given = toy(exported, tmp_path / "finetune")
+    protocol = replace(given.protocol, steps=6, loss=loss)  # type: ignore[type-var]
+    optim = FinetuneOptimConfig(name=optimizer, lr=5e-3)  # type: ignore[arg-type]
+    config = replace(given, protocol=protocol, optim=optim, micro_batch_size=3)
+    finetune(config)
+    adapt(
+        AdaptConfig(
+            variants={"LoRA": VariantConfig(adapter=str(exported))},
+            tasks=config.tasks,
+            shots=ShotsConfig(seeds=(0,), count=16),
+            backbone_dtype="float32",
+            protocol=protocol,
+            optim=OptimConfig(name=optimizer, lr=5e-3, scale_parameter=True),  # type: ignore[arg-type]
+            selection=SelectionConfig(on="last"),
+            scoring=config.scoring,
+            run=AdaptRunConfig(folder=str(tmp_path / "adapt"), log_every=1),
+        )
+    )
+    assert losses(tmp_path / "finetune") == pytest.approx(
+        losses(tmp_path / "adapt" / "jobs" / TASK / "0" / "LoRA"), rel=2e-4
+    )
+
+
+# -- precisions and ways to run --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_precision_lowers_the_loss(
+    exported: Path, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    quantised = replace(TOY, quantise=kind, dtype=dtype)  # type: ignore[arg-type]
+    finetune(toy(exported, tmp_path, backbone=quantised))
+    found = losses(tmp_path)
+    assert found[-1] < 0.9 * found[0]
+    assert {tensor.dtype for tensor in tensors(tmp_path).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("recompute", ["reentrant", "non_reentrant"])
+def test_neither_micro_batches_nor_recomputation_change_a_run(
+    exported: Path, tmp_path: Path, kind: str, recompute: str
+) -> None:
+    protocol = replace(toy(exported, tmp_path).protocol, steps=3)
+    quantised = replace(TOY, quantise=kind)  # type: ignore[arg-type]
+    whole = toy(exported, tmp_path / "whole", backbone=quantised, protocol=protocol)
+    finetune(whole)
+    cut = replace(
+        whole,
+        backbone=replace(quantised, recompute=recompute),  # type: ignore[arg-type]
+        micro_batch_size=1,
+        run=replace(whole.run, folder=str(tmp_path / "cut")),
+    )
+    finetune(cut)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+class Killed(BaseException):
+    """What ends a run in the middle."""
+
+
+def interrupted(config: FinetuneConfig, *, at: int, patch: pytest.MonkeyPatch) -> None:
+    """Run until the batch of step `at` is asked for."""
+    drawn = JobData.batch
+
+    def batch(self: JobData, step: int) -> Any:
+        if step == at:
+            raise Killed
+        return drawn(self, step)
+
+    with patch.context() as inner:
+        inner.setattr(JobData, "batch", batch)
+        with pytest.raises(Killed):
+            finetune(config)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kind: str
+) -> None:
+    settings = {
+        "optim": FinetuneOptimConfig(name=optimizer, lr=5e-3),  # type: ignore[arg-type]
+        "backbone": replace(TOY, quantise=kind, dropout=0.1),  # type: ignore[arg-type]
+    }
+    finetune(toy(exported, tmp_path / "whole", **settings))
+    broken = toy(exported, tmp_path / "broken", **settings)
+    interrupted(broken, at=6, patch=monkeypatch)
+    assert [folder.name for folder in (tmp_path / "broken" / "steps").iterdir()] == ["000004"]
+    finetune(broken)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "broken" / "steps").exists()
+
+
+def test_a_damaged_save_is_named(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy(exported, tmp_path)
+    interrupted(config, at=6, patch=monkeypatch)
+    (tmp_path / "steps" / "000004" / "optimizer.pt").write_bytes(b"torn")
+    with pytest.raises(RunError, match=r"000004: cannot go on from it .*; delete this step"):
+        finetune(config)
+
+
+def test_generated_answers_are_scored_too(exported: Path, tmp_path: Path) -> None:
+    scoring = ScoringConfig(metric="exact_match", max_new_tokens=6, examples=3)
+    protocol = replace(toy(exported, tmp_path).protocol, steps=1)
+    finetune(toy(exported, tmp_path, scoring=scoring, protocol=protocol))
+    assert len(summary.read_scores(tmp_path / "scores.jsonl")) == 3
+
+
+# -- at the door -----------------------------------------------------------------------------------
+
+
+def refusal(config: FinetuneConfig, error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        finetune(config)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (Path(config.run.folder) / "config.yaml").exists()
+    return str(caught.value)
+
+
+def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
+    state.save(make_adapter(TOY), tmp_path / "run" / "adapter")
+    message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
+    assert "no PEFT LoRA folder" in message
+    assert message.endswith("export the adapter first: python launch/export.py")
+
+
+def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    settings = AdapterConfig(kind="ia3", n_skills=1)
+    write_peft_ia3(make_adapter(TOY, settings), tmp_path / "ia3", base_model=None)
+    message = refusal(toy(tmp_path / "ia3", tmp_path / "out"), AdapterError)
+    assert "a PEFT IA3, and finetune trains a LoRA" in message
+
+
+def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_model(TOY), tmp_path / "narrow")
+    card = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps({**card, "d_ff": 96}))
+    other = replace(TOY, name=str(tmp_path / "narrow"))
+    message = refusal(toy(exported, tmp_path / "out", backbone=other), AdapterError)
+    assert "made for another backbone" in message
+    assert "192 wide there, 96 here" in message
+
+
+def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "torn")
+    file = tmp_path / "torn" / "adapter_model.safetensors"
+    found = load_file(file)
+    name = min(found)
+    save_file({key: tensor for key, tensor in found.items() if key != name}, file)
+    with pytest.raises(AdapterError, match=f"such as {name}"):
+        finetune(toy(tmp_path / "torn", tmp_path / "out"))
+
+
+def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path) -> None:
+    message = refusal(toy(exported, tmp_path / "out", task="sort.plus4.aftr"), ConfigError)
+    assert "suite toy has no task 'sort.plus4.aftr'; did you mean 'sort.plus4.after'?" in message
+
+
+def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backbone.name: required"):
+        toy(exported, tmp_path, backbone=BackboneConfig(config={"d_model": 64}))
+
+
+def test_several_processes_are_refused(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "finetune is one process" in refusal(toy(exported, tmp_path / "out"), ConfigError)
+
+
+def test_paged_optimizers_need_a_gpu(exported: Path, tmp_path: Path) -> None:
+    optim = FinetuneOptimConfig(name="paged_adamw_8bit")
+    with pytest.raises(ConfigError, match="use adamw"):
+        finetune(toy(exported, tmp_path, optim=optim))
+
+
+def test_a_folder_of_another_run_is_refused(run: Path, exported: Path) -> None:
+    other = toy(exported, run, shots=FinetuneShotsConfig(seed=1, count=16))
+    with pytest.raises(RunError, match=r"shots.seed was 0, is 1.*; use another run.folder"):
+        finetune(other)
+
+
+# -- the recipe ------------------------------------------------------------------------------------
+
+
+def test_the_toy_recipe_runs_as_it_is_shipped(exported: Path, tmp_path: Path) -> None:
+    recipe = ROOT / "launch" / "recipes" / "toy_finetune.yaml"
+    overrides = [f"adapter={exported}", f"run.folder={tmp_path / 'run'}", "protocol.steps=2"]
+    config = load(FinetuneConfig, recipe, [*overrides, "scoring.examples=2"])
+    assert (finetune(config) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_launch_script_prints_its_recipe(exported: Path) -> None:
+    recipe = "launch/recipes/toy_finetune.yaml"
+    printed = succeed("launch/finetune.py", recipe, f"adapter={exported}", "--print")
+    assert f"adapter: {exported}" in printed
+    assert "DeepSpeed" not in printed
