@@ -78,6 +78,11 @@ def test_the_commands_of_the_readme_run(
     shorter: tuple[str, ...] = SHORT
     if script == "launch/average.py":
         shorter = (f"source={toy_run}", "steps=[0, 2]")
+    if script == "launch/export.py":
+        result = run(script, *arguments, f"adapter={toy_run}", f"folder={tmp_path / 'peft'}")
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+        return
     if script == "launch/adapt.py":
         sources = f"variants={{MHR: {{adapter: {toy_run}}}}}"
         shorter = (sources, "protocol.steps=2", "shots.seeds=[0]", "scoring.examples=1")
@@ -92,7 +97,7 @@ def test_the_commands_of_the_readme_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [code for code in blocks("python") if "mhr_scale import" in code])
 def test_the_python_example_of_the_readme_runs(code: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
