@@ -21,7 +21,16 @@ from mhr_scale.errors import RunError
 
 log = logging.getLogger("mhr_scale")
 
-PACKAGES = ("mhr_scale", "torch", "deepspeed", "transformers", "safetensors", "numpy", "peft")
+PACKAGES = (
+    "mhr_scale",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def rank() -> int:

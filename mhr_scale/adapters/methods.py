@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.inventory import Inventory, Stack
@@ -32,6 +33,9 @@ class Adapter(nn.Module):
     """Inventory and routing of one backbone. Float32, whole on every rank, never sharded.
 
     Made by `attach`. `parameters()` are the trainable tensors; the backbone is not among them.
+    In a wave (`is_wave`) the tasks are independent jobs, and the bits of a slot do not depend on
+    the slots beside it: no product of one column (another kernel where there is one slot only), and
+    routing slot by slot.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Adapter(nn.Module):
         self.groups = tuple(dict.fromkeys(groups))
         self._group_of_site = tuple(self.groups.index(group) for group in groups)
         self.row_gradients = False
-        self.mixes_apart = False
+        self.is_wave = False
         self.routing_logits: nn.Parameter | None = None
         if config.has_logits:
             shape = (len(self.task_names), len(self.groups), config.n_splits, config.n_skills)
@@ -103,6 +107,8 @@ class Adapter(nn.Module):
                     mean = uniform_share / config.n_skills
                     weights_UGQS = (1.0 - uniform_share) * weights_UGQS + mean
             mixed = self.mix(weights_UGQS, ids if per_row else distinct)
+            if self.is_wave and config.kind == "lora" and config.rank == 1:
+                mixed = [(F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1))) for a, b in mixed]
         slots = Slots(self, rows, [tuple(side.to(dtype) for side in sides) for sides in mixed])
         if leaf is not None:
             slots.watch_rows(leaf, distinct)
@@ -114,10 +120,11 @@ class Adapter(nn.Module):
         """Mix all linears for U slots, one batched product per shape and side.
 
         `tasks` are the slots' tasks, read where inventories are private. Without weights a slot is
-        the only skill. `mixes_apart` mixes slot by slot, for the bits that each would have alone.
+        the only skill. The slots of a wave that share an inventory are mixed one by one.
         """
         config = self.config
-        if self.mixes_apart and weights_UGQS is not None and len(weights_UGQS) > 1:
+        is_apart = self.is_wave and not config.private
+        if is_apart and weights_UGQS is not None and len(weights_UGQS) > 1:
             singles = [self.mix(weights_1GQS) for weights_1GQS in weights_UGQS.split(1)]
             return [
                 tuple(torch.cat(side, 1) for side in zip(*stacks, strict=True))
@@ -166,6 +173,14 @@ class Adapter(nn.Module):
         if config.policy in routing.ROW_POLICIES and seeds is not None:
             positions = torch.tensor([distinct.index(task) for task in ids], device=device)
             logits_UGQS = leaf.index_select(0, positions)
+        if self.is_wave:  # vectors of sigmoids round by where they end
+            singles = logits_UGQS.split(1)
+            own = [None] * len(singles) if seeds is None else [[seed] for seed in seeds]
+            weights = [
+                routing.mixing_weights(logits_1GQS, config, seeds=seed)
+                for logits_1GQS, seed in zip(singles, own, strict=False)
+            ]
+            return torch.cat(weights), leaf
         return routing.mixing_weights(logits_UGQS, config, seeds=seeds), leaf
 
     def _row_seeds(self, n_rows: int, seeds: Sequence[int] | None) -> Sequence[int] | None:

@@ -128,6 +128,8 @@ class ProtocolConfig:
                 raise ConfigError(f"protocol.{name}: {getattr(self, name)} is not at least 1")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"protocol.warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(f"protocol.label_smoothing: {self.label_smoothing} is not in [0, 1)")
 
 
 @part
@@ -175,7 +177,7 @@ class AdaptConfig:
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     """The few training examples."""
     backbone: BackboneConfig | None = None
-    """The backbone, where every variant is fresh; adapters bring their own."""
+    """The backbone, where every variant is fresh; beside adapters, how theirs is to be run."""
     backbone_moved_to: str | None = None
     """Where the adapters' backbone lies now, if not where they were trained."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
@@ -196,7 +198,7 @@ class AdaptConfig:
     """Where to write."""
 
     def __post_init__(self) -> None:
-        if not self.variants:
-            raise ConfigError("variants: name at least one")
+        if not self.variants or "" in self.variants:
+            raise ConfigError("variants: name at least one, and each of them")
         if self.selection.on == "shots" and not self.shots.set_aside:
             raise ConfigError("selection.on: shots needs shots.set_aside, the shots to select on")

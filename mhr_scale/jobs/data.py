@@ -58,7 +58,6 @@ class JobData:
 
     few_shot: FewShotTask
     config: AdaptConfig
-    tokenizer: Any
     test: Exam
     selection: Exam | None
     _encoder: Encoder
@@ -156,7 +155,6 @@ def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> Job
     return JobData(
         few_shot,
         config,
-        tokenizer,
         test=_exam(few_shot, task.test, config, tokenizer),
         selection=_exam(few_shot, chosen, config, tokenizer) if chosen else None,
         _encoder=Encoder(task, tokenizer, lengths),

@@ -14,7 +14,15 @@ from mhr_scale.runs import check_writable, differences, read_recipe
 from mhr_scale.tasks.task import Intake
 
 #: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.
-FREE_TO_CHANGE = ("shots.seeds", "tasks.tasks", "waves.", "run.", "backbone.recompute", "variants.")
+FREE_TO_CHANGE = (
+    "shots.seeds",
+    "tasks.tasks",
+    "waves.",
+    "run.",
+    "backbone.recompute",
+    "backbone_moved_to",
+    "variants.",
+)
 
 
 def check_folder(config: AdaptConfig) -> None:

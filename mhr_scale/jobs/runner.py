@@ -83,7 +83,8 @@ class Runner:
 
     def _log(self, wave: Wave, values: StepValues, logs: Mapping[Job, Metrics]) -> None:
         for number, member in enumerate(wave.members):
-            if wave.step % self.config.run.log_every == 0 or wave.step == member.steps:
+            is_due = wave.step % self.config.run.log_every == 0 or wave.step == member.steps
+            if is_due and values.is_finite(number):
                 logs[member.job].write({"step": wave.step, **values.of(number)})
             self.progress.advance(f"{wave.members[0].job.variant} step {wave.step}")
 

@@ -70,18 +70,24 @@ def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str,
 
     Read again from the recipe of its run; raises `RunError` where that is gone.
     """
-    file = Path(adapter) / "config.yaml"
-    if not file.is_file():
-        raise RunError(
-            f"{file}: missing; a soup compares tasks by their training examples, so name the run "
-            "folder of the private adapters, not the adapter in it"
-        )
+    file = find_recipe(adapter)
     reading = open_suite(load(PretrainConfig, file).tasks)
     found = {task.name: _first(task, task.train, examples) for task in reading.tasks}
     missing = sorted(set(names) - found.keys())
     if missing:
         raise RunError(f"{file}: its data lack {len(missing)} task(s), such as {missing[0]}")
     return {name: found[name] for name in names}
+
+
+def find_recipe(adapter: str) -> Path:
+    """The recipe of the run that trained private adapters; raises `RunError` where it is gone."""
+    file = Path(adapter) / "config.yaml"
+    if not file.is_file():
+        raise RunError(
+            f"{file}: missing; a soup compares tasks by their training examples, so name the run "
+            "folder of the private adapters, not the adapter in it"
+        )
+    return file
 
 
 def _first(task: Task, rows: Sequence[Example], count: int) -> Task:

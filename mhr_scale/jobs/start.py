@@ -123,7 +123,7 @@ def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bo
             ):
                 (mine if routing_only else mine[:, number]).copy_(theirs)
     wave.inventory.requires_grad_(not routing_only)
-    wave.mixes_apart = routing_only
+    wave.is_wave = True
     return wave
 
 

@@ -7,29 +7,23 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mhr_scale import backbone, comparison
-from mhr_scale.adapters import Adapter, find_sites
-from mhr_scale.adapters.interop import open_adapter
-from mhr_scale.adapters.layout import Site
+from mhr_scale import comparison
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.adapters.state import Card
-from mhr_scale.backbone import Blueprint
-from mhr_scale.config import AdaptConfig, BackboneConfig
+from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine, read_ds_config
-from mhr_scale.errors import ConfigError, DivergenceError
+from mhr_scale.errors import DivergenceError
 from mhr_scale.jobs import soup
-from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.folder import check_folder, rank0_open_folder
 from mhr_scale.jobs.full import FullWave, check_backbone_jobs
 from mhr_scale.jobs.job import Job, Stage, read_results, stage
+from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
 from mhr_scale.jobs.plan import (
     Outlook,
     Planned,
@@ -40,42 +34,13 @@ from mhr_scale.jobs.plan import (
     wave_size,
 )
 from mhr_scale.jobs.runner import Runner, saved_of
-from mhr_scale.jobs.start import check_variant, config_of, count_trained, start
+from mhr_scale.jobs.start import config_of, count_trained, start
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.runlog import log, write_json
 from mhr_scale.runs import (
     backbone_facts,
-    backbone_of,
-    check_adapter,
-    check_fit,
     check_quantise,
 )
-from mhr_scale.tasks.few_shot_suites import read_few_shot
-from mhr_scale.tasks.task import Intake
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
-    """What is read and found good before any weight is: sources, backbone, data, jobs."""
-
-    config: AdaptConfig
-    sources: dict[str, Adapter]
-    backbone: BackboneConfig
-    blueprint: Blueprint
-    sites: dict[str, tuple[Site, ...]]
-    tokenizer: Any
-    data: dict[tuple[str, int], JobData]
-    intake: Intake
-    jobs: list[Job]
-
-    def source(self, variant: str) -> Adapter | None:
-        """The adapter a variant starts from, None if it is fresh."""
-        path = self.config.variants[variant].adapter
-        return None if path is None else self.sources[path]
-
-    def steps(self, job: Job) -> int:
-        """Optimizer steps of a job."""
-        return self.config.variants[job.variant].steps or self.config.protocol.steps
 
 
 def adapt(config: AdaptConfig) -> Path:
@@ -115,103 +80,6 @@ def adapt(config: AdaptConfig) -> Path:
     return folder
 
 
-# -- at the door -----------------------------------------------------------------------------------
-
-
-def open_jobs(config: AdaptConfig) -> Opening:
-    """Read and check sources, backbone, tasks and variants; no weight is read."""
-    paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
-    opened = {path: open_adapter(path) for path in paths}
-    sources = {path: adapter for path, (_, adapter) in opened.items()}
-    for name, variant in config.variants.items():
-        check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)
-    own_backbone = one_backbone(config, {path: card for path, (card, _) in opened.items()})
-    blueprint = backbone.read_blueprint(own_backbone)
-    for path, (card, _) in opened.items():
-        check_fit(path, card, blueprint)
-    with torch.device("meta"):
-        bare = backbone.make_model(blueprint)
-    sites = {}
-    for name, variant in config.variants.items():
-        if variant.adapter:
-            sites[name] = sources[variant.adapter].sites
-        else:
-            assert variant.fresh is not None
-            check_adapter(blueprint, variant.fresh)
-            sites[name] = find_sites(bare, variant.fresh.layout)
-    tokenizer = backbone.load_tokenizer(own_backbone, blueprint)
-    data: dict[tuple[str, int], JobData] = {}
-    intake = Intake()
-    for seed in config.shots.seeds:
-        few_shot, intake = read_few_shot(
-            config.tasks, config.shots, seed=seed, examples=config.scoring.examples
-        )
-        for task in few_shot:
-            data[task.task.name, seed] = open_data(task, config, tokenizer)
-    jobs = [
-        Job(task=task, seed=seed, variant=variant)
-        for (task, seed), variant in itertools.product(data, config.variants)
-    ]
-    return Opening(
-        config=config,
-        sources=sources,
-        backbone=own_backbone,
-        blueprint=blueprint,
-        sites=sites,
-        tokenizer=tokenizer,
-        data=data,
-        intake=intake,
-        jobs=jobs,
-    )
-
-
-def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConfig:
-    """The backbone of all variants; raises `ConfigError` if they have several."""
-    found = {
-        path: backbone_of(path, card, config.backbone_moved_to) for path, card in cards.items()
-    }
-    if config.backbone is not None:
-        found["backbone"] = config.backbone
-    if not found:
-        raise ConfigError("backbone: required where every variant is fresh")
-    (first, chosen), *others = found.items()
-    for path, other in others:
-        if (other.name, other.config, other.config_seed) != (
-            chosen.name,
-            chosen.config,
-            chosen.config_seed,
-        ):
-            raise ConfigError(
-                f"variants: {first} was trained on {chosen.name or 'random weights'}, {path} on "
-                f"{other.name or 'other random weights'}; jobs of one run share a backbone: make "
-                "two runs, or set backbone_moved_to if it is the same one in two places"
-            )
-    if chosen.dropout != 0.0:
-        rate = "null, the backbone's own rate" if chosen.dropout is None else chosen.dropout
-        raise ConfigError(
-            f"backbone.dropout: {rate}; jobs that share a pass would share its random "
-            "numbers too: set it to 0"
-        )
-    chosen = replace(
-        chosen,
-        dtype=config.backbone_dtype or chosen.dtype,
-        quantise=config.backbone_quantise or chosen.quantise,
-    )
-    trained = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
-    if trained and chosen.quantise != "none":
-        raise ConfigError(
-            f"variants.{trained[0]}.kind: backbone trains weights, which {chosen.quantise} ones "
-            "cannot be; set backbone_quantise: none for all variants"
-        )
-    return chosen
-
-
-def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
-    """Every linear that some variant adapts, in the order of the model."""
-    known = {site.name: site for sites in opening.sites.values() for site in sites}
-    return [known[name] for name, _ in model.named_modules() if name in known]
-
-
 # -- the jobs --------------------------------------------------------------------------------------
 
 
@@ -223,12 +91,13 @@ def run_jobs(
     stages: dict[Job, Stage] = engine.broadcast_object(
         {job: stage(job, folder) for job in opening.jobs} if engine.rank == 0 else None
     )
-    soups = find_soups(opening, engine, model, linears)
     outlooks = [
         look_out(opening, job, stages[job].step)
         for job in opening.jobs
         if not stages[job].is_finished
     ]
+    pending = {outlook.job.variant for outlook in outlooks}
+    soups = find_soups(opening, engine, model, linears, pending)
     size = config.waves.size or fitting_size(opening, outlooks, engine)
     alone = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
     waves = plan_waves(outlooks, size=size, world_size=engine.world_size, alone=alone)
@@ -309,13 +178,17 @@ def open_wave(
 
 
 def find_soups(
-    opening: Opening, engine: Engine, model: Any, linears: Mapping[str, AdaptedLinear]
+    opening: Opening,
+    engine: Engine,
+    model: Any,
+    linears: Mapping[str, AdaptedLinear],
+    pending: set[str],
 ) -> dict[tuple[str, str, int], list[str]]:
-    """The similar training tasks of every (variant, task, seed) of kind soup. Collective."""
+    """The similar training tasks of pending (variant, task, seed) of kind soup. Collective."""
     found: dict[tuple[str, str, int], list[str]] = {}
     for name, variant in opening.config.variants.items():
         source = opening.source(name)
-        if variant.kind != "soup" or source is None:
+        if variant.kind != "soup" or source is None or name not in pending:
             continue
         new = {key: data.few_shot.task for key, data in opening.data.items()}
         kitchen = soup.Kitchen(
