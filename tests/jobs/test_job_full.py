@@ -34,9 +34,9 @@ from mhr_scale.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError
 from mhr_scale.jobs.full import WEIGHTS, FullWave, named_weights
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
 from mhr_scale.jobs.plan import Planned
 from mhr_scale.jobs.wave import StepValues, Wave
-from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
 from mhr_scale.verbs.adapt import adapt, look_out, open_wave
 
 TOY = BackboneConfig(name="builtin:toy", dtype="float32")

@@ -38,8 +38,8 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.errors import DivergenceError
-from mhr_scale.jobs.wave import Wave
 from mhr_scale.jobs.opening import open_jobs
+from mhr_scale.jobs.wave import Wave
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.evaluate import evaluate
 
