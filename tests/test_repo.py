@@ -78,11 +78,14 @@ def test_the_commands_of_the_readme_run(
     shorter: tuple[str, ...] = SHORT
     if script == "launch/average.py":
         shorter = (f"source={toy_run}", "steps=[0, 2]")
-    if script == "launch/export.py":
-        result = run(script, *arguments, f"adapter={toy_run}", f"folder={tmp_path / 'peft'}")
+    if script in ("launch/export.py", "launch/finetune.py"):
+        recipe, peft = "launch/recipes/toy_export.yaml", tmp_path / "peft"
+        result = run("launch/export.py", recipe, f"adapter={toy_run}", f"folder={peft}")
         assert result.returncode == 0, result.stdout[-3000:]
-        assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
-        return
+        assert (peft / "adapter_model.safetensors").is_file()
+        if script == "launch/export.py":
+            return
+        shorter = (f"adapter={peft}", "protocol.steps=2", "scoring.examples=1")
     if script == "launch/adapt.py":
         sources = f"variants={{MHR: {{adapter: {toy_run}}}}}"
         shorter = (sources, "protocol.steps=2", "shots.seeds=[0]", "scoring.examples=1")
@@ -92,6 +95,7 @@ def test_the_commands_of_the_readme_run(
     assert result.returncode == 0, result.stdout[-3000:]
     written = {"launch/data.py": None}
     written |= dict.fromkeys(("launch/evaluate.py", "launch/adapt.py"), "summary.json")
+    written["launch/finetune.py"] = "adapter/adapter_model.safetensors"
     expected = written.get(script, "adapter/adapter.safetensors")
     assert expected is None or (tmp_path / "run" / expected).is_file()
 

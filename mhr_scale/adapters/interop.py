@@ -283,6 +283,8 @@ def open_adapter(path: Path | str) -> tuple[state.Card, Adapter]:
     if any((folder / state.CARD).is_file() for folder in (path, path / "adapter")):
         return state.read_card(path), state.load(path)
     backbone: dict[str, Any] = {}
+    if (path / "adapter" / CONFIG).is_file():  # the run folder of a fine-tuning
+        path = path / "adapter"
     if (path / CONFIG).is_file():
         config = read_json(path / CONFIG)
         readers = {"LORA": read_peft_lora, "IA3": read_peft_ia3, "POLY": read_peft_poly}

@@ -38,11 +38,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(source: Path, folder: Path) -> list[str]:
     variants = (
-        f"variants={{MHR: {{adapter: {source}}}, MHR-z: {{adapter: {source}, kind: routing}}, "
+        f"variants={{MHR: {{adapter: {source}}}, MHR-z: {{adapter: {source}, kind: routing, steps: 24}}, "
         f"MHR-mu: {{adapter: {source}, kind: average, steps: 35}}, "
-        f"MHR-mu-all: {{adapter: {source}, kind: average, trainable: inventory}}, "
-        "LoRA: {fresh: {n_skills: 1, rank: 2}}, "
-        "IA3: {fresh: {kind: ia3, layout: light, n_skills: 1}, lr: 0.01}}"
+        f"MHR-mu-all: {{adapter: {source}, kind: average, trainable: inventory, steps: 24}}, "
+        "LoRA: {fresh: {n_skills: 1, rank: 1}, steps: 24}, "
+        "IA3: {fresh: {kind: ia3, layout: light, n_skills: 1}, lr: 0.01, steps: 24}}"
     )
     return [
         "launch/recipes/toy_adapt.yaml",
@@ -51,7 +51,7 @@ def settings(source: Path, folder: Path) -> list[str]:
         "protocol={steps: 50, batch_size: 4, loss: t_few, max_input_tokens: 32}",
         "optim={name: adafactor, lr: 3.0e-3, scale_parameter: true}",
         "selection={on: test, every_epochs: 4, patience: 2}",
-        "scoring={metric: accuracy, examples: 6}",
+        "scoring={metric: accuracy, examples: 4}",
         f"run.folder={folder}",
         "run.log_every=1",
     ]
