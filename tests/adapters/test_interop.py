@@ -632,3 +632,10 @@ def test_sites_far_beyond_the_others_are_named():
     widths["decoder.block.999999999.layer.0.SelfAttention.k"] = (32, 32)
     with pytest.raises(LayoutError, match="with 1 odd: unknown decoder"):
         recognise_sites(widths)
+
+
+def test_the_run_folder_of_a_fine_tuning_opens_as_the_adapter_in_it(tmp_path):
+    adapter = make(AdapterConfig(n_skills=1, rank=2))
+    interop.write_peft_lora(adapter, tmp_path / "run" / "adapter", base_model=None)
+    _, found = interop.open_adapter(tmp_path / "run")
+    assert all(a.equal(b) for a, b in zip(found.parameters(), adapter.parameters(), strict=True))

@@ -38,7 +38,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(source: Path, folder: Path) -> list[str]:
     variants = (
-        f"variants={{MHR: {{adapter: {source}}}, MHR-z: {{adapter: {source}, kind: routing, steps: 24}}, "
+        f"variants={{MHR: {{adapter: {source}}}, "
+        f"MHR-z: {{adapter: {source}, kind: routing, steps: 24}}, "
         f"MHR-mu: {{adapter: {source}, kind: average, steps: 35}}, "
         f"MHR-mu-all: {{adapter: {source}, kind: average, trainable: inventory, steps: 24}}, "
         "LoRA: {fresh: {n_skills: 1, rank: 1}, steps: 24}, "
