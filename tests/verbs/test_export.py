@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,20 +43,10 @@ pytestmark = pytest.mark.filterwarnings(
 TASK_IDS = (2, 0, 1, 1, 2, 0)
 TASK = TASKS[1]
 SOUP = (TASKS[0], TASKS[2])
-# As the README has them, but for the two folders.
-TWELVE_LINES = """
-from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-base = "mhr_scale/tasks/toy_backbone"
-tokenizer = AutoTokenizer.from_pretrained(base)
-backbone = AutoModelForSeq2SeqLM.from_pretrained(base)
-model = PeftModel.from_pretrained(backbone, "runs/toy_export").eval()
-
-inputs = tokenizer(["a b c d", "d c b a"], return_tensors="pt")
-answers = model.generate(**inputs, max_new_tokens=10)
-print(tokenizer.batch_decode(answers, skip_special_tokens=True))
-"""
+#: The README's own.
+TWELVE_LINES = re.search(
+    r"```python\n(from peft .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL
+)[1]
 
 
 @pytest.fixture(scope="module")
