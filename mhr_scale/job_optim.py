@@ -133,7 +133,7 @@ def _squares(gradient: Tensor, dim: int) -> Tensor:
     a rounding error in the norm would be enough to part a job from itself alone.
     """
     jobs_first = gradient.transpose(0, dim).contiguous()
-    return jobs_first.double().square_().flatten(2).sum(-1).sum(-1)
+    return jobs_first.double().square().flatten(2).sum(-1).sum(-1)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Run:
         return checkpoint.save(
             folder,
             self.adapter,
-            self.optimizer,
+            checkpoint.optimizer_state(self.adapter, self.optimizer),
             step=step,
             progress=progress,
             backbone={"name": None},

@@ -51,7 +51,7 @@ def settings(source: Path, folder: Path) -> list[str]:
         "shots={seeds: [0], count: 12}",
         "protocol={steps: 50, batch_size: 4, loss: t_few, max_input_tokens: 32}",
         "optim={name: adafactor, lr: 3.0e-3, scale_parameter: true}",
-        "selection={on: test, every_epochs: 4, patience: 2}",
+        "selection={on: test, every_epochs: 2, patience: 2}",
         "scoring={metric: accuracy, examples: 4}",
         f"run.folder={folder}",
         "run.log_every=1",
