@@ -105,11 +105,13 @@ class Counter(TorchDispatchMode):
     ) -> None:
         counts, name = self.counts, func._overloadpacket.__name__
         counts.operations += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if not any(tensor.device.type == self.device for tensor in tensors):
+            return
         if func is aten._local_scalar_dense.default or is_read:
             counts.reads_by_host += 1
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        is_elsewhere = not any(tensor.device.type == self.device for tensor in tensors)
-        if func.is_view or name in FREE or is_read or is_elsewhere:
+            return
+        if func.is_view or name in FREE:
             return
         launches = 1
         if name.startswith("_foreach"):
