@@ -51,7 +51,7 @@ def settings(source: Path, folder: Path) -> list[str]:
         "shots={seeds: [0], count: 12}",
         "protocol={steps: 50, batch_size: 4, loss: t_few, max_input_tokens: 32}",
         "optim={name: adafactor, lr: 3.0e-3, scale_parameter: true}",
-        "selection={on: test, every_epochs: 2, patience: 2}",
+        "selection={on: test, every_epochs: 2, patience: 6}",
         "scoring={metric: accuracy, examples: 4}",
         f"run.folder={folder}",
         "run.log_every=1",
@@ -109,9 +109,11 @@ def test_jobs_in_waves_equal_separate_runs(
     assert all(name in printed for name in VARIANTS)
 
 
-def test_jobs_stop_at_steps_of_their_own(alone: Path) -> None:
-    steps = {json.loads((job / "result.json").read_text())["steps"] for job in jobs(alone).values()}
-    assert len(steps) > 3
+def test_jobs_of_one_variant_stop_at_steps_of_their_own(alone: Path) -> None:
+    found = [json.loads((job / "result.json").read_text()) for job in jobs(alone).values()]
+    steps = {result["steps"] for result in found if result["variant"] == "MHR"}
+    assert len(steps) > 1
+    assert max(steps) > 36
 
 
 def test_an_interrupted_run_goes_on_with_other_ranks_and_waves(
