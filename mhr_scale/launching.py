@@ -3,10 +3,12 @@
 Exit codes: 0 done, 2 a mistake of the user's (one line says which), anything else a defect.
 """
 
+import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mhr_scale.errors import UserError
 from mhr_scale.recipe import parse, to_yaml
@@ -15,16 +17,38 @@ from mhr_scale.runlog import rank, start_logging
 T = TypeVar("T")
 
 
-def guarded(action: Callable[[], object]) -> None:
-    """Run `action`; a mistake of the user's becomes one line and exit code 2."""
+def guarded(action: Callable[[], object]) -> NoReturn:
+    """Run `action` and end the process; a mistake of the user's is one line and exit code 2."""
     start_logging()
+    leave(_outcome(action))
+
+
+def _outcome(action: Callable[[], object]) -> int:
     try:
         action()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
-        raise SystemExit(2) from None
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; under a launcher without tearing the interpreter down.
+
+    A thread of gloo that drops its last tensor while Python finalises asks for the interpreter's
+    lock, is ended in the middle of a destructor, and aborts the process ("terminate called without
+    an active exception"): a finished run would end with an error, one time in some dozens.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        raise SystemExit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:

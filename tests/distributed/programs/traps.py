@@ -17,6 +17,7 @@ from mhr_scale.adapters import Adapter, attach
 from mhr_scale.config import AdapterConfig, BackboneConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import EngineError
+from mhr_scale.launching import guarded
 from mhr_scale.losses import language_model
 
 TIMEOUT = 77.0
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)
