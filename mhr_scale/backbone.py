@@ -6,9 +6,7 @@ embeddings without a word when it loads under ZeRO-3 (T0, T5 v1.1, FLAN): ties a
 from the names in the checkpoint.
 """
 
-import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import BackboneError, did_you_mean, first_line
+from mhr_scale.errors import BackboneError, first_line
+from mhr_scale.hub import BUILTIN as BUILTIN
+from mhr_scale.hub import TOKENIZER_FILES, find_folder
+from mhr_scale.manifest import Manifest, check_files, check_weights, read_manifest
+from mhr_scale.t5_config import make_config, read_config
 from mhr_scale.weights import PickledSource, RandomSource, WeightSource, open_weights
 
-BUILTIN = {"builtin:toy": Path(__file__).parent / "tasks" / "toy_backbone"}
-MODEL_TYPES = ("t5", "mt5")
 #: Names that are the embedding by definition of the architecture.
 EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
-HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
-#: Settings of T5Config that have to be at least 1.
-SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,57 +37,31 @@ class Blueprint:
     is_lm_head_tied: bool
     folder: Path | None
     facts: dict[str, Any]
+    manifest: Manifest | None = None
 
 
 def read_blueprint(config: BackboneConfig) -> Blueprint:
     """Find the backbone; raises `BackboneError` if it cannot be found, read or trusted."""
-    from transformers import AutoConfig, T5Config
-
     if config.name is None:
-        assert config.config is not None
-        fields = {"decoder_start_token_id": 0, **config.config}
-        known = {field.name for field in dataclasses.fields(T5Config)}
-        known |= {"tie_word_embeddings", "decoder_start_token_id"}
-        for name in sorted(set(fields) - known):
-            hint = did_you_mean(name, known)
-            raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
-        try:
-            model_config = T5Config(**fields)
-        except Exception as error:
-            raise BackboneError(f"backbone.config: {first_line(error)}") from error
-        _check_config(model_config, "backbone.config")
-        tied = fields.get("tie_word_embeddings", True) is not False
-        shapes = _shapes(model_config, tied=tied)
-        source: WeightSource = RandomSource(model_config, shapes, config.config_seed)
-        facts: dict[str, Any] = {
-            "name": None,
-            "config": dict(fields),
-            "config_seed": config.config_seed,
-        }
-        return Blueprint(
-            model_class=_model_class("t5"),
-            model_config=model_config,
-            source=source,
-            is_lm_head_tied=tied,
-            folder=None,
-            facts=facts,
-        )
+        return _random_blueprint(config)
     folder = find_folder(config.name, config.revision)
-    raw = _read_config(folder)
-    if raw.get("model_type") not in MODEL_TYPES:
-        raise BackboneError(
-            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {MODEL_TYPES}"
-        )
-    try:
-        model_config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise BackboneError(f"{folder / 'config.json'}: {first_line(error)}") from error
-    _check_config(model_config, str(folder / "config.json"))
-    if getattr(model_config, "decoder_start_token_id", None) is None:
-        model_config.decoder_start_token_id = model_config.pad_token_id
+    model_config, raw = read_config(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        check_files(folder, manifest)
     source = open_weights(folder)
-    tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
-    facts = {"name": config.name, "revision": config.revision, "folder": folder.name}
+    if manifest is None:
+        tied = _is_tied(source, says_tied=raw.get("tie_word_embeddings", True) is not False)
+    else:
+        check_weights(folder, manifest, source)
+        tied = HEAD in manifest.tied
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "revision": config.revision,
+        "folder": folder.name,
+    }
+    if manifest is not None:
+        facts["converted_from"] = manifest.source
     return Blueprint(
         model_class=_model_class(raw["model_type"]),
         model_config=model_config,
@@ -98,40 +69,25 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         is_lm_head_tied=tied,
         folder=folder,
         facts=facts,
+        manifest=manifest,
     )
 
 
-def find_folder(
-    name: str,
-    revision: str | None,
-    *,
-    setting: str = "backbone.name",
-    files: Sequence[str] = HUB_FILES,
-) -> Path:
-    """Local folder of a builtin, a path or a hub id, of which `files` are downloaded if need be.
-
-    `setting` is what errors call the name.
-    """
-    if name in BUILTIN:
-        return BUILTIN[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
-        raise BackboneError(
-            f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "
-            f"give a folder, a hub id or {', '.join(BUILTIN)}"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except Exception as error:
-        raise BackboneError(
-            f"{setting}: '{name}' is no local folder and the hub does not give it "
-            f"({type(error).__name__}: {first_line(error)}); "
-            f"give a folder, a hub id or {', '.join(BUILTIN)}"
-        ) from error
+def _random_blueprint(config: BackboneConfig) -> Blueprint:
+    """A backbone of the recipe's own configuration, with random weights."""
+    assert config.config is not None
+    fields = {"decoder_start_token_id": 0, **config.config}
+    model_config = make_config(fields)
+    tied = fields.get("tie_word_embeddings", True) is not False
+    shapes = _shapes(model_config, tied=tied)
+    return Blueprint(
+        model_class=_model_class("t5"),
+        model_config=model_config,
+        source=RandomSource(model_config, shapes, config.config_seed),
+        is_lm_head_tied=tied,
+        folder=None,
+        facts={"name": None, "config": dict(fields), "config_seed": config.config_seed},
+    )
 
 
 def make_model(blueprint: Blueprint) -> nn.Module:
@@ -164,7 +120,7 @@ def plan_copies(model: nn.Module, source: WeightSource) -> dict[str, nn.Paramete
     whole shape is its `ds_shape`.
     """
     parameters = dict(model.named_parameters())
-    known = set(EMBEDDING_ALIASES) | {"shared.weight", "lm_head.weight"}
+    known = set(EMBEDDING_ALIASES) | {EMBEDDING, HEAD}
     ignored = (".relative_attention_bias.weight",)
     names = source.names()
     faults = [f"missing {name}" for name in sorted(parameters.keys() - names)]
@@ -195,6 +151,13 @@ def set_dropout(model: nn.Module, rate: float | None) -> None:
             module.p = rate
         elif isinstance(getattr(module, "dropout", None), float):
             setattr(module, "dropout", rate)  # noqa: B010 (T5Attention applies it itself)
+
+
+def fuse(model: nn.Module, config: BackboneConfig) -> None:
+    """Put the fused parts of T5 in place that `config` switches on."""
+    from mhr_scale import fused_t5
+
+    fused_t5.install(model, config)
 
 
 def set_recompute(model: Any, mode: str) -> None:
@@ -233,7 +196,7 @@ class _Joint(torch.autograd.Function):
 
 
 def order_gradients(model: nn.Module) -> None:
-    """Sum gradients at the inputs of blocks, norms and adapted linears, as ZeRO-3's hooks do.
+    """Sum gradients at the inputs of blocks, norms and siblings, as ZeRO-3's hooks do.
 
     Addition of floats has an order. With this one a replicated backbone gives the very bits that a
     sharded one gives, and runs of both placements can be compared exactly.
@@ -245,7 +208,7 @@ def order_gradients(model: nn.Module) -> None:
         )
 
     for module in model.modules():
-        if type(module).__name__.endswith(("LayerNorm", "Block", "AdaptedLinear")):
+        if type(module).__name__.endswith(("LayerNorm", "Block", "Siblings")):
             module.register_forward_pre_hook(join)
 
 
@@ -344,52 +307,30 @@ def _shapes(model_config: Any, *, tied: bool) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BackboneError(f"{file}: not a backbone folder ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise BackboneError(f"{file}: not UTF-8 text ({error.reason})") from error
-    if not isinstance(raw, dict):
-        raise BackboneError(f"{file}: a configuration is an object")
-    return raw
-
-
-def _check_config(model_config: Any, place: str) -> None:
-    """Raise `BackboneError` for sizes and activations that no model can have."""
-    from transformers.activations import ACT2FN
-
-    for name in SIZES:
-        if getattr(model_config, name) < 1:
-            raise BackboneError(f"{place}: {name} {getattr(model_config, name)} is not at least 1")
-    if not 0.0 <= model_config.dropout_rate < 1.0:
-        raise BackboneError(f"{place}: dropout_rate {model_config.dropout_rate} is not in [0, 1)")
-    if model_config.dense_act_fn not in ACT2FN:
-        known = did_you_mean(model_config.dense_act_fn, ACT2FN)
-        raise BackboneError(
-            f"{place}: feed_forward_proj: no activation '{model_config.dense_act_fn}'{known}"
-        )
+def tied_names(blueprint: Blueprint) -> dict[str, str]:
+    """Names that a checkpoint may give the embedding besides its own."""
+    aliases = (*EMBEDDING_ALIASES, *((HEAD,) if blueprint.is_lm_head_tied else ()))
+    return dict.fromkeys(aliases, EMBEDDING)
 
 
 def _is_tied(source: WeightSource, *, says_tied: bool) -> bool:
     """Whether `lm_head` is the embedding: absent, or said to be and equal to it."""
-    if "lm_head.weight" not in source.names():
+    if HEAD not in source.names():
         return True
-    if not says_tied or "shared.weight" not in source.names():
-        return False
-    shape = source.shape("lm_head.weight")
-    if shape != source.shape("shared.weight"):
+    return says_tied and EMBEDDING in source.names() and is_equal(source, HEAD, EMBEDDING)
+
+
+def is_equal(source: WeightSource, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are the same, bit for bit; a part is read at a time."""
+    shape = source.shape(name)
+    if shape != source.shape(other):
         return False
     step = max(1, shape[1]) * 1024
     total = shape[0] * shape[1]
     return all(
         torch.equal(
-            source.read("lm_head.weight", start, min(start + step, total)),
-            source.read("shared.weight", start, min(start + step, total)),
+            source.read(name, start, min(start + step, total)),
+            source.read(other, start, min(start + step, total)),
         )
         for start in range(0, total, step)
     )

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mhr_scale import backbone, quantise
+from mhr_scale import backbone, quantise, stopping
+from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import EngineError, did_you_mean
-from mhr_scale.runlog import log, rank, world_size
+from mhr_scale.filling import fill
+from mhr_scale.runlog import log, rank, ranks_here, world_size
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 #: What a DeepSpeed file may say: placement and communication.
@@ -163,8 +165,7 @@ class Engine:
         on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.device = torch.device("cpu")
         if not on_gpu and self.world_size > 1:
-            ranks_here = int(os.environ.get("LOCAL_SIZE", self.world_size))
-            torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
         if on_gpu:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
@@ -208,29 +209,12 @@ class Engine:
             quantise.allocate(model, config.quantise, self.device)
             backbone.tie(model, blueprint)
             model.requires_grad_(False)
-        self._fill(model, blueprint, config.quantise)
+        shard_rank = self.rank if self.is_sharded else None
+        fill(model, blueprint.source, kind=config.quantise, rank=shard_rank, device=self.device)
+        backbone.fuse(model, config)
         backbone.set_dropout(model, config.dropout)
         backbone.set_recompute(model, config.recompute)
         return model
-
-    @torch.no_grad()
-    def _fill(self, model: nn.Module, blueprint: Blueprint, kind: str) -> None:
-        source = blueprint.source
-        for name, parameter in backbone.plan_copies(model, source).items():
-            if not self.is_sharded:
-                whole = source.read(name, 0, parameter.numel()).reshape(parameter.shape)
-                if parameter.is_meta:
-                    quantise.put(model, name, whole.to(parameter.dtype), kind, self.device)
-                else:
-                    parameter.data.copy_(whole)
-                continue
-            shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
-            total: int = parameter.ds_numel  # type: ignore[attr-defined]
-            start = min(self.rank * shard.numel(), total)
-            stop = min(start + shard.numel(), total)
-            shard.zero_()
-            if stop > start:
-                shard[: stop - start].copy_(source.read(name, start, stop))
 
     def prepare(
         self, model: nn.Module, config: BackboneConfig, *, always_backward: bool = False
@@ -238,7 +222,7 @@ class Engine:
         """Install the runtime that gathers sharded weights; adapters must sit in place already.
 
         Collective. Returns the module to call. A replicated model only learns to sum gradients in
-        the order of a sharded one. `always_backward` makes every backward pass run through every
+        the order of a sharded one, where siblings gather their weights together. `always_backward` makes every backward pass run through every
         sharded module, whichever of them have an adapter: ranks with other adapters stay in step.
         """
         if not self.is_sharded:
@@ -247,6 +231,9 @@ class Engine:
         if always_backward:
             backbone.require_input_gradients(model)
         deepspeed = _import_deepspeed()
+        for part in model.modules():
+            if isinstance(part, AdaptedLinear | Siblings):
+                deepspeed.utils.set_z3_leaf_module(part, True)
         ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
         self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -285,7 +272,7 @@ class Engine:
         if self.device.type == "cuda":
             return float(torch.cuda.mem_get_info(self.device)[0])
         here = psutil.virtual_memory().available
-        return here / int(os.environ.get("LOCAL_SIZE", self.world_size))
+        return here / ranks_here()
 
     def resident_numel(self, model: nn.Module) -> int:
         """Elements of frozen weights that are whole on this rank at this moment."""
@@ -334,7 +321,8 @@ class Engine:
     def wait_for_all(self) -> None:
         """Wait for ranks that may be hours behind: other collectives give up after the timeout."""
         if self._patient is not None:
-            dist.barrier(group=self._patient)
+            work = dist.barrier(group=self._patient, async_op=True)
+            stopping.wait_for(work, "all jobs of this rank are finished")
 
     def check_equal(self, tensors: Sequence[Tensor], *, what: str) -> None:
         """Raise `EngineError` if the tensors differ between ranks, bit for bit. Collective."""

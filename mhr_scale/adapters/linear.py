@@ -1,22 +1,23 @@
-"""The adapted linear: y = W x + (alpha / r) (x A[slot]) B[slot].
+"""The adapted linear: y = W x + (alpha / r) (x A[slot]) B[slot], alone or with its siblings.
 
-Shape letters: B batch rows, L tokens, I in features, O out features, R rank, U slots.
+Shape letters: B batch rows, L tokens, I in features, O out features, R rank, U slots, X = n * R
+hidden columns of n siblings. With one slot the leading U is left out.
 
-Rows point at slots through a `RowMap` made once per step on the host. No path copies A or B per
-row, and none asks the device anything: which path is taken is known from the map alone.
+Siblings are linears that read the same input (q, k and v; wi_0 and wi_1). Called together they
+shrink x once and sum its gradient in place. Rows point at slots through a `RowMap` made once per
+step on the host; here each slot has equally many consecutive rows, always.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mhr_scale.adapters.products import products, update
 from mhr_scale.errors import AdapterError
-
-#: Largest U * R of the masked path: wider, and its masked-out products cost more than launches.
-MASK_WIDTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,87 +39,97 @@ class RowMap:
             slot for slot in range(self.n_slots) for _ in range(count)
         )
 
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """Maximal runs of equal slots as (slot, number of rows)."""
-        return tuple((slot, len(list(rows))) for slot, rows in groupby(self.slot_of_row))
-
-    def mask(self, like: Tensor) -> Tensor:
-        """One-hot (B, 1, U, 1) on the device and in the dtype of `like`."""
-        index = torch.tensor(self.slot_of_row, device=like.device)
-        one_hot = nn.functional.one_hot(index, self.n_slots)
-        return one_hot.to(like.dtype)[:, None, :, None]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRankSlots:
-    """One linear's slots: a_UIR, b_URO (the scale folded into B), and the rows that use them."""
+    """Slots of a linear or of siblings: a_UIX for all of them, and a b_URO (scaled) for each.
 
-    a_UIR: Tensor
-    b_URO: Tensor
+    A sibling that the adapter leaves alone has None and no columns in A.
+    """
+
+    a_UIX: Tensor
+    b_URO: tuple[Tensor | None, ...]
     rows: RowMap
-    mask_B1U1: Tensor | None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + (x A[slot]) B[slot] for x (B * k, ..., I), y (B * k, ..., O)."""
-        a_UIR, b_URO, rows = self.a_UIR, self.b_URO, self.rows
-        n_slots, width, rank = a_UIR.shape
-        if n_slots == 1:
-            return y + (x @ a_UIR[0]) @ b_URO[0]
-        n_rows = len(rows.slot_of_row)
-        if rows.is_even:
-            x_UNI = x.reshape(n_slots, -1, width)
-            return y + torch.bmm(torch.bmm(x_UNI, a_UIR), b_URO).reshape(y.shape)
-        x_BNI = x.reshape(n_rows, -1, width)
-        if self.mask_B1U1 is not None:
-            h_BNX = x_BNI @ a_UIR.transpose(0, 1).reshape(width, n_slots * rank)
-            h_BNUR = h_BNX.unflatten(-1, (n_slots, rank)) * self.mask_B1U1
-            delta = h_BNUR.flatten(-2) @ b_URO.reshape(n_slots * rank, -1)
-        else:
-            counts = [count for _, count in rows.runs]
-            parts = [
-                (x_rNI @ a_UIR[slot]) @ b_URO[slot]
-                for (slot, _), x_rNI in zip(rows.runs, x_BNI.split(counts), strict=True)
-            ]
-            delta = torch.cat(parts)
-        return y + delta.reshape(y.shape)
+    def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
+        weights: list[Any] = [base.weight for base in bases]
+        is_plain = all(type(base) is nn.Linear and base.bias is None for base in bases)
+        if is_plain and not any(weight.requires_grad for weight in weights):
+            return products(x, self.a_UIX, self.b_URO, weights)
+        return update(x, self.a_UIX, self.b_URO, [base(x) for base in bases])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingSlots:
-    """One linear's (IA)3 slots: vectors l_UO that scale its output."""
+    """(IA)3 slots of a linear or of siblings: vectors l_UO that scale the outputs."""
 
-    l_UO: Tensor
+    l_UO: tuple[Tensor | None, ...]
     rows: RowMap
-    index_B: Tensor | None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y * l[slot]."""
-        l_UO, rows = self.l_UO, self.rows
-        if rows.n_slots == 1:
-            return y * l_UO[0]
-        l_BO = l_UO if rows.is_even else l_UO[self.index_B]
-        y_BNO = y.reshape(l_BO.shape[0], -1, y.shape[-1])
-        return (y_BNO * l_BO[:, None]).reshape(y.shape)
+    def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Return (W x) * l[slot] of every base, for x (B * k, ..., I)."""
+        ys = []
+        for base, l_UO in zip(bases, self.l_UO, strict=True):
+            y = base(x)
+            if l_UO is not None and l_UO.dim() == 1:
+                y = y * l_UO
+            elif l_UO is not None:
+                y = (y.reshape(l_UO.shape[0], -1, y.shape[-1]) * l_UO[:, None]).reshape(y.shape)
+            ys.append(y)
+        return tuple(ys)
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen linear and the slots of the current step.
+class _Adapted(nn.Module):
+    """What a lone adapted linear and siblings have in common: slots for the length of a step.
 
-    `slots` is set for the length of a step by `Adapter.slots` and stays the same while activations
-    are recomputed; outside of it a forward pass is an error, unless the adapter is off.
+    `slots` is set by `Adapter.slots` and stays the same while activations are recomputed; outside
+    of it a forward pass is an error, unless the adapter is off.
     """
 
     slots: LowRankSlots | ScalingSlots | None
 
-    def __init__(self, base: nn.Module, name: str, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.base = base
         self.name = name
-        self._dtype = dtype
         self.slots = None
+
+    def _run(self, x: Tensor, bases: Sequence[nn.Module], *, is_off: bool) -> tuple[Tensor, ...]:
+        if is_off:
+            return tuple(base(x) for base in bases)
+        slots = self.slots
+        if slots is None:
+            raise AdapterError(
+                f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
+                "or inside `with adapter.off()` for the bare backbone"
+            )
+        if x.shape[0] % len(slots.rows.slot_of_row) and slots.rows.n_slots > 1:
+            raise AdapterError(
+                f"{self.name} got {x.shape[0]} rows under slots made for "
+                f"{len(slots.rows.slot_of_row)} examples; give one task id per example"
+            )
+        return slots.apply(x, bases)
+
+    def extra_repr(self) -> str:
+        """Name of the linear in its backbone."""
+        return self.name
+
+
+class AdaptedLinear(_Adapted):
+    """A frozen linear and the slots of the current step."""
+
+    def __init__(self, base: nn.Module, name: str, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(name)
+        self.base = base
+        self._dtype = dtype
+        self._siblings: tuple[Siblings, ...] = ()
         self.is_off = False
         self.is_attached = True
+
+    @property
+    def siblings(self) -> "Siblings | None":
+        """The siblings that it is called with, if any."""
+        return self._siblings[0] if self._siblings else None
 
     @property
     def weight(self) -> Tensor:
@@ -139,24 +150,47 @@ class AdaptedLinear(nn.Module):
         """The frozen bias, if the linear has one."""
         return self.base.bias  # type: ignore[return-value]
 
+    def leave(self) -> None:
+        """Stand in no model any more."""
+        self._siblings = ()
+        self.is_attached = False
+
     def forward(self, x: Tensor) -> Tensor:
         """Frozen product plus the adapter of each row's slot."""
-        y: Tensor = self.base(x)
-        if self.is_off:
-            return y
-        slots = self.slots
-        if slots is None:
-            raise AdapterError(
-                f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
-                "or inside `with adapter.off()` for the bare backbone"
-            )
-        if x.shape[0] % len(slots.rows.slot_of_row) and slots.rows.n_slots > 1:
-            raise AdapterError(
-                f"{self.name} got {x.shape[0]} rows under slots made for "
-                f"{len(slots.rows.slot_of_row)} examples; give one task id per example"
-            )
-        return slots.apply(x, y)
+        return self._run(x, (self.base,), is_off=self.is_off)[0]
 
-    def extra_repr(self) -> str:
-        """Name of the linear in its backbone."""
-        return self.name
+
+class Siblings(_Adapted):
+    """Linears of one module that read the same input, at least one of them adapted.
+
+    The module calls them together, through `call_together`. They are its children as before; here
+    they stand a second time, so that sharding treats them as one.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], name: str) -> None:
+        super().__init__(name)
+        self.members = nn.ModuleList(members)
+        for member in self.adapted():
+            member._siblings = (self,)
+
+    def adapted(self) -> Iterator[AdaptedLinear]:
+        """The members that are adapted linears."""
+        return (m for m in self.members if isinstance(m, AdaptedLinear))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each member gives for x."""
+        bases = [m.base if isinstance(m, AdaptedLinear) else m for m in self.members]
+        return self._run(x, bases, is_off=all(member.is_off for member in self.adapted()))
+
+
+def call_together(parent: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Outputs of the named children of `parent`, which read the same x."""
+    siblings = parent._modules.get(siblings_name(names))
+    if siblings is not None:
+        return siblings(x)
+    return tuple(parent.get_submodule(name)(x) for name in names)
+
+
+def siblings_name(names: tuple[str, ...]) -> str:
+    """Name under which siblings stand in their parent."""
+    return "siblings_" + "_".join(names)

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.layout import Site, check_splits, find_sites
-from mhr_scale.adapters.linear import AdaptedLinear, RowMap
-from mhr_scale.adapters.slots import Slots, mix_pairs, mix_vectors
+from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, siblings_name
+from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, did_you_mean
 from mhr_scale.seeds import seed_from
@@ -55,6 +55,7 @@ class Adapter(nn.Module):
         self.sites = sites
         self.task_names = tuple(task_names)
         self.linears: list[AdaptedLinear] = []
+        self._users: list[Users] = []
         self.inventory = Inventory(config, sites, n_tasks=len(task_names), seed=seed)
         groups = [site.routing_group(config.granularity, config.block_span) for site in sites]
         self.groups = tuple(dict.fromkeys(groups))
@@ -247,6 +248,7 @@ class Adapter(nn.Module):
         The tensors move to the linears' device.
         """
         self.linears = [linears[site.name] for site in self.sites]
+        self._users = []
         own = {site.name for site in self.sites}
         for name, linear in linears.items():
             linear.is_off = name not in own
@@ -254,11 +256,19 @@ class Adapter(nn.Module):
         if weight.device.type != "meta":
             self.to(weight.device)
 
+    def users(self) -> list[Users]:
+        """Who uses the slots of each stack's linears, one entry per stack."""
+        if not self._users:
+            stacks = ([self.linears[m] for m in stack.members] for stack in self.inventory.stacks)
+            self._users = [find_users(linears) for linears in stacks]
+        return self._users
+
     def check_idle(self) -> None:
         """Raise `AdapterError` if no model is attached or slots are in use already."""
         if not self.linears or not self.linears[0].is_attached:
             raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
-        if self.linears[0].slots is not None:
+        first = self.linears[0]
+        if (first.siblings or first).slots is not None:
             raise AdapterError("slots are in use already; leave the outer `with` block first")
 
     @contextmanager
@@ -305,7 +315,20 @@ def wrap(model: nn.Module, sites: Sequence[Site]) -> dict[str, AdaptedLinear]:
         linear = AdaptedLinear(base, site.name, dtype=dtype).train(base.training)
         setattr(parent, child, linear)
         linears[site.name] = linear
+    for name, module in list(model.named_modules()):
+        for children in getattr(module, "shared_inputs", ()):
+            _join_siblings(module, name, children)
     return linears
+
+
+def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> None:
+    """Join children that read the same input, if one of them is adapted and all are alike."""
+    members = [parent.get_submodule(child) for child in children]
+    bases = [m.base if isinstance(m, AdaptedLinear) else m for m in members]
+    shapes = {(base.in_features, base.out_features) for base in bases}
+    if len(shapes) == 1 and any(isinstance(member, AdaptedLinear) for member in members):
+        siblings = Siblings(members, f"{name}.{'+'.join(children)}")
+        setattr(parent, siblings_name(children), siblings.train(parent.training))
 
 
 def check_bare(model: nn.Module) -> None:
@@ -317,7 +340,10 @@ def check_bare(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Put the bare linears back; the adapter keeps its tensors and sits in no model."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, Siblings):
+            parent_name, _, child = name.rpartition(".")
+            delattr(model.get_submodule(parent_name), child)
+        elif isinstance(module, AdaptedLinear):
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, module.base)
-            module.is_attached = False
+            module.leave()

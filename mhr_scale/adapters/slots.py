@@ -3,20 +3,27 @@
 Shape letters: U slots, N linears of one shape, Q splits, S skills, R rank, I and O features of one
 split. K inventories: 1 that all slots share, or U, one per slot.
 
-Layers never see the mixing graph. They get ready pairs as detached leaves, one pair per linear;
-after the backward pass the leaves' gradients are stacked per shape and pushed once through the
-mixing graph ("the cut"). Activation recomputation, accumulation and sharding hooks therefore meet
-plain LoRA, whatever the method.
+Layers never see the mixing graph. They get ready pairs as detached leaves, one B per linear and one
+A per linear or group of siblings, whose columns stand side by side; rows that are not sorted evenly
+by slot become slots of their own, by one index per shape. After the backward pass the leaves'
+gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
+recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method.
 """
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import MASK_WIDTH, LowRankSlots, RowMap, ScalingSlots
+from mhr_scale.adapters.linear import (
+    AdaptedLinear,
+    LowRankSlots,
+    RowMap,
+    ScalingSlots,
+    Siblings,
+)
 from mhr_scale.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -64,7 +71,8 @@ class Slots(AbstractContextManager["Slots"]):
         self._adapter = adapter
         self._rows = rows
         self._mixed = mixed
-        self._leaves: list[list[tuple[Tensor, ...]]] = []
+        self._parts: list[tuple[Tensor, list[Tensor]]] = []
+        self._users: list[AdaptedLinear | Siblings] = []
         self._row_leaf: tuple[Tensor, tuple[int, ...]] | None = None
 
     def watch_rows(self, leaf_UGQS: Tensor, task_ids: tuple[int, ...]) -> None:
@@ -74,30 +82,50 @@ class Slots(AbstractContextManager["Slots"]):
     def __enter__(self) -> "Slots":
         adapter, rows = self._adapter, self._rows
         adapter.check_idle()
-        mask: Tensor | None = None
-        index: Tensor | None = None
-        if rows.n_slots > 1 and not rows.is_even:
-            first = self._mixed[0][0]
+        index = None
+        if not rows.is_even:
+            index = torch.tensor(rows.slot_of_row, device=self._mixed[0][0].device)
+        for users, sides in zip(adapter.users(), self._mixed, strict=True):
+            if index is not None:
+                sides = tuple(side.index_select(1, index) for side in sides)
             if adapter.config.kind == "ia3":
-                index = torch.tensor(rows.slot_of_row, device=first.device)
-            elif rows.n_slots * adapter.config.rank <= MASK_WIDTH:
-                mask = rows.mask(first)
-        for stack, sides in zip(adapter.inventory.stacks, self._mixed, strict=True):
-            leaves = [
-                tuple(
-                    part.detach().requires_grad_(side.requires_grad)
-                    for part, side in zip(parts, sides, strict=True)
-                )
-                for parts in zip(*(side.unbind(0) for side in sides), strict=True)
-            ]
-            self._leaves.append(leaves)
-            for member, leaf in zip(stack.members, leaves, strict=True):
-                adapter.linears[member].slots = (
-                    ScalingSlots(l_UO=leaf[0], rows=rows, index_B=index)
-                    if adapter.config.kind == "ia3"
-                    else LowRankSlots(a_UIR=leaf[0], b_URO=leaf[1], rows=rows, mask_B1U1=mask)
-                )
+                self._fill_scaling(users, *sides)
+            else:
+                self._fill_low_rank(users, *sides)
         return self
+
+    def _fill_low_rank(self, users: "Users", a_NUIR: Tensor, b_NURO: Tensor) -> None:
+        """Hand each linear, or group of siblings, its A and Bs."""
+        bs = self._leaves(b_NURO)
+        for size, (members, numbers) in users.items():
+            a_GUIX = a_NUIR
+            if numbers != list(range(len(numbers))) or len(users) > 1:
+                a_GUIX = a_NUIR.index_select(0, torch.tensor(numbers, device=a_NUIR.device))
+            if size > 1:
+                a_GUIX = a_GUIX.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(3)
+            for (user, own), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
+                pairs = tuple(None if number is None else bs[number] for number in own)
+                self._use(user, LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows))
+
+    def _fill_scaling(self, users: "Users", l_NUO: Tensor) -> None:
+        """Hand each linear, or group of siblings, its vectors."""
+        ls = self._leaves(l_NUO)
+        for members, _ in users.values():
+            for user, own in members:
+                vectors = tuple(None if number is None else ls[number] for number in own)
+                self._use(user, ScalingSlots(l_UO=vectors, rows=self._rows))
+
+    def _leaves(self, side: Tensor) -> list[Tensor]:
+        """Detached leaves of a tensor (N, U, ...), one for each N; without U where it is 1."""
+        if self._rows.n_slots == 1:
+            side = side.squeeze(1)
+        leaves = [leaf.requires_grad_(side.requires_grad) for leaf in side.detach().unbind(0)]
+        self._parts.append((side, leaves))
+        return leaves
+
+    def _use(self, user: AdaptedLinear | Siblings, slots: LowRankSlots | ScalingSlots) -> None:
+        user.slots = slots
+        self._users.append(user)
 
     def __exit__(
         self,
@@ -105,9 +133,9 @@ class Slots(AbstractContextManager["Slots"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for linear in self._adapter.linears:
-            linear.slots = None
-        self._leaves = []
+        for user in self._users:
+            user.slots = None
+        self._users, self._parts = [], []
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of `loss`, then one pass of the slots' gradients through the mixing graph.
@@ -115,29 +143,44 @@ class Slots(AbstractContextManager["Slots"]):
         Gradients accumulate in the adapter's parameters, as after `loss.backward()`. Call it once
         per forward pass: the mixing graph is freed.
         """
-        if not self._leaves:
+        if not self._parts:
             raise AdapterError("call slots.backward(loss) inside its own `with` block")
         loss.backward()
         mixed: list[Tensor] = []
         gradients: list[Tensor] = []
-        for sides, leaves in zip(self._mixed, self._leaves, strict=True):
-            for number, side in enumerate(sides):
-                if side.requires_grad:
-                    parts = [leaf[number] for leaf in leaves]
-                    mixed.append(side)
-                    gradients.append(
-                        torch.stack(
-                            [
-                                part.grad if part.grad is not None else torch.zeros_like(part)
-                                for part in parts
-                            ]
-                        )
-                    )
-                    for part in parts:
-                        part.grad = None
+        for side, leaves in self._parts:
+            if side.requires_grad:
+                found = [
+                    leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+                    for leaf in leaves
+                ]
+                mixed.append(side)
+                gradients.append(torch.stack(found))
+                for leaf in leaves:
+                    leaf.grad = None
         if mixed:
             torch.autograd.backward(mixed, gradients)
         if self._row_leaf is not None:
             leaf, task_ids = self._row_leaf
             if leaf.grad is not None:
                 self._adapter.add_routing_gradient(task_ids, leaf.grad)
+
+
+#: Who uses the slots of some linears, by the number of adapted linears each user has: the users
+#: with the positions of their members' slots (None: not adapted), and all positions in a row.
+User: TypeAlias = AdaptedLinear | Siblings
+Users: TypeAlias = dict[int, tuple[list[tuple[User, list[int | None]]], list[int]]]
+
+
+def find_users(linears: list[AdaptedLinear]) -> Users:
+    """Siblings use slots together, other linears each its own."""
+    position: dict[nn.Module, int] = {linear: number for number, linear in enumerate(linears)}
+    users: Users = {}
+    for user in dict.fromkeys(linear.siblings or linear for linear in linears):
+        members = user.members if isinstance(user, Siblings) else [user]
+        own = [position.get(member) for member in members]
+        numbers = [number for number in own if number is not None]
+        of_size = users.setdefault(len(numbers), ([], []))
+        of_size[0].append((user, own))
+        of_size[1].extend(numbers)
+    return users

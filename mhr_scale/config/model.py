@@ -30,6 +30,12 @@ class BackboneConfig:
     """Dropout of the backbone while training; null keeps the rate of its configuration."""
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"
     """Activation checkpointing; `reentrant` gathers less under ZeRO-3, and keeps less with int8."""
+    fused_attention: bool = True
+    """Merge attention bias and mask once per stack, and run q, k and v together."""
+    fused_gelu: bool = True
+    """Gated tanh-gelu as one operation that keeps less."""
+    fused_norm: bool = True
+    """T5's norm as one operation; in bfloat16 it rounds once instead of twice."""
 
     def __post_init__(self) -> None:
         if self.name is None and self.config is None:

@@ -28,9 +28,9 @@ ROWS = {
     "one slot": Rows((1, 1, 1, 1, 1, 1)),
     "even": Rows((0, 0, 3, 3, 1, 1)),
     "even, one row each": Rows((2, 0, 3, 1)),
-    "masked": Rows((2, 0, 2, 1, 0, 0)),
-    "masked, interleaved": Rows((0, 1, 0, 1)),
-    "runs": Rows((2, 0, 2, 1, 0, 0), rank=11),
+    "ragged": Rows((2, 0, 2, 1, 0, 0)),
+    "ragged, interleaved": Rows((0, 1, 0, 1)),
+    "ragged, wide": Rows((2, 0, 2, 1, 0, 0), rank=11),
 }
 
 
@@ -113,31 +113,28 @@ def test_output_has_the_shape_of_the_frozen_product(rows, kind, shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "path"),
+    ("name", "n_pairs"),
     [
-        ("one slot", "single"),
-        ("even", "even"),
-        ("even, one row each", "even"),
-        ("masked", "mask"),
-        ("masked, interleaved", "mask"),
-        ("runs", "runs"),
+        ("one slot", None),
+        ("even", 3),
+        ("even, one row each", 4),
+        ("ragged", 6),
+        ("ragged, interleaved", 4),
+        ("ragged, wide", 6),
     ],
 )
-def test_the_named_rows_take_the_named_path(name, path):
+def test_ragged_rows_get_a_slot_each_and_even_ones_share(name, n_pairs):
     rows = ROWS[name]
     adapter = make_linear(rows.config("lora"), n_in=N_IN, n_out=N_OUT)
     with adapter.slots(rows.task_ids):
         slots = adapter.linears[0].slots
-    found = "runs" if slots.mask_B1U1 is None else "mask"
-    if slots.rows.n_slots == 1:
-        found = "single"
-    elif slots.rows.is_even:
-        found = "even"
-    assert found == path
+    leading = () if n_pairs is None else (n_pairs,)
+    assert slots.a_UIX.shape == (*leading, N_IN, rows.rank)
+    assert slots.b_URO[0].shape == (*leading, rows.rank, N_OUT)
 
 
 def test_a_number_of_rows_that_is_no_multiple_of_the_examples_is_refused(kind):
-    rows = ROWS["masked"]
+    rows = ROWS["ragged"]
     adapter = make_linear(rows.config(kind), n_in=N_IN, n_out=N_OUT)
     with (
         adapter.slots(rows.task_ids),
@@ -146,21 +143,15 @@ def test_a_number_of_rows_that_is_no_multiple_of_the_examples_is_refused(kind):
         adapter.linears[0](make_x(7))
 
 
-@pytest.mark.parametrize("rank", [3, 7], ids=["masked", "runs"])
-@pytest.mark.parametrize("n_copies", [1, 3])
-def test_ragged_rows_never_get_copies_of_their_pairs(rank, n_copies):
+@pytest.mark.parametrize("n_copies", [2, 3])
+def test_pairs_are_copied_for_examples_not_for_their_rows(n_copies):
     task_ids = (2, 0, 2, 1, 0, 0, 3, 1, 1)
-    config = AdapterConfig(rank=rank, n_skills=5)
-    adapter = make_linear(config, n_in=20, n_out=22)
+    adapter = make_linear(AdapterConfig(rank=3, n_skills=5), n_in=20, n_out=22)
     n_rows = len(task_ids) * n_copies
     x = torch.randn(n_rows, 2, 20, dtype=torch.float64, requires_grad=True)
     with adapter.slots(task_ids) as slots, Recorder() as recorder:
         slots.backward(adapter.linears[0](x).square().sum())
-    copies = {
-        tuple(sorted((count, width, rank)))
-        for count in (n_rows, len(task_ids))
-        for width in (20, 22)
-    }
+    copies = {tuple(sorted((n_rows, width, 3))) for width in (20, 22)}
     assert {shape for shape in recorder.shapes if tuple(sorted(shape)) in copies} == set()
 
 

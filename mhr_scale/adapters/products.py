@@ -1,0 +1,162 @@
+"""Frozen and low-rank products in one pass: outputs and input gradients are summed in place.
+
+Shape letters: U slots, I in features, O out features, R rank, X hidden columns of all siblings.
+Plain autograd would write W x, the low-rank part and their sum, and the same three backwards; here
+every gradient of x and every y is one tensor that the next product adds to. Saved for backward: x,
+the hidden h = x A, and the slots' pairs; the frozen weights are held, not saved, because sharding
+takes their data away between the passes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def products(
+    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """W x + (x A[slot]) B[slot] of linears that share x; the frozen W (O, I) get no gradient.
+
+    x (..., I) holds equally many consecutive rows for each slot. Without U in A and B there is one.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, a_UIX, weights = x.to(dtype), a_UIX.to(dtype), [w.to(dtype) for w in weights]
+        with torch.autocast(device, enabled=False):
+            pairs = [None if b is None else b.to(dtype) for b in b_URO]
+            return _Products.apply(x, a_UIX, tuple(weights), *pairs)
+    return _Products.apply(x, a_UIX, tuple(weights), *b_URO)
+
+
+def update(
+    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], ys: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Add (x A[slot]) B[slot] to each y in place: for frozen products that are not plain ones."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _Update.apply(x.to(a_UIX.dtype), a_UIX, len(ys), *ys, *b_URO)
+
+
+def _by_slot(tensor: Tensor, a_UIX: Tensor) -> Tensor:
+    """Rows of each slot: (U, rows, width), or (rows, width) for a single slot."""
+    if a_UIX.dim() == 2:
+        return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(a_UIX.shape[0], -1, tensor.shape[-1])
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dim() == 2:
+        total.addmm_(left, right)
+    else:
+        total.baddbmm_(left, right)
+
+
+def _columns(h: Tensor, pairs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each sibling's columns of h, None where it has no pair."""
+    if len(pairs) == 1:
+        return [h]
+    ranks = [b.shape[-2] for b in pairs if b is not None]
+    parts = iter(h.split(ranks, -1))
+    return [None if b is None else next(parts) for b in pairs]
+
+
+def _forward(x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]) -> Tensor:
+    """Add the low-rank products to `ys`; returns h."""
+    h = _multiply(_by_slot(x, a_UIX), a_UIX)
+    for y, part, b in zip(ys, _columns(h, pairs), pairs, strict=True):
+        if b is not None and part is not None:
+            _add_product_(_by_slot(y, a_UIX), part, b)
+    return h
+
+
+def _backward(
+    ctx: Any, gradients: Sequence[Tensor | None], dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of x (added to `dx`, if given), A and the Bs."""
+    x, h, a_UIX, *rest = ctx.saved_tensors
+    found = iter(rest)
+    pairs = [next(found) if has else None for has in ctx.has_pair]
+    dhs: list[Tensor] = []
+    dbs: list[Tensor | None] = []
+    first_b = len(ctx.needs_input_grad) - len(pairs)
+    for i, (g, part, b) in enumerate(zip(gradients, _columns(h, pairs), pairs, strict=True)):
+        db = None
+        if b is not None and part is not None:
+            if g is None:
+                dhs.append(torch.zeros_like(part))
+            else:
+                g_rows = _by_slot(g, a_UIX)
+                dhs.append(_multiply(g_rows, b.mT))
+                if ctx.needs_input_grad[first_b + i]:
+                    db = _multiply(part.mT, g_rows)
+        dbs.append(db)
+    dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, -1)
+    if ctx.needs_input_grad[0]:
+        if dx is None:
+            dx = _multiply(dh, a_UIX.mT).view(x.shape)
+        else:
+            _add_product_(_by_slot(dx, a_UIX), dh, a_UIX.mT)
+    da = _multiply(_by_slot(x, a_UIX).mT, dh) if ctx.needs_input_grad[1] else None
+    return dx, da, dbs
+
+
+def _remember(
+    ctx: Any, x: Tensor, h: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None]
+) -> None:
+    ctx.has_pair = tuple(b is not None for b in pairs)
+    ctx.save_for_backward(x, h, a_UIX, *(b for b in pairs if b is not None))
+    ctx.set_materialize_grads(False)
+
+
+class _Products(torch.autograd.Function):
+    """Frozen products and their low-rank updates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a_UIX: Tensor, weights: tuple[Tensor, ...], *pairs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ys = [F.linear(x, weight) for weight in weights]
+        _remember(ctx, x, _forward(x, a_UIX, pairs, ys), a_UIX, pairs)
+        ctx.weights, ctx.shape = weights, x.shape
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        dx = None
+        if ctx.needs_input_grad[0]:
+            for g, weight in zip(gradients, ctx.weights, strict=True):
+                if g is not None:
+                    g_rows = g.reshape(-1, g.shape[-1])
+                    if dx is None:
+                        dx = torch.mm(g_rows, weight)
+                    else:
+                        dx.addmm_(g_rows, weight)
+            if dx is not None:
+                dx = dx.view(ctx.shape)
+        dx, da, dbs = _backward(ctx, gradients, dx)
+        return dx, da, None, *dbs
+
+
+class _Update(torch.autograd.Function):
+    """Low-rank updates, added in place to products that were made elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a_UIX: Tensor, n: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ys, pairs = [y for y in tensors[:n] if y is not None], tensors[n:]
+        ctx.mark_dirty(*ys)
+        _remember(ctx, x, _forward(x, a_UIX, pairs, ys), a_UIX, pairs)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        dx, da, dbs = _backward(ctx, gradients, None)
+        return dx, da, None, *gradients, *dbs

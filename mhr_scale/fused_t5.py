@@ -1,0 +1,180 @@
+"""Faster parts of a frozen T5, put in place of transformers' own; weights and names stay.
+
+Three switches of `BackboneConfig`; tests/benchmarks/README.md says what each saves and what it
+changes in the logits:
+
+fused_attention   bias and mask merged once per stack, not once per layer; q, k and v together
+fused_gelu        gelu's tanh form as one operation; backward computes it anew and keeps less
+fused_norm        T5's norm as one operation (a single kernel on GPUs)
+
+Shape letters: B rows, L tokens, H heads, K keys, D width of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import create_position_bias_mask
+
+from mhr_scale.adapters.linear import call_together
+from mhr_scale.config import BackboneConfig
+
+
+def install(model: nn.Module, config: BackboneConfig) -> None:
+    """Exchange the classes of T5's attentions, gated feed-forwards and norms, as `config` says.
+
+    Before adapters are attached: they ask the modules which of their linears share an input.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__.removeprefix("M")
+        part: Any = None
+        if kind == "T5Attention" and config.fused_attention:
+            part = CrossAttention if name.endswith("EncDecAttention") else SelfAttention
+        elif kind == "T5DenseGatedActDense":
+            part = GatedFeedForward
+            is_tanh = type(module.act).__name__ in TANH_GELUS
+            module.is_fused_gelu = config.fused_gelu and is_tanh
+        elif kind == "T5LayerNorm" and config.fused_norm:
+            part = Norm
+        if part is not None:
+            module.__class__ = fused_class(part, type(module))
+
+
+#: Classes made so far: one for each part and class of transformers'.
+FUSED: dict[tuple[Any, Any], Any] = {}
+#: transformers' classes of the activation that T5 v1.1 calls gelu_new.
+TANH_GELUS = ("NewGELUActivation", "GELUTanh")
+
+
+def fused_class(part: Any, original: Any) -> Any:
+    """The original class with the methods of `part` in front of its own."""
+    name = f"Fused{original.__name__}"
+    return FUSED.setdefault((part, original), type(name, (part, original), {}))
+
+
+class Attention:
+    """T5's attention: the additive mask is made by the first layer of a stack and handed on.
+
+    Where transformers hands on the position bias (1, H, L, K), this hands on bias and mask in one
+    (B, H, L, K), without bias (B or 1, 1, L or 1, K or 1). Always a tensor: ranks with and without
+    padding then have the same graph, which sharding needs.
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Self-attention, or attention over `key_value_states`; the second result is the mask."""
+        seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+        if key_value_states is None:
+            q, k, v = map(self._heads, call_together(self, ("q", "k", "v"), hidden_states))
+            if past_key_values is not None:
+                own = getattr(past_key_values, "self_attention_cache", past_key_values)
+                k, v = own.update(k, v, self.layer_idx)
+        else:
+            q = self._heads(self.q(hidden_states))
+            k, v = self._cross(key_value_states, past_key_values)
+        if position_bias is None:
+            position_bias = self._additive_mask(
+                q, k, mask, seen, is_cross=key_value_states is not None
+            )
+        elif not self.o.weight.requires_grad:
+            # reentrant recomputation marks whatever a block hands on as in need of a gradient
+            position_bias = position_bias.detach()
+        out_BHLD = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=position_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=1.0,
+        )
+        return self.o(out_BHLD.transpose(1, 2).flatten(2)), position_bias, None
+
+    def _heads(self: Any, states_BLI: Tensor) -> Tensor:
+        return states_BLI.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)
+
+    def _cross(self: Any, states: Tensor, past: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's states, computed once where there is a cache."""
+        if past is not None and past.is_updated.get(self.layer_idx):
+            layer = past.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        k, v = map(self._heads, call_together(self, ("k", "v"), states))
+        if past is not None:
+            k, v = past.cross_attention_cache.update(k, v, self.layer_idx)
+            past.is_updated[self.layer_idx] = True
+        return k, v
+
+    def _additive_mask(
+        self: Any, q: Tensor, k: Tensor, mask: Tensor | None, seen: Any, *, is_cross: bool
+    ) -> Tensor:
+        if self.has_relative_attention_bias:
+            bias = self.compute_bias(q.shape[2], k.shape[2], q.device, past_seen_tokens=seen)
+        else:
+            bias = q.new_zeros(1, 1, 1, 1)
+        is_causal = self.is_causal and not is_cross and mask is None and q.shape[2] > 1
+        merged: Tensor = create_position_bias_mask(bias, mask, is_causal, q, k)
+        return merged
+
+
+class SelfAttention(Attention):
+    """Queries, keys and values read the same states."""
+
+    shared_inputs = (("q", "k", "v"),)
+
+
+class CrossAttention(Attention):
+    """Keys and values read the encoder's states."""
+
+    shared_inputs = (("k", "v"),)
+
+
+class GatedFeedForward:
+    """act(wi_0 x) * (wi_1 x), both products together, then wo."""
+
+    shared_inputs = (("wi_0", "wi_1"),)
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Feed-forward of hidden_states (B, L, d_model)."""
+        gate, linear = call_together(self, ("wi_0", "wi_1"), hidden_states)
+        hidden = gated_gelu(gate, linear) if self.is_fused_gelu else self.act(gate) * linear
+        hidden = self.dropout(hidden)
+        weight = self.wo.weight
+        if isinstance(weight, Tensor) and weight.dtype not in (hidden.dtype, torch.int8):
+            hidden = hidden.to(weight.dtype)
+        return self.wo(hidden)
+
+
+def gated_gelu(gate: Tensor, linear: Tensor) -> Tensor:
+    """gelu(gate) * linear, in gelu's tanh form."""
+    return _GatedGelu.apply(gate, linear)
+
+
+class _GatedGelu(torch.autograd.Function):
+    """Keeps its two inputs and computes the gelu anew in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, linear: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, linear)
+        return F.gelu(gate, approximate="tanh").mul_(linear)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate, linear = ctx.saved_tensors
+        d_linear = F.gelu(gate, approximate="tanh").mul_(gradient)
+        d_gate = torch.ops.aten.gelu_backward(gradient * linear, gate, approximate="tanh")
+        return d_gate, d_linear
+
+
+class Norm:
+    """T5's norm: scaled by the root mean square, in float32 inside, no mean and no bias."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Normalised hidden_states (..., d_model)."""
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
