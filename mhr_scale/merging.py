@@ -9,7 +9,7 @@ memory holds one shard and one linear in float32 at a time.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, state
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.errors import BackboneError
 from mhr_scale.runlog import Progress, write_json
+from mhr_scale.shards import Weight, plan_shards
 from mhr_scale.weights import SafetensorsSource
 
 #: Files of a backbone folder that belong to a merged one too.
@@ -35,20 +36,6 @@ COMPANIONS = (
     "added_tokens.json",
     "*.model",
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weight:
-    """One tensor of a merged backbone: its name, shape and data type in the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def n_bytes(self) -> int:
-        """Size in the file."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
@@ -66,19 +53,6 @@ def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
         )
         for name, parameter in backbone.plan_copies(model, blueprint.source).items()
     ]
-
-
-def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
-    """Weights in order, cut into files of `max_bytes` at most; a larger tensor has its own."""
-    shards: list[list[Weight]] = []
-    size = 0
-    for weight in weights:
-        if not shards or size + weight.n_bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(weight)
-        size += weight.n_bytes
-    return shards
 
 
 def merge(name: str, weight_OI: Tensor, pairs: Mapping[str, Tensor], *, scale: float) -> Tensor:
@@ -156,19 +130,8 @@ def write_companions(
                     shutil.copyfile(file, folder / file.name)
 
 
-def check_free_space(folder: Path, weights: Sequence[Weight]) -> None:
-    """Raise `RunError` if the disk below `folder` has no room for the weights."""
-    needed = sum(weight.n_bytes for weight in weights)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RunError(
-            f"folder: the merged backbone takes {needed / 1e9:.1f} GB and {folder} has "
-            f"{free / 1e9:.1f} GB left; name a folder on another disk"
-        )
-
-
 def with_weights(blueprint: Blueprint, file: Path) -> Blueprint:
     """The same backbone with the weights that a job of kind backbone trained and left in `file`."""
     if not file.is_file():
         raise BackboneError(f"{file}: missing, though the job trained it; copy the folder whole")
-    return replace(blueprint, source=SafetensorsSource([file]))
+    return replace(blueprint, source=SafetensorsSource([file]), manifest=None)

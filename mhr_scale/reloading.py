@@ -19,7 +19,8 @@ from mhr_scale.adapters import Adapter, detach, interop, state
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.backbone import Blueprint
 from mhr_scale.errors import AdapterError, first_line
-from mhr_scale.merging import Weight, merge
+from mhr_scale.merging import merge
+from mhr_scale.shards import Weight
 
 #: Largest difference of logits, as a share of the largest logit, between two that are the same.
 LIMIT = 1e-5

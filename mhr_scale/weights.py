@@ -3,6 +3,7 @@
 Ranks of a sharded backbone ask for their own range of each tensor; nobody has to hold the whole.
 """
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mhr_scale.errors import BackboneError, first_line
+from mhr_scale.runlog import log
 from mhr_scale.seeds import seed_from
+from mhr_scale.shards import first_cut
+
+#: Bytes of a file from which on it matters that it is read whole.
+LARGE = 10**9
 
 
 class WeightSource(Protocol):
@@ -25,6 +31,9 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
+
+    def file(self, name: str) -> Path | None:
+        """The file that holds a tensor; None where none does."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -39,8 +48,11 @@ class SafetensorsSource:
             try:
                 handle = safe_open(file, "pt")
             except (SafetensorError, OSError) as error:
-                raise BackboneError(f"{file}: not a readable safetensors file ({error})") from error
+                fault = first_cut(file) or error
+                raise BackboneError(f"{file}: not a readable safetensors file ({fault})") from error
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                if name in self._handles:
+                    raise BackboneError(_twice(name, self._handles[name][1], file))
                 self._handles[name] = (handle, file)
 
     def names(self) -> frozenset[str]:
@@ -50,6 +62,10 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the file's header."""
         return tuple(self._handles[name][0].get_slice(name).get_shape())
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._handles[name][1]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -71,9 +87,12 @@ class PickledSource:
 
     def __init__(self, files: list[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
         for file in files:
+            mmap = zipfile.is_zipfile(file)
+            if not mmap:
+                _look_at_old_format(file)
             try:
-                mmap = zipfile.is_zipfile(file)
                 tensors = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
             except pickle.UnpicklingError as error:
                 raise BackboneError(f"{file}: not a checkpoint of tensors alone") from error
@@ -86,7 +105,10 @@ class PickledSource:
             strange = [name for name in tensors if not isinstance(tensors[name], Tensor)]
             if strange:
                 raise BackboneError(f"{file}: '{strange[0]}' is no tensor")
-            self._tensors.update(tensors)
+            for name, tensor in tensors.items():
+                if name in self._files:
+                    raise BackboneError(_twice(name, self._files[name], file))
+                self._tensors[name], self._files[name] = tensor, file
 
     def names(self) -> frozenset[str]:
         """Names in all files."""
@@ -95,6 +117,10 @@ class PickledSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
         return tuple(self._tensors[name].shape)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -115,6 +141,9 @@ class RandomSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
         return self._shapes[name]
+
+    def file(self, name: str) -> None:
+        """No file holds it."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -140,12 +169,100 @@ class RandomSource:
 
 
 def open_weights(folder: Path) -> WeightSource:
-    """The weights of a folder: safetensors where there are any, else `.bin` files."""
-    for pattern, kind in (
-        ("*.safetensors", SafetensorsSource),
-        ("pytorch_model*.bin", PickledSource),
-    ):
-        files = sorted(folder.glob(pattern))
+    """The weights of a folder: safetensors where there are any, else `.bin` files.
+
+    An index tells which files count; without one, a file that holds the whole counts alone. Raises
+    `BackboneError` if files are missing, damaged, or not what the index says.
+    """
+    for index, whole, pattern, kind in FORMATS:
+        if (folder / index).is_file():
+            return _open_indexed(folder / index, kind)
+        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
         if files:
             return kind(files)
     raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here")
+
+
+def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) -> WeightSource:
+    """The files that an index names, each tensor in the one where the index says it is."""
+    places = read_index(index)
+    for name, file in places.items():
+        if not (index.parent / file).is_file():
+            n_more = sum(other == file for other in places.values()) - 1
+            raise BackboneError(
+                f"{index.parent / file}: missing, and {index.name} puts {name} and {n_more} more "
+                "tensors there; fetch it"
+            )
+    source = kind([index.parent / file for file in sorted(set(places.values()))])
+    for name in sorted(source.names() | places.keys()):
+        if name not in source.names():
+            there = index.parent / places[name]
+            raise BackboneError(f"{there}: {name} is missing, which {index.name} puts there")
+        found = source.file(name)
+        if name not in places:
+            raise BackboneError(f"{found}: holds {name}, which {index.name} does not know")
+        if found.name != places[name]:
+            raise BackboneError(f"{found}: holds {name}, which {index.name} puts in {places[name]}")
+    return source
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file that holds each tensor, by an index as transformers writes it.
+
+    Raises `BackboneError` if it is no index, or names a file outside of its folder.
+    """
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{index}: not a readable index ({first_line(error)})") from error
+    places = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise BackboneError(f"{index}: no weight_map here, which names the file of each tensor")
+    for name, file in places.items():
+        if not isinstance(file, str) or file != Path(file).name:
+            raise BackboneError(
+                f"{index}: {name} is in {file!r}, which is no file beside the index"
+            )
+    return places
+
+
+def _twice(name: str, first: Path, second: Path) -> str:
+    return f"{second}: holds {name}, as {first.name} does; keep the file that belongs here"
+
+
+def _look_at_old_format(file: Path) -> None:
+    """Warn of a large file that does not end as an archive, as newer checkpoints do.
+
+    Raises `BackboneError` if it begins as one, or cannot be opened.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(2)
+    except OSError as error:
+        raise BackboneError(f"{file}: not a readable checkpoint ({error.strerror})") from error
+    if start == b"PK":
+        raise BackboneError(f"{file}: not a readable checkpoint (its end is missing)")
+    if size > LARGE:
+        log.warning(
+            "%s: torch's old format cannot be memory-mapped; %.1f GB go into memory",
+            file,
+            size / 1e9,
+        )
+
+
+#: Index, file that holds the whole, pattern and reader of each format, the preferred first.
+FORMATS: tuple[tuple[str, str, str, type[SafetensorsSource | PickledSource]], ...] = (
+    (
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "*.safetensors",
+        SafetensorsSource,
+    ),
+    (
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+        "pytorch_model*.bin",
+        PickledSource,
+    ),
+)

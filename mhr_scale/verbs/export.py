@@ -29,6 +29,7 @@ from mhr_scale.reloading import (
 )
 from mhr_scale.runlog import Progress, log, rank, write_json, write_text
 from mhr_scale.runs import backbone_of, check_fit
+from mhr_scale.shards import Weight, check_free_space
 from mhr_scale.target import check_target, moved_into_place, nearest_folder
 
 
@@ -40,7 +41,7 @@ class Source:
     stored: Adapter
     settings: BackboneConfig | None
     blueprint: Blueprint | None
-    weights: list[merging.Weight]
+    weights: list[Weight]
     facts: dict[str, Any]
 
 
@@ -93,7 +94,7 @@ def open_source(config: ExportConfig) -> Source:
             file = file if file.is_file() else file.parent.parent / trained
             blueprint = merging.with_weights(blueprint, file)
         weights = merging.plan_weights(blueprint, config.dtype)
-        merging.check_free_space(nearest_folder(Path(config.folder)), weights)
+        check_free_space(nearest_folder(Path(config.folder)), weights, what="the merged backbone")
     return Source(
         card=card,
         stored=stored,

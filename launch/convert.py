@@ -1,0 +1,11 @@
+"""Convert a backbone's checkpoint into safetensors that every run opens fast and checked.
+
+python launch/convert.py RECIPE [a.b=value ...]
+"""
+
+from mhr_scale.config import ConvertConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.convert import convert
+
+if __name__ == "__main__":
+    main(ConvertConfig, convert, usage="python launch/convert.py")

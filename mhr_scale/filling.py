@@ -1,0 +1,72 @@
+"""Filling a frozen backbone: each rank reads its own range of each tensor, and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale import backbone, quantise
+from mhr_scale.errors import EngineError
+from mhr_scale.runlog import ByteProgress
+from mhr_scale.weights import WeightSource
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, source: WeightSource, *, kind: str, rank: int | None, device: torch.device
+) -> None:
+    """Copy every weight of a source into its place, under a progress bar.
+
+    `rank` is this process's number among those that a ZeRO-3 model is sharded over, None for a
+    replicated one, whose linears that are still on the meta device get quantised to `kind`.
+    """
+    copies = backbone.plan_copies(model, source)
+    pieces = {
+        name: [(parameter.data, 0)] if rank is None else shards_of(parameter, rank)
+        for name, parameter in copies.items()
+    }
+    total = sum(held.nbytes for own in pieces.values() for held, _ in own)
+    progress = ByteProgress(total, what="read backbone")
+    for name, parameter in copies.items():
+        for held, number in pieces[name]:
+            if rank is not None:
+                whole: int = parameter.ds_numel  # type: ignore[attr-defined]
+                start, stop = share(number, held.numel(), whole=whole)
+                held.zero_()
+                if stop > start:
+                    held[: stop - start].copy_(source.read(name, start, stop))
+            else:
+                read = source.read(name, 0, held.numel()).reshape(held.shape)
+                if held.is_meta:
+                    quantise.put(model, name, read.to(held.dtype), kind, device)
+                else:
+                    held.copy_(read)
+            progress.add(name, held.nbytes)
+    progress.close()
+
+
+def share(number: int, n_held: int, *, whole: int) -> tuple[int, int]:
+    """The range [start, stop) of a flattened tensor of `whole` elements in shard `number`.
+
+    Every shard has `n_held` elements; the last ones end in padding where those are too many.
+    """
+    start = min(number * n_held, whole)
+    return start, min(start + n_held, whole)
+
+
+def shards_of(parameter: Any, rank: int) -> list[tuple[Tensor, int]]:
+    """What a rank holds of a ZeRO-3 parameter, flat, and the numbers of these shards.
+
+    Under ZeRO++ it is also a second shard, among the ranks of a node, that DeepSpeed makes once
+    from a frozen weight and believes for ever. Raises `EngineError` if shards are quantised.
+    """
+    second = getattr(parameter, "ds_secondary_tensor", None)
+    shards = [(parameter.ds_tensor, rank)]
+    if second is not None:
+        shards.append((second, rank % parameter.ds_secondary_tensor_group_size))
+    if any(hasattr(shard, "ds_quant_scale") for shard, _ in shards):
+        raise EngineError(
+            "zero_optimization.zero_quantized_nontrainable_weights: weights are read into plain "
+            "shards; set it to false (backbone.quantise quantises replicated backbones)"
+        )
+    return [(shard.data, number) for shard, number in shards]

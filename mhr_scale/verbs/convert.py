@@ -1,0 +1,195 @@
+"""The verb `convert`: a backbone's checkpoint in, a folder that runs open fast and checked out.
+
+<folder>/  model-0000x-of-0000y.safetensors, model.safetensors.index.json   stock transformers too
+           config.json, generation settings, tokenizer                      the original's
+           mhr_scale.json    sizes, hashes, ties, source and fingerprint
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhr_scale import backbone, conversion, fingerprint, merging, stock
+from mhr_scale.backbone import Blueprint
+from mhr_scale.config import BackboneConfig, ConvertConfig
+from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.manifest import (
+    MANIFEST,
+    SCHEMA,
+    Fingerprint,
+    Manifest,
+    read_manifest,
+    verify_hashes,
+    write_manifest,
+)
+from mhr_scale.runlog import log, rank
+from mhr_scale.shards import FileFacts, Weight, check_free_space
+from mhr_scale.target import check_target, moved_into_place, nearest_folder
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Write the folder that `config` asks for, or verify it, and return it.
+
+    One process works; others that a launcher started leave at once. A failed or interrupted
+    conversion leaves nothing in the folder, and the same command starts it anew.
+    """
+    target = Path(config.folder)
+    if rank():
+        return target
+    if config.verify:
+        verify(target)
+        return target
+    check_places(config.backbone.name, target)
+    settings = BackboneConfig(
+        name=config.backbone.name, revision=config.backbone.revision, dtype=config.dtype
+    )
+    blueprint = backbone.read_blueprint(settings)
+    weights, left_out = conversion.plan(blueprint, config.dtype)
+    questions = ask_what(config, settings, blueprint)
+    check_free_space(nearest_folder(target), weights, what="the converted backbone")
+    with moved_into_place(target) as folder:
+        files = write(config, settings, blueprint, weights, folder)
+        written = backbone.read_blueprint(BackboneConfig(name=str(folder)))
+        answers = fingerprint.make(written, questions)
+        found = compare(config, settings, blueprint, weights, answers)
+        write_manifest(
+            folder,
+            Manifest(
+                schema=SCHEMA,
+                source=source_of(blueprint),
+                dtype=config.dtype,
+                tied=backbone.tied_names(blueprint),
+                left_out=left_out,
+                files=files,
+                fingerprint=answers,
+            ),
+        )
+        backbone.read_blueprint(BackboneConfig(name=str(folder)))
+    log.info("%s", closing(config, weights, left_out, n_files=len(files), found=found))
+    return target
+
+
+# -- at the door -----------------------------------------------------------------------------------
+
+
+def check_places(name: str, target: Path) -> None:
+    """Raise `RunError` if the target is the source, or cannot be made."""
+    source = backbone.BUILTIN.get(name, Path(name).expanduser())
+    if source.exists() and source.resolve() == target.resolve():
+        raise RunError(f"folder: {target} is the backbone itself; name another folder")
+    check_target(target)
+
+
+def ask_what(config: ConvertConfig, settings: BackboneConfig, blueprint: Blueprint) -> Fingerprint:
+    """The token rows of the fingerprint; raises `BackboneError` if prompts cannot be tokenised."""
+    prompts: list[list[int]] = []
+    if config.fingerprint.prompts:
+        tokenizer = backbone.load_tokenizer(settings, blueprint)
+        prompts = tokenizer(list(config.fingerprint.prompts))["input_ids"]
+    return fingerprint.make_questions(blueprint, prompts)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def write(
+    config: ConvertConfig,
+    settings: BackboneConfig,
+    blueprint: Blueprint,
+    weights: list[Weight],
+    folder: Path,
+) -> dict[str, FileFacts]:
+    """Write weights, configuration and tokenizer; returns sizes and hashes of all files."""
+    facts = conversion.write_weights(
+        folder, blueprint=blueprint, weights=weights, max_shard_bytes=config.max_shard_bytes
+    )
+    merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
+    return conversion.hash_companions(folder, facts)
+
+
+def source_of(blueprint: Blueprint) -> dict[str, Any]:
+    """Where the weights are from; the folder of a hub id is named by its commit."""
+    source = blueprint.source
+    files = {source.file(name) for name in source.names()}
+    sizes = {file.name: file.stat().st_size for file in files if file is not None}
+    return {**blueprint.facts, "files": dict(sorted(sizes.items()))}
+
+
+def compare(
+    config: ConvertConfig,
+    settings: BackboneConfig,
+    blueprint: Blueprint,
+    weights: list[Weight],
+    answers: Fingerprint,
+) -> str:
+    """Compare the logits with transformers' own reading of the original; what to say of it.
+
+    Raises `BackboneError` if they differ.
+    """
+    wanted = config.fingerprint.compare
+    size = sum(weight.n_bytes for weight in weights) / 1e9
+    if wanted is False or (wanted is None and not conversion.is_room(weights)):
+        reason = "as asked" if wanted is False else f"no room for {size:.1f} GB in memory"
+        return f"not compared with transformers' reading of the original ({reason})"
+    log.info("comparing with transformers' reading of the original: %.2g GB of memory", size)
+    try:
+        model = stock.load_backbone(settings, blueprint, torch.device("cpu"))
+        found = conversion.check_answer(
+            fingerprint.ask_model(model, answers), answers, what="what was written"
+        )
+    except BackboneError as error:
+        raise BackboneError(
+            f"{config.folder}: not converted: against transformers' reading of "
+            f"{config.backbone.name}: {error}; fingerprint.compare: false converts all the same"
+        ) from error
+    return f"the logits are those of transformers' reading of the original {exactly(found)}"
+
+
+# -- verifying and telling -------------------------------------------------------------------------
+
+
+def verify(target: Path) -> None:
+    """Read a converted folder whole; raises `BackboneError` if anything in it is not as written."""
+    if not target.is_dir():
+        raise RunError(f"folder: no folder {target}; convert first, without verify")
+    manifest = read_manifest(target)
+    if manifest is None:
+        raise BackboneError(f"{target / MANIFEST}: missing; only converted folders can be verified")
+    blueprint = backbone.read_blueprint(BackboneConfig(name=str(target.absolute())))
+    verify_hashes(target, manifest)
+    try:
+        found = conversion.check_answer(
+            manifest.fingerprint,
+            fingerprint.ask_source(blueprint, manifest.fingerprint),
+            what="these weights and the stored ones",
+        )
+    except BackboneError as error:
+        raise BackboneError(f"{target}: {error}; convert anew") from error
+    log.info(
+        "%s: %d files as they were written, logits %s",
+        target,
+        len(manifest.files),
+        exactly(found),
+    )
+
+
+def exactly(found: float) -> str:
+    """How well logits agree, in words."""
+    return f"to {found:.0e} of their spread" if found else "exactly"
+
+
+def closing(
+    config: ConvertConfig, weights: list[Weight], left_out: list[str], *, n_files: int, found: str
+) -> str:
+    """What was written, how well it agrees, and how it is used."""
+    size = sum(weight.n_bytes for weight in weights) / 1e9
+    lines = [
+        f"{config.backbone.name} -> {config.folder}: {len(weights)} tensors, {size:.3g} GB in "
+        f"{config.dtype}, {n_files} files",
+        found,
+        f"use: backbone.name={config.folder}",
+    ]
+    if left_out:
+        lines.insert(1, f"left out, unused by T5: {', '.join(left_out)}")
+    return "\n  ".join(lines)

@@ -1,0 +1,87 @@
+"""What ranks read of a converted backbone, and what they make of a wrong one.
+
+Run by test_loading_ranks.py under the launcher: loading.py FOLDER OUT_FOLDER
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mhr_scale import backbone, fingerprint
+from mhr_scale.adapters import attach
+from mhr_scale.config import AdapterConfig, BackboneConfig
+from mhr_scale.engine import Engine
+from mhr_scale.errors import BackboneError
+from mhr_scale.launching import guarded
+
+SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+Change = Callable[[backbone.Blueprint], backbone.Blueprint]
+
+
+class CountingSource:
+    """A source that notes the ranges read of it."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.reads: list[tuple[str, int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        self.reads.append((name, start, stop))
+        return self.source.read(name, start, stop)
+
+
+def tie_head(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+    """As transformers ties it under ZeRO-3."""
+    return replace(blueprint, is_lm_head_tied=True)
+
+
+def check(engine: Engine, folder: str, dtype: str, change: Change = lambda same: same) -> str:
+    """What the check says of a backbone that is placed, an adapter attached."""
+    config = BackboneConfig(name=folder, dtype=dtype)  # type: ignore[arg-type]
+    blueprint = change(backbone.read_blueprint(config))
+    model = engine.build(config, blueprint)
+    attach(model, AdapterConfig(n_skills=2, n_splits=2), tasks=["a"])
+    model = engine.prepare(model, config)
+    try:
+        fingerprint.check(model, blueprint, config, engine)
+    except BackboneError as error:
+        return str(error)
+    return "right"
+
+
+def main() -> None:
+    folder, out = sys.argv[-2:]
+    sharded = Engine(SHARDED, timeout_seconds=60)
+    replicated = Engine({}, timeout_seconds=60)
+    source = CountingSource(None)
+
+    def count(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+        source.source = blueprint.source
+        return replace(blueprint, source=source)
+
+    def tie_on_one(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+        return tie_head(blueprint) if replicated.rank == 1 else blueprint
+
+    found = {
+        "float32": check(sharded, folder, "float32", count),
+        "bfloat16": check(sharded, folder, "bfloat16"),
+        "tied": check(sharded, folder, "float32", tie_head),
+        "tied bfloat16": check(sharded, folder, "bfloat16", tie_head),
+        "replicated": check(replicated, folder, "float32"),
+        "tied on one rank": check(replicated, folder, "float32", tie_on_one),
+        "reads": source.reads,
+    }
+    (Path(out) / f"rank{sharded.rank}.json").write_text(json.dumps(found))
+    sharded.close()
+
+
+if __name__ == "__main__":
+    guarded(main)
