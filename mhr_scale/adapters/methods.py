@@ -59,7 +59,9 @@ class Adapter(nn.Module):
         self.inventory = Inventory(config, sites, n_tasks=len(task_names), seed=seed)
         groups = [site.routing_group(config.granularity, config.block_span) for site in sites]
         self.groups = tuple(dict.fromkeys(groups))
-        self._group_of_site = tuple(self.groups.index(group) for group in groups)
+        for stack in self.inventory.stacks:
+            index = torch.tensor([self.groups.index(groups[m]) for m in stack.members])
+            self.register_buffer(f"groups_{stack.key}", index, persistent=False)
         self.row_gradients = False
         self.is_wave = False
         self.routing_logits: nn.Parameter | None = None
@@ -135,9 +137,7 @@ class Adapter(nn.Module):
         for stack in self.inventory.stacks:
             w_UNQS = None
             if weights_UGQS is not None:
-                groups = [self._group_of_site[member] for member in stack.members]
-                index = torch.tensor(groups, device=weights_UGQS.device)
-                w_UNQS = weights_UGQS.index_select(1, index)
+                w_UNQS = weights_UGQS.index_select(1, self.get_buffer(f"groups_{stack.key}"))
             if config.kind == "ia3":
                 mixed.append((mix_vectors(self._inventories(stack, "l", tasks), w_UNQS),))
             else:

@@ -4,7 +4,8 @@ Shape letters: U slots, I in features, O out features, R rank, X hidden columns 
 Plain autograd would write W x, the low-rank part and their sum, and the same three backwards; here
 every gradient of x and every y is one tensor that the next product adds to. Saved for backward: x,
 the hidden h = x A, and the slots' pairs; the frozen weights are held, not saved, because sharding
-takes their data away between the passes.
+takes their data away between the passes. Second derivatives are refused: they would lack those
+through h.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -128,6 +130,7 @@ class _Products(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dx = None
         if ctx.needs_input_grad[0]:
@@ -157,6 +160,7 @@ class _Update(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dx, da, dbs = _backward(ctx, gradients, None)
         return dx, da, None, *gradients, *dbs

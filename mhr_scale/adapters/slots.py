@@ -98,9 +98,7 @@ class Slots(AbstractContextManager["Slots"]):
         """Hand each linear, or group of siblings, its A and Bs."""
         bs = self._leaves(b_NURO)
         for size, (members, numbers) in users.items():
-            a_GUIX = a_NUIR
-            if numbers != list(range(len(numbers))) or len(users) > 1:
-                a_GUIX = a_NUIR.index_select(0, torch.tensor(numbers, device=a_NUIR.device))
+            a_GUIX = a_NUIR if numbers is None else a_NUIR.index_select(0, numbers)
             if size > 1:
                 a_GUIX = a_GUIX.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(3)
             for (user, own), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
@@ -167,20 +165,24 @@ class Slots(AbstractContextManager["Slots"]):
 
 
 #: Who uses the slots of some linears, by the number of adapted linears each user has: the users
-#: with the positions of their members' slots (None: not adapted), and all positions in a row.
+#: with the positions of their members' slots (None: not adapted), and an index of all positions in
+#: a row (None: they are in order and nobody else's).
 User: TypeAlias = AdaptedLinear | Siblings
-Users: TypeAlias = dict[int, tuple[list[tuple[User, list[int | None]]], list[int]]]
+Users: TypeAlias = dict[int, tuple[list[tuple[User, list[int | None]]], Tensor | None]]
 
 
 def find_users(linears: list[AdaptedLinear]) -> Users:
     """Siblings use slots together, other linears each its own."""
     position: dict[nn.Module, int] = {linear: number for number, linear in enumerate(linears)}
-    users: Users = {}
+    found: dict[int, list[tuple[User, list[int | None]]]] = {}
     for user in dict.fromkeys(linear.siblings or linear for linear in linears):
         members = user.members if isinstance(user, Siblings) else [user]
         own = [position.get(member) for member in members]
-        numbers = [number for number in own if number is not None]
-        of_size = users.setdefault(len(numbers), ([], []))
-        of_size[0].append((user, own))
-        of_size[1].extend(numbers)
+        found.setdefault(sum(number is not None for number in own), []).append((user, own))
+    users: Users = {}
+    for size, members_of_size in found.items():
+        numbers = [n for _, own in members_of_size for n in own if n is not None]
+        in_order = numbers == list(range(len(linears)))
+        index = None if in_order else torch.tensor(numbers, device=linears[0].weight.device)
+        users[size] = (members_of_size, index)
     return users
