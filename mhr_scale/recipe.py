@@ -93,6 +93,26 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     return build(schema, tree)
 
 
+def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
+    """Read settings that stand on the command line alone; raises `ConfigError`."""
+    tree = _Tree("command line")
+    for argument in overrides:
+        tree.override(argument)
+    return build(schema, tree)
+
+
+def read_names(path: Path) -> list[str]:
+    """The parts that a recipe file has; raises `ConfigError` if it cannot be read."""
+    tree = _Tree(str(path))
+    try:
+        tree.read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+    return list(tree.values)
+
+
 def build(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
     _check_tags(schema, tree)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhr_scale import stopping
 from mhr_scale.adapters import Adapter
 from mhr_scale.encode import Ids
 from mhr_scale.engine import Engine
@@ -113,19 +114,24 @@ def score(
     """Run the rows still to do; after each round, yield its results by row number.
 
     Collective: every rank passes the same rows and iterates to the end, and gets all ranks'
-    results. `run` is `rank_choices` or `generate_answers` with all but the batch filled in.
+    results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run` is
+    `rank_choices` or `generate_answers` with all but the batch filled in.
     """
     assert len({row.number for row in rows}) == len(rows)
     batches = fill_batches(rows, max_tokens)
     rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
+    is_stopped = False
     for batch, counts in rounds:
+        if is_stopped:
+            raise stopping.stop("all answers so far are written")
         found = run(batch) if batch is not None else []
         mine: dict[int, T] = {}
         if batch is not None and counts:
             mine = {row.number: value for row, value in zip(batch, found, strict=True)}
         results: dict[int, T] = {}
-        for part in engine.gather_objects(mine):
+        for part, is_asked in engine.gather_objects((mine, stopping.is_asked())):
             results.update(part)
+            is_stopped |= is_asked
         yield results
 
 
@@ -247,6 +253,27 @@ def rank_choices(
     float32, over length ** `length_norm`. Without an adapter the model runs as it stands: bare, or
     inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is no number.
     """
+    nll_BD, packed = choice_losses(model, adapter, batch, device=device)
+    # the one wait for the device; sums on the host do not depend on the order of threads
+    nll = nll_BD.cpu().numpy().reshape(len(batch), -1)
+    scores = []
+    for row, starts, nll_D in zip(batch, packed.starts, nll, strict=True):
+        sums = np.add.reduceat(nll_D[: row.n_choice_tokens], starts)
+        lengths = np.array([len(choice) for choice in row.choices], dtype=np.float32)
+        values = (sums / lengths**length_norm).tolist()
+        if not np.isfinite(values).all():
+            raise DivergenceError(f"row {row.number}: the scores {values} are not finite")
+        scores.append(values)
+    return scores
+
+
+def choice_losses(
+    model: Any, adapter: Adapter | None, batch: Batch, *, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Packed]:
+    """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B * D,).
+
+    In float32, on `device`; the packed choices tell which is which.
+    """
     for row in batch:
         if not row.choices:
             raise DataError(f"row {row.number}: no choices to rank")
@@ -267,17 +294,7 @@ def rank_choices(
     nll_BD = F.cross_entropy(
         logits_BDV.flatten(0, 1).float(), packed.targets_BD.flatten(), reduction="none"
     )
-    # the one wait for the device; sums on the host do not depend on the order of threads
-    nll = nll_BD.cpu().numpy().reshape(len(batch), -1)
-    scores = []
-    for row, starts, nll_D in zip(batch, packed.starts, nll, strict=True):
-        sums = np.add.reduceat(nll_D[: row.n_choice_tokens], starts)
-        lengths = np.array([len(choice) for choice in row.choices], dtype=np.float32)
-        values = (sums / lengths**length_norm).tolist()
-        if not np.isfinite(values).all():
-            raise DivergenceError(f"row {row.number}: the scores {values} are not finite")
-        scores.append(values)
-    return scores
+    return nll_BD, packed
 
 
 # -- generation ----------------------------------------------------------------------------------

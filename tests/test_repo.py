@@ -78,6 +78,12 @@ def test_the_commands_of_the_readme_run(
     shorter: tuple[str, ...] = SHORT
     if script == "launch/average.py":
         shorter = (f"source={toy_run}", "steps=[0, 2]")
+    if script == "launch/convert.py":
+        folder = tmp_path / "backbone"
+        result = run(script, *arguments, f"folder={folder}")
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert (folder / "mhr_scale.json").is_file()
+        return
     if script in ("launch/export.py", "launch/finetune.py"):
         recipe, peft = "launch/recipes/toy_export.yaml", tmp_path / "peft"
         result = run("launch/export.py", recipe, f"adapter={toy_run}", f"folder={peft}")
@@ -93,7 +99,7 @@ def test_the_commands_of_the_readme_run(
         shorter = (f"adapter={toy_run}", "tasks.n_tasks=60", "scoring.examples=1")
     result = run(script, *arguments, f"run.folder={tmp_path / 'run'}", *shorter, ranks=ranks)
     assert result.returncode == 0, result.stdout[-3000:]
-    written = {"launch/data.py": None}
+    written = {"launch/data.py": None, "launch/plan.py": None}
     written |= dict.fromkeys(("launch/evaluate.py", "launch/adapt.py"), "summary.json")
     written["launch/finetune.py"] = "adapter/adapter_model.safetensors"
     expected = written.get(script, "adapter/adapter.safetensors")

@@ -15,6 +15,7 @@ from mhr_scale.config.adaptation import (
     VariantConfig,
     WavesConfig,
 )
+from mhr_scale.config.convert import ConvertConfig, FingerprintConfig, OriginConfig
 from mhr_scale.config.data import (
     EvalTasksConfig,
     HeldOutTasks,
@@ -34,6 +35,7 @@ from mhr_scale.config.finetune import (
     FinetuneShotsConfig,
 )
 from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy, SoupConfig
+from mhr_scale.config.plan import HardwareConfig, PlanConfig, WorkloadConfig
 from mhr_scale.config.training import (
     BatchConfig,
     LossConfig,
@@ -55,6 +57,7 @@ __all__ = [
     "AverageConfig",
     "BackboneConfig",
     "BatchConfig",
+    "ConvertConfig",
     "EvalTasksConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -62,12 +65,16 @@ __all__ = [
     "FinetuneOptimConfig",
     "FinetuneRunConfig",
     "FinetuneShotsConfig",
+    "FingerprintConfig",
+    "HardwareConfig",
     "HeldOutTasks",
     "IntakeConfig",
     "JsonlTasks",
     "LossConfig",
     "MixtureConfig",
     "OptimConfig",
+    "OriginConfig",
+    "PlanConfig",
     "Policy",
     "PretrainConfig",
     "ProtocolConfig",
@@ -83,4 +90,5 @@ __all__ = [
     "ToyTasks",
     "VariantConfig",
     "WavesConfig",
+    "WorkloadConfig",
 ]

@@ -1,0 +1,86 @@
+"""What `plan` asks beside a recipe: on what machines, and what rows are like."""
+
+from dataclasses import field
+
+from mhr_scale.config.part import part
+from mhr_scale.errors import ConfigError
+
+
+@part
+class HardwareConfig:
+    """The machines; what is not given is detected here, or comes from the table of cards."""
+
+    gpu: str | None = None
+    """A card of the table (A100-80G, H200, ...) or `cpu`; null: what this machine has."""
+    gpus: int | None = None
+    """Cards over all nodes, or processes of `cpu`; null: what this machine has."""
+    nodes: int = 1
+    """Machines that share the cards evenly."""
+    memory_gib: float | None = None
+    """Memory of a card, GiB."""
+    host_memory_gib: float | None = None
+    """Memory of a machine, GiB; null: detected, or where a card is named not looked at."""
+    tflops: float | None = None
+    """Peak of a card's matrix products in the backbone's data type, TFLOP/s."""
+    memory_gb_s: float | None = None
+    """Bandwidth of a card's memory, GB/s."""
+    link_gb_s: float | None = None
+    """Bus bandwidth of an all-gather inside a machine, GB/s."""
+    network_gb_s: float = 11.0
+    """Bus bandwidth of an all-gather between machines, GB/s (100 Gb/s Ethernet)."""
+    host_gb_s: float | None = None
+    """From pinned host memory to a card, GB/s."""
+    nvme_gb_s: float = 5.0
+    """From a machine's NVMe drives to its memory, GB/s."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "nodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"hardware.{name}: {value} is not at least 1")
+        for name in HardwareConfig.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and value <= 0.0:
+                raise ConfigError(f"hardware.{name}: {value} is not above 0")
+        if self.gpus is not None and self.gpus % self.nodes:
+            raise ConfigError(
+                f"hardware.nodes: {self.gpus} cards do not divide over {self.nodes} machines; "
+                "use a number that divides them"
+            )
+
+
+@part
+class WorkloadConfig:
+    """The rows, which `plan` does not read; what is not given is the recipe's upper bound."""
+
+    input_tokens: int | None = None
+    """Tokens of an input; null: the recipe's `max_input_tokens`."""
+    target_tokens: int | None = None
+    """Tokens of a target; null: the recipe's `max_target_tokens`."""
+    choices: int = 4
+    """Answer choices of a row, where choices are ranked."""
+    choice_tokens: int = 8
+    """Tokens of a choice."""
+    tasks: int | None = None
+    """Training tasks, rows of the routing table; null: the recipe's, as far as it tells."""
+    tasks_per_pass: int | None = None
+    """Different tasks in one micro batch; null: every row another."""
+    source: str | None = None
+    """The pre-training recipe of adapters that do not exist yet: their backbone and settings."""
+
+    def __post_init__(self) -> None:
+        names = ("input_tokens", "target_tokens", "choices", "choice_tokens", "tasks")
+        for name in (*names, "tasks_per_pass"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"workload.{name}: {value} is not at least 1")
+
+
+@part
+class PlanConfig:
+    """What `plan` reads from the command line beside the recipe and its overrides."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """The machines."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """The rows."""

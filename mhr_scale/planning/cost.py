@@ -1,0 +1,275 @@
+"""From counts to bytes on a card and seconds a step, for each placement; and which one to take."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mhr_scale.planning.hardware import LAUNCH_SECONDS, Machines
+from mhr_scale.planning.placements import GATHERS, Load, Placement
+from mhr_scale.planning.tracing import Trace, combine
+
+#: Rows, or jobs, per pass that are looked at at most.
+MOST_ROWS = 4096
+GIB = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Counts of a pass at two numbers of rows (or jobs): linear in between and beyond."""
+
+    few: int
+    many: int
+    of_few: Trace
+    of_many: Trace
+
+    def at(self, rows: int) -> Trace:
+        """The counts at a number of rows."""
+        share = (rows - self.few) / (self.many - self.few)
+        return combine([(1.0 - share, self.of_few), (share, self.of_many)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank at its peak, by what they are for, and of its machine's memory."""
+
+    weights: float
+    gathered: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    logits: float
+    activations: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of the rank."""
+        own = ("weights", "gathered", "adapter", "gradients", "optimizer", "logits", "activations")
+        return float(sum(getattr(self, name) for name in own))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seconds:
+    """Seconds of a pass by what they are spent on."""
+
+    compute: float
+    memory: float
+    launches: float
+    links: float
+    network: float
+    host_link: float
+    nvme: float
+
+    @property
+    def busy(self) -> float:
+        """Seconds of a pass: products and memory one after the other, beside everything else."""
+        others = (self.launches, self.links, self.network, self.host_link, self.nvme)
+        return max(self.compute + self.memory, *others)
+
+    @property
+    def limit(self) -> str:
+        """What the time is spent on."""
+        names = {
+            "compute": self.compute,
+            "memory traffic": self.memory,
+            "kernel launches": self.launches,
+            "gathers over links": self.links,
+            "gathers over the network": self.network,
+            "the host's link": self.host_link,
+            "NVMe": self.nvme,
+        }
+        local = self.compute + self.memory
+        if local >= self.busy:
+            return "compute" if self.compute >= self.memory else "memory traffic"
+        return max(names, key=lambda name: names[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One placement under one kind of recomputation, at the rows it is run with."""
+
+    placement: Placement
+    recompute: str
+    rows: int
+    largest_rows: int
+    memory: Memory
+    fits: bool
+    why_not: str
+    seconds: Seconds
+    flop: float
+    kernels: float
+    moved: Mapping[str, float]
+    step_seconds: float
+    passes: int
+    tokens_per_second: float
+    is_same_precision: bool
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def order(self) -> tuple[int, float, int]:
+        """Smaller is better: what keeps the recipe's numbers and the cards' weights, then time.
+
+        Times within 2 % are equal; then replicated, which needs no lock-step, and no recomputing.
+        """
+        kind = 0 if self.is_same_precision and self.placement.is_resident else 1
+        return kind, self.step_seconds, int(self.placement.is_sharded)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain values; bytes and seconds."""
+        return {
+            "placement": self.placement.name,
+            "settings": {**self.placement.settings, "backbone.recompute": self.recompute},
+            "rows_per_pass": self.rows,
+            "largest_rows_per_pass": self.largest_rows,
+            "fits": self.fits,
+            "why_not": self.why_not or None,
+            "bytes": {**asdict(self.memory), "total": self.memory.total},
+            "flop_per_step": self.flop,
+            "kernels_per_step": self.kernels,
+            "moved_bytes_per_step": dict(self.moved),
+            "seconds_per_pass": {**asdict(self.seconds), "total": self.seconds.busy},
+            "passes_per_step": self.passes,
+            "seconds_per_step": self.step_seconds,
+            "limit": self.seconds.limit,
+            "tokens_per_second": self.tokens_per_second,
+            **self.extra,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is to be estimated, for one placement and one kind of recomputation."""
+
+    placement: Placement
+    recompute: str
+    load: Load
+    machines: Machines
+    counts: Passes
+    adapter_bytes: float
+    job_bytes: float = 0.0
+    trains: bool
+    reduces: bool
+    is_same_precision: bool
+
+    def memory(self, rows: int) -> Memory:
+        """Bytes of a rank at a number of rows."""
+        trace = self.counts.at(rows)
+        gradients, optimizer = (trace.held.get(name, 0.0) for name in ("gradients", "optimizer"))
+        peaks = dict(trace.peaks)
+        if self.reduces and "update" in peaks:  # one flat buffer
+            peaks["update"] += gradients
+        top = max(peaks, key=lambda name: peaks[name])
+        logits = trace.logits[top]
+        left = max(0.0, peaks[top] - logits - optimizer)
+        return Memory(
+            weights=self.load.weights,
+            gathered=self.load.gathered,
+            adapter=self.adapter_bytes + rows * self.job_bytes,
+            gradients=min(gradients, left),
+            optimizer=optimizer,
+            logits=logits,
+            activations=max(0.0, left - gradients),
+            host=self.load.host,
+        )
+
+    def fits(self, rows: int) -> bool:
+        """Whether a card has room for so many rows."""
+        return self.memory(rows).total <= self.machines.usable
+
+    def largest(self) -> int:
+        """Rows that fit, 0 if not even one does, `MOST_ROWS` at most."""
+        if not self.fits(1):
+            return 0
+        low, high = 1, MOST_ROWS + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(middle) else (low, middle)
+        return low
+
+    def why_not(self, largest: int) -> str:
+        """Why the placement cannot be taken, or nothing."""
+        host = self.machines.host_memory
+        if not largest:
+            need = self.memory(1).total / GIB
+            return f"{need:.1f} GiB for one row, {self.machines.usable / GIB:.1f} GiB usable"
+        if self.placement.offload == "cpu" and host is not None and self.load.host > 0.9 * host:
+            return f"{self.load.host / GIB:.0f} GiB of weights in {host / GIB:.0f} GiB of a machine"
+        return ""
+
+    def seconds(self, trace: Trace) -> Seconds:
+        """Seconds of one pass."""
+        machines, load = self.machines, self.load
+        flops, rate = machines.flops(self.placement.dtype), machines.memory_rate
+        compute = memory = 0.0
+        for (flop, moved), number in trace.passes.items():
+            if flop / flops >= moved / rate:
+                compute += number * flop / flops
+            else:
+                memory += number * moved / rate
+        times = GATHERS[self.recompute] if self.trains else 1.0
+        readings = (2.0 + (self.recompute != "none")) if self.trains else 1.0
+        return Seconds(
+            compute=compute,
+            memory=memory + readings * 2.0 * load.unpacked / rate,
+            launches=sum(trace.passes.values()) * LAUNCH_SECONDS,
+            links=times * load.over_links / machines.link_rate,
+            network=times * load.over_network / machines.gather_rate,
+            host_link=times * load.from_host / machines.host_rate,
+            nvme=times * load.from_nvme / machines.nvme_rate,
+        )
+
+    def estimate(
+        self, rows: int, *, passes: int, tokens: float, largest: int | None = None
+    ) -> Estimate:
+        """The estimate at so many rows per pass; `tokens` are those of a step over all ranks."""
+        largest = self.largest() if largest is None else largest
+        trace, machines = self.counts.at(rows), self.machines
+        seconds, why_not = self.seconds(trace), self.why_not(largest)
+        reduced = 0.0
+        if self.reduces:
+            share = (machines.ranks - 1) / machines.ranks
+            reduced = 2.0 * share * trace.held.get("gradients", 0.0)
+        update = sum(n * moved for (_, moved), n in trace.update.items()) / machines.memory_rate
+        update = max(update, sum(trace.update.values()) * LAUNCH_SECONDS)
+        step = passes * seconds.busy + update + reduced / machines.gather_rate
+        times = GATHERS[self.recompute] if self.trains else 1.0
+        moved = {
+            "card_memory": passes * sum(n * moved for (_, moved), n in trace.passes.items()),
+            "gathered": passes * times * (self.load.over_links + self.load.over_network),
+            "host_to_card": passes * times * self.load.from_host,
+            "nvme_to_host": passes * times * self.load.from_nvme,
+            "adapter_all_reduce": reduced,
+        }
+        return Estimate(
+            placement=self.placement,
+            recompute=self.recompute,
+            rows=rows,
+            largest_rows=largest,
+            memory=self.memory(rows),
+            fits=not why_not and largest >= rows,
+            why_not=why_not,
+            seconds=seconds,
+            flop=passes * sum(n * flop for (flop, _), n in trace.passes.items()),
+            kernels=passes * sum(trace.passes.values()) + sum(trace.update.values()),
+            moved=moved,
+            step_seconds=step,
+            passes=passes,
+            tokens_per_second=tokens / step,
+            is_same_precision=self.is_same_precision,
+        )
+
+
+def choose(estimates: Sequence[Estimate], *, by: Callable[[Estimate], float]) -> Estimate | None:
+    """The placement to use: of those that fit, see `Estimate.order`; None if none does.
+
+    `by` is the time that counts; times within 2 % are equal, and then the simpler one is taken.
+    """
+    fitting = [one for one in estimates if one.fits]
+    if not fitting:
+        return None
+    kind = min(one.order[0] for one in fitting)
+    same = [one for one in fitting if one.order[0] == kind]
+    best = min(by(one) for one in same)
+    near = [one for one in same if by(one) <= 1.02 * best]
+    return min(near, key=lambda one: (one.placement.is_sharded, one.recompute != "none", by(one)))

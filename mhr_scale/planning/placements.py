@@ -1,0 +1,188 @@
+"""Where the frozen weights can lie, what of them a rank then holds, and what it moves.
+
+Frozen weights have no gradients and no optimizer state: a placement is about the weights alone, and
+about the part of them that is whole at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhr_scale import backbone
+from mhr_scale.backbone import Blueprint
+from mhr_scale.engine import read_ds_config
+from mhr_scale.planning.hardware import Machines
+from mhr_scale.quantise import BLOCK, IN_BLOCK
+
+#: How often a pass gathers each weight: forward, and backward (recomputing) once more. Measured
+#: under DeepSpeed 0.19: non-reentrant recomputation gathers for a forward pass of its own.
+GATHERS = {"none": 2.0, "reentrant": 2.1, "non_reentrant": 2.9}
+#: Bytes of a scale per row (int8), and per block with scales of scales (nf4).
+INT8_ROW, NF4_BLOCK = 4.0, 1.0 + 4.0 / 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Numbers of a backbone: all of them, those in linears of blocks, their rows, the largest."""
+
+    total: int
+    in_blocks: int
+    rows_in_blocks: int
+    largest: int
+    largest_in_blocks: int
+
+
+def weigh(blueprint: Blueprint) -> Weights:
+    """Count a backbone's numbers, without memory for them."""
+    with torch.device("meta"):
+        model = backbone.make_model(blueprint)
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and IN_BLOCK.match(name)
+    ]
+    sizes = [linear.weight.numel() for linear in linears]
+    return Weights(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        in_blocks=sum(sizes),
+        rows_in_blocks=sum(linear.out_features for linear in linears),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        largest_in_blocks=max(sizes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """A row of the table: its name, its DeepSpeed file, the data type and bits of the weights."""
+
+    name: str
+    ds_config: str
+    dtype: str
+    quantise: str = "none"
+    is_sharded: bool = False
+    keeps_node_copy: bool = False
+    offload: str = "none"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The recipe's settings that choose it, recomputation apart."""
+        return {
+            "run.ds_config": self.ds_config,
+            "backbone.dtype": self.dtype,
+            "backbone.quantise": self.quantise,
+        }
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the cards hold all weights together."""
+        return self.offload == "none"
+
+
+def list_placements(machines: Machines, dtype: str) -> list[Placement]:
+    """The placements that make sense on some machines, for a recipe of a data type."""
+    found = [
+        Placement(
+            name=f"replicated {'bf16' if one == 'bfloat16' else 'fp32'}",
+            ds_config="ds_configs/replicated.json",
+            dtype=one,
+        )
+        for one in ("bfloat16", "float32")
+    ]
+    found += [
+        Placement(
+            name=f"replicated {kind}",
+            ds_config="ds_configs/replicated.json",
+            dtype=dtype,
+            quantise=kind,
+        )
+        for kind in ("int8", "nf4")
+    ]
+    sharded = Placement(
+        name="zero3", ds_config="ds_configs/zero3.json", dtype=dtype, is_sharded=True
+    )
+    if machines.ranks > 1:
+        found.append(sharded)
+    if machines.nodes > 1 and machines.ranks_per_node > 1:
+        plus = replace(sharded, name="zero3 plusplus", ds_config="ds_configs/zero3_plusplus.json")
+        found.append(replace(plus, keeps_node_copy=True))
+    for kind, file in (("cpu", "zero3_offload"), ("nvme", "zero3_nvme")):
+        one = replace(sharded, name=f"zero3 offload {kind}", ds_config=f"ds_configs/{file}.json")
+        found.append(replace(one, offload=kind))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a placement costs one rank. Bytes; the moved ones per pass of every weight once."""
+
+    weights: float
+    gathered: float
+    host: float
+    over_links: float
+    over_network: float
+    from_host: float
+    from_nvme: float
+    unpacked: float
+
+
+def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
+    """What a placement of these weights costs one rank of these machines."""
+    size = 2.0 if placement.dtype == "bfloat16" else 4.0
+    whole = size * weights.total
+    nothing = Load(
+        weights=whole,
+        gathered=0.0,
+        host=0.0,
+        over_links=0.0,
+        over_network=0.0,
+        from_host=0.0,
+        from_nvme=0.0,
+        unpacked=0.0,
+    )
+    if placement.quantise != "none":
+        return replace(
+            nothing,
+            weights=_quantised(placement.quantise, weights, size),
+            gathered=size * weights.largest_in_blocks,
+            unpacked=(1.0 + size) * weights.in_blocks,
+        )
+    if not placement.is_sharded:
+        return nothing
+    zero = read_ds_config(placement.ds_config)["zero_optimization"]
+    n, per_node = machines.ranks, machines.ranks_per_node
+    live, is_kept = _live(zero, weights)
+    moved = 0.0 if is_kept else whole
+    shard, kept = whole / n, whole / per_node if placement.keeps_node_copy else 0.0
+    on_host = 0.0 if placement.is_resident else whole / machines.nodes
+    crosses = machines.nodes > 1 and not placement.keeps_node_copy
+    peers = per_node if placement.keeps_node_copy else n
+    return replace(
+        nothing,
+        weights=(shard if placement.is_resident else 0.0) + kept,
+        gathered=size * (live + zero.get("reduce_bucket_size", 5e8)),
+        host=on_host,
+        over_links=0.0 if crosses else moved * (peers - 1) / peers,
+        over_network=moved * (n - 1) / n if crosses else 0.0,
+        from_host=0.0 if placement.is_resident else (0.0 if is_kept else shard),
+        from_nvme=on_host if placement.offload == "nvme" and not is_kept else 0.0,
+    )
+
+
+def _live(zero: Mapping[str, Any], weights: Weights) -> tuple[float, bool]:
+    """Numbers that are gathered at once, and whether that is all of them, for good."""
+    most = float(zero.get("stage3_max_live_parameters", 1e9))
+    reuse = float(zero.get("stage3_max_reuse_distance", 1e9))
+    if weights.total <= min(most, reuse):
+        return float(weights.total), True
+    ahead = float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    return min(float(weights.total), max(most, weights.largest) + ahead), False
+
+
+def _quantised(kind: str, weights: Weights, size: float) -> float:
+    rest = size * (weights.total - weights.in_blocks)
+    if kind == "int8":
+        return rest + weights.in_blocks + INT8_ROW * weights.rows_in_blocks
+    return rest + weights.in_blocks * (0.5 + NF4_BLOCK / BLOCK)

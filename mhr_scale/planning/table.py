@@ -1,0 +1,137 @@
+"""A plan as a table for people and as plain values for programs."""
+
+from dataclasses import asdict
+from typing import Any
+
+from mhr_scale.planning.cost import GIB, Estimate
+from mhr_scale.planning.hardware import (
+    CONTEXT_GIB,
+    FRAGMENTED,
+    LAUNCH_SECONDS,
+    MEMORY_SHARE,
+    PRODUCT_SHARE,
+)
+from mhr_scale.planning.kinds import Plan
+
+#: Settings of a recipe whose backbone comes with its adapter.
+RENAMED = {"backbone.dtype": "backbone_dtype", "backbone.quantise": "backbone_quantise"}
+COLUMNS = ("weights", "gathered", "adapter", "gradients", "optimizer", "activations", "logits")
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; bytes, seconds and FLOP."""
+    chosen = plan.chosen
+    return {
+        "kind": plan.kind,
+        "what": plan.what,
+        "hardware": {**asdict(plan.machines), "usable": plan.machines.usable},
+        "placements": [one.as_json() for one in plan.estimates],
+        "use": None if chosen is None else {**chosen.as_json(), "settings": settings(plan, chosen)},
+        "notes": [*plan.notes, *assumptions(plan)],
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as a table, the placement to use and why, and what was assumed."""
+    machines = plan.machines
+    lines = [
+        f"{plan.kind}: {plan.what}",
+        f"on {machines.ranks} x {machines.name} in {machines.nodes} machine(s), "
+        f"{machines.memory / GIB:.1f} GiB each, {machines.usable / GIB:.1f} of it usable",
+        "",
+        f"{'GiB of a rank':34} {'weights':>7} {'whole':>6} {'adapter':>7} {'grad':>6} "
+        f"{'optim':>6} {'activ':>6} {'logits':>6} {'total':>6} | {plan.rows_are:>13} {'most':>5} "
+        f"| {'s/step':>7} {'tokens/s':>9}  limit",
+    ]
+    lines += [_row(one) for one in plan.estimates]
+    lines.append("")
+    lines += _advice(plan)
+    lines += ["", "Assumed:"] + [f"  {line}" for line in (*plan.notes, *assumptions(plan))]
+    return "\n".join(lines) + "\n"
+
+
+def _row(one: Estimate) -> str:
+    name = one.placement.name + (" + recompute" if one.recompute != "none" else "")
+    parts = [getattr(one.memory, column) / GIB for column in COLUMNS]
+    widths = (7, 6, 7, 6, 6, 6, 6)
+    memory = " ".join(f"{part:{width}.2f}" for part, width in zip(parts, widths, strict=True))
+    head = f"{name:34} {memory} {one.memory.total / GIB:6.1f} | {one.rows:13} "
+    if not one.fits:
+        why = one.why_not or f"{one.rows} do not fit"
+        return f"{head}{one.largest_rows:5} | does not fit: {why}"
+    return (
+        f"{head}{one.largest_rows:5} | {one.step_seconds:7.3f} "
+        f"{one.tokens_per_second:9,.0f}  {one.seconds.limit}"
+    )
+
+
+def _advice(plan: Plan) -> list[str]:
+    chosen = plan.chosen
+    if chosen is None:
+        return [
+            "Nothing fits: more or larger cards, shorter rows, or hardware.nodes for more machines."
+        ]
+    given = " ".join(f"{name}={value}" for name, value in settings(plan, chosen).items())
+    figures = ", ".join(f"{name} {_figure(value)}" for name, value in chosen.extra.items())
+    lines = [f"Use: {chosen.placement.name}", f"  {given}", f"  {figures}", f"  {_why(chosen)}"]
+    if chosen.recompute != "none" and plan.kind == "adapt":
+        lines.append("  (backbone.recompute: in a recipe with a backbone part of its own)")
+    return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
+
+
+def _why(one: Estimate) -> str:
+    seconds = one.seconds
+    parts = {
+        "compute": seconds.compute,
+        "memory traffic": seconds.memory,
+        "launches": seconds.launches,
+        "links": seconds.links,
+        "network": seconds.network,
+        "host link": seconds.host_link,
+        "NVMe": seconds.nvme,
+    }
+    told = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in parts.items() if value)
+    return (
+        f"{one.passes} pass(es) a step, {one.flop / 1e12:.1f} TFLOP, {one.kernels:,.0f} kernels; "
+        f"of a pass: {told}; limited by {seconds.limit}"
+    )
+
+
+def settings(plan: Plan, one: Estimate) -> dict[str, str]:
+    """The recipe's settings that choose an estimate's placement and rows."""
+    found = dict(one.placement.settings)
+    if plan.kind != "pretrain":
+        found = {RENAMED.get(name, name): value for name, value in found.items()}
+    if plan.kind != "evaluate":
+        found["backbone.recompute"] = one.recompute
+    own = {"pretrain": "micro_batch_size", "adapt": "waves.size"}.get(plan.kind)
+    if own is not None:
+        found["batch.micro_batch_size" if plan.kind == "pretrain" else own] = str(one.rows)
+    return found
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the figures rest on."""
+    machines = plan.machines
+    lines = [
+        "bytes, operations and kernels are counted on the program itself, with rows as long as "
+        "they may be; frozen weights have no gradients and no optimizer state",
+        f"matrix products reach {machines.bf16_flops / 1e12:,.0f} TFLOP/s in bf16 and "
+        f"{machines.fp32_flops / 1e12:,.0f} in fp32, memory "
+        f"{machines.memory_rate / 1e9:,.0f} GB/s, gathers {machines.gather_rate / 1e9:,.0f} GB/s, "
+        f"the host's link {machines.host_rate / 1e9:,.0f} GB/s",
+        "gathers, copies and products overlap; the longest of them is the time of a pass",
+        "int8 and nf4 are counted as bf16 whose weights are unpacked for every product",
+    ]
+    if machines.on_gpu:
+        lines.insert(
+            1,
+            f"{CONTEXT_GIB} GiB and {FRAGMENTED:.0%} of a card are not the run's; of the makers' "
+            f"peaks products reach {PRODUCT_SHARE:.0%}, memory {MEMORY_SHARE:.0%}; a kernel costs "
+            f"{LAUNCH_SECONDS * 1e6:.0f} us to start",
+        )
+    return lines

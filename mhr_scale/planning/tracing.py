@@ -1,0 +1,327 @@
+"""Counting what a piece of the program takes, on tensors that have shapes but no memory.
+
+The program runs as it is: its own modules, autograd, recomputation and optimizer, under torch's
+fake tensors. So the counts follow the code. Peaks are kept by segment (which pass, which stack, its
+first block, its last or those between), because within a segment they are linear in depth and in
+rows: counts of two shallow models give those of a deep one, where the whole's peak would not.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+#: Allocations that start no kernel.
+NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
+#: Operations whose kernels, on CPU and GPU, first copy what is not contiguous.
+COPY_FIRST = (
+    "_softmax",
+    "_log_softmax",
+    "_softmax_backward_data",
+    "_log_softmax_backward_data",
+)
+#: Operations that torch counts under another name.
+SAME_COUNT = {"addmm_": aten.addmm, "baddbmm_": aten.baddbmm, "linear": aten.mm}
+#: Attention on the CPU, which torch does not count, by the counted kernel that it stands for.
+ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": 2,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Counts of one step. Bytes by segment at its peak; operations as {(FLOP, bytes): number}.
+
+    `logits` are the bytes, within each segment's peak, of tensors with a number per target and
+    word; `held` what stays between steps (gradients, optimizer). Numbers may be fractions: they
+    come out of linear combinations.
+    """
+
+    peaks: Mapping[str, float]
+    logits: Mapping[str, float]
+    held: Mapping[str, float]
+    passes: Mapping[tuple[float, float], float]
+    update: Mapping[tuple[float, float], float]
+
+    @property
+    def peak(self) -> float:
+        """Most bytes that the step has at once, weights and the adapter's own tensors apart."""
+        return max(self.peaks.values(), default=0.0)
+
+    @property
+    def peak_logits(self) -> float:
+        """Bytes of logits and their gradients at the peak."""
+        if not self.peaks:
+            return 0.0
+        return self.logits[max(self.peaks, key=lambda name: self.peaks[name])]
+
+
+def combine(parts: Sequence[tuple[float, Trace]]) -> Trace:
+    """A linear combination of traces, number by number."""
+
+    def add(name: str) -> dict[Any, float]:
+        total: dict[Any, float] = {}
+        for factor, trace in parts:
+            for key, value in getattr(trace, name).items():
+                total[key] = total.get(key, 0.0) + factor * value
+        return total
+
+    names = ("peaks", "logits", "held", "passes", "update")
+    return Trace(**{name: add(name) for name in names})
+
+
+@dataclass(slots=True)
+class Tracker:
+    """Live bytes and operations of the code inside its `watch` block."""
+
+    n_logits: int
+    live: float = 0.0
+    live_logits: float = 0.0
+    segment: str = "start"
+    is_update: bool = False
+    peaks: dict[str, float] = field(default_factory=dict)
+    logits: dict[str, float] = field(default_factory=dict)
+    passes: Counter[tuple[float, float]] = field(default_factory=Counter)
+    update: Counter[tuple[float, float]] = field(default_factory=Counter)
+    held: dict[str, float] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)
+    _hooks: list[Any] = field(default_factory=list)
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator["Tracker"]:
+        """Count inside the block; the blocks of `model` tell the segments."""
+        for name, module in model.named_modules():
+            stack, _, place = name.partition(".block.")
+            if place.isdigit():
+                last = len(model.get_submodule(f"{stack}.block")) - 1  # type: ignore[arg-type]
+                which = {0: "first", last: "last"}.get(int(place), "inner")
+                where = f"{stack} {which}"
+                self._hooks += [
+                    module.register_forward_pre_hook(partial(self._enter, where)),
+                    module.register_forward_hook(partial(self._leave, where)),
+                ]
+        try:
+            with _Dispatch(self):
+                yield self
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+
+    def forget_peaks(self) -> None:
+        """Start counting anew; what is live stays live."""
+        for counts in (self.peaks, self.logits, self.passes, self.update):
+            counts.clear()
+
+    def trace(self) -> Trace:
+        """What has been counted."""
+        return Trace(
+            peaks=dict(self.peaks),
+            logits=dict(self.logits),
+            held=dict(self.held),
+            passes=dict(self.passes),
+            update=dict(self.update),
+        )
+
+    # -- segments ----------------------------------------------------------------------------
+
+    def _enter(self, where: str, module: nn.Module, inputs: Any) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        self._begin(f"{'recompute' if in_backward else 'forward'} {where}")
+
+    def _leave(self, where: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._begin(f"after {where}")
+        first = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor) and first.grad_fn is not None:
+            first.grad_fn.register_prehook(lambda gradients: self._begin(f"backward {where}"))
+
+    def _begin(self, segment: str) -> None:
+        self.segment = segment
+        self.note()
+
+    def note(self, inside: float = 0.0, logits_inside: float = 0.0) -> None:
+        """Compare what is live, and what a kernel has inside, with the segment's peak."""
+        if self.live + inside >= self.peaks.get(self.segment, -1.0):
+            self.peaks[self.segment] = self.live + inside
+            self.logits[self.segment] = self.live_logits + logits_inside
+
+    # -- storages ----------------------------------------------------------------------------
+
+    def know(self, tensor: Tensor) -> None:
+        """A tensor from outside: its memory is not the step's."""
+        for part in _dense_parts(tensor):
+            self._watch(part, counts=False)
+
+    def hold(self, tensor: Tensor) -> bool:
+        """An output of an operation; whether it has memory of its own."""
+        return any([self._watch(part, counts=True) for part in _dense_parts(tensor)])
+
+    def _watch(self, tensor: Tensor, *, counts: bool) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        self._known.add(key)
+        size = float(storage.nbytes()) if counts else 0.0
+        is_logits = counts and tensor.numel() == self.n_logits and tensor.is_floating_point()
+        self.live += size
+        self.live_logits += size if is_logits else 0.0
+        weakref.finalize(storage, self._free, key, size, is_logits)
+        return True
+
+    def _free(self, key: int, size: float, is_logits: bool) -> None:
+        self._known.discard(key)
+        self.live -= size
+        self.live_logits -= size if is_logits else 0.0
+
+
+class _Dispatch(TorchDispatchMode):
+    """Hands every operation to a tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return _any_number(args[0])
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for tensor in inputs:
+            self.tracker.know(tensor)
+        result = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        is_new = any([self.tracker.hold(tensor) for tensor in outputs])
+        name = func._schema.name.split("::")[1]
+        copied = [t for t in inputs if name in COPY_FIRST and not t.is_contiguous()]
+        logits = [t for t in copied if t.numel() == self.tracker.n_logits]
+        self.tracker.note(sum(map(_numel_bytes, copied)), sum(map(_numel_bytes, logits)))
+        is_kernel = func.namespace == "aten" and name not in NO_KERNEL
+        if is_kernel and (is_new or func._schema.is_mutable):
+            moved = sum(_numel_bytes(t) for t in (*inputs, *outputs))
+            flop = float(_flop(func, name, args, kwargs, result))
+            tracker = self.tracker
+            (tracker.update if tracker.is_update else tracker.passes)[flop, moved] += 1
+        return result
+
+
+def _any_number(tensor: Tensor) -> float | int | bool:
+    """What stands for a number nobody knows: 1, and False for a condition."""
+    if tensor.dtype == torch.bool:
+        return False
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return (tensor,)
+
+
+def _numel_bytes(tensor: Tensor) -> float:
+    if tensor.layout != torch.strided:
+        return 0.0
+    return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
+
+
+def _flop(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> float:
+    if name in ATTENTION:
+        query, key = (args[0], args[1]) if "backward" not in name else (args[1], args[2])
+        *lead, rows, width = query.shape
+        return float(2 * ATTENTION[name] * torch.Size(lead).numel() * rows * key.shape[-2] * width)
+    counted = flop_registry.get(SAME_COUNT.get(name, func._overloadpacket))
+    return counted(*args, **kwargs, out_val=result) if counted is not None else 0.0
+
+
+# -- imagined tensors ------------------------------------------------------------------------------
+
+
+@contextmanager
+def imagination() -> Iterator[None]:
+    """The block in which tensors are made without memory, and the generator stays as it was."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def imagine(*modules: nn.Module) -> None:
+    """Give the parameters of modules on the meta device a place, still without memory; ties stay.
+
+    Call it inside `imagination`.
+    """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in (part for whole in modules for part in whole.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                like = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                new = nn.Parameter(like, requires_grad=parameter.requires_grad)
+                made[id(parameter)] = (parameter, new)
+            module._parameters[name] = made[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+class GpuKernels(TorchFunctionMode):
+    """Inside, attention, dropout and norms leave in memory what their GPU kernels leave."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own: Callable[..., Any] | None = _ON_GPU.get(getattr(func, "__name__", ""))
+        return (own or func)(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None:
+        shape = (*query.shape[:-1], key.shape[-2])
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        attn_mask = attn_mask.expand(shape)
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    output: Tensor = aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs, dropout_p, is_causal, scale=scale
+    )[0]
+    return output
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    output: Tensor = aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    return output
+
+
+_ON_GPU: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "dropout": _dropout,
+    "rms_norm": _rms_norm,
+}

@@ -1,0 +1,254 @@
+"""Which placements there are, what they hold and move, and which one is taken."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mhr_scale.backbone import read_blueprint
+from mhr_scale.config import BackboneConfig, HardwareConfig
+from mhr_scale.errors import ConfigError
+from mhr_scale.planning.cost import Case, Estimate, Passes, choose
+from mhr_scale.planning.hardware import CARDS, Machines, find_machines
+from mhr_scale.planning.placements import (
+    Placement,
+    Weights,
+    list_placements,
+    load_of,
+    weigh,
+)
+from mhr_scale.planning.sizes import KNOWN, read_sizes
+from mhr_scale.planning.tracing import Trace
+
+XXL = BackboneConfig(name="bigscience/T0")
+GIB = 2.0**30
+
+
+@pytest.fixture(scope="module")
+def xxl() -> Weights:
+    return weigh(read_sizes(XXL))
+
+
+def machines(**given: Any) -> Machines:
+    return find_machines(HardwareConfig(**{"gpu": "A100-40G", "gpus": 8, **given}))
+
+
+def named(name: str, many: Machines) -> Placement:
+    return next(one for one in list_placements(many, "bfloat16") if one.name == name)
+
+
+# -- machines --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_card_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"hardware.gpu: no card 'A100-80GB' .*'A100-80G'"):
+        find_machines(HardwareConfig(gpu="A100-80GB"))
+
+
+def test_cards_that_do_not_divide_over_machines_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hardware.nodes: 6 cards do not divide over 4"):
+        HardwareConfig(gpus=6, nodes=4)
+
+
+@pytest.mark.parametrize("name", ["memory_gib", "network_gb_s"])
+def test_figures_that_are_not_above_zero_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"hardware.{name}: 0.0 is not above 0"):
+        HardwareConfig(**{name: 0.0})  # type: ignore[arg-type]
+
+
+def test_what_is_given_wins_over_the_table() -> None:
+    given = machines(memory_gib=10.0, link_gb_s=100.0, host_memory_gib=64.0)
+    assert (given.memory, given.link_rate, given.host_memory) == (10 * GIB, 1e11, 64 * GIB)
+    assert given.host_rate == CARDS["A100-40G"].host_gb_s * 1e9
+
+
+def test_without_a_card_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    here = find_machines(HardwareConfig())
+    assert (here.name, here.ranks, here.on_gpu) == ("cpu", 1, False)
+    assert min(here.bf16_flops, here.fp32_flops, here.memory_rate, here.memory) > 0
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_t0_are_counted_without_its_weights(xxl: Weights) -> None:
+    assert xxl.total == 11_135_332_352
+    assert xxl.largest == 32128 * 4096
+    assert xxl.largest_in_blocks == 4096 * 10240
+
+
+def test_known_backbones_have_the_sizes_that_t5_has() -> None:
+    totals = {"google/t5-v1_1-small": 76_961_152, "google/t5-xl-lm-adapt": 2_849_757_184}
+    for name, total in totals.items():
+        assert weigh(read_sizes(BackboneConfig(name=name))).total == total
+    assert "bigscience/T0_3B" in KNOWN
+
+
+def test_replicated_weights_take_what_their_type_says(xxl: Weights) -> None:
+    here = machines()
+    bytes_of = {
+        one.name: load_of(one, xxl, here).weights
+        for one in list_placements(here, "bfloat16")
+        if not one.is_sharded
+    }
+    assert bytes_of["replicated bf16"] == 2 * xxl.total
+    assert bytes_of["replicated fp32"] == 4 * xxl.total
+    outside = 2 * (xxl.total - xxl.in_blocks)
+    assert bytes_of["replicated int8"] == pytest.approx(xxl.in_blocks + outside, rel=0.01)
+    assert bytes_of["replicated nf4"] == pytest.approx(0.516 * xxl.in_blocks + outside, rel=0.01)
+
+
+def test_sharded_weights_divide_and_what_is_whole_at_once_is_bounded(xxl: Weights) -> None:
+    here = machines()
+    load = load_of(named("zero3", here), xxl, here)
+    assert load.weights == 2 * xxl.total / 8
+    assert load.gathered == 2 * (3e8 + 5e7 + 5e7)
+    assert load.over_links == pytest.approx(2 * xxl.total * 7 / 8)
+    assert load.over_network == load.from_host == 0.0
+
+
+def test_a_backbone_below_the_bounds_is_gathered_once_and_for_all() -> None:
+    small = weigh(read_sizes(BackboneConfig(name="google/t5-v1_1-small")))
+    here = machines()
+    load = load_of(named("zero3", here), small, here)
+    assert load.gathered == 2 * (small.total + 5e7)
+    assert load.over_links == 0.0
+
+
+def test_between_machines_gathers_take_the_network_unless_a_node_keeps_a_copy(
+    xxl: Weights,
+) -> None:
+    here = machines(gpus=16, nodes=2)
+    plain, plus = (load_of(named(name, here), xxl, here) for name in ("zero3", "zero3 plusplus"))
+    assert plain.over_network > 0.0 == plain.over_links
+    assert plus.over_links > 0.0 == plus.over_network
+    assert plus.weights == plain.weights + 2 * xxl.total / 8
+
+
+def test_offloaded_weights_lie_on_the_host_and_cross_its_link(xxl: Weights) -> None:
+    here = machines()
+    for kind in ("cpu", "nvme"):
+        load = load_of(named(f"zero3 offload {kind}", here), xxl, here)
+        assert (load.weights, load.from_host) == (0.0, 2 * xxl.total / 8)
+        assert load.host == 2 * xxl.total
+        assert load.from_nvme == (2 * xxl.total if kind == "nvme" else 0.0)
+
+
+def test_one_card_has_no_shards_but_those_of_the_host() -> None:
+    names = [one.name for one in list_placements(machines(gpus=1), "bfloat16")]
+    assert "zero3" not in names
+    assert {"zero3 offload cpu", "zero3 offload nvme", "replicated nf4"} <= set(names)
+
+
+# -- the choice ------------------------------------------------------------------------------------
+
+
+def estimates(weights: Weights, here: Machines, *, activation_gib: float = 1.0) -> list[Estimate]:
+    """Estimates of passes whose activations and time do not depend on the placement."""
+
+    def trace(rows: int) -> Trace:
+        return Trace(
+            peaks={"forward": rows * activation_gib * GIB},
+            logits={"forward": 0.0},
+            held={"gradients": 0.0, "optimizer": 0.0},
+            passes={(1e12 * rows, 1e9): 10.0},
+            update={},
+        )
+
+    return [
+        Case(
+            placement=one,
+            recompute="none",
+            load=load_of(one, weights, here),
+            machines=here,
+            counts=Passes(few=2, many=4, of_few=trace(2), of_many=trace(4)),
+            adapter_bytes=0.0,
+            trains=True,
+            reduces=False,
+            is_same_precision=(one.dtype, one.quantise) == ("bfloat16", "none"),
+        ).estimate(1, passes=1, tokens=100.0)
+        for one in list_placements(here, "bfloat16")
+    ]
+
+
+def taken(weights: Weights, here: Machines, **given: float) -> str | None:
+    chosen = choose(estimates(weights, here, **given), by=lambda one: one.step_seconds)
+    return None if chosen is None else chosen.placement.name
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "name"),
+    [
+        ("A100-40G", 1, "replicated bf16"),
+        ("A100-40G", 8, "replicated bf16"),
+        ("H200", 1, "replicated bf16"),
+        ("RTX-4090", 1, "replicated int8"),
+        ("RTX-3090", 1, "replicated int8"),
+        ("RTX-4090", 8, "zero3"),
+    ],
+)
+def test_t0_lies_where_it_fits_and_is_fastest(
+    xxl: Weights, card: str, gpus: int, name: str
+) -> None:
+    assert taken(xxl, machines(gpu=card, gpus=gpus), activation_gib=2.0) == name
+
+
+def test_four_bits_are_for_cards_that_eight_do_not_fit(xxl: Weights) -> None:
+    small = machines(gpu="V100-16G", gpus=1, memory_gib=12.0)
+    assert taken(xxl, small, activation_gib=2.0) == "replicated nf4"
+
+
+def test_where_nothing_fits_nothing_is_taken(xxl: Weights) -> None:
+    assert taken(xxl, machines(gpu="L4", gpus=1), activation_gib=30.0) is None
+
+
+def test_the_largest_number_of_rows_is_the_last_that_fits(xxl: Weights) -> None:
+    here = machines()
+    for one in estimates(xxl, here):
+        if one.largest_rows:
+            most = here.usable - one.memory.weights - one.memory.gathered
+            assert one.largest_rows == int(most / GIB)
+
+
+def test_a_card_that_is_too_small_says_by_how_much(xxl: Weights) -> None:
+    one = next(e for e in estimates(xxl, machines()) if e.placement.name == "replicated fp32")
+    assert (one.fits, one.largest_rows) == (False, 0)
+    assert one.why_not == "42.5 GiB for one row, 36.7 GiB usable"
+
+
+def test_weights_that_no_machine_can_hold_are_not_offloaded_to_it(xxl: Weights) -> None:
+    here = machines(host_memory_gib=16.0)
+    offloads = {e.placement.offload: e for e in estimates(xxl, here)}
+    assert "21 GiB of weights in 16 GiB" in offloads["cpu"].why_not
+    assert offloads["nvme"].fits
+
+
+def test_slow_links_limit_a_sharded_step(xxl: Weights) -> None:
+    fast, slow = (
+        next(e for e in estimates(xxl, here) if e.placement.name == "zero3")
+        for here in (machines(), machines(link_gb_s=1.0))
+    )
+    assert slow.seconds.limit == "gathers over links"
+    assert slow.step_seconds > fast.step_seconds
+
+
+def test_every_placement_names_a_file_that_is_read() -> None:
+    from mhr_scale.engine import read_ds_config
+
+    everywhere = machines(gpus=16, nodes=2)
+    files = {one.ds_config for one in list_placements(everywhere, "bfloat16")}
+    assert len(files) == 5
+    for file in files:
+        stage = read_ds_config(file)["zero_optimization"]["stage"]
+        assert stage == (0 if file.endswith("replicated.json") else 3)
+
+
+def test_sizes_come_from_a_folder_without_its_weights(tmp_path: Any) -> None:
+    sizes = '"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4'
+    text = f'{{"model_type": "t5", "vocab_size": 100, {sizes}}}'
+    (tmp_path / "config.json").write_text(text)
+    config = BackboneConfig(name=str(tmp_path))
+    written = replace(config, name=None, config={"vocab_size": 100, "d_model": 32, "d_kv": 8})
+    assert read_sizes(config).model_config.d_ff == 64
+    assert read_blueprint(written).model_config.d_model == 32
