@@ -24,6 +24,8 @@ from mhr_scale.weights import PickledSource, RandomSource, WeightSource, open_we
 
 #: Names that are the embedding by definition of the architecture.
 EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+#: A text whose characters hardly any vocabulary holds.
+UNSEEN = "\u16a0\ue000\U0001f9a4"
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 
 
@@ -135,8 +137,10 @@ def plan_copies(model: nn.Module, source: WeightSource) -> dict[str, nn.Paramete
         if shape != source.shape(name):
             faults.append(f"{name} is {list(source.shape(name))}, the model wants {list(shape)}")
     if faults:
+        files = [file for file in map(source.file, sorted(names)) if file is not None]
+        place = f"{files[0].parent}: " if files else ""
         raise BackboneError(
-            f"the checkpoint does not fit its configuration, {len(faults)} fault(s): "
+            f"{place}the checkpoint does not fit its configuration, {len(faults)} fault(s): "
             f"{'; '.join(faults[:5])}"
         )
     return parameters
@@ -239,17 +243,30 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
             raise BackboneError(
                 f"{folder}: no tokenizer here ({' or '.join(wanted)}); set backbone.tokenizer"
             )
+    is_own = name is None
+    place = f"{blueprint.folder}: its tokenizer" if is_own else "backbone.tokenizer:"
+    way_out = "set backbone.tokenizer" if is_own else "choose the backbone's own tokenizer"
+    _check_tokenizer(tokenizer, blueprint.model_config.vocab_size, place=place, way_out=way_out)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int, *, place: str, way_out: str) -> None:
+    """Raise `BackboneError` if texts cannot be told apart from padding, or do not fit."""
     for token in ("pad_token", "eos_token"):
         if getattr(tokenizer, token) is None:
-            raise BackboneError(
-                f"backbone.tokenizer: has no {token}; choose the backbone's own tokenizer"
-            )
-    if len(tokenizer) > blueprint.model_config.vocab_size:
+            raise BackboneError(f"{place} has no {token}; {way_out}")
+    n_pieces = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if n_pieces > vocab_size:
+        verb = " has" if place.endswith("tokenizer") else ""
         raise BackboneError(
-            f"backbone.tokenizer: {len(tokenizer)} pieces, the backbone embeds only "
-            f"{blueprint.model_config.vocab_size}; choose the backbone's own tokenizer"
+            f"{place}{verb} {n_pieces} pieces, the backbone embeds only {vocab_size}; {way_out}"
         )
-    return tokenizer
+    try:
+        tokenizer(["a text", UNSEEN], add_special_tokens=False)
+    except Exception as error:
+        raise BackboneError(
+            f"{place} cannot read every text ({first_line(error)}); {way_out}"
+        ) from error
 
 
 def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str]], Tensor]:
@@ -323,7 +340,7 @@ def _is_tied(source: WeightSource, *, says_tied: bool) -> bool:
 def is_equal(source: WeightSource, name: str, other: str) -> bool:
     """Whether two tensors of a checkpoint are the same, bit for bit; a part is read at a time."""
     shape = source.shape(name)
-    if shape != source.shape(other):
+    if shape != source.shape(other) or len(shape) != 2:
         return False
     step = max(1, shape[1]) * 1024
     total = shape[0] * shape[1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mhr_scale import stopping
 from mhr_scale.config import BatchConfig
 from mhr_scale.encode import Ids, RowList
 from mhr_scale.losses import IGNORE
@@ -143,5 +144,9 @@ class StepBatches(Dataset[list[Batch]]):
     def load(self, start: int, stop: int) -> DataLoader[list[Batch]]:
         """Batches of the steps [start, stop) in order, prepared ahead by `workers` processes."""
         return DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=self.config.workers
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.config.workers,
+            worker_init_fn=stopping.ignore_signals,
         )

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mhr_scale import backbone, quantise, stopping
+from mhr_scale import backbone, nvme, quantise, stopping
 from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import EngineError, did_you_mean
+from mhr_scale.errors import EngineError, did_you_mean, first_line
 from mhr_scale.filling import fill
 from mhr_scale.runlog import log, rank, ranks_here, world_size
 
@@ -70,6 +70,8 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
         raise EngineError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise EngineError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise EngineError(f"{path}: not readable as JSON ({first_line(error)})") from error
     except KeyError as error:
         raise EngineError(f"{path}: key {error} stands twice") from error
     if not isinstance(content, dict):
@@ -186,6 +188,14 @@ class Engine:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=self.timeout
             )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0":  # torchrun's store may still have the addresses of ranks that are gone
+            store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            size = self.world_size
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=size, timeout=self.timeout
+            )
         deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
 
     # -- backbone ------------------------------------------------------------------------------
@@ -200,6 +210,8 @@ class Engine:
         if self.is_sharded:
             assert config.quantise == "none", "quantise.check comes first"
             deepspeed = _import_deepspeed()
+            op = deepspeed.ops.op_builder.AsyncIOBuilder()
+            nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
             ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
             with deepspeed.zero.Init(config_dict_or_path=ds_config):
                 model = backbone.make_model(blueprint)

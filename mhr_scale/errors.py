@@ -6,6 +6,7 @@ way out. Anything else that escapes is a defect of ours and keeps its traceback.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import IntEnum
 
 __all__ = [
     "AdapterError",
@@ -14,16 +15,42 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "EngineError",
+    "ExitCode",
     "LayoutError",
     "RunError",
     "UserError",
     "did_you_mean",
     "first_line",
+    "one_line",
 ]
 
 
+#: Characters of an error's text: the place stands at its beginning, the way out at its end.
+LONGEST_TEXT = 900
+
+
+class ExitCode(IntEnum):
+    """What a launched verb tells whoever started it; launch/README.md has the table."""
+
+    DONE = 0
+    DEFECT = 1
+    """An error of ours, with a traceback."""
+    MISTAKE = 2
+    """A `UserError`, or a disk, memory or stuck rank that the user can mend: one line."""
+    ANOTHER_RANK = 69
+    """This rank is fine and another one is not; that one's code is the one to look at."""
+    AGAIN = 75
+    """Stopped by a signal; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+
 class UserError(ValueError):
-    """Base of every error a user can cause and can mend."""
+    """Base of every error a user can cause and can mend.
+
+    Its text is one printable line, whatever names and values it quotes.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(UserError):
@@ -62,6 +89,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest known word, or an empty string."""
     matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def one_line(text: str) -> str:
+    """Text with what does not print escaped, and the middle left out of one that is very long."""
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(printable) <= LONGEST_TEXT:
+        return printable
+    kept = LONGEST_TEXT * 2 // 3
+    return f"{printable[:kept]} ... {printable[kept - LONGEST_TEXT + 5 :]}"
 
 
 def first_line(error: Exception) -> str:

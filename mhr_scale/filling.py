@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import backbone, quantise
+from mhr_scale import backbone, nvme, quantise
 from mhr_scale.errors import EngineError
 from mhr_scale.runlog import ByteProgress
 from mhr_scale.weights import WeightSource
@@ -21,28 +21,50 @@ def fill(
     replicated one, whose linears that are still on the meta device get quantised to `kind`.
     """
     copies = backbone.plan_copies(model, source)
-    pieces = {
-        name: [(parameter.data, 0)] if rank is None else shards_of(parameter, rank)
-        for name, parameter in copies.items()
-    }
-    total = sum(held.nbytes for own in pieces.values() for held, _ in own)
+    total = sum(_held_bytes(parameter, rank) for parameter in copies.values())
     progress = ByteProgress(total, what="read backbone")
     for name, parameter in copies.items():
-        for held, number in pieces[name]:
-            if rank is not None:
-                whole: int = parameter.ds_numel  # type: ignore[attr-defined]
-                start, stop = share(number, held.numel(), whole=whole)
-                held.zero_()
-                if stop > start:
-                    held[: stop - start].copy_(source.read(name, start, stop))
-            else:
-                read = source.read(name, 0, held.numel()).reshape(held.shape)
-                if held.is_meta:
-                    quantise.put(model, name, read.to(held.dtype), kind, device)
-                else:
-                    held.copy_(read)
-            progress.add(name, held.nbytes)
+        if rank is None:
+            _fill_whole(model, name, parameter, source, kind=kind, device=device)
+        else:
+            with nvme.in_memory(parameter):
+                _fill_shards(name, parameter, source, rank=rank)
+        progress.add(name, _held_bytes(parameter, rank))
     progress.close()
+
+
+def _fill_whole(
+    model: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    source: WeightSource,
+    *,
+    kind: str,
+    device: torch.device,
+) -> None:
+    held = parameter.data
+    read = source.read(name, 0, held.numel()).reshape(held.shape)
+    if held.is_meta:
+        quantise.put(model, name, read.to(held.dtype), kind, device)
+    else:
+        held.copy_(read)
+
+
+def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) -> None:
+    for held, number in shards_of(parameter, rank):
+        start, stop = share(number, held.numel(), whole=parameter.ds_numel)
+        held.zero_()
+        if stop > start:
+            held[: stop - start].copy_(source.read(name, start, stop))
+
+
+def _held_bytes(parameter: Any, rank: int | None) -> int:
+    """Bytes of a parameter that a rank holds, in memory or on NVMe."""
+    if rank is None:
+        return int(parameter.data.nbytes)
+    if nvme.is_swapped(parameter):
+        return int(parameter.ds_tensor.ds_numel * parameter.element_size())
+    return sum(held.nbytes for held, _ in shards_of(parameter, rank))
 
 
 def share(number: int, n_held: int, *, whole: int) -> tuple[int, int]:

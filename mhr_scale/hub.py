@@ -27,7 +27,7 @@ def find_folder(
         return BUILTIN[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path if path.name else path.absolute()  # "." would leave errors without a place
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
         raise BackboneError(
             f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "

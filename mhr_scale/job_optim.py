@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
-from mhr_scale.optim import Adafactor, OptimizerState, make_groups
+from mhr_scale.optim import Adafactor, OptimizerState, check_states, make_groups
 
 #: The dimension of a group's parameters, and of their state, that counts the jobs.
 JOB_DIMS = {"inventory": 1, "routing": 0}
+ANOTHER_STEP = "the optimizer states of the jobs of one wave are of different steps"
 
 
 class AdamW(Optimizer):
@@ -173,20 +174,33 @@ def job_state(wave: Adapter, optimizer: Optimizer, job: int) -> OptimizerState:
 
 
 @torch.no_grad()
-def load_job_states(wave: Adapter, optimizer: Optimizer, states: Sequence[OptimizerState]) -> None:
+def load_job_states(
+    wave: Adapter,
+    optimizer: Optimizer,
+    states: Sequence[OptimizerState],
+    *,
+    places: Sequence[str] = (),
+) -> None:
     """Stack the states of all jobs of a wave, in their order, into its optimizer.
 
-    Raises `RunError` unless they are states of the same parameters after the same step.
+    `places` names where each is from. Raises `RunError` unless they are states of the same
+    parameters after the same step, in the shapes that steps give them.
     """
     assert len(states) == len(wave.task_names)
+    places = places or [f"job {number}" for number in range(len(states))]
     parameters = {name: (parameter, dim) for name, parameter, dim in _job_parameters(wave)}
     first, numbers = states[0]
     owners = {key.rpartition("/")[0] for key in first} | numbers.keys()
     if owners and owners != parameters.keys():
-        raise RunError(f"optimizer state of {sorted(owners)}, yet {sorted(parameters)} train")
-    for tensors, own_numbers in states[1:]:
-        if tensors.keys() != first.keys() or own_numbers != numbers:
-            raise RunError("the optimizer states of the jobs of one wave are of different steps")
+        raise RunError(
+            f"{places[0]}: optimizer state of {sorted(owners)}, yet {sorted(parameters)} train"
+        )
+    for place, (tensors, own_numbers) in zip(places[1:], states[1:], strict=True):
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        if shapes != {key: tensor.shape for key, tensor in first.items()} or own_numbers != numbers:
+            raise RunError(f"{place} and {places[0]}: {ANOTHER_STEP}")
+    if not all(isinstance(numbers.get(name, {}), dict) for name in parameters):
+        raise RunError(f"{places[0]}: the numbers of its optimizer's state are no objects")
     for name, (parameter, _) in parameters.items():
         optimizer.state[parameter] = dict(numbers.get(name, {}))
     for key in first:
@@ -199,7 +213,8 @@ def load_job_states(wave: Adapter, optimizer: Optimizer, states: Sequence[Optimi
         elif len({value.item() for value in values}) == 1:
             optimizer.state[parameter][part] = values[0].clone()
         else:
-            raise RunError("the optimizer states of the jobs of one wave are of different steps")
+            raise RunError(f"{places[0]} and {len(places) - 1} more: {ANOTHER_STEP}")
+    check_states(optimizer, wave, place=" or ".join(places[:3]))
 
 
 def _job_parameters(wave: Adapter) -> Iterator[tuple[str, nn.Parameter, int]]:

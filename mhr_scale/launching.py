@@ -1,6 +1,8 @@
 """What every launch stub does: parse a recipe, run the verb, turn errors into exit codes.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line says which), anything else a defect.
+The codes are `errors.ExitCode`. What all ranks find wrong is said once, what one rank finds wrong
+by that rank; and the rank that failed ends before those that only noticed, so that the launcher
+hands on its code.
 """
 
 import atexit
@@ -10,30 +12,67 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from mhr_scale.errors import UserError
+from mhr_scale import failures, stopping
+from mhr_scale.errors import ExitCode, UserError
 from mhr_scale.recipe import parse, to_yaml
-from mhr_scale.runlog import rank, start_logging
+from mhr_scale.runlog import log, rank, start_logging, world_size
 
 T = TypeVar("T")
+
+#: How long a rank waits for the launcher to end it because another one says the same: launchers
+#: look once a second, and ranks may be seconds apart.
+PATIENCE_SECONDS = 6.0
+#: The same for a rank that is fine itself: longer than the one that failed may wait to speak.
+FINE_PATIENCE_SECONDS = 15.0
 
 
 def guarded(action: Callable[[], object]) -> NoReturn:
     """Run `action` and end the process; a mistake of the user's is one line and exit code 2."""
     start_logging()
-    leave(_outcome(action))
+    with stopping.listening():
+        code = _outcome(action)
+    leave(code)
 
 
 def _outcome(action: Callable[[], object]) -> int:
+    """Run `action`; say what went wrong; the exit code."""
     try:
         action()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+        return ExitCode.DONE
+    except BaseException as error:
+        with stopping.held():
+            return _tell(error)
+
+
+def _tell(error: BaseException) -> int:
+    """Say what ended the run, if nobody else says it; the exit code."""
+    if isinstance(error, stopping.Stopped):
+        failed = error.__context__
+        if isinstance(failed, UserError | RuntimeError):  # it was asked to stop while it failed
+            return _tell(failed)
+        log.info("%s", error)
+        return ExitCode.AGAIN
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        raise error
+    explained = failures.explain(error)
+    if isinstance(error, UserError):
+        explained = failures.Explained(str(error))
+    if explained is None:
+        sys.stderr.write(_of_this_rank("".join(traceback.format_exception(error))))
+        return ExitCode.DEFECT
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0" or stopping.is_asked()
+    if explained.code == ExitCode.ANOTHER_RANK:
+        stopping.wait_asked(FINE_PATIENCE_SECONDS)
+        log.error("%s", _of_this_rank(explained.text + notes))
+    elif is_first or not stopping.wait_asked(PATIENCE_SECONDS):
+        line = f"error: {explained.text}{notes}\n"
+        sys.stderr.write(line if rank() == 0 else _of_this_rank(line))
+    return explained.code
+
+
+def _of_this_rank(text: str) -> str:
+    return f"rank {rank()}: {text}" if world_size() > 1 else text
 
 
 def leave(code: int) -> NoReturn:
@@ -66,7 +105,8 @@ def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
 
 def _ds_text(config: Any) -> str:
     """The dictionary DeepSpeed would get, as YAML comments; nothing where it gets none."""
-    if getattr(config, "backbone", None) is None or not hasattr(config.run, "ds_config"):
+    run = getattr(config, "run", None)
+    if getattr(config, "backbone", None) is None or not hasattr(run, "ds_config"):
         return ""
     import json
 

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg}); {WAY_OUT}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{file}: cannot be read ({error}); {WAY_OUT}") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:

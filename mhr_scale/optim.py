@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig, ScheduleConfig
+from mhr_scale.errors import RunError
 
 #: Optimizer state off the device: tensors as `<parameter>/<part>`, numbers by parameter and part.
 OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
@@ -188,6 +189,54 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
         group["routing"] = group["name"] == "routing"
         group["lead"] = 2 if adapter.config.private else 1
     return Adafactor(groups, scale_parameter=config.scale_parameter)
+
+
+def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
+    """Raise `RunError` unless the state is what some steps make of the adapter's parameters.
+
+    Either no parameter that trains has a state, or each of them. `place` names its source.
+    """
+    names = {parameter: name for name, parameter in adapter.named_parameters()}
+    if not any(optimizer.state.values()):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state, name = optimizer.state.get(parameter, {}), names[parameter]
+            shapes = _state_shapes(optimizer, group, parameter)
+            for part in sorted(shapes.keys() ^ (state.keys() - {"step"})):
+                what = "missing" if part in shapes else "unknown"
+                raise RunError(f"{place}: {what} {name}/{part}")
+            for part, shape in shapes.items():
+                fault = _fault(state[part], shape)
+                if fault:
+                    raise RunError(f"{place}: {name}/{part} {fault}")
+            step = state.get("step")
+            step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+            if not isinstance(step, int | float) or not 1 <= step < math.inf:
+                raise RunError(f"{place}: {name}/step is {step!r}, no number of steps")
+
+
+def _state_shapes(
+    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter
+) -> dict[str, torch.Size]:
+    """Shapes of the tensors that an optimizer keeps of a parameter, its step aside."""
+    if not isinstance(optimizer, Adafactor):
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
+    values, lead = _blocks(parameter.data, group)
+    if values.dim() - lead < 2:
+        return {"square": values.shape}
+    return {"row": values.shape[:-1], "column": values.shape[:-2] + values.shape[-1:]}
+
+
+def _fault(value: Any, shape: torch.Size) -> str | None:
+    """What is wrong with a tensor of the state, or nothing."""
+    if not isinstance(value, Tensor):
+        return f"is {value!r}, no tensor"
+    if value.shape != shape:
+        return f"is {list(value.shape)}, not {list(shape)}"
+    if not value.is_floating_point() or value.dtype == torch.float16:
+        return f"is {value.dtype}, not float32"
+    return None if bool(value.isfinite().all()) else "holds NaN or infinity"
 
 
 def rate_factor(config: ScheduleConfig, step: int) -> float:

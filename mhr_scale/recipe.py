@@ -258,8 +258,9 @@ def _check_tags(schema: type[Any], tree: _Tree) -> None:
 
 
 def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:
-    """Raise `ConfigError` where a number is NaN or infinite."""
-    if isinstance(values, float) and not math.isfinite(values):
+    """Raise `ConfigError` where a number is NaN or infinite, or a word holds a zero byte."""
+    is_odd = isinstance(values, float) and not math.isfinite(values)
+    if is_odd or (isinstance(values, str) and "\0" in values):
         raise ConfigError(f"{tree.place(path)}: {'.'.join(path)}: {values} is no setting")
     if isinstance(values, dict | list):
         for key, inner in values.items() if isinstance(values, dict) else enumerate(values):

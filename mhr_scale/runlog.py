@@ -43,6 +43,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """Number of processes of this launch on this machine, as deepspeed or torchrun tells."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return world_size()
+
+
 def start_logging() -> None:
     """Send the package's log lines to standard error: all of rank 0's, others' errors only."""
     handler = logging.StreamHandler(sys.stderr)
@@ -60,11 +68,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Metrics:
@@ -78,11 +89,15 @@ class Metrics:
         self.path = path
         if path.exists():
             kept = []
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                reason = error.strerror
+                raise RunError(f"{path}: cannot be read ({reason}); move it away") from error
             for number, line in enumerate(text.splitlines(), 1):
                 try:
-                    step = json.loads(line)["step"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                    step = int(json.loads(line)["step"])
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     log.warning("%s:%d: torn line dropped", path, number)
                     continue
                 if step <= resume_step:
@@ -93,6 +108,12 @@ class Metrics:
         """Append one line and flush it."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        """Have the lines on disk, before a save that goes on after them."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
@@ -121,7 +142,7 @@ def record_provenance(path: Path, **facts: Any) -> None:
     if path.exists():
         try:
             starts = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path}: not JSON ({error}); move it away") from error
         if not isinstance(starts, list):
             raise RunError(f"{path}: not a list of starts; move it away")
@@ -157,29 +178,35 @@ class Progress:
             initial=start,
             desc=what,
             unit=unit,
+            unit_scale=unit == "B",
             disable=not self._is_terminal,
             dynamic_ncols=True,
         )
         self._what, self._total, self._done, self._first = what, total, start, start
         self._every, self._begun, self._last = every_seconds, time.monotonic(), time.monotonic()
 
-    def advance(self, text: str) -> None:
-        """One step further; `text` says how it goes (loss, tokens/s)."""
-        self._done += 1
-        self._bar.update()
+    def advance(self, text: str, *, by: int = 1) -> None:
+        """One step further, or `by`; `text` says how it goes (loss, tokens/s)."""
+        self._done += by
+        self._bar.update(by)
         self._bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
-        if not self._is_terminal and (now - self._last > self._every or self._done == self._total):
+        if not self._is_terminal and self._is_due(now):
             left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
             log.info(
-                "%s %d/%d  %s  %s left",
+                "%s %s  %s  %s left",
                 self._what,
-                self._done,
-                self._total,
+                self._count(),
                 text,
                 time.strftime("%H:%M:%S", time.gmtime(left)),
             )
             self._last = now
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._last > self._every or self._done == self._total
+
+    def _count(self) -> str:
+        return f"{self._done}/{self._total}"
 
     def skip(self, count: int) -> None:
         """So many steps less to do."""
@@ -189,3 +216,21 @@ class Progress:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+
+class ByteProgress(Progress):
+    """Progress counted in bytes; what takes less than `every_seconds` leaves no log line."""
+
+    def __init__(self, total: int, *, what: str, every_seconds: float = 10.0) -> None:
+        super().__init__(total, start=0, what=what, unit="B", every_seconds=every_seconds)
+
+    def add(self, text: str, n_bytes: int) -> None:
+        """So many bytes further; `text` says where."""
+        self.advance(text, by=n_bytes)
+
+    def _is_due(self, now: float) -> bool:
+        is_long = now - self._begun > self._every
+        return now - self._last > self._every or (is_long and self._done == self._total)
+
+    def _count(self) -> str:
+        return f"{self._done / 1e9:.1f}/{self._total / 1e9:.1f} GB"

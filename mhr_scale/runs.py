@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from mhr_scale import backbone, checkpoint, quantise
+from mhr_scale import backbone, checkpoint, fingerprint, quantise, typed
 from mhr_scale.adapters import Adapter, attach, find_sites
 from mhr_scale.adapters.layout import check_splits
 from mhr_scale.adapters.state import Card, check_backbone, load_tensors, named_tensors
@@ -20,7 +20,7 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
-from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import record_provenance, world_size, write_json, write_text
 from mhr_scale.tasks.mixture import MixturePlan, Share
@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "run.ds_config",
     "run.save_every",
     "run.keep",
+    "run.keep_best",
     "run.log_every",
     "run.validate_every",
     "run.timeout_seconds",
@@ -71,10 +72,12 @@ def prepare(
         adapter = attach(model, config.adapter, tasks=names, seed=config.run.seed)
         if start is not None:
             load_tensors(adapter, named_tensors(start), place="the adapter to start from")
+        model = engine.prepare(model, config.backbone)
+        fingerprint.check(model, blueprint, config.backbone, engine)
         return Trainer(
             config,
             engine=engine,
-            model=engine.prepare(model, config.backbone),
+            model=model,
             adapter=adapter,
             tokens=tokens,
             batches=StepBatches(
@@ -129,7 +132,25 @@ def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfi
         raise AdapterError(
             f"{adapter}: does not say which backbone it was trained on; set backbone_moved_to"
         )
-    return BackboneConfig(**settings)
+    try:
+        return typed.build(BackboneConfig, settings, name="backbone")
+    except (TypeError, ConfigError) as error:
+        raise AdapterError(f"{adapter}: its card says what cannot be: {error}") from error
+
+
+def blueprint_of(adapter: str | None, config: BackboneConfig) -> Blueprint:
+    """The backbone that an adapter names (None: a recipe does), read but for its weights.
+
+    Raises `BackboneError`, which names the adapter where its backbone is not found.
+    """
+    try:
+        return backbone.read_blueprint(config)
+    except BackboneError as error:
+        if adapter is None or not str(error).startswith("backbone.name: "):
+            raise
+        raise BackboneError(
+            f"{adapter}: its backbone: {error}; set backbone_moved_to if it has moved"
+        ) from error
 
 
 def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:

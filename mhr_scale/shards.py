@@ -30,6 +30,7 @@ DTYPES = {
 ALIGNMENT = 8
 #: Longest header that the library reads, in bytes.
 LONGEST_HEADER = 100_000_000
+METADATA = "__metadata__"
 #: Elements that are in memory at a time while a file is written.
 CHUNK = 1 << 20
 
@@ -119,7 +120,7 @@ def write_shard(
 
 def _header(weights: Sequence[Weight]) -> bytes:
     """The first bytes of a file, up to its first tensor."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {METADATA: {"format": "pt"}}
     start = 0
     for weight in weights:
         table[weight.name] = {
@@ -144,10 +145,11 @@ def first_cut(file: Path) -> str | None:
             if size < 8 + length:
                 return f"it ends in its header, after {size} of {8 + length} bytes"
             table = json.loads(stream.read(length))
-        places = [(tuple(v["data_offsets"]), k) for k, v in table.items() if k != "__metadata__"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        places = [(*map(int, v["data_offsets"]), k) for k, v in table.items() if k != METADATA]
+        places = [(start, stop, name) for start, stop, name in places]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    for (start, stop), name in sorted(places):
+    for start, stop, name in sorted(places):
         if 8 + length + stop > size:
             there = max(0, size - 8 - length - start)
             return f"it ends in {name}, of which {there} of {stop - start} bytes are there"

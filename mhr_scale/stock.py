@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,7 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line
 from mhr_scale.runlog import log
+from mhr_scale.sealing import sealed
 
 OPTIMIZER = "optimizer.pt"
 
@@ -65,6 +67,12 @@ def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> Non
                 f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
                 f"there, {wanted or 'missing'} here; it names {there or 'none'}"
             )
+    spoilt = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if spoilt:
+        raise AdapterError(
+            f"{folder / interop.TENSORS}: {len(spoilt)} tensor(s) hold NaN or infinity: "
+            f"{'; '.join(spoilt[:5])}"
+        )
     if not any(".lora_" in name for name in tensors):
         raise AdapterError(f"{folder / interop.TENSORS}: holds no LoRA matrix")
 
@@ -152,11 +160,15 @@ def write_peft(model: Any, folder: Path, source: Path) -> None:
     """Write the LoRA as a PEFT folder, whole, with the note that our readers know."""
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), save_embedding_layers=False)
-    if (source / interop.NOTE).is_file():
-        shutil.copy(source / interop.NOTE, partial / interop.NOTE)
+    _fill_peft(model, partial, source)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _fill_peft(model: Any, folder: Path, source: Path) -> None:
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    if (source / interop.NOTE).is_file():
+        shutil.copy(source / interop.NOTE, folder / interop.NOTE)
 
 
 def make_optimizer(
@@ -186,15 +198,15 @@ def make_optimizer(
 
 
 def save_step(model: Any, optimizer: Optimizer, run: Path, step: int, source: Path) -> None:
-    """Save a step in place of the one before."""
+    """Save a step, and keep the one before; raises `RunError` if it cannot be written."""
     folder = checkpoint.step_folder(run, step)
-    folder.parent.mkdir(exist_ok=True)
-    write_peft(model, folder, source)
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-    (folder / checkpoint.DONE).touch()
-    for old in checkpoint.complete_steps(run)[:-1]:
-        (checkpoint.step_folder(run, old) / checkpoint.DONE).unlink()
-        shutil.rmtree(checkpoint.step_folder(run, old))
+    try:
+        with sealed(folder) as partial:
+            _fill_peft(model, partial, source)
+            torch.save(optimizer.state_dict(), partial / OPTIMIZER)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's own writer
+        raise checkpoint.not_saved(run, folder, error) from error
+    checkpoint.remove_old(run, keep=2)
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path) -> None:

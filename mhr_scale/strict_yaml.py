@@ -13,6 +13,9 @@ from mhr_scale.errors import UserError
 
 Path = tuple[str, ...]
 
+#: Values that a document may hold: aliases of aliases make a few lines into billions.
+MOST_VALUES = 200_000
+
 TAG = "tag:yaml.org,2002:"
 SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -85,10 +88,14 @@ class _Builder:
         self.places: dict[Path, str] = {}
         self._source, self._error = source, error
         self._open: list[yaml.Node] = []
+        self._n_values = 0
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         """Return the value of the node that stands at `path`."""
         place = self._place(node)
+        self._n_values += 1
+        if self._n_values > MOST_VALUES:
+            raise self._error(f"{place}: more than {MOST_VALUES} values; are they aliases?")
         self.places.setdefault(path, place)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, place)
@@ -111,6 +118,7 @@ class _Builder:
             key, place = key_node.value, self._place(key_node)
             if not isinstance(key, str):
                 raise self._error(f"{place}: a key must be a word")
+            self._check_word(key, place)
             if key in built:
                 name, first = ".".join((*path, key)), self.places[(*path, key)]
                 raise self._error(f"{place}: key '{name}' stands twice (first {first})")
@@ -121,6 +129,7 @@ class _Builder:
     def _scalar(self, node: yaml.ScalarNode, place: str) -> Any:
         kind, text = node.tag.removeprefix(TAG), node.value
         if kind == "str":
+            self._check_word(text, place)
             return text
         if not any(kind == name and re.fullmatch(pattern, text) for name, pattern, _ in SCALARS):
             raise self._error(f"{place}: not YAML: '{text}' is no plain value of type {kind}")
@@ -128,6 +137,10 @@ class _Builder:
             return CONVERT[kind](text)
         except ValueError as fault:
             raise self._error(f"{place}: {fault}") from fault
+
+    def _check_word(self, text: str, place: str) -> None:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self._error(f"{place}: not YAML: half a character (\\ud800 to \\udfff)")
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self._source}:{node.start_mark.line + 1}"

@@ -5,6 +5,7 @@ in points, 0 to 100.
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,20 +25,32 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); move it away") from error
     scores: dict[str, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            score = json.loads(line)
-            scores.setdefault(score["id"], score)
-            float(score["points"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            score = json.loads(line.decode("utf-8"))
+            _check_score(score)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise RunError(f"{path}:{number}: not a score ({error}); remove the line") from error
+        scores.setdefault(score["id"], score)
     return list(scores.values())
+
+
+def _check_score(score: Any) -> None:
+    """Raise `KeyError`, `TypeError` or `ValueError` for what is no line of scores."""
+    for name in ("id", "task", "prompt", "metric"):
+        if not isinstance(score[name], str):
+            raise TypeError(f"{name} is {score[name]!r}, no text")
+    if not math.isfinite(score["points"]):
+        raise ValueError(f"points are {score['points']}")
 
 
 def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

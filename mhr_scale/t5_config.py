@@ -8,8 +8,18 @@ from typing import Any
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
 
 MODEL_TYPES = ("t5", "mt5")
-#: Settings of T5Config that have to be at least 1.
-SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+#: Settings of T5Config that have to be at least 1, and the largest that any T5 could have.
+SIZES = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 20,
+    "d_kv": 1 << 20,
+    "d_ff": 1 << 20,
+    "num_layers": 1000,
+    "num_decoder_layers": 1000,
+    "num_heads": 1 << 16,
+    "relative_attention_num_buckets": 1 << 16,
+    "relative_attention_max_distance": 1 << 24,
+}
 
 
 def make_config(fields: dict[str, Any]) -> Any:
@@ -51,16 +61,35 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     return model_config, raw
 
 
+def _check_attention(model_config: Any, place: str) -> None:
+    """Raise `BackboneError` for buckets of distances that T5's logarithm is not defined for."""
+    buckets = model_config.relative_attention_num_buckets
+    distance = model_config.relative_attention_max_distance
+    if buckets < 4 or distance <= buckets // 2:
+        raise BackboneError(
+            f"{place}: relative_attention_num_buckets {buckets} is below 4, or no less than twice "
+            f"relative_attention_max_distance {distance}"
+        )
+    for name in ("layer_norm_epsilon", "initializer_factor"):
+        value = getattr(model_config, name)
+        if not (isinstance(value, int | float) and 0.0 <= value < float("inf")):
+            raise BackboneError(f"{place}: {name} {value} is not a number from 0")
+
+
 def _read_raw(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise BackboneError(f"{file}: not JSON (nested too deeply)") from error
     except OSError as error:
         raise BackboneError(f"{file}: not a backbone folder ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise BackboneError(f"{file}: not UTF-8 text ({error.reason})") from error
+    except ValueError as error:
+        raise BackboneError(f"{file}: not JSON ({first_line(error)})") from error
     if not isinstance(raw, dict):
         raise BackboneError(f"{file}: a configuration is an object")
     return raw
@@ -70,9 +99,20 @@ def _check_config(model_config: Any, place: str) -> None:
     """Raise `BackboneError` for sizes and activations that no model can have."""
     from transformers.activations import ACT2FN
 
-    for name in SIZES:
-        if getattr(model_config, name) < 1:
-            raise BackboneError(f"{place}: {name} {getattr(model_config, name)} is not at least 1")
+    for name, largest in SIZES.items():
+        size = getattr(model_config, name)
+        if not isinstance(size, int) or not 1 <= size <= largest:
+            is_small = isinstance(size, int) and size < 1
+            bound = "at least 1" if is_small else f"a whole number in 1..{largest}"
+            raise BackboneError(f"{place}: {name} {size} is not {bound}")
+    _check_attention(model_config, place)
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        token = getattr(model_config, name, None)
+        is_token = isinstance(token, int) and 0 <= token < model_config.vocab_size
+        if token is not None and not is_token:
+            raise BackboneError(
+                f"{place}: {name} {token} is not in 0..{model_config.vocab_size - 1}"
+            )
     if not 0.0 <= model_config.dropout_rate < 1.0:
         raise BackboneError(f"{place}: dropout_rate {model_config.dropout_rate} is not in [0, 1)")
     if model_config.dense_act_fn not in ACT2FN:

@@ -256,6 +256,18 @@ def _write(path: Path, batches: Sequence[pa.RecordBatch], tokenizer: Any) -> Non
         os.fsync(file.fileno())
 
 
+#: What reading a damaged cache raises.
+UNREADABLE = (
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    pa.ArrowException,
+)
+
+
 def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
     """Map a complete cache folder; raises `DataError` if it is not what its name says."""
     file = folder / "manifest.json"
@@ -263,7 +275,8 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         cards = [TaskCard(**{**card, "cuts": Cuts(**card["cuts"])}) for card in stored["cards"]]
-        rejects = (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        rejects = [json.loads(line) for line in lines]
         changed = sorted(name for name in manifest if stored.get(name) != manifest[name])
         if changed:
             raise DataError(f"{file}: made from other {', '.join(changed)}; {way_out}")
@@ -274,22 +287,25 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
         counts = [(len(t), len(v)) for t, v in zip(tokens["train"], tokens["validation"])]
         if counts != [(card.n_train, card.n_validation) for card in cards]:
             raise DataError(f"{folder}: row counts differ from its manifest; {way_out}")
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{folder}: not a readable token cache ({error!r}); {way_out}") from error
     return TokenSet(
         cards=cards,
         train=tokens["train"],
         validation=tokens["validation"],
-        rejects=[json.loads(line) for line in rejects],
+        rejects=rejects,
         fingerprint=key,
     )
 
 
 def _map(path: Path) -> TaskTokens:
     reader = ipc.open_file(pa.memory_map(str(path)))
-    return TaskTokens([reader.get_batch(n) for n in range(reader.num_record_batches)])
+    batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+    for batch in batches:
+        batch.validate(full=True)  # reads where rows begin, not their tokens
+    return TaskTokens(batches)
 
 
 @contextmanager

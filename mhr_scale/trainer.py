@@ -9,21 +9,24 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import batching, checkpoint, losses, optim
+from mhr_scale import batching, checkpoint, losses, optim, stopping
 from mhr_scale.adapters import Adapter
 from mhr_scale.batching import Batch, StepBatches
 from mhr_scale.config import PretrainConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.optim import OptimizerState
 from mhr_scale.runlog import Metrics, Progress, log
 from mhr_scale.seeds import seed_from
 from mhr_scale.tokens import TokenSet
+from mhr_scale.writer import Writer
 
 
 @dataclass(slots=True)
@@ -65,35 +68,66 @@ class Trainer:
         self.optimizer = optim.make_optimizer(adapter, config.optim)
         self.step = 0
         self.resume_step: int | None = None
+        self.writer = Writer()
+        self._copy: Adapter | None = None
+        self._metrics: Metrics | None = None
+        self._is_stop_agreed = False
+        self._saved_step: int | None = None
 
     # -- the loop --------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to the last step, validating, logging and saving on the way."""
+        """Train to the last step, validating, logging and saving on the way.
+
+        A rank that is asked to stop ends all of them after the step: saved, by `Stopped`.
+        """
         config = self.config
-        metrics = self._open_metrics()
-        if self.resume_step is None and config.run.validate_every >= 0:
-            self._log_validation(metrics)
-        progress = Progress(config.schedule.steps, start=self.step, what="train")
-        begun = time.monotonic()
-        for micro_batches in self.batches.load(self.step, config.schedule.steps):
-            rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
-            sums = self.accumulate(micro_batches)
-            values = self.reduce_gradients(sums)
-            norm = self._clip_and_check(values, sums)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            seconds = time.monotonic() - begun
-            rate = values["tokens"] / seconds
-            progress.advance(f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s")
-            if self.step % config.run.log_every == 0 or self.step == config.schedule.steps:
-                line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
-                line |= {f"lr_{name}": rate for name, rate in rates.items()}
-                self._write(metrics, {**line, "tokens_per_second": rate})
-            self._validate_and_save(metrics)
+        with stopping.held(), self.writer:
+            if self.engine.rank == 0:
+                start = -1 if self.resume_step is None else self.step
+                self._metrics = Metrics(self.folder / "metrics.jsonl", resume_step=start)
+            if self.resume_step is None and config.run.validate_every >= 0:
+                self._log_validation()
+            progress = Progress(config.schedule.steps, start=self.step, what="train")
             begun = time.monotonic()
-        progress.close()
+            for micro_batches in self.batches.load(self.step, config.schedule.steps):
+                values = self._train_step(micro_batches, begun)
+                progress.advance(
+                    f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+                )
+                self._validate_and_save()
+                if self._is_stop_agreed and self.step < config.schedule.steps:
+                    self._stop()
+                begun = time.monotonic()
+            progress.close()
+        self.engine.gather_barrier()
+
+    def _train_step(self, micro_batches: list[Batch], begun: float) -> dict[str, float]:
+        """One optimizer step, logged where that is due; returns its figures."""
+        config = self.config
+        rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
+        sums = self.accumulate(micro_batches)
+        values = self.reduce_gradients(sums)
+        norm = self._clip_and_check(values, sums)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.writer.check()
+        seconds = time.monotonic() - begun
+        line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
+        line |= {f"lr_{name}": rate for name, rate in rates.items()}
+        line["tokens_per_second"] = values["tokens"] / seconds
+        if self.step % config.run.log_every == 0 or self.step == config.schedule.steps:
+            self._write(line)
+        return line
+
+    def _stop(self) -> None:
+        """Save what is not saved yet, on all ranks, and leave. Collective."""
+        if self._saved_step != self.step:
+            self.save()
+        self.writer.wait()
+        self.engine.gather_barrier()
+        raise stopping.stop(f"step {self.step} is saved")
 
     def accumulate(self, micro_batches: list[Batch]) -> StepSums:
         """Forward and backward passes of this rank's micro batches of a step.
@@ -127,6 +161,7 @@ class Trainer:
     def reduce_gradients(self, sums: StepSums) -> dict[str, float]:
         """Sum gradients and counts over ranks in one buffer; divide by the global count.
 
+        Whether a rank was asked to stop travels with them, so all ranks know it after this step.
         Returns the step's loss, examples, tokens and share of padding. Collective.
         """
         adapter, engine = self.adapter, self.engine
@@ -143,13 +178,15 @@ class Trainer:
         total = torch.stack([row_losses.sum() for _, row_losses in sums.row_losses]).sum()
         counts = (sums.loss_tokens, sums.examples, sums.tokens, sums.positions)
         facts = torch.cat([total.reshape(1), total.new_tensor(counts)])  # counts below 2**24
+        facts = torch.cat([facts, facts.new_tensor([float(stopping.is_asked())])])
         rows = _dense_rows(logits, tasks) if tasks and logits is not None else None
         buffers = [p.grad.reshape(-1) for p in dense if p.grad is not None]
         buffers += [rows.reshape(-1)] if rows is not None else []
         if engine.world_size > 1:
             flat = engine.reduce_sum(torch.cat([*buffers, facts]))
             _unpack(flat, [*buffers, facts])
-        loss, loss_tokens, examples, tokens, positions = facts.tolist()
+        loss, loss_tokens, examples, tokens, positions, asked = facts.tolist()
+        self._is_stop_agreed = asked > 0
         count = loss_tokens if self.config.loss.normalise == "tokens" else examples
         for buffer in buffers:
             buffer.div_(count)
@@ -231,64 +268,95 @@ class Trainer:
     # -- saving and resuming ---------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on from the newest complete saved step of the run folder, if there is one."""
-        step = self.engine.broadcast_object(checkpoint.find_resume(self.folder))
-        if step is None:
+        """Go on from the newest whole saved step of the run folder, if there is one. Collective."""
+        found = self.engine.broadcast_object(self._rank0_find() if self.engine.rank == 0 else None)
+        if isinstance(found, RunError):
+            raise found
+        if found is None:
             return
-        progress = checkpoint.load(self.folder, step, self.adapter, self.optimizer)
-        if progress["plan"] != self.batches.plan.fingerprint:
+        progress = checkpoint.load(self.folder, found, self.adapter, self.optimizer)
+        if progress.get("plan") != self.batches.plan.fingerprint:
             raise RunError(
                 f"{self.folder}: its sample stream came from other data or another mixture; "
                 "use another run.folder"
             )
-        self.step = self.resume_step = int(progress["step"])
+        self.step = self.resume_step = self._saved_step = int(progress["step"])
 
-    def save(self) -> None:
-        """Save the current step after checking that all ranks hold the same adapter. Collective."""
+    def _rank0_find(self) -> int | RunError | None:
+        """The step to go on from, or why there is none, for all ranks to raise."""
+        try:
+            step = checkpoint.find_whole(self.folder)
+            if step is not None:
+                checkpoint.publish(self.folder, step)
+            return step
+        except RunError as error:
+            return error
+
+    def save(self, *, validation_loss: float | None = None) -> None:
+        """Save the current step after checking that all ranks hold the same adapter. Collective.
+
+        Rank 0 copies it to the host and writes in the background; `writer.wait` waits for that.
+        """
         self.engine.check_equal(list(self.adapter.parameters()), what="adapters")
-        if self.engine.rank == 0:
-            folder = checkpoint.save(
-                self.folder,
-                self.adapter,
-                checkpoint.optimizer_state(self.adapter, self.optimizer),
-                step=self.step,
-                progress={
-                    "plan": self.batches.plan.fingerprint,
-                    "samples": self.step * self.config.batch.batch_size,
-                },
-                backbone=self.backbone_facts,
-                origin={"run": self.folder.name, "seed": self.config.run.seed},
-                keep=max(self.config.run.keep, len(self.save_steps)),
-            )
-            log.info("saved %s", folder)
-        self.engine.gather_barrier()
+        self._saved_step = self.step
+        if self.engine.rank:
+            return
+        self.writer.wait()  # the copy is the one that the write before reads
+        self._copy = checkpoint.copy_adapter(self.adapter, self._copy)
+        optimizer = checkpoint.optimizer_state(self.adapter, self.optimizer)
+        progress = {
+            "plan": self.batches.plan.fingerprint,
+            "samples": self.step * self.config.batch.batch_size,
+        }
+        if validation_loss is not None:
+            progress["validation_loss"] = validation_loss
+        self.writer.submit(partial(self._write_step, self._copy, optimizer, self.step, progress))
 
-    def _validate_and_save(self, metrics: Metrics | None) -> None:
+    def _write_step(
+        self, adapter: Adapter, optimizer: OptimizerState, step: int, progress: dict[str, Any]
+    ) -> None:
+        """Write a saved step, in the background: of copies, which no step changes."""
+        if self._metrics is not None:
+            self._metrics.flush()
+        folder = checkpoint.save(
+            self.folder,
+            adapter,
+            optimizer,
+            step=step,
+            progress=progress,
+            backbone=self.backbone_facts,
+            origin={"run": self.folder.name, "seed": self.config.run.seed},
+            keep=self.config.run.keep,
+            spare=self.save_steps,
+            keep_best=self.config.run.keep_best,
+        )
+        log.info("saved %s", folder)
+
+    def _validate_and_save(self) -> None:
+        """Validate, then save, where either is due: what is saved is never without its figures."""
         run, is_last = self.config.run, self.step == self.config.schedule.steps
+        is_due = run.validate_every > 0 and self.step % run.validate_every == 0
+        loss = None
+        if is_due or (is_last and run.validate_every >= 0):
+            loss = self._log_validation()
         is_due = bool(run.save_every) and self.step % run.save_every == 0
         if is_last or is_due or self.step in self.save_steps:
-            self.save()
-        is_due = run.validate_every > 0 and self.step % run.validate_every == 0
-        if is_due or (is_last and run.validate_every >= 0):
-            self._log_validation(metrics)
+            self.save(validation_loss=loss)
 
-    def _log_validation(self, metrics: Metrics | None) -> None:
+    def _log_validation(self) -> float | None:
+        """Validate and log it; the mean loss, if there are rows. Collective."""
         values = self.validate()
-        if values["validation_loss"] is None:
-            return
-        log.info("step %d: validation loss %.4f", self.step, values["validation_loss"])
-        self._write(metrics, {"step": self.step, **values})
+        loss: float | None = values["validation_loss"]
+        if loss is not None:
+            log.info("step %d: validation loss %.4f", self.step, loss)
+            self._write({"step": self.step, **values})
+        return loss
 
     # -- small parts -----------------------------------------------------------------------------
 
-    def _open_metrics(self) -> Metrics | None:
-        if self.engine.rank:
-            return None
-        return Metrics(self.folder / "metrics.jsonl", resume_step=self.step)
-
-    def _write(self, metrics: Metrics | None, values: Mapping[str, Any]) -> None:
-        if metrics is not None:
-            metrics.write(values)
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(values)
 
     def _tasks_of_step(self) -> list[int]:
         """Tasks of the whole global batch: every rank knows them without asking."""

@@ -75,6 +75,8 @@ class SafetensorsSource:
             width *= size
         first, last = start // width, -(-stop // width)
         handle, file = self._handles[name]
+        if not shape:  # has no rows
+            return handle.get_tensor(name).reshape(-1)[start:stop]
         try:
             rows: Tensor = handle.get_slice(name)[first:last]
         except SafetensorError as error:
@@ -213,7 +215,7 @@ def read_index(index: Path) -> dict[str, str]:
     """
     try:
         raw = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{index}: not a readable index ({first_line(error)})") from error
     places = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(places, dict) or not places:

@@ -14,22 +14,27 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(
-    script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0
-) -> subprocess.CompletedProcess[str]:
-    """Run a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0."""
+def start(
+    script: str, *arguments: str, ranks: int = 0, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0.
+
+    `launcher` is another launcher and its options.
+    """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     binaries = Path(sys.executable).parent
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
     command = [sys.executable, script]
-    if ranks:
+    if launcher:
+        command = [str(binaries / launcher[0]), *launcher[1:], script]
+    elif ranks:
         command = [str(binaries / "deepspeed"), "--num_gpus", str(ranks)]
         command += ["--master_port", str(free_port()), script]
     else:
         environment["OMP_NUM_THREADS"] = "1"
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, *arguments],
         cwd=ROOT,
         env=environment,
@@ -38,13 +43,29 @@ def run(
         text=True,
         start_new_session=True,
     )
+
+
+def finish(process: subprocess.Popen[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Wait for a started script and all that holds its output; it fails the test if that takes
+    longer than `timeout` seconds."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{script} took more than {timeout} s:\n{output[-4000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+        pytest.fail(f"{process.args} took more than {timeout} s:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def run(
+    script: str,
+    *arguments: str,
+    ranks: int = 0,
+    launcher: tuple[str, ...] = (),
+    timeout: float = 240.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as `start` starts it."""
+    return finish(start(script, *arguments, ranks=ranks, launcher=launcher), timeout)
 
 
 def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mhr_scale import quantise, summary
 from mhr_scale.adapters import Adapter, attach, find_sites
+from mhr_scale.adapters.linear import Siblings
 from mhr_scale.adapters.state import read_card
 from mhr_scale.backbone import read_blueprint
 from mhr_scale.config import (
@@ -279,6 +280,15 @@ def test_recomputing_activations_leaves_gradients_as_they_are(
     plain, sparing = build(kind), build(kind, recompute=recompute)
     expected = gradients(plain, make_adapter(plain))
     assert_close(gradients(sparing, make_adapter(sparing)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_that_run_together_give_what_they_give_one_by_one(build: Build, kind: str) -> None:
+    models = [build(kind, fused_attention=is_fused) for is_fused in (True, False)]
+    found = [gradients(model, make_adapter(model)) for model in models]
+    counts = [sum(isinstance(m, Siblings) for m in model.modules()) for model in models]
+    assert counts == [2 * 2 + 2 * 3, 2 + 2]  # feed-forwards run wi_0 and wi_1 together either way
+    assert_close(*found, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -403,8 +403,16 @@ def test_a_written_recipe_holds_every_setting(load):
     }
 
 
+def test_a_zero_byte_is_no_part_of_a_setting(load):
+    with pytest.raises(ConfigError, match=r"run\.folder: a\\x00b is no setting"):
+        load(GOOD, 'run.folder="a\\0b"')
+
+
 @settings(max_examples=40, deadline=None)
-@given(folder=st.text(), weights=st.dictionaries(st.text(), st.floats(0.01, 1e6), max_size=2))
+@given(
+    folder=st.text().filter(lambda text: "\0" not in text),
+    weights=st.dictionaries(st.text(), st.floats(0.01, 1e6), max_size=2),
+)
 def test_any_words_and_numbers_survive_being_written(tmp_path_factory, folder, weights):
     made = PretrainConfig(
         backbone=config.BackboneConfig(name="builtin:toy"),

@@ -289,7 +289,7 @@ def open_adapter(path: Path | str) -> tuple[state.Card, Adapter]:
         config = read_json(path / CONFIG)
         readers = {"LORA": read_peft_lora, "IA3": read_peft_ia3, "POLY": read_peft_poly}
         kind = config.get("peft_type")
-        if kind not in readers:
+        if kind not in list(readers):
             raise _refusal(path, f"peft_type {kind!r} is none of {', '.join(readers)}")
         adapter = readers[kind](path)
         source = f"PEFT {kind}"

@@ -149,7 +149,9 @@ def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
     known = ", ".join(family.layouts)
     if layout not in family.layouts:
         hint = did_you_mean(layout, family.layouts)
-        raise LayoutError(f"layout '{layout}' is unknown to {family.name}; known: {known}{hint}")
+        raise LayoutError(
+            f"adapter.layout: '{layout}' is unknown to {family.name}; known: {known}{hint}"
+        )
     children = family.layouts[layout]
     sites = []
     for name, module in model.named_modules():

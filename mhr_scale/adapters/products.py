@@ -70,8 +70,8 @@ def _columns(h: Tensor, pairs: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _forward(x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]) -> Tensor:
-    """Add the low-rank products to `ys`; returns h."""
-    h = _multiply(_by_slot(x, a_UIX), a_UIX)
+    """Add the low-rank products to `ys`, for x by slot; returns h."""
+    h = _multiply(x, a_UIX)
     for y, part, b in zip(ys, _columns(h, pairs), pairs, strict=True):
         if b is not None and part is not None:
             _add_product_(_by_slot(y, a_UIX), part, b)
@@ -102,18 +102,22 @@ def _backward(
     dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, -1)
     if ctx.needs_input_grad[0]:
         if dx is None:
-            dx = _multiply(dh, a_UIX.mT).view(x.shape)
+            dx = _multiply(dh, a_UIX.mT).view(ctx.shape)
         else:
             _add_product_(_by_slot(dx, a_UIX), dh, a_UIX.mT)
-    da = _multiply(_by_slot(x, a_UIX).mT, dh) if ctx.needs_input_grad[1] else None
+    da = _multiply(x.mT, dh) if ctx.needs_input_grad[1] else None
     return dx, da, dbs
 
 
-def _remember(
-    ctx: Any, x: Tensor, h: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None]
+def _run(
+    ctx: Any, x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]
 ) -> None:
+    """Add the low-rank products to `ys`, and remember what backward needs."""
+    rows = _by_slot(x, a_UIX)
+    h = _forward(rows, a_UIX, pairs, ys)
+    ctx.shape = x.shape
     ctx.has_pair = tuple(b is not None for b in pairs)
-    ctx.save_for_backward(x, h, a_UIX, *(b for b in pairs if b is not None))
+    ctx.save_for_backward(rows, h, a_UIX, *(b for b in pairs if b is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -125,8 +129,8 @@ class _Products(torch.autograd.Function):
         ctx: Any, x: Tensor, a_UIX: Tensor, weights: tuple[Tensor, ...], *pairs: Tensor | None
     ) -> tuple[Tensor, ...]:
         ys = [F.linear(x, weight) for weight in weights]
-        _remember(ctx, x, _forward(x, a_UIX, pairs, ys), a_UIX, pairs)
-        ctx.weights, ctx.shape = weights, x.shape
+        _run(ctx, x, a_UIX, pairs, ys)
+        ctx.weights = weights
         return tuple(ys)
 
     @staticmethod
@@ -156,7 +160,7 @@ class _Update(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ys, pairs = [y for y in tensors[:n] if y is not None], tensors[n:]
         ctx.mark_dirty(*ys)
-        _remember(ctx, x, _forward(x, a_UIX, pairs, ys), a_UIX, pairs)
+        _run(ctx, x, a_UIX, pairs, ys)
         return tuple(ys)
 
     @staticmethod

@@ -107,7 +107,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; raises `AdapterError` if the file holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{file}: not a JSON object")
@@ -177,8 +177,10 @@ def fill(
 ) -> Adapter:
     """An adapter of these settings with these tensors, strictly (`state.load_tensors`)."""
     try:
-        adapter = Adapter(AdapterConfig(**fields), sites, task_names=task_names)
-    except (ConfigError, LayoutError) as error:
+        config = AdapterConfig(**fields)
+        state.check_size(config, sites, len(task_names), tensors, place=place)
+        adapter = Adapter(config, sites, task_names=task_names)
+    except (ConfigError, LayoutError, AdapterError) as error:
         raise AdapterError(f"{place}: {error}") from error
     state.load_tensors(adapter, tensors, place=place)
     return adapter

@@ -100,7 +100,9 @@ class Slots(AbstractContextManager["Slots"]):
         for size, (members, numbers) in users.items():
             a_GUIX = a_NUIR if numbers is None else a_NUIR.index_select(0, numbers)
             if size > 1:
+                # contiguous, or at rank 1 every gradient would be copied into the order of a view
                 a_GUIX = a_GUIX.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(3)
+                a_GUIX = a_GUIX.contiguous()
             for (user, own), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
                 pairs = tuple(None if number is None else bs[number] for number in own)
                 self._use(user, LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows))

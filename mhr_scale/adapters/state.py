@@ -5,10 +5,12 @@ Tensors are stored per linear, `<linear>.A`, `<linear>.B` or `<linear>.l`, and p
 adapter without the recipe, and the hash of the tensor file, so that a torn pair is noticed.
 """
 
+import filecmp
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mhr_scale import typed
 from mhr_scale.adapters.layout import Site, find_sites
 from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
 from mhr_scale.config import AdapterConfig
-from mhr_scale.errors import AdapterError
+from mhr_scale.errors import AdapterError, UserError
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
@@ -90,6 +93,22 @@ def save(
     return folder
 
 
+def copy(source: Path, target: Path) -> None:
+    """Put the artefact of one folder into another, as `save` does; nothing where it is there."""
+    names = (TENSORS, CARD)
+    if all((target / n).is_file() and _is_same(source / n, target / n) for n in names):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        partial = target / f".{name}.tmp"
+        shutil.copyfile(source / name, partial)
+        _replace(partial, target / name)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return filecmp.cmp(one, other, shallow=False)
+
+
 def find(path: Path | str) -> Path:
     """Return the folder that holds the artefact: `path` itself, or a run folder's `adapter/`."""
     path = Path(path)
@@ -106,16 +125,37 @@ def read_card(path: Path | str) -> Card:
         card = json.loads(file.read_text(encoding="utf-8"))
         if card["schema"] != SCHEMA:
             raise AdapterError(f"{file}: schema {card['schema']}, this version reads {SCHEMA}")
-        return Card(
-            adapter=AdapterConfig(**card["adapter"]),
-            sites=tuple(Site(**site) for site in card["sites"]),
-            task_names=tuple(card["task_names"]),
-            step=card["step"],
-            backbone=card["backbone"],
-            origin=card["origin"],
-        )
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return _make_card(card)
+    except AdapterError:
+        raise
+    except UserError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{file}: not a readable adapter card ({error!r})") from error
+
+
+def _make_card(card: dict[str, Any]) -> Card:
+    """The card that a file holds; raises `KeyError`, `TypeError` or `ConfigError` if it is none."""
+    sites = [typed.build(Site, site, name=f"sites.{n}") for n, site in enumerate(card["sites"])]
+    names, origin = card["task_names"], card["origin"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("task_names are no list of names")
+    if type(card["step"]) is not int:
+        raise TypeError(f"step is {card['step']!r}")
+    for key in ("backbone", "origin"):
+        if not isinstance(card[key], dict):
+            raise TypeError(f"{key} is {card[key]!r}, no object")
+    for key in ("format", "backbone"):
+        if not isinstance(origin.get(key, ""), str):
+            raise TypeError(f"origin.{key} is {origin[key]!r}")
+    return Card(
+        adapter=typed.build(AdapterConfig, card["adapter"], name="adapter"),
+        sites=tuple(sites),
+        task_names=tuple(names),
+        step=card["step"],
+        backbone=card["backbone"],
+        origin=origin,
+    )
 
 
 def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
@@ -129,8 +169,12 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
     card = read_card(folder)
     tensors = _read_tensors(folder)
     place = str(folder / TENSORS)
+    check_size(card.adapter, card.sites, len(card.task_names), tensors, place=str(folder / CARD))
     if model is None:
-        adapter = Adapter(card.adapter, card.sites, task_names=card.task_names)
+        try:
+            adapter = Adapter(card.adapter, card.sites, task_names=card.task_names)
+        except UserError as error:
+            raise AdapterError(f"{folder / CARD}: {error}") from error
         load_tensors(adapter, tensors, place=place)
         return adapter
     check_bare(model)
@@ -142,6 +186,27 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
         detach(model)
         raise
     return adapter
+
+
+def check_size(
+    config: AdapterConfig,
+    sites: Sequence[Site],
+    n_tasks: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    place: str,
+) -> None:
+    """Raise `AdapterError` before memory is asked for that no adapter of these tensors needs."""
+    widths = sum(abs(site.in_features) + abs(site.out_features) for site in sites)
+    pairs = config.n_skills * (n_tasks if config.private else 1)
+    wanted = widths * pairs * config.rank + n_tasks * len(sites) * config.n_splits * config.n_skills
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 1000 * (stored + 1000) or any(
+        min(site.in_features, site.out_features) < 1 for site in sites
+    ):
+        raise AdapterError(
+            f"{place}: describes an adapter of up to {wanted} numbers, {stored} are stored"
+        )
 
 
 @torch.no_grad()
@@ -180,7 +245,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         )
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file}: not a safetensors file ({error})") from error
 
 

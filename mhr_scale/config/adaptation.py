@@ -6,7 +6,7 @@ from typing import Literal
 from mhr_scale.config.data import EvalTasksConfig
 from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
 from mhr_scale.config.part import part
-from mhr_scale.config.training import OptimConfig
+from mhr_scale.config.training import OptimConfig, check_timeout
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 
@@ -164,6 +164,7 @@ class AdaptRunConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
+        check_timeout(self.timeout_seconds)
 
 
 @part

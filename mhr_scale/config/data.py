@@ -6,6 +6,9 @@ from typing import Literal
 from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
 
+#: Examples of a toy task, which are made in memory.
+MOST_TOY_EXAMPLES = 100_000
+
 
 @part
 class IntakeConfig:
@@ -37,6 +40,13 @@ class ToyTasks:
     """none: the input does not tell the task; full: three instruction tokens do."""
     seed: int = 0
     """Seed of the task split and of the examples."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_examples", "validation_examples"):
+            if not 0 <= getattr(self, name) <= MOST_TOY_EXAMPLES:
+                raise ConfigError(
+                    f"tasks.{name}: {getattr(self, name)} is not in 0..{MOST_TOY_EXAMPLES}"
+                )
 
 
 @part

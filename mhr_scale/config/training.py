@@ -5,6 +5,17 @@ from typing import Literal
 from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
 
+#: A month; what is longer overflows clocks, and waits for nothing.
+LONGEST_TIMEOUT_SECONDS = 30 * 86400.0
+
+
+def check_timeout(seconds: float) -> None:
+    """Raise `ConfigError` for a time that no collective can wait."""
+    if not 0.0 < seconds <= LONGEST_TIMEOUT_SECONDS:
+        raise ConfigError(
+            f"run.timeout_seconds: {seconds:g} is not in (0, {LONGEST_TIMEOUT_SECONDS:g}]"
+        )
+
 
 @part
 class LossConfig:
@@ -135,6 +146,9 @@ class RunConfig:
     """Save every so many steps (0: only at the end)."""
     keep: int = 3
     """Number of saved steps to keep."""
+    keep_best: bool = True
+    """Keep the saved step with the lowest validation loss too, of those validated as they were
+    saved."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     validate_every: int = 0
@@ -151,3 +165,4 @@ class RunConfig:
             raise ConfigError(f"run.keep: {self.keep} is not at least 1")
         if self.log_every < 1:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
+        check_timeout(self.timeout_seconds)

@@ -157,7 +157,7 @@ class FullWave(Wave):
         os.replace(kept / WEIGHTS, folder / WEIGHTS)
         super().publish(number, kept, folder, backbone=backbone)
 
-    def save(self, number: int, run: Path, *, backbone: dict[str, Any]) -> None:
+    def copy(self, number: int, run: Path, *, backbone: dict[str, Any]) -> None:
         """Save nothing: optimizer and weights would take several times the backbone's space."""
 
     def _origin(self, number: int) -> dict[str, Any]:

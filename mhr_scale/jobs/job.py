@@ -1,6 +1,7 @@
 """What a job is, where it lies, and what it leaves."""
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,10 +62,16 @@ class Standing:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Standing":
-        """From JSON values."""
-        evaluations = [(int(step), float(score)) for step, score in values["evaluations"]]
-        return cls(values["best_step"], values["best_score"], values["worse"], evaluations)
+    def read(cls, progress: Mapping[str, Any], *, place: Path) -> "Standing":
+        """From what a saved step keeps; raises `RunError` naming `place` if it is no standing."""
+        try:
+            values = progress["standing"]
+            evaluations = [(int(step), float(score)) for step, score in values["evaluations"]]
+            best = values["best_score"]
+            score = None if best is None else float(best)
+            return cls(int(values["best_step"]), score, int(values["worse"]), evaluations)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RunError(f"{place}: not the standing of a job ({error!r}); delete it") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +83,27 @@ class Stage:
 
 
 def stage(job: Job, run: Path) -> Stage:
-    """Look a job up in the run folder."""
+    """Look a job up in the run folder; a damaged save is set aside. One process calls it.
+
+    What a finished job that was killed amid its cleaning has left goes.
+    """
     folder = job.folder(run)
-    return Stage(is_finished=(folder / RESULT).is_file(), step=checkpoint.find_resume(folder) or 0)
+    is_finished = (folder / RESULT).is_file()
+    if is_finished:
+        clean(job, run)
+    step = None if is_finished else checkpoint.find_whole(folder, or_anew=True)
+    return Stage(is_finished=is_finished, step=step or 0)
 
 
 def write_result(job: Job, run: Path, result: Mapping[str, Any]) -> None:
     """Write the result of a finished job, the last file it writes."""
     write_json(job.folder(run) / RESULT, {**asdict(job), **result})
+
+
+def clean(job: Job, run: Path) -> None:
+    """Remove what a job needs until its result is written."""
+    for name in ("best", "steps"):
+        shutil.rmtree(job.folder(run) / name, ignore_errors=True)
 
 
 def read_results(jobs: Iterable[Job], run: Path) -> list[dict[str, Any]]:
@@ -101,6 +121,6 @@ def _read_result(file: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         float(result["score"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{file}: not a result ({error!r}); delete it and run again") from error
     return result

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from mhr_scale import stopping
 from mhr_scale.engine import Engine
 
 #: Kinds of passes, the first first.
 KINDS = ("train", "rank", "generate")
+SAVED = "the jobs of this rank are saved"
 
 
 class Lockstep:
@@ -29,7 +31,12 @@ class Lockstep:
         self._is_needed = engine.is_sharded and engine.world_size > 1
 
     def turn(self, kind: str) -> None:
-        """Wait until a pass of this kind is due here; the caller runs it at once. Collective."""
+        """Wait until a pass of this kind is due here; the caller runs it at once. Collective.
+
+        Raises `Stopped` on all ranks that are in step if one of them was asked to stop.
+        """
+        if not self._is_needed and stopping.is_asked():
+            raise stopping.stop(SAVED)
         while self._is_needed:
             agreed = self._agree(KINDS.index(kind))
             if KINDS[agreed] == kind:
@@ -47,9 +54,12 @@ class Lockstep:
 
     def _agree(self, wanted: int) -> int:
         """The smallest kind that any rank wants."""
-        flags = torch.zeros(len(KINDS) + 1, device=self.engine.device)
+        flags = torch.zeros(len(KINDS) + 2, device=self.engine.device)
         flags[wanted] = 1
+        flags[-1] = stopping.is_asked()
         self.engine.reduce_sum(flags)
+        if flags[-1]:
+            raise stopping.stop(SAVED)
         return next(kind for kind, count in enumerate(flags.tolist()) if count)
 
     def _keep_company(self, kind: str) -> None:

@@ -19,7 +19,7 @@ from mhr_scale.jobs import soup
 from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import check_variant
-from mhr_scale.runs import backbone_of, check_adapter, check_fit
+from mhr_scale.runs import backbone_of, blueprint_of, check_adapter, check_fit
 from mhr_scale.tasks.few_shot_suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
@@ -58,7 +58,8 @@ def open_jobs(config: AdaptConfig) -> Opening:
         if variant.kind == "soup":
             soup.find_recipe(str(variant.adapter))
     own_backbone = one_backbone(config, {path: card for path, (card, _) in opened.items()})
-    blueprint = backbone.read_blueprint(own_backbone)
+    named = None if config.backbone is not None or not paths else paths[0]
+    blueprint = blueprint_of(named, own_backbone)
     for path, (card, _) in opened.items():
         check_fit(path, card, blueprint)
     with torch.device("meta"):

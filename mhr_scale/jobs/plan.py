@@ -90,44 +90,9 @@ def deal(waves: Sequence[Planned], world_size: int) -> list[list[Planned]]:
     return dealt
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """Sizes of a backbone that decide what its activations take."""
-
-    d_model: int
-    d_ff: int
-    inner: int
-    n_heads: int
-    encoder_layers: int
-    decoder_layers: int
-    vocabulary: int
-    bytes_per_number: int
-    is_recomputed: bool
-
-
-def job_bytes(shape: Shape, outlook: Outlook, *, trained: int, adafactor: bool) -> float:
-    """Memory of one job in a wave, in bytes: its tensors, and its rows' activations.
-
-    Tensors are float32: values, gradients, mixed slots with their gradients, and moments (two of
-    full size under AdamW, next to none under Adafactor). Activations that autograd keeps, per token
-    and layer: inputs and outputs of the linears, norms, and the attention scores where the kernel
-    writes them. An upper estimate: kernels that keep less are not counted on.
-    """
-    tensors = 4.0 * trained * (4 if adafactor else 6)
-    width, depth, rows = outlook.width, outlook.depth, outlook.batch_size
-    linear = 8 * shape.d_model + 4 * shape.inner + 5 * shape.d_ff
-    encoder = width * linear + 3 * shape.n_heads * width * width
-    decoder = depth * (linear + 4 * shape.d_model + 4 * shape.inner)
-    decoder += 3 * shape.n_heads * depth * (depth + width) + width * 2 * shape.inner
-    if shape.is_recomputed:
-        kept = shape.encoder_layers * width + shape.decoder_layers * depth
-        activations = kept * shape.d_model + encoder + decoder
-    else:
-        activations = shape.encoder_layers * encoder + shape.decoder_layers * decoder
-    logits = depth * shape.vocabulary * (2 * shape.bytes_per_number + 8)
-    return tensors + rows * (activations * shape.bytes_per_number + logits)
-
-
 def wave_size(free_bytes: float, dearest_job: float) -> int:
-    """Jobs that fit beside each other, at least 1 and at most `LARGEST`."""
+    """Jobs that fit beside each other, at least 1 and at most `LARGEST`.
+
+    `dearest_job` is what the job that takes most takes, in bytes.
+    """
     return max(1, min(LARGEST, int(USABLE * free_bytes / dearest_job)))

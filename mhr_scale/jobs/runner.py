@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-from mhr_scale import checkpoint, scoring, summary
+from mhr_scale import checkpoint, scoring, stopping, summary
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
-from mhr_scale.errors import DivergenceError
+from mhr_scale.errors import DivergenceError, RunError
 from mhr_scale.jobs.data import Exam
-from mhr_scale.jobs.job import Job, Standing, write_result
+from mhr_scale.jobs.job import Job, Standing, clean, write_result
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.questions import Question, answerers, judge
 from mhr_scale.runlog import Metrics, Progress, log, write_text
 from mhr_scale.scoring import Batch, ChoiceRow
+from mhr_scale.writer import Writer
 
 
 class Runner:
@@ -47,6 +48,7 @@ class Runner:
         self.backbone_facts = backbone_facts
         self.folder = Path(config.run.folder)
         self.lockstep = Lockstep(engine, self._dummies())
+        self.writer = Writer()
         self.lost: list[str] = []
         self.progress = Progress(total_steps, start=0, what="adapt", unit="job-step")
 
@@ -60,7 +62,24 @@ class Runner:
             member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun or -1)
             for member in wave.members
         }
-        if begun == 0 and self.config.selection.at_start:
+        with stopping.held(), self.writer:
+            try:
+                self._train(wave, facts, logs)
+            except stopping.Stopped:
+                self._save_now(wave, logs)
+                raise
+
+    def _train(
+        self,
+        wave: Wave,
+        facts: Callable[[Job], Mapping[str, Any]],
+        logs: Mapping[Job, Metrics],
+    ) -> None:
+        """Train a wave from where it stands; `Stopped` may come out of any pass."""
+        if wave.step:
+            self._evaluate(wave, self._left_over(wave), logs)
+            self._finish(wave, facts)
+        elif self.config.selection.at_start:
             self._evaluate(wave, range(len(wave.members)), logs)
         while wave.members:
             self.lockstep.turn("train")
@@ -74,7 +93,7 @@ class Runner:
             self._drop_lost(wave, values)
             self._evaluate(wave, self._due(wave), logs)
             self._finish(wave, facts)
-            self._save(wave)
+            self._save(wave, logs)
 
     def _open(self, member: Member) -> Path:
         folder = member.job.folder(self.folder)
@@ -107,16 +126,31 @@ class Runner:
             if wave.members:
                 wave.adapter.bind(self.linears)
 
-    def _save(self, wave: Wave) -> None:
+    def _save(self, wave: Wave, logs: Mapping[Job, Metrics]) -> None:
         every = self.config.waves.save_every
         is_due = wave.step % every == 0 if every else bool(self._due(wave))
-        if not is_due:
-            return
-        for number, member in enumerate(wave.members):
-            wave.save(number, self.folder, backbone=self.backbone_facts)
-            for old in member.job.folder(self.folder).glob("best/*"):
-                if int(old.name) != member.standing.best_step:
-                    shutil.rmtree(old)
+        if is_due:
+            self._submit(wave, range(len(wave.members)), logs)
+
+    def _save_now(self, wave: Wave, logs: Mapping[Job, Metrics]) -> None:
+        """Save every job that has come further than its last save, also amid its evaluation."""
+        self.writer.wait()
+        folders = [member.job.folder(self.folder) for member in wave.members]
+        saved = [checkpoint.find_resume(folder) or 0 for folder in folders]
+        self._submit(wave, [n for n, step in enumerate(saved) if step != wave.step], logs)
+        self.writer.wait()
+
+    def _submit(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
+        """Save some jobs in the background; then drop the adapters that are not their best."""
+        writes: list[Callable[[], object]] = []
+        for number in numbers:
+            member = wave.members[number]
+            write = wave.copy(number, self.folder, backbone=self.backbone_facts)
+            if write is not None:
+                writes += [logs[member.job].flush, write]
+            folder, best = member.job.folder(self.folder), member.standing.best_step
+            writes.append(partial(_drop_older, folder / "best", best))
+        self.writer.submit(lambda: [write() for write in writes])
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -130,6 +164,11 @@ class Runner:
             for number, member in enumerate(wave.members)
             if wave.step % (every * member.data.steps_per_epoch) == 0 or wave.step == member.steps
         ]
+
+    def _left_over(self, wave: Wave) -> list[int]:
+        """Jobs to evaluate at the step they were saved at: stopped before they were through."""
+        evaluations = {n: wave.members[n].standing.evaluations for n in self._due(wave)}
+        return [n for n, found in evaluations.items() if not found or found[-1][0] != wave.step]
 
     def _evaluate(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
         """Score jobs on the rows that select, and keep those that are better than before."""
@@ -264,30 +303,33 @@ class Runner:
 
     def _write_result(self, wave: Wave, number: int, best: Path, facts: Mapping[str, Any]) -> None:
         """Move the best checkpoint into place, then write the result, then clean up."""
+        self.writer.wait()  # it may be about to write what is cleaned up
         member = wave.members[number]
         folder, standing = member.job.folder(self.folder), member.standing
         wave.publish(number, best, folder, backbone=self.backbone_facts)
-        text = (best / summary.SCORES).read_text(encoding="utf-8")
-        write_text(folder / summary.SCORES, text)
-        points = [json.loads(line)["points"] for line in text.splitlines()]
+        lines = summary.read_scores(best / summary.SCORES)
+        if len(lines) != len(member.data.test.rows):
+            raise RunError(f"{best}: not the scores of all its rows; delete {folder} and run again")
+        write_text(folder / summary.SCORES, _to_lines(lines))
+        points = [line["points"] for line in lines]
         write_result(
             member.job,
             self.folder,
             {
                 "score": sum(points) / len(points),
-                "metric": json.loads(text.splitlines()[0])["metric"],
+                "metric": lines[0]["metric"],
                 "examples": len(points),
                 "best_step": standing.best_step,
                 "evaluations": standing.evaluations,
                 **facts,
             },
         )
-        for leftover in (folder / "best", folder / "steps"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clean(member.job, self.folder)
 
     def close(self) -> None:
         """Keep the ranks that still have jobs company, until all are through. Collective."""
-        self.lockstep.finish()
+        with stopping.held():
+            self.lockstep.finish()
         self.progress.close()
 
     # -- company ---------------------------------------------------------------------------------
@@ -336,8 +378,16 @@ def _to_lines(lines: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+def _drop_older(folder: Path, best: int) -> None:
+    """Remove the kept adapters of steps before the best one."""
+    for old in folder.glob("*"):
+        if old.name.isdecimal() and int(old.name) < best:
+            shutil.rmtree(old)
+
+
 def saved_of(member: Member, run: Path, step: int) -> checkpoint.Saved:
     """A job's saved step, its standing put back into the member."""
-    saved = checkpoint.read(member.job.folder(run), step)
-    member.standing = Standing.from_json(saved.progress["standing"])
+    folder = member.job.folder(run)
+    saved = checkpoint.read(folder, step)
+    member.standing = Standing.read(saved.progress, place=checkpoint.step_folder(folder, step))
     return saved

@@ -9,10 +9,10 @@ is cut out of the stacked tensors.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ class Wave:
         )
         if saved:
             states = [one.optimizer for one in saved]
-            job_optim.load_job_states(wave.adapter, wave.optimizer, states)
+            folders = [member.job.folder(Path(config.run.folder)) for member in members]
+            places = [str(checkpoint.step_folder(folder, wave.step)) for folder in folders]
+            job_optim.load_job_states(wave.adapter, wave.optimizer, states, places=places)
         return wave
 
     @cached_property
@@ -274,10 +276,16 @@ class Wave:
         job_optim.take_jobs(self.optimizer, kept, optimizer)
         self.adapter, self.optimizer = smaller, optimizer
 
-    def save(self, number: int, run: Path, *, backbone: dict[str, Any]) -> None:
-        """Save one job, in the form it would have alone: it may go on in any other wave."""
+    def copy(
+        self, number: int, run: Path, *, backbone: dict[str, Any]
+    ) -> Callable[[], object] | None:
+        """What saves one job as it is now, whatever happens to the wave before it is called.
+
+        In the form the job would have alone: it may go on in any other wave. None: nothing to save.
+        """
         member = self.members[number]
-        checkpoint.save(
+        return partial(
+            checkpoint.save,
             member.job.folder(run),
             self.take(number),
             job_optim.job_state(self.adapter, self.optimizer, number),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mhr_scale import comparison
+from mhr_scale import comparison, fingerprint
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import AdaptConfig
@@ -24,18 +24,11 @@ from mhr_scale.jobs.folder import check_folder, rank0_open_folder
 from mhr_scale.jobs.full import FullWave, check_backbone_jobs
 from mhr_scale.jobs.job import Job, Stage, read_results, stage
 from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
-from mhr_scale.jobs.plan import (
-    Outlook,
-    Planned,
-    Shape,
-    deal,
-    job_bytes,
-    plan_waves,
-    wave_size,
-)
+from mhr_scale.jobs.plan import LARGEST, Outlook, Planned, deal, plan_waves, wave_size
 from mhr_scale.jobs.runner import Runner, saved_of
-from mhr_scale.jobs.start import config_of, count_trained, start
+from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.planning.waves import job_bytes
 from mhr_scale.runlog import log, write_json
 from mhr_scale.runs import (
     backbone_facts,
@@ -62,6 +55,7 @@ def adapt(config: AdaptConfig) -> Path:
         model = engine.build(opening.backbone, opening.blueprint)
         linears = wrap(model, all_sites(opening, model))
         model = engine.prepare(model, opening.backbone, always_backward=True)
+        fingerprint.check(model, opening.blueprint, opening.backbone, engine)
         if engine.rank == 0:
             rank0_open_folder(config, engine, opening.blueprint, opening.intake)
         lost = run_jobs(opening, engine, model, linears)
@@ -98,8 +92,8 @@ def run_jobs(
     ]
     pending = {outlook.job.variant for outlook in outlooks}
     soups = find_soups(opening, engine, model, linears, pending)
-    size = config.waves.size or fitting_size(opening, outlooks, engine)
     alone = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
+    size = config.waves.size or fitting_size(opening, outlooks, engine, alone=alone)
     waves = plan_waves(outlooks, size=size, world_size=engine.world_size, alone=alone)
     dealt = deal(waves, engine.world_size)
     log.info(
@@ -218,38 +212,19 @@ def facts_of(
     return facts if chosen is None else {**facts, "soup": list(chosen)}
 
 
-def fitting_size(opening: Opening, outlooks: Sequence[Outlook], engine: Engine) -> int:
+def fitting_size(
+    opening: Opening, outlooks: Sequence[Outlook], engine: Engine, *, alone: Sequence[str]
+) -> int:
     """Jobs per wave that the memory of this machine holds; the smallest number of all ranks.
 
-    Jobs of kind backbone have no wave to fit into.
+    Collective. A step is counted only where some wave could have more than one job.
     """
-    given, config = opening.blueprint.model_config, opening.config
-    shape = Shape(
-        d_model=given.d_model,
-        d_ff=given.d_ff,
-        inner=given.num_heads * given.d_kv,
-        n_heads=given.num_heads,
-        encoder_layers=given.num_layers,
-        decoder_layers=given.num_decoder_layers,
-        vocabulary=given.vocab_size,
-        bytes_per_number=2 if opening.backbone.dtype == "bfloat16" else 4,
-        is_recomputed=opening.backbone.recompute != "none",
-    )
-    dearest = 1.0
-    for outlook in outlooks:
-        name = outlook.job.variant
-        variant = config.variants[name]
-        if variant.kind == "backbone":
-            continue
-        trained = count_trained(
-            config_of(variant, opening.source(name)),
-            opening.sites[name],
-            routing_only=variant.kind == "routing",
-        )
-        is_adafactor = config.optim.name == "adafactor"
-        needed = job_bytes(shape, outlook, trained=trained, adafactor=is_adafactor)
-        dearest = max(dearest, needed)
-    return min(engine.gather_objects(wave_size(engine.free_bytes(), dearest)))
+    waves = plan_waves(outlooks, size=LARGEST, world_size=engine.world_size, alone=alone)
+    if all(len(wave.jobs) == 1 for wave in waves):
+        return 1
+    able = [one for one in outlooks if one.job.variant not in alone]
+    needed = job_bytes(opening, able, on_gpu=engine.device.type == "cuda")
+    return min(engine.gather_objects(wave_size(engine.free_bytes(), needed)))
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone, scoring, summary
+from mhr_scale import backbone, fingerprint, scoring, stopping, summary
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
@@ -27,7 +27,7 @@ from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import Progress, log, record_provenance, write_json, write_text
-from mhr_scale.runs import backbone_facts, backbone_of, check_fit, check_quantise
+from mhr_scale.runs import backbone_facts, backbone_of, blueprint_of, check_fit, check_quantise
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     ds_content = read_ds_config(config.run.ds_config)
     check_folder(config)
     card, stored, backbone_config = open_subject(config)
-    blueprint = backbone.read_blueprint(backbone_config)
+    blueprint = blueprint_of(config.adapter, backbone_config)
     check_quantise(backbone_config, blueprint, ds_content, config.run.ds_config)
     if card is not None:
         check_fit(str(config.adapter), card, blueprint)
@@ -66,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         model = engine.build(backbone_config, blueprint)
         linears = {} if stored is None else wrap(model, stored.sites)
         model = engine.prepare(model, backbone_config).eval()
+        fingerprint.check(model, blueprint, backbone_config, engine)
         if stored is not None:
             if config.routing == "soup":
                 kitchen = Kitchen(
@@ -89,7 +90,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             )
         engine.gather_barrier()
         subject = Subject(engine=engine, model=model, adapter=stored, tokenizer=tokenizer)
-        run_job(config, subject, questions, rows)
+        with stopping.held():
+            run_job(config, subject, questions, rows)
         if engine.rank == 0:
             found = summary.summarise(summary.read_scores(folder / summary.SCORES))
             write_json(folder / "summary.json", found)
@@ -108,11 +110,11 @@ def run_job(
 ) -> None:
     """Score what is not scored yet, ranked questions first; rank 0 appends line by line."""
     engine, path = subject.engine, Path(config.run.folder) / summary.SCORES
+    if engine.rank == 0:
+        keep_whole_lines(path)
     done = engine.broadcast_object(
         {score["id"] for score in summary.read_scores(path)} if engine.rank == 0 else None
     )
-    if engine.rank == 0:
-        keep_whole_lines(path)
     options = config.scoring
     runs = answerers(subject.model, subject.adapter, subject.tokenizer, options, engine)
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
@@ -207,7 +209,8 @@ def check_folder(config: EvaluateConfig) -> None:
 def keep_whole_lines(path: Path) -> None:
     """Cut off a line that was being written when the job was stopped."""
     if path.exists():
-        text = path.read_text(encoding="utf-8")
+        summary.read_scores(path)  # whose line is no score is the user's to mend
+        text = path.read_bytes().decode("utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             write_text(path, whole)

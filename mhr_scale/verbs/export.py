@@ -28,7 +28,7 @@ from mhr_scale.reloading import (
     spread,
 )
 from mhr_scale.runlog import Progress, log, rank, write_json, write_text
-from mhr_scale.runs import backbone_of, check_fit
+from mhr_scale.runs import backbone_of, blueprint_of, check_fit
 from mhr_scale.shards import Weight, check_free_space
 from mhr_scale.target import check_target, moved_into_place, nearest_folder
 
@@ -84,7 +84,7 @@ def open_source(config: ExportConfig) -> Source:
     settings, blueprint, weights = None, None, []
     if config.check or config.format == "merged":
         settings = open_backbone(config, card)
-        blueprint = backbone.read_blueprint(settings)
+        blueprint = blueprint_of(config.adapter, settings)
         check_fit(config.adapter, card, blueprint)
         facts |= blueprint.facts
     if config.format == "merged":

@@ -21,14 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale import backbone, checkpoint, losses, optim, quantise, scoring, stock, summary
+from mhr_scale import (
+    backbone,
+    checkpoint,
+    fingerprint,
+    optim,
+    quantise,
+    scoring,
+    stock,
+    stopping,
+    summary,
+)
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
     FinetuneConfig,
     HeldOutTasks,
-    ProtocolConfig,
     ScheduleConfig,
     SelectionConfig,
     ShotsConfig,
@@ -37,9 +46,9 @@ from mhr_scale.config import (
 )
 from mhr_scale.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
+from mhr_scale.jobs import shares
 from mhr_scale.jobs.data import JobData, TrainRow, open_data
 from mhr_scale.jobs.job import RESULT
-from mhr_scale.losses import IGNORE
 from mhr_scale.questions import answerers, judge
 from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import (
@@ -52,7 +61,6 @@ from mhr_scale.runlog import (
     write_text,
 )
 from mhr_scale.runs import backbone_facts, check_writable, differences, read_recipe
-from mhr_scale.scoring import pack_choices, pad_inputs
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.few_shot_suites import read_few_shot
 from mhr_scale.tasks.task import Intake
@@ -106,17 +114,20 @@ def finetune(config: FinetuneConfig) -> Path:
     opening = open_run(config)
     engine = Engine({}, timeout_seconds=60.0)
     open_folder(config, opening, engine.device)
-    start = checkpoint.find_resume(folder) or 0
+    start = checkpoint.find_whole(folder) or 0
     source = checkpoint.step_folder(folder, start) if start else opening.source
     model = stock.load_model(config.backbone, opening.blueprint, source, engine.device)
     loaded = Loaded(model=model, engine=engine, tokenizer=opening.tokenizer)
+    with model.disable_adapter():
+        fingerprint.check(loaded.base, opening.blueprint, config.backbone, engine)
     optimizer = stock.make_optimizer(config.optim, loaded.trained, engine.device)
     if start:
         stock.load_optimizer(optimizer, source)
     announce(config, opening, loaded, start=start)
-    before = examine(config, opening, loaded, folder / BEFORE)
-    train(config, opening, loaded, optimizer, start=start)
-    after = examine(config, opening, loaded, folder / summary.SCORES)
+    with stopping.held():
+        before = examine(config, opening, loaded, folder / BEFORE)
+        train(config, opening, loaded, optimizer, start=start)
+        after = examine(config, opening, loaded, folder / summary.SCORES)
     stock.write_peft(model, folder / "adapter", opening.source)
     close(config, opening, loaded, before=before, after=after)
     return folder / "adapter"
@@ -254,9 +265,14 @@ def train(
             raise DivergenceError(f"step {step}: {values} is not finite; lower optim.lr")
         if step == 1 or step % run.log_every == 0 or step == protocol.steps:
             metrics.write({"step": step, **values, "lr": rate})
-        if step == protocol.steps or (run.save_every and step % run.save_every == 0):
+        is_stopped = stopping.is_asked() and step < protocol.steps
+        is_due = bool(run.save_every) and step % run.save_every == 0
+        if step == protocol.steps or is_due or is_stopped:
+            metrics.flush()
             stock.save_step(loaded.model, optimizer, folder, step, opening.source)
         progress.advance(f"loss {values['loss']:.4f}")
+        if is_stopped:
+            raise stopping.stop(f"step {step} is saved")
     progress.close()
 
 
@@ -271,11 +287,17 @@ def train_step(
 
     Sums of the parts are divided by the counts of the whole batch: how it is cut does not matter.
     """
-    counts, size = count(rows, config.protocol), config.micro_batch_size
+    counts, size = shares.count(rows, config.protocol), config.micro_batch_size
     sums: dict[str, Tensor] = {}
     for start in range(0, len(rows), size):
         torch.manual_seed(seed_from("dropout", config.shots.seed, number, start))
-        parts = forward(config.protocol, loaded, rows[start : start + size], counts)
+        parts = shares.forward(
+            config.protocol,
+            loaded.base,
+            rows[start : start + size],
+            counts,
+            device=loaded.engine.device,
+        )
         parts["loss"].backward()
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + part.detach()
@@ -285,54 +307,6 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad()
     return {name: float(part) for name, part in {**sums, "grad_norm": norm}.items()}
-
-
-def count(rows: Sequence[TrainRow], protocol: ProtocolConfig) -> dict[str, int]:
-    """What the loss of a batch, or each part of T-Few's, is divided by."""
-    right = sum(len(row.choices[row.label]) for row in rows)
-    if protocol.loss == "t_few":
-        every = sum(row.n_choice_tokens for row in rows)
-        return {"lm": right, "mc": len(rows), "ul": every - right}
-    return {"lm": right if protocol.normalise == "tokens" else len(rows)}
-
-
-def forward(
-    protocol: ProtocolConfig, loaded: Loaded, rows: Sequence[TrainRow], counts: dict[str, int]
-) -> dict[str, Tensor]:
-    """The share of some rows in the loss of their batch, and in its parts."""
-    model, device = loaded.base, loaded.engine.device
-    pad_id = model.config.pad_token_id
-    packed = pack_choices(
-        [row.choices for row in rows],
-        start_id=model.config.decoder_start_token_id,
-        pad_id=pad_id,
-        device=device,
-    )
-    logits_BDV = model(
-        **pad_inputs([row.input_ids for row in rows], pad_id=pad_id, device=device),
-        decoder_input_ids=packed.decoder_input_ids_BD,
-        decoder_attention_mask=packed.mask(model.get_input_embeddings().weight.dtype),
-        use_cache=False,
-    ).logits
-    if protocol.loss == "language_model":
-        labels_BD = packed.targets_BD.masked_fill(packed.blocks_BD < 0, IGNORE)
-        found = losses.language_model(
-            logits_BDV, labels_BD, label_smoothing=protocol.label_smoothing
-        )
-        return {"loss": found.sum.sum() / counts["lm"]}
-    three = losses.tfew(
-        logits_BDV,
-        packed.targets_BD,
-        packed.blocks_BD,
-        torch.tensor([row.label for row in rows], device=device),
-        n_choices=packed.n_choices,
-        length_norm=protocol.length_norm,
-    )
-    lm = three.lm.sum.sum() / counts["lm"]
-    mc = three.mc.sum.sum() / counts["mc"]
-    ul = three.ul.sum.sum() / counts["ul"]
-    total = lm + protocol.mc_weight * mc + protocol.ul_weight * ul
-    return {"loss": total, "lm": lm, "mc": mc, "ul": ul}
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -348,6 +322,8 @@ def examine(config: FinetuneConfig, opening: Opening, loaded: Loaded, file: Path
         for kind, run in runs.items():
             todo = [row for row in exam.rows if bool(row.choices) == (kind == "rank")]
             for batch in scoring.fill_batches(todo, options.max_tokens):
+                if stopping.is_asked():
+                    raise stopping.stop("what was trained is saved, the scores begin again")
                 for row, value in zip(batch, run(batch), strict=True):
                     found[row.number] = judge(exam.questions[row.number], value)
                     progress.advance(config.task)

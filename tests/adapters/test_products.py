@@ -31,7 +31,9 @@ class Case:
         lead = (self.n_slots,) if self.n_slots else ()
         x = draw(N_ROWS, N_TOKENS, N_IN).requires_grad_()
         a_UIX = draw(*lead, N_IN, RANK * sum(self.has_pair)).requires_grad_()
-        pairs = [draw(*lead, RANK, N_OUT).requires_grad_() if has else None for has in self.has_pair]
+        pairs = [
+            draw(*lead, RANK, N_OUT).requires_grad_() if has else None for has in self.has_pair
+        ]
         return x, a_UIX, pairs, [draw(N_OUT, N_IN) for _ in self.has_pair]
 
 

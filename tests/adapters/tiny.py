@@ -139,17 +139,22 @@ class Recorder(TorchDispatchMode):
 
     #: Operations whose result the host has to wait for.
     SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select")
+    #: Operations that neither launch a kernel nor move a byte, beside views.
+    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
     DRAWS = ("rand", "randn", "randint", "uniform_", "normal_", "bernoulli", "bernoulli_")
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         """Run the operation and write it down."""
         result = operation(*args, **(kwargs or {}))
-        self.operations[operation.overloadpacket.__name__] += 1
+        name = operation.overloadpacket.__name__
+        self.operations[name] += 1
+        self.kernels[name] += not (operation.is_view or name in self.FREE)
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, Tensor):
                 self.shapes.add(tuple(part.shape))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhr_scale import stopping
 from mhr_scale.jobs.lockstep import KINDS, Lockstep
 
 scripts = st.lists(st.sampled_from(KINDS), max_size=6)
@@ -143,3 +144,37 @@ def test_ranks_that_are_independent_take_turns_at_no_cost(is_sharded, world_size
     assert [kind for kind, own in one.ran if own] == ["train", "rank", "generate", "train"]
     assert len(one.ran) == 4
     assert one.lockstep.passes == {"train": 2, "rank": 1, "generate": 1}
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all_of_them_in_the_same_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of them is asked before its first pass: none of them runs any."""
+    ranks, ended = Ranks(2), {}
+    monkeypatch.setattr(stopping, "is_asked", lambda: threading.current_thread().name == "asked")
+
+    def run(walk: Walk, script: list[str]) -> None:
+        try:
+            walk.run(script[:2])
+        except stopping.Stopped:
+            ended[script[-1]] = list(walk.ran)
+
+    walks = [Walk(ranks.engine(rank)) for rank in range(2)]
+    threads = [
+        threading.Thread(target=run, args=(walks[0], ["train", "rank", "free"]), daemon=True),
+        threading.Thread(
+            target=run, args=(walks[1], ["generate", "train", "asked"]), name="asked", daemon=True
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert ended == {"free": [], "asked": []}
+
+
+def test_an_independent_rank_stops_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "is_asked", lambda: True)
+    engine = RankEngine(Ranks(1), 0)
+    with pytest.raises(stopping.Stopped, match="the jobs of this rank are saved"):
+        Lockstep(engine, {}).turn("train")

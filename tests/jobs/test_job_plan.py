@@ -13,9 +13,7 @@ from mhr_scale.jobs.plan import (
     LARGEST,
     Outlook,
     Planned,
-    Shape,
     deal,
-    job_bytes,
     plan_waves,
     wave_size,
 )
@@ -172,56 +170,6 @@ def test_what_a_job_has_done_costs_nothing_more():
 
 
 # --- memory
-
-XL = Shape(
-    d_model=2048,
-    d_ff=5120,
-    inner=2048,
-    n_heads=32,
-    encoder_layers=24,
-    decoder_layers=24,
-    vocabulary=32128,
-    bytes_per_number=2,
-    is_recomputed=False,
-)
-
-
-def needed(shape: Shape = XL, *, trained: int = 10**6, adafactor: bool = True, **changes) -> float:
-    return job_bytes(shape, outlook(0, **changes), trained=trained, adafactor=adafactor)
-
-
-@few
-@given(
-    st.integers(1, 16),
-    st.integers(8, 512),
-    st.integers(8, 256),
-    st.integers(0, 10**8),
-    st.sampled_from(["batch_size", "width", "depth", "trained"]),
-    st.integers(1, 100),
-)
-def test_more_of_anything_takes_more_memory(batch_size, width, depth, trained, what, by):
-    small = {"batch_size": batch_size, "width": width, "depth": depth, "trained": trained}
-    assert needed(**{**small, what: small[what] + by}) > needed(**small) > 0
-
-
-@pytest.mark.parametrize(
-    "size",
-    ["d_model", "d_ff", "inner", "n_heads", "encoder_layers", "decoder_layers", "vocabulary"],
-)
-def test_a_larger_backbone_takes_more_memory(size):
-    assert needed(replace(XL, **{size: 2 * getattr(XL, size)})) > needed()
-
-
-def test_float32_recomputing_and_the_optimizer_count():
-    assert needed(replace(XL, bytes_per_number=4)) > needed()
-    assert needed(replace(XL, is_recomputed=True)) < needed() / 4
-    assert needed(adafactor=False) == needed() + 2 * 4 * 10**6
-
-
-def test_a_job_of_the_paper_takes_a_few_gigabytes():
-    """8 rows of 256 + 3 x 8 tokens over T5-XL: between the states of its blocks and ten times."""
-    states = 8 * (24 * 256 + 24 * 24) * 2048 * 2
-    assert 2 * states < needed(batch_size=8, width=256, depth=24) < 50e9
 
 
 @few

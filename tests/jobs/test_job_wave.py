@@ -230,7 +230,7 @@ def test_a_saved_wave_goes_on_bit_for_bit(benches, kind, optim, tmp_path):
     wave = case.open()
     bench.train(wave, until=7)
     for number in range(3):
-        wave.save(number, tmp_path, backbone={})
+        wave.copy(number, tmp_path, backbone={})()
     for numbers in ([2, 0], [1]):  # in any company
         rest = bench.train(reopen(case, numbers, tmp_path, 7))
         for number in numbers:
@@ -242,7 +242,7 @@ def test_a_saved_wave_goes_on_bit_for_bit(benches, kind, optim, tmp_path):
 def test_saving_a_job_changes_nothing(benches, tmp_path):
     case = make("MHR")
     saved = benches["full"].train(
-        case.open(), before=lambda wave: wave.save(1, tmp_path, backbone={})
+        case.open(), before=lambda wave: wave.copy(1, tmp_path, backbone={})()
     )
     whole = benches["full"].train(case.open())
     for member in case.members:
@@ -255,7 +255,7 @@ def test_a_saved_job_remembers_its_evaluations(benches, tmp_path):
     benches["full"].train(wave, until=2)
     for step, score in ((0, 20.0), (1, 60.0), (2, 60.0)):
         wave.members[1].standing.take(step, score)
-    wave.save(1, tmp_path, backbone={})
+    wave.copy(1, tmp_path, backbone={})()
     (member,) = reopen(case, [1], tmp_path, 2).members
     assert member.standing == wave.members[1].standing
     assert (member.standing.best_step, member.standing.worse) == (1, 1)
@@ -263,7 +263,7 @@ def test_a_saved_job_remembers_its_evaluations(benches, tmp_path):
 
 def test_only_the_newest_saved_step_of_a_job_stays(benches, tmp_path):
     case = make("MHR", steps=(3, 3))
-    benches["full"].train(case.open(), before=lambda wave: wave.save(0, tmp_path, backbone={}))
+    benches["full"].train(case.open(), before=lambda wave: wave.copy(0, tmp_path, backbone={})())
     folder = case.members[0].job.folder(tmp_path)
     assert [path.name for path in (folder / "steps").iterdir()] == ["000002"]
     assert not (folder / "adapter").exists()
@@ -279,4 +279,4 @@ def test_of_equal_scores_the_first_one_is_the_best():
         True,
     ]
     assert (standing.best_step, standing.best_score, standing.worse) == (4, 4.0, 0)
-    assert Standing.from_json(standing.to_json()) == standing
+    assert Standing.read({"standing": standing.to_json()}, place=Path()) == standing

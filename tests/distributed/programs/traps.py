@@ -37,16 +37,21 @@ TASKS = ("a", "b", "c", "d")
 
 
 class Counter:
-    """Counts the elements that all-gathers bring together."""
+    """Counts the elements that all-gathers bring together, and how many are there at once."""
 
     def __init__(self) -> None:
         import deepspeed.comm as comm
 
-        self.numel = 0
+        self.numel = self.most = 0
+        self.model: Any = None
         inner = comm.allgather_fn
 
         def counted(output: torch.Tensor, *rest: Any, **options: Any) -> Any:
             self.numel += output.numel()
+            if self.model is not None:
+                gone = "NOT_AVAILABLE"
+                here = [p for p in self.model.parameters() if p.ds_status.name != gone]
+                self.most = max(self.most, sum(p.ds_numel for p in here))
             return inner(output, *rest, **options)
 
         comm.allgather_fn = counted
@@ -89,10 +94,12 @@ def measure(engine: Engine, folder: str, recompute: str, counter: Counter) -> di
         inner.register_forward_hook(
             lambda *_: peak.__setitem__(0, max(peak[0], engine.resident_numel(model)))
         )
+    counter.model, counter.most = model, 0
     for _ in range(3):
         adapter.zero_grad()
         counter.numel = 0
         step(engine, module, adapter, engine.rank)
+    counter.model = None
     plain = Engine({}, timeout_seconds=TIMEOUT)
     _, plain_module, plain_adapter = build(plain, folder, "none")
     step(plain, plain_module, plain_adapter, engine.rank)
@@ -100,6 +107,8 @@ def measure(engine: Engine, folder: str, recompute: str, counter: Counter) -> di
     return {
         "gathered_per_step": counter.numel / total,
         "shard_share": sum(p.ds_tensor.numel() for p in model.parameters()) / total,
+        "shard_bytes": sum(p.ds_tensor.nbytes for p in model.parameters()),
+        "most_at_once": counter.most,
         "peak": peak[0],
         "peak_bound": MAX_LIVE + 2 * largest,
         "total": total,
@@ -159,6 +168,7 @@ def main() -> None:
         mode: measure(engine, folder, mode, counter)
         for mode in ("none", "reentrant", "non_reentrant")
     }
+    results["content"] = CONTENT
     results["untied"] = untied(engine, folder)
     results["other_modules"] = other_modules(engine, folder)
     results["unequal_tensors"] = unequal_tensors(engine)

@@ -1,0 +1,107 @@
+"""What goes wrong outside the program: disks, memory, other ranks; each in one line with a way out.
+
+Libraries raise these as errors of many kinds; `explain` knows them by number or by their text.
+"""
+
+import errno
+import re
+from dataclasses import dataclass
+
+from mhr_scale.errors import ExitCode, first_line, one_line
+
+#: Errors of the file system, and what to do.
+FILES = {
+    errno.ENOSPC: ("the disk is full", "make room, or name a folder on another disk"),
+    errno.EDQUOT: ("the quota of the disk is used up", "make room, or name a folder elsewhere"),
+    errno.EFBIG: ("the file may not grow so large", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the disk is read-only", "name a folder on another disk"),
+    errno.EACCES: ("no permission", "change the permissions, or name another folder"),
+    errno.EPERM: ("not permitted", "change the permissions, or name another folder"),
+    errno.ENOENT: ("is not there, or not any more", "put it back"),
+    errno.ENOTDIR: ("is not there, or not any more", "put it back"),
+    errno.ENAMETOOLONG: ("the name is too long", "name another folder or file"),
+    errno.ELOOP: ("the link leads round in a circle", "remove the link"),
+    errno.EISDIR: ("a folder lies where a file belongs", "move it away"),
+    errno.EIO: ("the disk failed", "look after the disk, or name a folder on another one"),
+    errno.ESTALE: ("its server has lost it", "mount it again"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many open files on this machine", "close some programs"),
+}
+LESS_MEMORY = (
+    "lower batch.micro_batch_size, batch.max_input_tokens, waves.size or scoring.max_tokens, set "
+    "backbone.recompute, or shard or offload the backbone (run.ds_config)"
+)
+_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory",
+    re.IGNORECASE,
+)
+_TIMEOUT = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exited|"
+    r"application timeout caused pair closure",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One line for the person at the keyboard, and the exit code."""
+
+    text: str
+    code: int = ExitCode.MISTAKE
+
+
+def explain(
+    error: BaseException, *, timeout_setting: str = "run.timeout_seconds"
+) -> Explained | None:
+    """What to say of an error whose cause is outside the program; None for any other."""
+    if not isinstance(error, Exception):
+        return None
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or _names(error) & {"OutOfMemoryError"}:
+        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+    number = file_error(error)
+    if number is not None and not _LOST.search(text):
+        return Explained(describe_file_error(error, number))
+    if not isinstance(error, RuntimeError):
+        return None
+    if _TIMEOUT.search(text):
+        return Explained(
+            f"waited in vain for the other ranks, as long as {timeout_setting} says: one of them "
+            f"is stuck, or slower than that; look at its last lines, or raise {timeout_setting}"
+        )
+    if _LOST.search(text) or _names(error) & {"DistNetworkError"}:
+        return Explained(
+            "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
+        )
+    if _MEMORY.search(text):
+        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+    if "DataLoader worker" in text:
+        return Explained(
+            f"a process that prepares batches was ended ({first_line(error)}); is memory, or "
+            "/dev/shm, used up? lower batch.workers"
+        )
+    return None
+
+
+def file_error(error: BaseException) -> int | None:
+    """The number of a file system's error, also out of an error of safetensors; else None."""
+    if isinstance(error, OSError) and error.errno in FILES:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else None
+    return number if number in FILES else None
+
+
+def describe_file_error(error: Exception, number: int) -> str:
+    """Which file, what happened, and the way out."""
+    what, way_out = FILES[number]
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    place = f"{name}: {what}" if name else f"{what} ({first_line(error)})"
+    return one_line(f"{place}; {way_out}")
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}

@@ -1,0 +1,40 @@
+"""Dataclasses from the plain values of a file, with the types that their fields ask for.
+
+Dataclasses check no types: what a file says is checked here, once, before anything is made of it.
+"""
+
+import math
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], values: Any, *, name: str) -> T:
+    """Make a dataclass of plain values and scalars, `name` being what errors call them.
+
+    Raises `TypeError` naming the field whose value is of another type, unknown or missing, and
+    whatever the dataclass itself raises.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} is {values!r}, no object")
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key in hints and not _is_a(value, hints[key]):
+            raise TypeError(f"{name}.{key} is {value!r}")
+    return kind(**values)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; numbers are finite, whole ones count as floats."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, member) for member in typing.get_args(hint))
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint

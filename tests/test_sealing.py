@@ -1,0 +1,93 @@
+"""Folders that are whole or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhr_scale.errors import RunError
+from mhr_scale.sealing import DONE, check, sealed, unseal
+
+
+def seal(folder: Path, text: str = "some text") -> Path:
+    with sealed(folder) as partial:
+        (partial / "a.txt").write_text(text)
+        (partial / "below").mkdir()
+        (partial / "below" / "b.bin").write_bytes(b"\x00\x01")
+    return folder
+
+
+def test_a_sealed_folder_lists_its_files_with_sizes_and_hashes(tmp_path: Path) -> None:
+    folder = seal(tmp_path / "steps" / "000001")
+    files = json.loads((folder / DONE).read_text())["files"]
+    assert {name: facts["bytes"] for name, facts in files.items()} == {
+        "a.txt": 9,
+        "below/b.bin": 2,
+    }
+    check(folder)
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fill_half() -> None:
+        with sealed(tmp_path / "new") as partial:
+            (partial / "a.txt").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = seal(tmp_path / "old")
+    with pytest.raises(ZeroDivisionError), sealed(folder):
+        raise ZeroDivisionError
+    check(folder)
+    assert (folder / "a.txt").read_text() == "some text"
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = seal(seal(tmp_path / "old"), "other text")
+    check(folder)
+    assert (folder / "a.txt").read_text() == "other text"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a.txt").write_text("same size"[::-1]), "a.txt: damaged, its hash"),
+        (lambda f: (f / "a.txt").write_text("longer than it was"), "a.txt: 18 bytes, 9 were"),
+        (lambda f: (f / "below" / "b.bin").unlink(), "b.bin: missing, though DONE lists it"),
+        (lambda f: (f / DONE).write_text("{"), "DONE: not a readable list of files"),
+        (lambda f: (f / DONE).write_text("[]"), "DONE: not a readable list of files"),
+        (lambda f: (f / DONE).write_bytes(b"\xff\xfe"), "DONE: not a readable list of files"),
+        (
+            lambda f: (f / DONE).write_text('{"files": {"../x": {}}}'),
+            "names '../x', which is no file of this folder",
+        ),
+        (
+            lambda f: (f / DONE).write_text('{"files": {"/etc/passwd": {}}}'),
+            "names '/etc/passwd', which is no file of this folder",
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_was_written_is_named(tmp_path: Path, damage, message) -> None:
+    folder = seal(tmp_path / "one")
+    damage(folder)
+    with pytest.raises(RunError) as caught:
+        check(folder)
+    assert message in str(caught.value)
+
+
+def test_a_folder_of_an_earlier_version_has_an_empty_list_and_passes(tmp_path: Path) -> None:
+    folder = seal(tmp_path / "one")
+    (folder / DONE).write_text("")
+    check(folder)
+
+
+def test_a_folder_is_removed_seal_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = seal(tmp_path / "one")
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    unseal(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "below"]
