@@ -234,8 +234,9 @@ class Engine:
         """Install the runtime that gathers sharded weights; adapters must sit in place already.
 
         Collective. Returns the module to call. A replicated model only learns to sum gradients in
-        the order of a sharded one, where siblings gather their weights together. `always_backward` makes every backward pass run through every
-        sharded module, whichever of them have an adapter: ranks with other adapters stay in step.
+        the order of a sharded one, where siblings gather their weights together. `always_backward`
+        makes every backward pass run through every sharded module, whichever of them have an
+        adapter: ranks with other adapters stay in step.
         """
         if not self.is_sharded:
             backbone.order_gradients(model)

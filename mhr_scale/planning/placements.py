@@ -162,7 +162,7 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
     return replace(
         nothing,
         weights=(shard if placement.is_resident else 0.0) + kept,
-        gathered=size * (live + zero.get("reduce_bucket_size", 5e8)),
+        gathered=size * live,
         host=on_host,
         over_links=0.0 if crosses else moved * (peers - 1) / peers,
         over_network=moved * (n - 1) / n if crosses else 0.0,
@@ -172,7 +172,10 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
 
 
 def _live(zero: Mapping[str, Any], weights: Weights) -> tuple[float, bool]:
-    """Numbers that are gathered at once, and whether that is all of them, for good."""
+    """Numbers that are gathered at once, and whether that is all of them, for good.
+
+    Of an engine without an optimizer nothing else is allocated, no bucket for gradients either.
+    """
     most = float(zero.get("stage3_max_live_parameters", 1e9))
     reuse = float(zero.get("stage3_max_reuse_distance", 1e9))
     if weights.total <= min(most, reuse):

@@ -94,7 +94,12 @@ def throughput(shared: str | None, *, steps: int) -> list[dict[str, Any]]:
 
 
 def _pretrain(ranks: int, folder: str, words: list[str], steps: int) -> None:
-    short = [f"schedule.steps={steps}", "run.log_every=1", f"run.folder={folder}"]
+    short = [
+        f"schedule.steps={steps}",
+        "run.log_every=1",
+        "run.validate_every=-1",
+        f"run.folder={folder}",
+    ]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

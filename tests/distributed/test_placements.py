@@ -3,10 +3,11 @@
 Real tasks and a real backbone, 20 steps, through the real launcher.
 """
 
+import json
 from pathlib import Path
 
 import pytest
-from processes import read_metrics, succeed
+from processes import ROOT, read_metrics, succeed
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -17,13 +18,23 @@ RUNS = {
     "alone_sharded": (0, ["run.ds_config=ds_configs/cpu.json"]),
     "two_replicated": (2, ["run.ds_config=ds_configs/replicated.json"]),
     "two_sharded": (2, ["run.ds_config=ds_configs/cpu.json"]),
+    "two_offloaded": (2, ["run.ds_config={offload}"]),
     "two_recomputing": (2, ["run.ds_config=ds_configs/cpu.json", "backbone.recompute=reentrant"]),
 }
+
+
+def write_offload(path: Path) -> Path:
+    """The shipped file, its threshold low enough for this backbone's linears to be offloaded."""
+    content = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
+    content["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture(scope="module")
 def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("placements")
+    offload = write_offload(folder / "zero3_offload.json")
     for name, (ranks, overrides) in RUNS.items():
         succeed(
             "launch/pretrain.py",
@@ -35,7 +46,7 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             "run.log_every=1",
             "tasks.validation_examples=1",
             "batch.max_input_tokens=64",
-            *overrides,
+            *(override.format(offload=offload) for override in overrides),
             ranks=ranks,
         )
     return {name: folder / name for name in RUNS}
@@ -53,7 +64,7 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter.safetensors").read_bytes()
 
 
-EXACT = ("alone_sharded", "two_replicated", "two_sharded")
+EXACT = ("alone_sharded", "two_replicated", "two_sharded", "two_offloaded")
 #: Other shapes or kernels: the sums are the same, their rounding is not.
 CLOSE = ("alone_accumulating", "two_recomputing")
 

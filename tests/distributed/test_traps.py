@@ -11,6 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from mhr_scale.backbone import read_blueprint
+from mhr_scale.config import BackboneConfig, HardwareConfig
+from mhr_scale.planning.hardware import find_machines
+from mhr_scale.planning.placements import Load, Placement, load_of, weigh
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 MODES = ("none", "reentrant", "non_reentrant")
@@ -55,12 +60,28 @@ def write_untied_checkpoint(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     write_untied_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("out")
-    succeed("tests/distributed/programs/traps.py", str(folder), str(out), ranks=2)
+    succeed("tests/distributed/programs/traps.py", str(checkpoint), str(out), ranks=2)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def planned(checkpoint: Path, measured: list[dict[str, Any]]) -> Load:
+    """What `plan` says of the placement that was measured."""
+    file = checkpoint / "ds.json"
+    file.write_text(json.dumps(measured[0]["content"]))
+    placement = Placement(name="zero3", ds_config=str(file), dtype="float32", is_sharded=True)
+    machines = find_machines(HardwareConfig(gpu="A100-40G", gpus=2))
+    blueprint = read_blueprint(BackboneConfig(name=str(checkpoint), dtype="float32"))
+    return load_of(placement, weigh(blueprint), machines)
 
 
 @pytest.fixture(params=[0, 1], ids=["rank0", "rank1"])
@@ -105,6 +126,17 @@ def test_every_adapter_tensor_has_a_gradient(rank: dict[str, Any], mode: str) ->
 
 def test_each_rank_holds_half_of_the_backbone(rank: dict[str, Any]) -> None:
     assert rank["none"]["shard_share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_rank_s_shards_take_what_is_planned(rank: dict[str, Any], planned: Load) -> None:
+    assert rank["none"]["shard_bytes"] == planned.weights
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_as_much_is_gathered_at_once_as_is_planned(
+    rank: dict[str, Any], planned: Load, mode: str
+) -> None:
+    assert 4 * rank[mode]["most_at_once"] == pytest.approx(planned.gathered, rel=0.1)
 
 
 def test_deepspeed_never_learns_of_the_adapters(rank: dict[str, Any]) -> None:
