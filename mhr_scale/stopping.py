@@ -121,6 +121,7 @@ def listening() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         writer.close()  # ends the watcher
+        watcher.join(timeout=2.0)  # or it would ask again later
 
 
 def ignore_signals(*_: object) -> None:

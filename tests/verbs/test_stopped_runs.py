@@ -327,7 +327,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> AdaptConfig:
 def test_jobs_stop_at_steps_and_amid_scores_and_go_on(
     jobs: AdaptConfig, tmp_path: Path, owner: Any, name: str, call: int, saved: int
 ) -> None:
-    config = onto(jobs, tmp_path, waves=WavesConfig(save_every=100))
+    config = onto(jobs, tmp_path, waves=WavesConfig(size=4, save_every=100))
     said = stopped(adapt, config, owner, name, call)
     assert "the jobs of this rank are saved" in said
     steps = {checkpoint.find_resume(folder) or 0 for folder in job_folders(tmp_path).values()}
@@ -340,7 +340,7 @@ def test_jobs_stop_at_steps_and_amid_scores_and_go_on(
 def test_a_damaged_save_of_a_job_starts_the_job_anew(
     jobs: AdaptConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = onto(jobs, tmp_path, waves=WavesConfig(save_every=2))
+    config = onto(jobs, tmp_path, waves=WavesConfig(size=4, save_every=2))
     stopped(adapt, config, Wave, "train_step", 3)
     folder = next(iter(job_folders(tmp_path).values()))
     (folder / "steps" / "000003" / "adapter.safetensors").write_bytes(b"torn")
