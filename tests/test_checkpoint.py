@@ -205,6 +205,16 @@ def test_the_runs_adapter_is_the_newest(tmp_path):
     assert state.read_card(tmp_path).step == 3
 
 
+@pytest.mark.parametrize("left", ["adapter.json", "adapter.safetensors"])
+def test_an_adapter_left_older_or_torn_is_made_that_of_the_step(tmp_path, left):
+    run = trained()
+    folder = run.save(tmp_path, 2)
+    (tmp_path / "adapter" / left).write_text("{}")
+    checkpoint.publish(tmp_path, 2)
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_a_run_without_saved_steps_has_nothing_to_resume(tmp_path):
     assert checkpoint.find_resume(tmp_path) is None
 

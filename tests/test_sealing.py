@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mhr_scale.errors import RunError
-from mhr_scale.sealing import DONE, check, sealed, unseal
+from mhr_scale.sealing import DONE, check, recover, sealed, unseal
 
 
 def seal(folder: Path, text: str = "some text") -> Path:
@@ -84,6 +84,17 @@ def test_a_folder_of_an_earlier_version_has_an_empty_list_and_passes(tmp_path: P
     folder = seal(tmp_path / "one")
     (folder / DONE).write_text("")
     check(folder)
+
+
+def test_what_died_amid_a_replacement_comes_back_and_halves_go(tmp_path: Path) -> None:
+    seal(tmp_path / "one").rename(tmp_path / ".one.old.tmp")
+    seal(tmp_path / "two")
+    seal(tmp_path / ".two.old.tmp", "older text")
+    (tmp_path / ".three.tmp").mkdir()
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    check(tmp_path / "one")
+    assert (tmp_path / "two" / "a.txt").read_text() == "some text"
 
 
 def test_a_folder_is_removed_seal_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from mhr_scale.config.adaptation import ProtocolConfig
 from mhr_scale.config.data import EvalTasksConfig
 from mhr_scale.config.model import BackboneConfig
 from mhr_scale.config.part import part
+from mhr_scale.config.training import check_betas
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 
@@ -47,6 +48,12 @@ class FinetuneOptimConfig:
     """AdamW's epsilon."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "eps"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"optim.{name}: {getattr(self, name)} is below 0")
+        check_betas(self.beta1, self.beta2)
 
 
 @part

@@ -5,6 +5,9 @@ from typing import Any, Literal
 from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
 
+#: Ranks, skills and splits that no backbone is wide enough for are mistakes.
+LARGEST_SIZE = 1 << 20
+
 Policy = Literal["learned", "noisy", "straight_through", "uniform", "random", "fixed"]
 
 
@@ -82,6 +85,11 @@ class AdapterConfig:
         for name in ("rank", "n_skills", "n_splits", "block_span"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"adapter.{name}: {getattr(self, name)} is not at least 1")
+            if getattr(self, name) > LARGEST_SIZE:
+                raise ConfigError(
+                    f"adapter.{name}: {getattr(self, name)} is above {LARGEST_SIZE}, as no "
+                    "backbone is wide"
+                )
         if self.n_splits > 1 and self.n_skills == 1:
             raise ConfigError("adapter.n_splits: splits route between skills; set n_skills above 1")
         if self.block_span > 1 and self.granularity != "blocks":

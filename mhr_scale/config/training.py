@@ -17,6 +17,13 @@ def check_timeout(seconds: float) -> None:
         )
 
 
+def check_betas(beta1: float, beta2: float) -> None:
+    """Raise `ConfigError` for decays of moments that never forget, or grow."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ConfigError(f"optim.{name}: {beta} is not in [0, 1)")
+
+
 @part
 class LossConfig:
     """Cross-entropy of the target tokens."""
@@ -49,6 +56,12 @@ class OptimConfig:
     """AdamW's epsilon."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "routing_lr", "weight_decay", "eps"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"optim.{name}: {getattr(self, name)} is below 0")
+        check_betas(self.beta1, self.beta2)
 
 
 @part

@@ -191,7 +191,7 @@ def _quotes(recipe: Path, message: str) -> bool:
         inner = leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, list) else ()
         leaves += inner
         if isinstance(leaf, str):
-            values.append(one_line(str(Path(leaf))))
+            values += [one_line(str(path)) for path in (Path(leaf), Path(leaf).absolute())]
     return any(message.startswith(value[:100]) for value in values)
 
 
