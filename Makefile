@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+LAUNCHING := tests/distributed tests/robustness tests/planning
+
 .PHONY: demo test lint install clean
 
 demo: install
@@ -14,8 +16,12 @@ demo: install
 	$(BIN)/python launch/evaluate.py launch/recipes/demo/zero_shot.yaml
 	$(BIN)/python launch/adapt.py launch/recipes/demo/few_shot.yaml
 
+# two processes side by side: what starts launchers and kills runs, and all the rest
 test: install lint
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(LAUNCHING) > $(VENV)/launching_tests.log 2>&1 & launching=$$!; \
+	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(LAUNCHING)); rest=$$?; \
+	wait $$launching; launching=$$?; cat $(VENV)/launching_tests.log; \
+	exit $$((rest > launching ? rest : launching))
 
 lint: install
 	$(BIN)/ruff check .

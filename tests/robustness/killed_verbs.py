@@ -146,7 +146,7 @@ def _adapt(source: Path) -> tuple[str, ...]:
         "launch/recipes/toy_adapt.yaml",
         f"variants={{MHR: {{adapter: {source}}}, MHR-z: {{adapter: {source}, kind: routing}}}}",
         "shots={seeds: [0], count: 12}",
-        "protocol={steps: 15, batch_size: 4, loss: language_model, max_input_tokens: 32, "
+        "protocol={steps: 24, batch_size: 4, loss: language_model, max_input_tokens: 32, "
         "max_target_tokens: 32}",
         "selection={on: test, every_epochs: 2}",
         "scoring={metric: exact_match, max_new_tokens: 4, examples: 3}",

@@ -198,7 +198,7 @@ STOPS = [
 def test_an_interrupted_run_goes_on_to_the_very_same_files(
     config, run, tmp_path, save_every, owner, name, call
 ):
-    waves = WavesConfig(save_every=save_every)
+    waves = WavesConfig(size=4, save_every=save_every)
     stopped = onto(config, tmp_path / "run", waves=waves)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, owner, name, call)
@@ -212,7 +212,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_files(
 
 
 def test_a_run_can_be_interrupted_again_and_again(config, run, tmp_path):
-    stopped = onto(config, tmp_path / "run", waves=WavesConfig(save_every=1))
+    stopped = onto(config, tmp_path / "run", waves=WavesConfig(size=4, save_every=1))
     for _ in range(20):
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, Wave, "train_step", 3)
@@ -225,7 +225,7 @@ def test_a_run_can_be_interrupted_again_and_again(config, run, tmp_path):
 
 
 def test_jobs_go_on_from_their_newest_saved_step(config, tmp_path):
-    stopped = onto(config, tmp_path / "run", waves=WavesConfig(save_every=2))
+    stopped = onto(config, tmp_path / "run", waves=WavesConfig(size=4, save_every=2))
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, Wave, "train_step", 6)
         with pytest.raises(Stopped):
