@@ -26,7 +26,7 @@ __all__ = [
 
 
 #: Characters of an error's text: the place stands at its beginning, the way out at its end.
-LONGEST_TEXT = 900
+LONGEST_TEXT = 30_000
 
 
 class ExitCode(IntEnum):

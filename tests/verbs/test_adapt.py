@@ -378,7 +378,7 @@ def test_a_job_that_diverges_changes_nothing_for_the_other_one_of_its_wave(
 
     monkeypatch.setattr(Wave, "train_step", overflow)
     with pytest.raises(DivergenceError, match=r"2 job\(s\) given up"):
-        adapt(onto(two, tmp_path / "run"))
+        adapt(onto(two, tmp_path / "run", waves=WavesConfig(size=2)))
     assert {key[:2] for key in results(tmp_path / "run")} == {(TASKS[0], "0")}
     for found in json.loads((tmp_path / "run" / "summary.json").read_text())["variants"].values():
         assert (found["seeds"], found["incomplete_seeds"]) == ([], [0])
