@@ -206,7 +206,6 @@ class Engine:
         Sharded from construction: under ZeRO-3 each rank reads and holds its own flat range of
         each tensor only.
         """
-        dtype = getattr(torch, config.dtype)
         if self.is_sharded:
             assert config.quantise == "none", "quantise.check comes first"
             deepspeed = _import_deepspeed()
@@ -217,16 +216,19 @@ class Engine:
                 model = backbone.make_model(blueprint)
         else:
             with torch.device("meta"):
-                model = backbone.make_model(blueprint).to(dtype)
+                model = backbone.make_model(blueprint).to(getattr(torch, config.dtype))
             quantise.allocate(model, config.quantise, self.device)
             backbone.tie(model, blueprint)
             model.requires_grad_(False)
-        shard_rank = self.rank if self.is_sharded else None
-        fill(model, blueprint.source, kind=config.quantise, rank=shard_rank, device=self.device)
+        self._fill(model, config, blueprint)
         backbone.fuse(model, config)
         backbone.set_dropout(model, config.dropout)
         backbone.set_recompute(model, config.recompute)
         return model
+
+    def _fill(self, model: nn.Module, config: BackboneConfig, blueprint: Blueprint) -> None:
+        rank = self.rank if self.is_sharded else None
+        fill(model, blueprint.source, kind=config.quantise, rank=rank, device=self.device)
 
     def prepare(
         self, model: nn.Module, config: BackboneConfig, *, always_backward: bool = False

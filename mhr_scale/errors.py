@@ -22,11 +22,13 @@ __all__ = [
     "did_you_mean",
     "first_line",
     "one_line",
+    "shortened",
+    "some",
 ]
 
 
 #: Characters of an error's text: the place stands at its beginning, the way out at its end.
-LONGEST_TEXT = 30_000
+LONGEST_TEXT = 900
 
 
 class ExitCode(IntEnum):
@@ -98,6 +100,18 @@ def one_line(text: str) -> str:
         return printable
     kept = LONGEST_TEXT * 2 // 3
     return f"{printable[:kept]} ... {printable[kept - LONGEST_TEXT + 5 :]}"
+
+
+def some(names: Iterable[str], *, shown: int = 10) -> str:
+    """The first names and how many more there are."""
+    listed = list(names)
+    rest = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def shortened(text: str, *, shown: int = 40) -> str:
+    """The text in quotes, or its beginning."""
+    return repr(text if len(text) <= shown else text[:shown] + "...")
 
 
 def first_line(error: Exception) -> str:

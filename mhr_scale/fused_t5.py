@@ -49,8 +49,9 @@ TANH_GELUS = ("NewGELUActivation", "GELUTanh")
 
 def fused_class(part: Any, original: Any) -> Any:
     """The original class with the methods of `part` in front of its own."""
-    name = f"Fused{original.__name__}"
-    return FUSED.setdefault((part, original), type(name, (part, original), {}))
+    if (part, original) not in FUSED:
+        FUSED[part, original] = type(f"Fused{original.__name__}", (part, original), {})
+    return FUSED[part, original]
 
 
 class Attention:

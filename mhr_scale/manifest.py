@@ -13,8 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mhr_scale.errors import BackboneError
+from mhr_scale.files import hash_file
 from mhr_scale.runlog import ByteProgress, write_json
-from mhr_scale.shards import FileFacts, first_cut, hash_file
+from mhr_scale.shards import FileFacts, first_cut
 from mhr_scale.weights import WeightSource
 
 MANIFEST = "mhr_scale.json"
@@ -130,7 +131,10 @@ def hash_files(files: dict[str, Path], *, what: str) -> dict[str, FileFacts]:
     """Sizes and hashes of files by name; every byte is read, under a progress bar."""
     total = sum(file.stat().st_size for file in files.values())
     progress = ByteProgress(total, what=what)
-    facts = {name: hash_file(file, advance=progress.add) for name, file in files.items()}
+    facts = {
+        name: FileFacts(bytes=file.stat().st_size, sha256=hash_file(file, advance=progress.add))
+        for name, file in files.items()
+    }
     progress.close()
     return facts
 

@@ -78,9 +78,7 @@ class _Tree:
         return self.source
 
 
-def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
-    """Read a recipe file into `schema`; raises `ConfigError` with file, line and way out."""
-    path = Path(path)
+def _read_file(path: Path) -> _Tree:
     tree = _Tree(str(path))
     try:
         tree.read(path.read_text(encoding="utf-8"))
@@ -88,6 +86,12 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+    return tree
+
+
+def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe file into `schema`; raises `ConfigError` with file, line and way out."""
+    tree = _read_file(Path(path))
     for argument in overrides:
         tree.override(argument)
     return build(schema, tree)
@@ -103,14 +107,7 @@ def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
 
 def read_names(path: Path) -> list[str]:
     """The parts that a recipe file has; raises `ConfigError` if it cannot be read."""
-    tree = _Tree(str(path))
-    try:
-        tree.read(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
-    return list(tree.values)
+    return list(_read_file(path).values)
 
 
 def build(schema: type[T], tree: _Tree) -> T:

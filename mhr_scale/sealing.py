@@ -4,7 +4,6 @@
 exist; `check` finds every file that is not what was written.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mhr_scale.errors import RunError
+from mhr_scale.files import flush, hash_file
 from mhr_scale.runlog import write_json
 
 DONE = "DONE"
@@ -97,21 +97,6 @@ def unseal(folder: Path) -> None:
     """Remove a sealed folder, `DONE` first, so that no half of it is ever taken for a whole."""
     (folder / DONE).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:

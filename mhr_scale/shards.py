@@ -154,14 +154,3 @@ def first_cut(file: Path) -> str | None:
             there = max(0, size - 8 - length - start)
             return f"it ends in {name}, of which {there} of {stop - start} bytes are there"
     return None
-
-
-def hash_file(file: Path, *, advance: Callable[[str, int], None]) -> FileFacts:
-    """Size and sha256 of a file; `advance` hears of every chunk that was read."""
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while data := stream.read(1 << 24):
-            digest.update(data)
-            size += len(data)
-            advance(file.name, len(data))
-    return FileFacts(bytes=size, sha256=digest.hexdigest())

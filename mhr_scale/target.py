@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mhr_scale.errors import RunError, first_line
+from mhr_scale.files import flush
 
 
 def check_target(target: Path) -> None:
@@ -39,20 +40,11 @@ def moved_into_place(target: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         for written in (*unfinished.rglob("*"), unfinished):
-            _sync(written)
+            flush(written)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(unfinished, place)
-        _sync(place.parent)
+        flush(place.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(f"folder: cannot write to {target} ({first_line(error)})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or the names in a folder on the disk before anything that follows."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -179,8 +179,13 @@ class Siblings(_Adapted):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each member gives for x."""
-        bases = [m.base if isinstance(m, AdaptedLinear) else m for m in self.members]
+        bases = [base_of(member) for member in self.members]
         return self._run(x, bases, is_off=all(member.is_off for member in self.adapted()))
+
+
+def base_of(linear: nn.Module) -> Any:
+    """The frozen linear: of an adapted one its own, any other is one."""
+    return linear.base if isinstance(linear, AdaptedLinear) else linear
 
 
 def call_together(parent: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:

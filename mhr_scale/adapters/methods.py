@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.layout import Site, check_splits, find_sites
-from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, siblings_name
+from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, base_of, siblings_name
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, did_you_mean
@@ -324,8 +324,7 @@ def wrap(model: nn.Module, sites: Sequence[Site]) -> dict[str, AdaptedLinear]:
 def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> None:
     """Join children that read the same input, if one of them is adapted and all are alike."""
     members = [parent.get_submodule(child) for child in children]
-    bases = [m.base if isinstance(m, AdaptedLinear) else m for m in members]
-    shapes = {(base.in_features, base.out_features) for base in bases}
+    shapes = {(base.in_features, base.out_features) for base in map(base_of, members)}
     if len(shapes) == 1 and any(isinstance(member, AdaptedLinear) for member in members):
         siblings = Siblings(members, f"{name}.{'+'.join(children)}")
         setattr(parent, siblings_name(children), siblings.train(parent.training))

@@ -6,7 +6,6 @@ adapter without the recipe, and the hash of the tensor file, so that a torn pair
 """
 
 import filecmp
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from mhr_scale.adapters.layout import Site, find_sites
 from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, UserError
+from mhr_scale.files import flush, hash_file
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
@@ -227,12 +227,6 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], *, place: str)
         tensor.copy_(tensors[name])
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / TENSORS
     if not file.is_file():
@@ -272,6 +266,5 @@ def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
 
 def _replace(partial: Path, target: Path) -> None:
     """Flush `partial` to disk and put it in place of `target` in one move."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(partial)
     os.replace(partial, target)

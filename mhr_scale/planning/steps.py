@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import backbone, optim, scoring
+from mhr_scale import optim, scoring
 from mhr_scale.adapters import Adapter, find_sites
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.backbone import Blueprint
@@ -95,16 +95,8 @@ class Draughtsman(Engine):
         self._ds_content: dict[str, Any] = {}
         self._runtime = self._sequence = None
 
-    def build(self, config: BackboneConfig, blueprint: Blueprint) -> nn.Module:
-        """What `Engine.build` does, but for the weights."""
-        with torch.device("meta"):
-            model = backbone.make_model(blueprint).to(getattr(torch, config.dtype))
-        backbone.tie(model, blueprint)
-        model.requires_grad_(False)
-        backbone.fuse(model, config)
-        backbone.set_dropout(model, config.dropout)
-        backbone.set_recompute(model, config.recompute)
-        return model
+    def _fill(self, model: nn.Module, config: BackboneConfig, blueprint: Blueprint) -> None:
+        """Leave the weights where they are: nowhere."""
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 
 from mhr_scale import strict_yaml
 from mhr_scale.config import IntakeConfig, JsonlTasks
-from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.errors import DataError, did_you_mean, shortened
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.task import Example, Intake, Place, Task
 
@@ -286,14 +286,10 @@ def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
     if label is not None and not 0 <= label < len(choices):
         return f"label {label} is out of range for {len(choices)} choices"
     if target not in choices:
-        return f"target {_short(target)} is not among the choices"
+        return f"target {shortened(target)} is not among the choices"
     if label is not None and choices[label] != target:
-        return f"label {label} is {_short(choices[label])} but the target is {_short(target)}"
+        return f"label {label} is {shortened(choices[label])} but the target is {shortened(target)}"
     return None
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 def _make_example(line: Line, *, default_id: str) -> Example:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhr_scale.config import IntakeConfig
-from mhr_scale.errors import DataError, first_line
+from mhr_scale.errors import DataError, first_line, shortened
 from mhr_scale.runlog import log
 from mhr_scale.tasks.jsonl import iter_rows, kind_of
 from mhr_scale.tasks.task import Example, Intake, Place
@@ -303,7 +303,7 @@ def _plain_example(members: list[Entry], *, id: str, policy: IntakeConfig) -> Ex
     choices, label = _choices(row), None
     if choices:
         if target not in choices:
-            raise ValueError(f"target {_short(target)} is not among the choices")
+            raise ValueError(f"target {shortened(target)} is not among the choices")
         label = choices.index(target)
     return Example(id=id, input=text, targets=(target,), choices=choices, label=label, place=place)
 
@@ -378,7 +378,3 @@ def _check_not_empty(text: str, targets: Iterable[str], policy: IntakeConfig) ->
         raise ValueError("empty input")
     if policy.empty_target == "reject" and not all(targets):
         raise ValueError("empty target")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -28,19 +28,17 @@ import json
 import logging
 import random
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mhr_scale.config import IntakeConfig, SuperNITasks
-from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.errors import DataError, did_you_mean, some
 from mhr_scale.tasks.jsonl import kind_of
 from mhr_scale.tasks.task import Example, Intake, Place, Task
 
 log = logging.getLogger("mhr_scale")
 
-NAMES_SHOWN = 10
 LEAST_VALIDATION = 25
 
 
@@ -70,9 +68,7 @@ def read_tasks(config: SuperNITasks, intake: Intake) -> list[Task]:
     asked = config.train_examples
     short = [task.name for task in tasks if len({row.place for row in task.train}) < asked]
     if short:
-        log.warning(
-            "fewer than %d training rows in %d task(s): %s", asked, len(short), _some(short)
-        )
+        log.warning("fewer than %d training rows in %d task(s): %s", asked, len(short), some(short))
     return tasks
 
 
@@ -89,16 +85,16 @@ def _list_tasks(folder: Path, config: SuperNITasks) -> list[str]:
     problems = []
     if unknown:
         hint = did_you_mean(unknown[0], listed)
-        problems.append(f"{path}: {len(unknown)} task(s) not listed: {_some(unknown)}{hint}")
+        problems.append(f"{path}: {len(unknown)} task(s) not listed: {some(unknown)}{hint}")
     if missing and config.missing == "error":
         problems.append(
-            f"{folder / 'tasks'}: {len(missing)} listed task(s) without a file: {_some(missing)}; "
+            f"{folder / 'tasks'}: {len(missing)} listed task(s) without a file: {some(missing)}; "
             "add the files or set tasks.missing: skip"
         )
     if problems:
         raise DataError("; ".join(problems))
     if missing:
-        log.warning("%d listed task(s) skipped, no file: %s", len(missing), _some(missing))
+        log.warning("%d listed task(s) skipped, no file: %s", len(missing), some(missing))
     found = [name for name in names if name not in missing]
     if not found:
         raise DataError(f"{path}: none of the listed tasks has a file in {folder / 'tasks'}")
@@ -115,11 +111,6 @@ def _read_list(path: Path, splits: Path) -> set[str]:
     if not names:
         raise DataError(f"{path}: lists no task")
     return names
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_text(path: Path) -> str:

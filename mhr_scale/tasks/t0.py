@@ -21,13 +21,13 @@ Validation rows are set aside from the training rows that were read, at most a t
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from mhr_scale.config import T0Tasks
-from mhr_scale.errors import DataError, did_you_mean
+from mhr_scale.errors import DataError, did_you_mean, some
 from mhr_scale.runlog import log
 from mhr_scale.tasks import p3, prompted
 from mhr_scale.tasks.prompts import config_name
@@ -138,7 +138,7 @@ def _open_source(config: T0Tasks, prompts: Sequence[Prompt]) -> _Source:
             what="prompts",
             needs=lambda prompt: prompt.name,
             there=[name for name, splits in rendered.splits.items() if SPLIT in splits],
-            around=f"there are: {_some(rendered.splits)}",
+            around=f"there are: {some(sorted(rendered.splits))}",
             read=partial(p3.read_examples, rendered, split=SPLIT),
         )
     raw = prompted.open_source(config, {prompt.name: prompt.raw for prompt in prompts})
@@ -164,19 +164,14 @@ def _present(prompts: Sequence[Prompt], source: _Source, config: T0Tasks) -> lis
         raise DataError(
             f"{source.name}: {share}, such as {missing[0]}; {source.around}; set tasks.source"
         )
+    if missing:
+        log.warning("%s: %s: %s", source.name, share, ", ".join(missing))
     if missing and config.missing == "error":
         raise DataError(
-            f"{source.name}: {share}: {', '.join(missing)}; add them, name the others in "
+            f"{source.name}: {share}: {some(missing)}; add them, name the others in "
             "tasks.tasks, or set tasks.missing: skip"
         )
-    if missing:
-        log.warning("%s: %s, skipped: %s", source.name, share, _some(missing))
     return [prompt for prompt in prompts if source.needs(prompt) not in missing]
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
 
 
 def _read_task(

@@ -2,6 +2,7 @@
 nobody is left behind, and the same command goes on to what an undisturbed run leaves."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -114,7 +115,8 @@ def test_ranks_whose_launcher_is_ended_save_and_go_on_on_another_number(
     check_nobody_is_left(tmp_path)
     (step,) = checkpoint.complete_steps(folder)
     assert 0 < step < 6
-    assert f"stopped by the launcher, which is gone: step {step} is saved" in printed
+    gone = "the launcher, which is gone|another rank"  # the one that noticed first
+    assert re.search(f"stopped by ({gone}): step {step} is saved", printed)
     succeed("launch/pretrain.py", *SETTINGS, f"run.folder={folder}")
     check_same(folder, whole)
 

@@ -32,8 +32,9 @@ from mhr_scale.config import (
     SuperNITasks,
 )
 from mhr_scale.engine import deepspeed_config, read_ds_config
+from mhr_scale.files import hash_file
 from mhr_scale.recipe import load, parse, to_yaml
-from mhr_scale.sealing import DONE, hash_file
+from mhr_scale.sealing import DONE
 from mhr_scale.tasks.prompts import Prompter, load_templates
 from mhr_scale.tokens import open_tokens
 from mhr_scale.verbs import adapt, average, convert, evaluate, export, finetune, pretrain
