@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,19 +184,15 @@ class Engine:
         """Join the process group, with a timeout, and with no compiled collective on CPU."""
         deepspeed = _import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        join = partial(dist.init_process_group, backend, timeout=self.timeout)
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=self.timeout
-            )
+            join(store=dist.HashStore(), rank=0, world_size=1)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if attempt != "0":  # torchrun's store may still have the addresses of ranks that are gone
             store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
             store = dist.PrefixStore(f"attempt {attempt}", store)
-            size = self.world_size
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=size, timeout=self.timeout
-            )
+            join(store=store, rank=self.rank, world_size=self.world_size)
         deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
 
     # -- backbone ------------------------------------------------------------------------------
