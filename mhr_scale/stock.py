@@ -8,12 +8,13 @@ loads the LoRA and writes it; the optimizer is torch's, transformers' or bitsand
 import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mhr_scale import backbone, checkpoint, quantise
@@ -165,8 +166,11 @@ def write_peft(model: Any, folder: Path, source: Path) -> None:
     os.replace(partial, folder)
 
 
-def _fill_peft(model: Any, folder: Path, source: Path) -> None:
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def _fill_peft(
+    model: Any, folder: Path, source: Path, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """The model's adapter as a PEFT folder; of these tensors, where a step has gone on since."""
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
     if (source / interop.NOTE).is_file():
         shutil.copy(source / interop.NOTE, folder / interop.NOTE)
 
@@ -197,13 +201,36 @@ def make_optimizer(
     return paged
 
 
-def save_step(model: Any, optimizer: Optimizer, run: Path, step: int, source: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class StepCopy:
+    """Copies on the host of what a step trains, for a write that the next step does not change."""
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def copy_step(model: Any, optimizer: Optimizer) -> StepCopy:
+    """Copy the trained tensors and the optimizer's state to the host."""
+    trained = {n: _copy(p) for n, p in model.named_parameters() if p.requires_grad}
+    state = optimizer.state_dict()
+    own = {
+        number: {key: _copy(value) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return StepCopy(trained, {**state, "state": own})
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def save_step(model: Any, copy: StepCopy, run: Path, step: int, source: Path) -> None:
     """Save a step, and keep the one before; raises `RunError` if it cannot be written."""
     folder = checkpoint.step_folder(run, step)
     try:
         with sealed(folder) as partial:
-            _fill_peft(model, partial, source)
-            torch.save(optimizer.state_dict(), partial / OPTIMIZER)
+            _fill_peft(model, partial, source, copy.tensors)
+            torch.save(copy.optimizer, partial / OPTIMIZER)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's own writer
         raise checkpoint.not_saved(run, folder, error) from error
     checkpoint.remove_old(run, keep=2)

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ from mhr_scale.runs import backbone_facts, check_writable, differences, read_rec
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.few_shot_suites import read_few_shot
 from mhr_scale.tasks.task import Intake
+from mhr_scale.writer import Writer
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may differ when a run goes on: where and how fast, not what.
@@ -255,25 +257,37 @@ def train(
     metrics = Metrics(folder / "metrics.jsonl", resume_step=start)
     progress = Progress(protocol.steps, start=start, what="finetune")
     loaded.base.train()
-    for number in range(start, protocol.steps):
-        rate = config.optim.lr * optim.rate_factor(schedule, number)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        values = train_step(config, loaded, optimizer, opening.data.batch(number), number)
-        step = number + 1
-        if not all(math.isfinite(value) for value in values.values()):
-            raise DivergenceError(f"step {step}: {values} is not finite; lower optim.lr")
-        if step == 1 or step % run.log_every == 0 or step == protocol.steps:
-            metrics.write({"step": step, **values, "lr": rate})
-        is_stopped = stopping.is_asked() and step < protocol.steps
-        is_due = bool(run.save_every) and step % run.save_every == 0
-        if step == protocol.steps or is_due or is_stopped:
-            metrics.flush()
-            stock.save_step(loaded.model, optimizer, folder, step, opening.source)
-        progress.advance(f"loss {values['loss']:.4f}")
-        if is_stopped:
-            raise stopping.stop(f"step {step} is saved")
+    with Writer() as writer:
+        for number in range(start, protocol.steps):
+            rate = config.optim.lr * optim.rate_factor(schedule, number)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            writer.check()
+            values = train_step(config, loaded, optimizer, opening.data.batch(number), number)
+            step = number + 1
+            if not all(math.isfinite(value) for value in values.values()):
+                raise DivergenceError(f"step {step}: {values} is not finite; lower optim.lr")
+            if step == 1 or step % run.log_every == 0 or step == protocol.steps:
+                metrics.write({"step": step, **values, "lr": rate})
+            is_stopped = stopping.is_asked() and step < protocol.steps
+            is_due = bool(run.save_every) and step % run.save_every == 0
+            if step == protocol.steps or is_due or is_stopped:
+                copy = stock.copy_step(loaded.model, optimizer)
+                write = partial(_write_step, metrics, loaded.model, copy, folder, step)
+                writer.submit(partial(write, opening.source))
+            progress.advance(f"loss {values['loss']:.4f}")
+            if is_stopped:
+                writer.wait()
+                raise stopping.stop(f"step {step} is saved")
     progress.close()
+
+
+def _write_step(
+    metrics: Metrics, model: Any, copy: stock.StepCopy, folder: Path, step: int, source: Path
+) -> None:
+    """Write a saved step, in the background: of copies, which no step changes."""
+    metrics.flush()
+    stock.save_step(model, copy, folder, step, source)
 
 
 def train_step(
