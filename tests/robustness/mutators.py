@@ -168,8 +168,7 @@ def mutate_jsonl(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.3:
         return rng.choice((mutate_bytes, mutate_lines))(rng, data)
     lines = data.splitlines(keepends=True)
-    for _ in range(rng.choice((1, 1, 3))):
-        number = rng.randrange(len(lines))
+    for number in rng.sample(range(len(lines)), min(len(lines), rng.choice((1, 1, 3)))):
         changed = _dump(mutate_tree(rng, json.loads(lines[number])))
         lines[number] = changed.replace("\n", "").encode() + b"\n"
         if not changed.startswith("{"):
