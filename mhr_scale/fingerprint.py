@@ -22,7 +22,7 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import BackboneError
-from mhr_scale.manifest import Fingerprint
+from mhr_scale.manifest import MANIFEST, WAY_OUT, Fingerprint
 from mhr_scale.runlog import ByteProgress, log
 from mhr_scale.seeds import seed_from
 from mhr_scale.weights import WeightSource
@@ -228,6 +228,7 @@ def check(model: Any, blueprint: Blueprint, config: BackboneConfig, engine: Engi
     if blueprint.manifest is None:
         return
     stored = blueprint.manifest.fingerprint
+    check_questions(stored, blueprint)
     with adapters_off(model):
         found = difference(stored, ask(model, stored, engine.device))
     how = config.dtype if config.quantise == "none" else config.quantise
@@ -242,6 +243,25 @@ def check(model: Any, blueprint: Blueprint, config: BackboneConfig, engine: Engi
             "`python launch/convert.py RECIPE verify=true`"
         )
     log.info("backbone: its stored logits to %.1e of their spread (%s)", worst, how)
+
+
+def check_questions(stored: Fingerprint, blueprint: Blueprint) -> None:
+    """Raise `BackboneError` unless a fingerprint asks what this backbone can be asked."""
+    place, size = f"{blueprint.folder}/{MANIFEST}: fingerprint", blueprint.model_config.vocab_size
+    shape = (len(stored.input_ids), len(stored.input_ids[0]) if stored.input_ids else 0)
+    answers = (shape[0], len(stored.decoder_input_ids[0]) if stored.decoder_input_ids else 0)
+    asked = {
+        "input_ids": (stored.input_ids, shape, size),
+        "attention_mask": (stored.attention_mask, shape, 2),
+        "decoder_input_ids": (stored.decoder_input_ids, answers, size),
+        "vocabulary": ([stored.vocabulary], (1, len(stored.vocabulary)), size),
+    }
+    for name, (rows, (n_rows, width), end) in asked.items():
+        if not width or len(rows) != n_rows or {len(row) for row in rows} != {width}:
+            raise BackboneError(f"{place}.{name}: not {n_rows} rows of {width}; {WAY_OUT}")
+        foreign = [token for row in rows for token in row if not 0 <= token < end]
+        if foreign:
+            raise BackboneError(f"{place}.{name}: {foreign[0]} is not in 0..{end - 1}; {WAY_OUT}")
 
 
 def tolerance_of(stored: Fingerprint, how: str) -> float:

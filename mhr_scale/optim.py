@@ -212,7 +212,7 @@ def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
                     raise RunError(f"{place}: {name}/{part} {fault}")
             step = state.get("step")
             step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-            if not isinstance(step, int | float) or not 1 <= step < math.inf:
+            if type(step) not in (int, float) or not 1 <= step < math.inf:
                 raise RunError(f"{place}: {name}/step is {step!r}, no number of steps")
 
 

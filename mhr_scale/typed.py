@@ -6,6 +6,7 @@ Dataclasses check no types: what a file says is checked here, once, before anyth
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,17 @@ def build(kind: type[T], values: Any, *, name: str) -> T:
         if key in hints and not _is_a(value, hints[key]):
             raise TypeError(f"{name}.{key} is {value!r}")
     return kind(**values)
+
+
+def check_fields(values: Any, hints: Mapping[str, Any], *, name: str) -> None:
+    """Raise `TypeError` naming a field that is missing or of another type than the hints say."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} is {values!r}, no object")
+    for key, hint in hints.items():
+        if key not in values:
+            raise TypeError(f"{name}.{key} is missing")
+        if not _is_a(values[key], hint):
+            raise TypeError(f"{name}.{key} is {values[key]!r}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

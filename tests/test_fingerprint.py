@@ -131,6 +131,25 @@ def test_a_model_that_trains_still_trains_after_the_check(folder: Path, mode: bo
     assert model.training == mode
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"input_ids": [[10**18]], "attention_mask": [[1]]}, r"input_ids: 10{18} is not in 0\.\."),
+        ({"input_ids": [[3, 4], [3]]}, "input_ids: not 2 rows of 2"),
+        ({"attention_mask": [[2] * 16] * 2}, r"attention_mask: 2 is not in 0\.\.1"),
+        ({"decoder_input_ids": [[0]]}, "decoder_input_ids: not 2 rows of 1"),
+        ({"vocabulary": [-1]}, "vocabulary: -1 is not in"),
+        ({"vocabulary": []}, "vocabulary: not 1 rows of 0"),
+    ],
+)
+def test_a_damaged_question_is_refused(
+    folder: Path, changes: dict[str, list[int]], expected: str
+) -> None:
+    _, blueprint, _, _ = opened(folder)
+    with pytest.raises(BackboneError, match=rf"{MANIFEST}: fingerprint\.{expected}"):
+        fingerprint.check_questions(replace(stored(folder), **changes), blueprint)
+
+
 def test_a_folder_without_a_fingerprint_is_not_asked(folder: Path) -> None:
     model, blueprint, config, engine = opened(folder)
     tie_head(model)

@@ -11,8 +11,21 @@ from urllib.parse import quote
 from mhr_scale import checkpoint
 from mhr_scale.errors import RunError
 from mhr_scale.runlog import write_json
+from mhr_scale.typed import check_fields
 
 RESULT = "result.json"
+#: What tables and reports read of a result.
+RESULT_FIELDS = {
+    "task": str,
+    "seed": int,
+    "variant": str,
+    "kind": str,
+    "adapter": str | None,
+    "metric": str,
+    "score": float,
+    "source_numbers": int,
+    "trained_numbers": int,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -120,7 +133,7 @@ def read_all_results(run: Path) -> list[dict[str, Any]]:
 def _read_result(file: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        float(result["score"])
+        check_fields(result, RESULT_FIELDS, name="result")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{file}: not a result ({error!r}); delete it and run again") from error
     return result

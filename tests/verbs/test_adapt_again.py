@@ -153,10 +153,14 @@ def test_a_variant_that_was_left_out_cannot_come_back_as_another_one(again):
     assert times(Path(again.run.folder)) == before
 
 
-def test_a_damaged_result_is_named(again):
-    folder = next(iter(job_folders(Path(again.run.folder)).values()))
-    (folder / "result.json").write_text("{}")
-    with pytest.raises(RunError, match=r"result\.json: not a result .*delete it and run again"):
+@pytest.mark.parametrize(
+    ("damage", "fault"), [({"score": None}, "score is None"), ({"source_numbers": [1]}, "numbers")]
+)
+def test_a_damaged_result_is_named(again, damage, fault):
+    file = next(iter(job_folders(Path(again.run.folder)).values())) / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    words = rf"result\.json: not a result .*{fault}.*delete it and run again"
+    with pytest.raises(RunError, match=words):
         adapt(again)
 
 
