@@ -181,7 +181,10 @@ def open_weights(folder: Path) -> WeightSource:
             return _open_indexed(folder / index, kind)
         files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
         if files:
-            return kind(files)
+            source = kind(files)
+            if not source.names():
+                raise BackboneError(f"{files[0]}: holds no tensor; fetch it again")
+            return source
     raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here")
 
 

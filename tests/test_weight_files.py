@@ -69,6 +69,11 @@ def test_a_stray_file_beside_a_whole_one_is_not_read(kind: str, tmp_path: Path) 
     assert open_weights(folder).names() == TENSORS.keys()
 
 
+def test_a_file_without_a_tensor_is_named(kind: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", {}, kind=kind)
+    assert message(folder).endswith(f".{kind}: holds no tensor; fetch it again")
+
+
 def test_a_shard_that_the_index_names_must_be_there(folder: Path, kind: str) -> None:
     gone = shards(folder, kind)[1]
     gone.unlink()
