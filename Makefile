@@ -1,5 +1,5 @@
 # make demo   install into .venv, then the whole way on the built-in toy suite: pre-train, average,
-#             zero-shot, few-shot
+#             zero-shot, few-shot, analysis, and a report on it in runs/demo/report.html
 # make test   install into .venv, then lint, types, import contracts and all tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +15,10 @@ demo: install
 	$(BIN)/python launch/average.py launch/recipes/demo/average.yaml
 	$(BIN)/python launch/evaluate.py launch/recipes/demo/zero_shot.yaml
 	$(BIN)/python launch/adapt.py launch/recipes/demo/few_shot.yaml
+	$(BIN)/python launch/analyse.py launch/recipes/demo/analyse.yaml
+	$(BIN)/python launch/report.py \
+		$(addprefix runs/demo/,mhr lora average zero_shot few_shot analyse) \
+		--file runs/demo/report.html --title "The toy suite, from pre-training to few-shot"
 
 # two processes side by side: what starts launchers and kills runs, and all the rest
 test: install lint

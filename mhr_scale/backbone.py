@@ -175,6 +175,19 @@ def set_recompute(model: Any, mode: str) -> None:
     model.config.use_cache = False
 
 
+def evaluate(model: nn.Module) -> None:
+    """Put the model into evaluation mode; blocks that recompute activations go on doing so.
+
+    Their own flag decides that and nothing else: dropout and routing noise lie in modules below.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+
+
 def require_input_gradients(model: Any) -> None:
     """Let gradients flow to the embeddings, so that a backward pass meets every module."""
 

@@ -245,6 +245,8 @@ def _check_tags(schema: type[Any], tree: _Tree) -> None:
             continue
         known = list(_tags(_parts(hint)).values())
         values = tree.values[name]
+        if values is None and type(None) in _members(hint):
+            continue
         given = values.get("suite") if isinstance(values, dict) else None
         place = tree.place((name, "suite"))
         if given is None:

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,29 +78,45 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """The lines of a `metrics.jsonl`: number, text, and what it says (None: a torn line).
+
+    Raises `RunError` if the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); move it away") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            values = json.loads(line)
+            yield number, line, {**values, "step": int(values["step"])}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            yield number, line, None
+
+
 class Metrics:
     """`metrics.jsonl`: one JSON object per logged step, in the order of the steps.
 
     A resumed run first drops the lines after the step it resumes from, so that no step is missing
-    and none stands twice.
+    and none stands twice. `also` gets every line that is written (a tracker).
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int,
+        also: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.path = path
+        self._also = also
         if path.exists():
             kept = []
-            try:
-                text = path.read_text(encoding="utf-8", errors="replace")
-            except OSError as error:
-                reason = error.strerror
-                raise RunError(f"{path}: cannot be read ({reason}); move it away") from error
-            for number, line in enumerate(text.splitlines(), 1):
-                try:
-                    step = int(json.loads(line)["step"])
-                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            for number, line, values in metric_lines(path):
+                if values is None:
                     log.warning("%s:%d: torn line dropped", path, number)
-                    continue
-                if step <= resume_step:
+                elif values["step"] <= resume_step:
                     kept.append(line + "\n")
             write_text(path, "".join(kept))
 
@@ -108,6 +124,8 @@ class Metrics:
         """Append one line and flush it."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if self._also is not None:
+            self._also(values)
 
     def flush(self) -> None:
         """Have the lines on disk, before a save that goes on after them."""

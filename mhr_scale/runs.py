@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from mhr_scale import backbone, checkpoint, fingerprint, quantise, typed
+from mhr_scale import backbone, checkpoint, fingerprint, quantise, tracking, typed
 from mhr_scale.adapters import Adapter, attach, find_sites
 from mhr_scale.adapters.layout import check_splits
 from mhr_scale.adapters.state import Card, check_backbone, load_tensors, named_tensors
+from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone import Blueprint
 from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
@@ -43,7 +44,11 @@ FREE_TO_CHANGE = (
     "batch.micro_batch_size",
     "batch.workers",
     "run.token_cache",
+    "run.trackers",
     "backbone.recompute",
+    "monitor.alignment_every",
+    "monitor.alignment_tasks",
+    "monitor.alignment_rows",
 )
 
 
@@ -59,11 +64,13 @@ def prepare(
     ds_content = read_ds_config(config.run.ds_config)
     config.batch.accumulation(world_size())
     check_folder(config)
+    tracking.check(config.run.trackers)
     blueprint = backbone.read_blueprint(config.backbone)
     check_quantise(config.backbone, blueprint, ds_content, config.run.ds_config)
     check_adapter(blueprint, config.adapter)
     tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
     tokens = open_tokens(config.tasks, tokenizer, config.batch, cache=config.run.token_cache)
+    check_tasks(config, tokens)
     plan = make_plan(config, tokens)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:
@@ -92,6 +99,14 @@ def prepare(
             ),
             backbone_facts=backbone_facts(config.backbone, blueprint),
             save_steps=save_steps,
+            monitor=make_monitor(
+                config,
+                engine=engine,
+                model=model,
+                adapter=adapter,
+                tokens=tokens,
+                pad_id=tokenizer.pad_token_id,
+            ),
         )
     except BaseException:
         engine.close()
@@ -113,10 +128,18 @@ def check_quantise(
     quantise.check(config, blueprint.model_config, ds_config=sharding)
 
 
-def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfig:
+def backbone_of(
+    adapter: str,
+    card: Card,
+    moved_to: str | None,
+    *,
+    dtype: str | None = None,
+    quantise: str | None = None,
+) -> BackboneConfig:
     """The backbone an adapter was trained on, which may have moved since.
 
-    Raises `AdapterError` if the adapter does not tell, or belongs to weights of its own.
+    `dtype` and `quantise` override what it was trained in. Raises `AdapterError` if the adapter
+    does not tell, or belongs to weights of its own.
     """
     facts = card.backbone
     if "backbone" in card.origin:
@@ -128,6 +151,8 @@ def backbone_of(adapter: str, card: Card, moved_to: str | None) -> BackboneConfi
     settings = {key: value for key, value in facts.items() if key in known}
     if moved_to is not None:
         settings["name"] = moved_to
+    overrides = {"dtype": dtype, "quantise": quantise}
+    settings |= {key: value for key, value in overrides.items() if value is not None}
     if not settings.get("name") and not settings.get("config"):
         raise AdapterError(
             f"{adapter}: does not say which backbone it was trained on; set backbone_moved_to"

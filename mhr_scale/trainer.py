@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import batching, checkpoint, losses, optim, stopping
+from mhr_scale import batching, checkpoint, optim, stopping, tracking, validation
 from mhr_scale.adapters import Adapter
+from mhr_scale.analysis.monitor import Monitor
 from mhr_scale.batching import Batch, StepBatches
 from mhr_scale.config import PretrainConfig
 from mhr_scale.engine import Engine
@@ -55,6 +56,7 @@ class Trainer:
         batches: StepBatches,
         backbone_facts: Mapping[str, Any],
         save_steps: tuple[int, ...] = (),
+        monitor: Monitor | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -69,6 +71,7 @@ class Trainer:
         self.step = 0
         self.resume_step: int | None = None
         self.writer = Writer()
+        self.monitor = monitor
         self._copy: Adapter | None = None
         self._metrics: Metrics | None = None
         self._is_stop_agreed = False
@@ -82,12 +85,17 @@ class Trainer:
         A rank that is asked to stop ends all of them after the step: saved, by `Stopped`.
         """
         config = self.config
-        with stopping.held(), self.writer:
+        start = -1 if self.resume_step is None else self.step
+        trackers = config.run.trackers if self.engine.rank == 0 else ()
+        tracked = tracking.opened(trackers, self.folder, resume_step=start)
+        with stopping.held(), self.writer, tracked as track:
             if self.engine.rank == 0:
-                start = -1 if self.resume_step is None else self.step
-                self._metrics = Metrics(self.folder / "metrics.jsonl", resume_step=start)
+                path = self.folder / "metrics.jsonl"
+                self._metrics = Metrics(path, resume_step=start, also=track)
             if self.resume_step is None and config.run.validate_every >= 0:
                 self._log_validation()
+            if self.resume_step is None:
+                self._log_alignment()
             progress = Progress(config.schedule.steps, start=self.step, what="train")
             begun = time.monotonic()
             for micro_batches in self.batches.load(self.step, config.schedule.steps):
@@ -147,7 +155,9 @@ class Trainer:
                 seeds=seeds,
                 uniform_share=optim.uniform_share(config.schedule, self.step),
             ) as slots:
-                loss = self._forward(batch, label_smoothing=config.loss.label_smoothing)
+                loss = validation.forward(
+                    self.model, batch, label_smoothing=config.loss.label_smoothing
+                )
                 slots.backward(loss.sum.sum())
                 self.engine.after_backward()
             sums.row_losses.append((batch, loss.sum.detach()))
@@ -234,36 +244,16 @@ class Trainer:
 
     # -- validation ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Mean loss per target token on all validation rows, overall and by task. Collective.
-
-        Ranks stay in step: the last round is filled up with a batch that does not count.
-        """
-        engine, config = self.engine, self.config
+        """Mean loss per target token on all validation rows, overall and by task. Collective."""
         picks = batching.number_rows(self.tokens.validation)
-        chunks = batching.cut_micro_batches(picks, config.batch.micro_batch_size)
-        n_tasks = len(self.tokens.cards)
-        sums = torch.zeros(2, n_tasks, dtype=torch.float64, device=engine.device)
-        self.model.eval()
-        for start in range(0, len(chunks), engine.world_size):
-            number = start + engine.rank
-            batch = self.batches.collate(chunks[min(number, len(chunks) - 1)]).to(engine.device)
-            with self.adapter.slots(batch.task_ids):
-                loss = self._forward(batch, label_smoothing=0.0)
-            if number < len(chunks):
-                index = torch.tensor(batch.task_ids, device=engine.device)
-                sums[0].index_add_(0, index, loss.sum.double())
-                sums[1].index_add_(0, index, loss.count.double())
-        engine.reduce_sum(sums)
-        totals, counts = sums.tolist()
-        by_task = {
-            card.name: total / count
-            for card, total, count in zip(self.tokens.cards, totals, counts, strict=True)
-            if count
-        }
-        mean = sum(totals) / sum(counts) if sum(counts) else None
-        return {"validation_loss": mean, "validation_loss_by_task": by_task}
+        return validation.reduce_losses(
+            self.model,
+            self.adapter,
+            batching.cut_micro_batches(picks, self.config.batch.micro_batch_size),
+            collate=self.batches.collate,
+            engine=self.engine,
+        )
 
     # -- saving and resuming ---------------------------------------------------------------------
 
@@ -333,12 +323,13 @@ class Trainer:
         log.info("saved %s", folder)
 
     def _validate_and_save(self) -> None:
-        """Validate, then save, where either is due: what is saved is never without its figures."""
+        """Validate and save where either is due: what is saved is never without its figures."""
         run, is_last = self.config.run, self.step == self.config.schedule.steps
         is_due = run.validate_every > 0 and self.step % run.validate_every == 0
         loss = None
         if is_due or (is_last and run.validate_every >= 0):
             loss = self._log_validation()
+        self._log_alignment()
         is_due = bool(run.save_every) and self.step % run.save_every == 0
         if is_last or is_due or self.step in self.save_steps:
             self.save(validation_loss=loss)
@@ -352,6 +343,14 @@ class Trainer:
             self._write({"step": self.step, **values})
         return loss
 
+    def _log_alignment(self) -> None:
+        """Measure gradient alignment where the monitor is due; nothing else changes. Collective."""
+        if self.monitor is not None and self.monitor.is_due(self.step):
+            values = self.monitor.gather_values()
+            if values is not None:
+                log.info("step %d: alignment %.4f", self.step, values["alignment"])
+                self._write({"step": self.step, **values})
+
     # -- small parts -----------------------------------------------------------------------------
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -361,16 +360,6 @@ class Trainer:
     def _tasks_of_step(self) -> list[int]:
         """Tasks of the whole global batch: every rank knows them without asking."""
         return sorted({sample.task for sample in self.batches.samples(self.step)})
-
-    def _forward(self, batch: Batch, *, label_smoothing: float) -> losses.Loss:
-        """Loss of each row: the frozen model with the slots in use."""
-        output = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            use_cache=False,
-        )
-        return losses.language_model(output.logits, batch.labels, label_smoothing=label_smoothing)
 
 
 def _dense_rows(logits: nn.Parameter, tasks: list[int]) -> Tensor:

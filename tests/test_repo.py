@@ -76,6 +76,12 @@ def test_the_commands_of_the_readme_run(
     script, arguments = words[number], words[number + 1 :]
     ranks = int(words[words.index("--num_gpus") + 1]) if "--num_gpus" in words else 0
     shorter: tuple[str, ...] = SHORT
+    if script == "launch/report.py":
+        file = tmp_path / "report.html"
+        result = run(script, str(toy_run), f"--file={file}")
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert file.is_file()
+        return
     if script == "launch/average.py":
         shorter = (f"source={toy_run}", "steps=[0, 2]")
     if script == "launch/convert.py":
@@ -97,10 +103,13 @@ def test_the_commands_of_the_readme_run(
         shorter = (sources, "protocol.steps=2", "shots.seeds=[0]", "scoring.examples=1")
     if script == "launch/evaluate.py":
         shorter = (f"adapter={toy_run}", "tasks.n_tasks=60", "scoring.examples=1")
+    if script == "launch/analyse.py":
+        shorter = (f"adapter={toy_run}", "alignment.tasks=2", "alignment.rows=1")
     result = run(script, *arguments, f"run.folder={tmp_path / 'run'}", *shorter, ranks=ranks)
     assert result.returncode == 0, result.stdout[-3000:]
     written = {"launch/data.py": None, "launch/plan.py": None}
     written |= dict.fromkeys(("launch/evaluate.py", "launch/adapt.py"), "summary.json")
+    written["launch/analyse.py"] = "analysis.json"
     written["launch/finetune.py"] = "adapter/adapter_model.safetensors"
     expected = written.get(script, "adapter/adapter.safetensors")
     assert expected is None or (tmp_path / "run" / expected).is_file()

@@ -15,6 +15,7 @@ from mhr_scale.config.adaptation import (
     VariantConfig,
     WavesConfig,
 )
+from mhr_scale.config.analyse import AlignmentConfig, AnalyseConfig, MonitorConfig
 from mhr_scale.config.convert import ConvertConfig, FingerprintConfig, OriginConfig
 from mhr_scale.config.data import (
     EvalTasksConfig,
@@ -54,6 +55,8 @@ __all__ = [
     "AdaptConfig",
     "AdaptRunConfig",
     "AdapterConfig",
+    "AlignmentConfig",
+    "AnalyseConfig",
     "AverageConfig",
     "BackboneConfig",
     "BatchConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "JsonlTasks",
     "LossConfig",
     "MixtureConfig",
+    "MonitorConfig",
     "OptimConfig",
     "OriginConfig",
     "PlanConfig",

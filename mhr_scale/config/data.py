@@ -32,12 +32,15 @@ class ToyTasks:
     """The training tasks, or the 10 held-out compositions."""
     n_tasks: int = 60
     """Training tasks drawn from the 144 compositions, the 10 held-out ones excluded."""
+    tasks: tuple[str, ...] = ()
+    """Exactly these compositions, in this order, in place of those of `seed` and `n_tasks`."""
     train_examples: int = 200
     """Training examples per task."""
     validation_examples: int = 20
     """Held-out examples per training task."""
-    instruction: Literal["none", "full"] = "none"
-    """none: the input does not tell the task; full: three instruction tokens do."""
+    instruction: Literal["none", "full", "code"] = "none"
+    """none: the input does not tell the task; full: three instruction tokens describe it; code:
+    three tokens tell it from all others and describe another one (a name without a meaning)."""
     seed: int = 0
     """Seed of the task split and of the examples."""
 

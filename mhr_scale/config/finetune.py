@@ -7,7 +7,7 @@ from mhr_scale.config.adaptation import ProtocolConfig
 from mhr_scale.config.data import EvalTasksConfig
 from mhr_scale.config.model import BackboneConfig
 from mhr_scale.config.part import part
-from mhr_scale.config.training import check_betas
+from mhr_scale.config.training import Tracker, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 
@@ -66,12 +66,15 @@ class FinetuneRunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 100
     """Steps between saves to go on from (0: none)."""
+    trackers: tuple[Tracker, ...] = ()
+    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
         if self.save_every < 0:
             raise ConfigError(f"run.save_every: {self.save_every} is below 0")
+        check_trackers(self.trackers)
 
 
 @part

@@ -5,6 +5,9 @@ from typing import Literal
 from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
 
+#: Where the lines of metrics.jsonl can go besides; each needs the extra of its name.
+Tracker = Literal["tensorboard", "wandb"]
+
 #: A month; what is longer overflows clocks, and waits for nothing.
 LONGEST_TIMEOUT_SECONDS = 30 * 86400.0
 
@@ -15,6 +18,13 @@ def check_timeout(seconds: float) -> None:
         raise ConfigError(
             f"run.timeout_seconds: {seconds:g} is not in (0, {LONGEST_TIMEOUT_SECONDS:g}]"
         )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for a tracker that is named twice."""
+    for name in set(names):
+        if names.count(name) > 1:
+            raise ConfigError(f"run.trackers: '{name}' stands twice")
 
 
 def check_betas(beta1: float, beta2: float) -> None:
@@ -172,10 +182,14 @@ class RunConfig:
     """How long a collective may wait for the other ranks."""
     token_cache: str | None = None
     """Folder that keeps tokenised tasks between runs; null: tokenise in memory at every start."""
+    trackers: tuple[Tracker, ...] = ()
+    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder) and wandb;
+    what trains steps has them (`pretrain`, `average`, `finetune`), `evaluate` has no steps."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ConfigError(f"run.keep: {self.keep} is not at least 1")
         if self.log_every < 1:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
+        check_trackers(self.trackers)
         check_timeout(self.timeout_seconds)

@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
+from mhr_scale.config.analyse import MonitorConfig
 from mhr_scale.config.data import EvalTasksConfig, MixtureConfig, TasksConfig
 from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
 from mhr_scale.config.part import part
@@ -36,8 +37,17 @@ class PretrainConfig:
     """Length and learning-rate shape."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Batch shape."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What is watched meanwhile."""
     run: RunConfig
     """Where to write."""
+
+    def __post_init__(self) -> None:
+        if self.monitor.alignment_every and self.adapter.private:
+            raise ConfigError(
+                "monitor.alignment_every: private inventories share no tensor whose gradients "
+                "could be compared; set it to 0"
+            )
 
 
 @part

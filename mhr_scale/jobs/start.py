@@ -12,6 +12,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,9 @@ from mhr_scale.adapters.layout import Site
 from mhr_scale.config import AdapterConfig, VariantConfig
 from mhr_scale.errors import AdapterError, ConfigError
 from mhr_scale.jobs.job import Job
+
+#: The ways to adapt that a paper's table compares.
+KINDS: tuple[Literal["full", "routing", "average"], ...] = ("full", "routing", "average")
 
 
 def check_variant(name: str, variant: VariantConfig, source: Adapter | None) -> None:
@@ -137,6 +141,26 @@ def unstack(wave: Adapter, number: int, task: str) -> Adapter:
     for mine, theirs in zip(made.inventory.parameters(), wave.inventory.parameters(), strict=True):
         mine.copy_(theirs[:, number] if wave.config.private else theirs)
     return made
+
+
+def source_numbers(source: Adapter) -> int:
+    """Numbers of an inventory that multi-task training made."""
+    return sum(parameter.numel() for parameter in source.inventory.parameters())
+
+
+def variant_numbers(source: Adapter) -> dict[str, int | None]:
+    """Numbers that each way to adapt a source trains per task; None: not one of its ways."""
+    counts: dict[str, int | None] = {}
+    for kind in KINDS:
+        variant = VariantConfig(adapter="the source", kind=kind)
+        try:
+            check_variant(kind, variant, source)
+        except ConfigError:
+            counts[kind] = None
+            continue
+        config = config_of(variant, source)
+        counts[kind] = count_trained(config, source.sites, routing_only=kind == "routing")
+    return counts
 
 
 def trained_numbers(wave: Adapter) -> int:

@@ -8,7 +8,7 @@ operation and every map, and no composition.
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 
@@ -26,6 +26,7 @@ __all__ = [
     "held_out_tasks",
     "make_tasks",
     "primitive_example",
+    "split",
     "vocabulary",
 ]
 
@@ -87,12 +88,14 @@ def make_tasks(config: ToyTasks) -> list[Task]:
     From eight tasks on they show every primitive. The letter strings do not depend on
     `config.instruction`.
     """
+    if config.tasks:
+        return [_training_task(name, config) for name in _named(config.tasks)]
     if not 1 <= config.n_tasks <= N_TRAINABLE:
         raise DataError(
             f"tasks.n_tasks: {config.n_tasks} is not in 1..{N_TRAINABLE}; of {len(PARTS)} "
             f"compositions {N_HELD_OUT} are held out"
         )
-    _, trainable = _split(config.seed)
+    _, trainable = split(config.seed)
     return [_training_task(name, config) for name in trainable[: config.n_tasks]]
 
 
@@ -102,8 +105,21 @@ def held_out_tasks(config: ToyTasks) -> list[Task]:
     They do not depend on `config.n_tasks`; every primitive in them is seen in training if that is
     at least eight.
     """
-    held_out, _ = _split(config.seed)
+    held_out = _named(config.tasks) or split(config.seed)[0]
     return [_held_out_task(name, config) for name in held_out]
+
+
+def split(seed: int) -> tuple[list[str], list[str]]:
+    """Names of the held-out compositions, and of the others in the order training takes them."""
+    rng = random.Random(f"{seed}:split")
+    names = list(PARTS)
+    held_out: list[str] = []
+    operations: set[str] = set()
+    while len(held_out) < N_HELD_OUT or len(operations) < HELD_OUT_OPERATIONS_AT_LEAST:
+        rng.shuffle(names)
+        held_out = _balanced(names)
+        operations = {PARTS[name][0] for name in held_out}
+    return held_out, _cover_first([name for name in names if name not in held_out])
 
 
 def compose(name: str, symbols: str) -> str:
@@ -143,17 +159,17 @@ def vocabulary() -> list[str]:
     return [*special, *SENTINELS, *LETTERS, "<", ">", *INSTRUCTION_WORDS, *CONTROL_WORDS]
 
 
-def _split(seed: int) -> tuple[list[str], list[str]]:
-    """Names of the held-out compositions, and of the others in the order training takes them."""
-    rng = random.Random(f"{seed}:split")
-    names = list(PARTS)
-    held_out: list[str] = []
-    operations: set[str] = set()
-    while len(held_out) < N_HELD_OUT or len(operations) < HELD_OUT_OPERATIONS_AT_LEAST:
-        rng.shuffle(names)
-        held_out = _balanced(names)
-        operations = {PARTS[name][0] for name in held_out}
-    return held_out, _cover_first([name for name in names if name not in held_out])
+def _named(names: Sequence[str]) -> list[str]:
+    """The compositions a recipe names; raises `DataError` for unknown ones and repetitions."""
+    for name in names:
+        if name not in PARTS:
+            raise DataError(
+                f"tasks.tasks: no composition is named '{name}'{did_you_mean(name, PARTS)}"
+            )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"tasks.tasks: '{twice}' stands twice; leave one out")
+    return list(names)
 
 
 def _balanced(names: list[str]) -> list[str]:
@@ -207,6 +223,7 @@ def _fold(
 ) -> tuple[Example, ...]:
     """Draw `count` examples whose strings are not `taken`, and take them."""
     rng = random.Random(f"{config.seed}:{name}:{fold}")
+    prefix = {"none": "", "full": _instruction(name), "code": _instruction(_codes()[name])}
     examples = []
     for number in range(count):
         symbols = " ".join(_letters(rng, SHORTEST, LONGEST))
@@ -220,9 +237,7 @@ def _fold(
         examples.append(
             Example(
                 id=f"{name}:{fold}:{number}",
-                input=f"{_instruction(name)} {symbols}"
-                if config.instruction == "full"
-                else symbols,
+                input=f"{prefix[config.instruction]} {symbols}".strip(),
                 targets=(target,),
                 choices=tuple(choices),
                 label=label,
@@ -234,6 +249,14 @@ def _fold(
 def _instruction(name: str) -> str:
     operation, mapping, layout = PARTS[name]
     return f"op:{operation} map:{mapping} fmt:{layout}"
+
+
+@cache
+def _codes() -> dict[str, str]:
+    """For every composition another one, whose description is its name under `code`."""
+    names = list(PARTS)
+    random.Random("codes").shuffle(names)
+    return dict(zip(names, names[1:] + names[:1]))
 
 
 def _distractors(name: str, symbols: str, rng: random.Random) -> list[str]:

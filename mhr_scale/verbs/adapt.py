@@ -26,7 +26,7 @@ from mhr_scale.jobs.job import Job, Stage, read_results, stage
 from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
 from mhr_scale.jobs.plan import LARGEST, Outlook, Planned, deal, plan_waves, wave_size
 from mhr_scale.jobs.runner import Runner, saved_of
-from mhr_scale.jobs.start import start
+from mhr_scale.jobs.start import source_numbers, start
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.planning.waves import job_bytes
 from mhr_scale.runlog import log, write_json
@@ -204,9 +204,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What a job's result says of where it started."""
     source, variant = opening.source(job.variant), opening.config.variants[job.variant]
-    numbers = 0
-    if source is not None:
-        numbers = sum(parameter.numel() for parameter in source.inventory.parameters())
+    numbers = 0 if source is None else source_numbers(source)
     facts = {"kind": variant.kind, "adapter": variant.adapter, "source_numbers": numbers}
     chosen = soups.get((job.variant, job.task, job.seed))
     return facts if chosen is None else {**facts, "soup": list(chosen)}

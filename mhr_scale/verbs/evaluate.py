@@ -137,11 +137,12 @@ def open_subject(config: EvaluateConfig) -> tuple[Card | None, Adapter | None, B
         assert config.backbone is not None
         return None, None, config.backbone
     card, stored = open_adapter(config.adapter)
-    own = backbone_of(config.adapter, card, config.backbone_moved_to)
-    own = replace(
-        own,
-        dtype=config.backbone_dtype or own.dtype,
-        quantise=config.backbone_quantise or own.quantise,
+    own = backbone_of(
+        config.adapter,
+        card,
+        config.backbone_moved_to,
+        dtype=config.backbone_dtype,
+        quantise=config.backbone_quantise,
     )
     return card, mean_of(stored) if config.routing == "average" else stored, own
 

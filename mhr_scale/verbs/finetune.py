@@ -32,6 +32,7 @@ from mhr_scale import (
     stock,
     stopping,
     summary,
+    tracking,
 )
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import (
@@ -110,6 +111,7 @@ def finetune(config: FinetuneConfig) -> Path:
     folder = Path(config.run.folder)
     check_alone()
     check_folder(config)
+    tracking.check(config.run.trackers)
     if (folder / RESULT).is_file():
         log.info("%s is finished: %s", folder, folder / RESULT)
         return folder / "adapter"
@@ -254,10 +256,11 @@ def train(
     schedule = ScheduleConfig(
         steps=protocol.steps, warmup_fraction=protocol.warmup_fraction, decay=protocol.decay
     )
-    metrics = Metrics(folder / "metrics.jsonl", resume_step=start)
+    tracked = tracking.opened(run.trackers, folder, resume_step=start)
     progress = Progress(protocol.steps, start=start, what="finetune")
     loaded.base.train()
-    with Writer() as writer:
+    with Writer() as writer, tracked as track:
+        metrics = Metrics(folder / "metrics.jsonl", resume_step=start, also=track)
         for number in range(start, protocol.steps):
             rate = config.optim.lr * optim.rate_factor(schedule, number)
             for group in optimizer.param_groups:

@@ -427,3 +427,50 @@ def test_the_shipped_backbone_does_single_primitives(model, tokenizer):
     logits = model(**inputs, labels=labels.input_ids.masked_fill(masked, -100)).logits
     right = ((logits.argmax(-1) == labels.input_ids) | masked).all(-1)
     assert right.float().mean() >= 0.95
+
+
+def test_named_tasks_take_the_place_of_the_split():
+    names = ("reverse.mirror.after", "copy.plus1.plain")
+    for fold, make in (("train", toy.make_tasks), ("held_out", toy.held_out_tasks)):
+        config = replace(CONFIG, fold=fold, tasks=names)
+        assert tuple(task.name for task in make(config)) == names
+
+
+def test_a_named_task_has_the_examples_it_has_among_the_others():
+    task = toy.make_tasks(CONFIG)[3]
+    [alone] = toy.make_tasks(replace(CONFIG, tasks=(task.name,)))
+    assert alone == task
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (("reverse.miror.after",), r"named 'reverse.miror.after'; did you mean"),
+        (("copy.plus1.plain", "copy.plus1.plain"), r"'copy.plus1.plain' stands twice"),
+    ],
+)
+def test_unknown_and_repeated_names_of_tasks_are_errors(names, match):
+    with pytest.raises(DataError, match=match):
+        toy.make_tasks(replace(CONFIG, tasks=names))
+
+
+def test_a_code_tells_tasks_apart_and_describes_another_one():
+    names = tuple(toy.PARTS)
+    few = {"tasks": names, "train_examples": 1, "validation_examples": 0}
+    codes, descriptions = (
+        {
+            task.name: task.train[0].input.split()[:3]
+            for task in toy.make_tasks(replace(CONFIG, **few, instruction=instruction))
+        }
+        for instruction in ("code", "full")
+    )
+    assert len({tuple(code) for code in codes.values()}) == len(names)
+    assert sorted(codes.values()) == sorted(descriptions.values())
+    assert not [name for name in names if codes[name] == descriptions[name]]
+
+
+def test_a_code_changes_nothing_but_the_first_three_words():
+    plain = toy.make_tasks(CONFIG)[0].train
+    coded = toy.make_tasks(replace(CONFIG, instruction="code"))[0].train
+    assert [row.input.split()[3:] for row in coded] == [row.input.split() for row in plain]
+    assert [row.targets for row in coded] == [row.targets for row in plain]

@@ -1,0 +1,12 @@
+"""Look at what an adapter has learned: gradient alignment, routing, inventory.
+
+python launch/analyse.py RECIPE [a.b=value ...]                      one process
+deepspeed --num_gpus N launch/analyse.py RECIPE [a.b=value ...]      N processes
+"""
+
+from mhr_scale.config import AnalyseConfig
+from mhr_scale.launching import main
+from mhr_scale.verbs.analyse import analyse
+
+if __name__ == "__main__":
+    main(AnalyseConfig, analyse, usage="python launch/analyse.py")

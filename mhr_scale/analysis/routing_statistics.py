@@ -1,0 +1,96 @@
+"""What a learned routing looks like: how sparse, how discrete, which skills, which tasks alike.
+
+Shape letters: T tasks, G routing groups, Q splits, S skills.
+
+All of it is of the weights used in evaluation, w (T, G, Q, S), rows summing to 1, and of the
+activations p = sigmoid(z) that they are normalised from. Polytropon (Ponti et al., 2022) speaks of
+sparsity, discreteness and usage of its allocation matrix; the definitions here are ours where it
+says so.
+
+| figure | of one row | 0 | 1 |
+|---|---|---|---|
+| entropy | H(w) / ln S, H(w) = - sum_s w_s ln w_s | one skill | all alike |
+| sparsity (ours) | Hoyer's: (sqrt S - 1 / |w|_2) / (sqrt S - 1) | all alike | one skill |
+| discreteness | 1 - mean over s of H2(p_s), binary entropy in bits | p = 1/2 | on or off |
+
+Effective skills are exp H(w), 1 to S (ours).
+
+The reference logs the mean of H2 itself as discreteness, and the share of p above 1/2 as sparsity,
+which says nothing of skills that share their work evenly. Each figure is the mean over tasks and
+splits, of one group or of all. Usage of a skill is the mean of its weight, and sums to 1.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mhr_scale.adapters import Adapter, routing
+from mhr_scale.analysis.clustering import clustered_order
+
+#: Weights are float32: a task this much nearer to the mean task than its own size is the mean.
+SAME = 1e-5
+#: Of stored cosines: a thousand tasks are a million of them.
+DIGITS = 6
+
+
+def describe_routing(adapter: Adapter) -> dict[str, Any] | None:
+    """All figures as plain values; None where there is no table of routing logits."""
+    if adapter.routing_logits is None:
+        return None
+    logits_TGQS = adapter.routing_logits.detach().cpu()
+    w_TGQS = routing.mixing_weights(logits_TGQS, adapter.config, seeds=None).double()
+    p_TGQS = torch.sigmoid(logits_TGQS.double())
+    rows = row_figures(w_TGQS, p_TGQS)
+    groups = [
+        {
+            "name": name,
+            **{key: value[:, number].mean().item() for key, value in rows.items()},
+            "usage": w_TGQS[:, number].mean((0, 1)).tolist(),
+        }
+        for number, name in enumerate(adapter.groups)
+    ]
+    similarity = task_similarity(w_TGQS)
+    matrix = np.round(similarity, DIGITS).tolist()
+    return {
+        **{key: value.mean().item() for key, value in rows.items()},
+        "groups": groups,
+        "usage": w_TGQS.mean((0, 1, 2)).tolist(),
+        "similarity": {"order": clustered_order(similarity), "matrix": matrix},
+    }
+
+
+def row_figures(w_TGQS: Tensor, p_TGQS: Tensor) -> dict[str, Tensor]:
+    """Sparsity, discreteness, entropy and effective skills of every row, (T, G, Q) each."""
+    n_skills = w_TGQS.shape[-1]
+    entropy = torch.special.entr(w_TGQS).sum(-1)
+    root = n_skills**0.5
+    sparsity = (root - 1.0 / w_TGQS.norm(dim=-1)) / (root - 1.0)
+    bits = (torch.special.entr(p_TGQS) + torch.special.entr(1.0 - p_TGQS)) / np.log(2.0)
+    return {
+        "sparsity": sparsity.clamp(0.0, 1.0),
+        "discreteness": 1.0 - bits.mean(-1),
+        "entropy": (entropy / np.log(n_skills)).clamp(0.0, 1.0),
+        "effective_skills": entropy.exp(),
+    }
+
+
+def task_similarity(w_TGQS: Tensor) -> NDArray[np.float64]:
+    """Cosines of the tasks' weights after the mean task is taken away, (T, T); ours.
+
+    Weights are positive and sum to 1: their plain cosines are all near 1 and tell no task from
+    another. A task that is the mean task has no direction: it is like every other such task
+    (cosine 1: a single task, or all the same) and unlike the rest (0).
+    """
+    x_TD = w_TGQS.flatten(1)
+    deviations = x_TD - x_TD.mean(0)
+    norms = deviations.norm(dim=1)
+    is_mean = norms <= SAME * x_TD.norm(dim=1)
+    units = deviations / norms.masked_fill(is_mean, torch.inf)[:, None]
+    cosines = units @ units.T
+    cosines = ((cosines + cosines.T) / 2.0).clamp(-1.0, 1.0)
+    cosines[is_mean[:, None] & is_mean] = 1.0
+    found: NDArray[np.float64] = cosines.fill_diagonal_(1.0).numpy()
+    return found

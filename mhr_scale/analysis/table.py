@@ -1,0 +1,71 @@
+"""An analysis, printed: what was found over all, and block by block."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = ("alignment", "sparsity", "discreteness", "entropy", "norm", "overlap")
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures of an `analysis.json`, overall and by block."""
+    lines = [
+        f"{found['method']} of {found['n_tasks']} task(s): {found['n_skills']} skill(s), "
+        f"{found['n_splits']} split(s), rank {found['rank']}, policy {found['policy']}, "
+        f"{found['n_groups']} routing groups"
+    ]
+    numbers = found["parameters"]
+    ways = ", ".join(
+        f"{name} {count:,}" for name, count in numbers["variants"].items() if count is not None
+    )
+    lines.append(f"  numbers       {numbers['multi_task']:,} multi-task; trained per task: {ways}")
+    routing, inventory, alignment = found["routing"], found["inventory"], found["alignment"]
+    if routing is not None:
+        lines.append(
+            f"  routing       sparsity {routing['sparsity']:.3f}, discreteness "
+            f"{routing['discreteness']:.3f}, entropy {routing['entropy']:.3f}, "
+            f"{routing['effective_skills']:.2f} of {found['n_skills']} skills in effect"
+        )
+        lines.append(f"  usage         {_numbers(routing['usage'])}")
+    lines.append(f"  update norms  {_numbers(inventory['norms'])} (mean over linears)")
+    if alignment is not None:
+        lines.append(
+            f"  alignment     {alignment['mean']:.4f} over {len(alignment['tasks'])} tasks of "
+            f"{alignment['rows']} rows"
+        )
+    return "\n".join([*lines, "", *_blocks(routing, inventory, alignment)])
+
+
+def _numbers(values: Sequence[float], *, shown: int = 16) -> str:
+    rest = len(values) - shown
+    text = " ".join(f"{value:.3f}" for value in values[:shown])
+    return text + (f" and {rest} more" if rest > 0 else "")
+
+
+def _blocks(routing: Any, inventory: Any, alignment: Any) -> list[str]:
+    """One line per block; a column is empty where its figures are not of blocks or smaller."""
+    rows: dict[str, dict[str, list[float | None]]] = {}
+    for linear in inventory["linears"]:
+        row = rows.setdefault(_block(linear["name"]), {})
+        row.setdefault("norm", []).extend(linear["norms"])
+        row.setdefault("overlap", []).append(linear["overlap"])
+    for group in routing["groups"] if routing is not None else ():
+        for key in ("sparsity", "discreteness", "entropy"):
+            rows.get(_block(group["name"]), {}).setdefault(key, []).append(group[key])
+    for layer in alignment["layers"] if alignment is not None else ():
+        rows[layer["name"]]["alignment"] = [layer["mean"]]
+    columns = [column for column in COLUMNS if any(_mean(row.get(column)) for row in rows.values())]
+    width = max(len("block"), *(len(name) for name in rows))
+    lines = [f"  {'block':{width}}" + "".join(f"{column:>14}" for column in columns)]
+    for name, row in rows.items():
+        cells = "".join(f"{_mean(row.get(column)):>14}" for column in columns)
+        lines.append(f"  {name:{width}}{cells}")
+    return lines
+
+
+def _block(name: str) -> str:
+    return name.split(".layer.")[0]
+
+
+def _mean(values: Sequence[float | None] | None) -> str:
+    known = [value for value in values or () if value is not None]
+    return f"{sum(known) / len(known):.4f}" if known else ""

@@ -1,0 +1,84 @@
+"""What is measured of an adapter, and what is watched while it trains."""
+
+from dataclasses import field
+from typing import Literal
+
+from mhr_scale.config.data import TasksConfig
+from mhr_scale.config.part import part
+from mhr_scale.config.training import RunConfig
+from mhr_scale.errors import ConfigError
+
+
+def _check_sample(part_name: str, prefix: str, *, tasks: int | None, rows: int) -> None:
+    """Raise `ConfigError` for fewer tasks than make a pair, or no row."""
+    if tasks is not None and tasks < 2:
+        raise ConfigError(f"{part_name}.{prefix}tasks: {tasks} make no pair; use 2 or more")
+    if rows < 1:
+        raise ConfigError(f"{part_name}.{prefix}rows: {rows} is not at least 1")
+
+
+@part
+class MonitorConfig:
+    """What is watched while the adapter trains, without changing what it learns."""
+
+    alignment_every: int = 0
+    """Steps between measurements of gradient alignment, and one at the start and at the end; 0:
+    never. Each takes 8 bytes per trained number beside what a step takes."""
+    alignment_tasks: int | None = 8
+    """Tasks compared, sampled once from the run's seed; null: all."""
+    alignment_rows: int = 8
+    """Rows per task, the first held-out ones."""
+
+    def __post_init__(self) -> None:
+        if self.alignment_every < 0:
+            raise ConfigError(f"monitor.alignment_every: {self.alignment_every} is below 0")
+        _check_sample("monitor", "alignment_", tasks=self.alignment_tasks, rows=self.alignment_rows)
+
+
+@part
+class AlignmentConfig:
+    """How gradient alignment is measured."""
+
+    tasks: int | None = 16
+    """Tasks compared, sampled from the seed; null: all. Rank 0's host keeps a gradient of each."""
+    rows: int = 16
+    """Rows per task: its first held-out ones, or training rows where it has none."""
+    micro_batch_size: int = 4
+    """Rows per rank and pass."""
+    max_input_tokens: int | None = None
+    """Inputs are cut here; null: as in the run the tasks come from, else 256."""
+    max_target_tokens: int | None = None
+    """Targets are cut here; null: as in the run the tasks come from, else 256."""
+    seed: int = 42
+    """Seed of the sample of tasks."""
+
+    def __post_init__(self) -> None:
+        _check_sample("alignment", "", tasks=self.tasks, rows=self.rows)
+        for name in ("micro_batch_size", "max_input_tokens", "max_target_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"alignment.{name}: {value} is not at least 1")
+
+
+@part
+class AnalyseConfig:
+    """Everything `analyse` reads; the model part comes from the adapter."""
+
+    adapter: str
+    """The run or adapter to look at."""
+    tasks: TasksConfig | None = None
+    """Tasks whose gradients are compared; null: those of the run, if `adapter` is one."""
+    alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)
+    """Gradient alignment; null: statistics of routing and inventory alone, without a backbone."""
+    backbone_moved_to: str | None = None
+    """Where the adapter's backbone lies now, if not where it was trained."""
+    backbone_dtype: Literal["bfloat16", "float32"] | None = None
+    """Data type of the backbone, if not the one the adapter was trained with."""
+    backbone_quantise: Literal["none", "int8", "nf4"] | None = None
+    """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
+    run: RunConfig
+    """Where to write."""
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and self.alignment is None:
+            raise ConfigError("tasks: only alignment reads them, and alignment is null")

@@ -1,0 +1,308 @@
+"""What `analyse` found out: gradient alignment, routing and the inventory's skills."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mhr_scale.errors import RunError
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
+from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
+
+SKILL = "skill {}"
+#: Parts of module names, and what pictures say for them.
+SHORTER = (
+    (r"\bencoder\.block\.", "enc."),
+    (r"\bdecoder\.block\.", "dec."),
+    (r"\.layer\.\d+\.", "."),
+    ("SelfAttention", "self"),
+    ("EncDecAttention", "cross"),
+    ("DenseReluDense", "ff"),
+)
+
+
+def analysed(runs: Sequence[Run]) -> list[Section]:
+    """Alignment, routing and inventory of all analyses, each where there is something to show."""
+    found = [run for run in runs if run.analysis]
+    if not found:
+        return []
+    parts = (
+        ("alignment", "Gradient alignment", alignment),
+        ("routing", "Routing", routing),
+        ("inventory", "Inventory of skills", inventory),
+    )
+    sections = []
+    for name, title, make in parts:
+        having = [run for run in found if run.analysis.get(name)]
+        blocks: list[Block] = []
+        if len(having) > 1:
+            blocks.append(side_by_side(having, name))
+        for run in having:
+            blocks += [Heading(text=f"{run.label} ({run.analysis.get('method')})")] * (
+                len(having) > 1
+            )
+            try:
+                blocks += make(run.analysis)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise RunError(
+                    f"{run.folder / 'analysis.json'}: no {name} that a report can show "
+                    f"({error!r}); analyse again"
+                ) from error
+        if blocks:
+            sections.append(Section(id=name, title=title, blocks=blocks))
+    counted = [run for run in found if run.analysis.get("parameters")]
+    if counted:
+        sections.append(parameters(counted))
+    return sections
+
+
+def side_by_side(runs: Sequence[Run], name: str) -> Table:
+    """The single figures of several analyses."""
+    keys = {
+        "alignment": ("mean", "rows"),
+        "routing": ("sparsity", "discreteness", "entropy", "effective_skills"),
+        "inventory": (),
+    }[name]
+    rows: list[list[Cell]] = []
+    for run in runs:
+        part = run.analysis[name]
+        overlap = _mean_off_diagonal(part["overlap"]) if name == "inventory" else None
+        own = [overlap] if name == "inventory" else [part.get(key) for key in keys]
+        rows.append([run.label, str(run.analysis.get("method")), *own])
+    heads = ["mean overlap of skills"] if name == "inventory" else [_words(key) for key in keys]
+    return Table(caption=f"{name.title()} in figures", columns=["run", "method", *heads], rows=rows)
+
+
+def alignment(found: Mapping[str, Any]) -> list[Block]:
+    """The matrix of cosines and their mean per layer."""
+    part = found["alignment"]
+    blocks: list[Block] = []
+    names = ordered(part["tasks"], part["order"])
+    matrix = reordered(part["matrix"], part["order"])
+    svg = heat_map(
+        matrix,
+        names,
+        names,
+        title="Gradient alignment of tasks",
+        x="task",
+        y="task",
+        scale=symmetric(matrix, "cosine"),
+    )
+    caption = (
+        f"Cosine of the gradients of {len(names)} tasks with respect to the shared inventory, "
+        f"{part['rows']} rows each, similar tasks side by side. Mean over pairs: "
+        f"{part['mean']:.3f}."
+    )
+    data = matrix_table("Gradient alignment", "task", names, names, matrix)
+    blocks.append(Picture(caption=caption, svg=svg, data=data))
+    layers = part.get("layers") or []
+    if layers:
+        values = {layer["name"]: layer["mean"] for layer in layers}
+        rows: list[list[Cell]] = [[name, value] for name, value in values.items()]
+        svg = by_name(
+            [Series(name="alignment", values=values, errors={})],
+            list(values),
+            title="Gradient alignment by layer",
+            x="mean cosine over pairs of tasks",
+        )
+        data = Table(caption="Alignment by layer", columns=["layer", "mean cosine"], rows=rows)
+        blocks.append(Picture(caption="Gradient alignment by layer.", svg=svg, data=data))
+    return blocks
+
+
+def routing(found: Mapping[str, Any]) -> list[Block]:
+    """How tasks use skills: statistics and usage per group, and how alike tasks are."""
+    part = found["routing"]
+    groups = part["groups"]
+    skills = [str(number) for number in range(len(part["usage"]))]
+    figures: list[list[Cell]] = [
+        [_words(key), part.get(key)]
+        for key in ("sparsity", "discreteness", "entropy", "effective_skills")
+    ]
+    blocks: list[Block] = [
+        Table(caption="Routing over all groups", columns=["figure", "value"], rows=figures)
+    ]
+    names = [group["name"] for group in groups]
+    usage = [group["usage"] for group in groups]
+    svg = heat_map(
+        usage,
+        modules(names),
+        skills,
+        title="Usage of skills by routing group",
+        x="skill",
+        y="group",
+        scale=around_even(usage),
+    )
+    even = f"White is an even share, {1 / max(1, len(skills)):.3g}."
+    data = matrix_table("Usage", "group", names, [SKILL.format(s) for s in skills], usage)
+    caption = f"Share of the mixing weight that each skill gets in every routing group. {even}"
+    blocks.append(Picture(caption=caption, svg=svg, data=data))
+    kinds = ("sparsity", "discreteness", "entropy")
+    brief = modules(names)
+    series = [
+        Series(
+            name=kind,
+            values={name: group[kind] for name, group in zip(brief, groups, strict=True)},
+            errors={},
+        )
+        for kind in kinds
+    ]
+    svg = by_name(
+        series,
+        modules(names),
+        title="Routing statistics by group",
+        x="from 0 to 1",
+    )
+    rows: list[list[Cell]] = [[g["name"], *(g[kind] for kind in kinds)] for g in groups]
+    data = Table(caption="Routing statistics", columns=["group", *kinds], rows=rows)
+    caption = "Sparsity, discreteness and normalised entropy of every routing group."
+    blocks.append(Picture(caption=caption, svg=svg, data=data))
+    similarity = part.get("similarity")
+    if similarity and len(similarity["matrix"]) > 1:
+        blocks.append(similar_tasks(found["task_names"], similarity))
+    return blocks
+
+
+def similar_tasks(task_names: Sequence[str], similarity: Mapping[str, Any]) -> Picture:
+    """Tasks by how alike their routing is."""
+    names = ordered(task_names, similarity["order"])
+    matrix = reordered(similarity["matrix"], similarity["order"])
+    svg = heat_map(
+        matrix,
+        names,
+        names,
+        title="Similarity of the tasks' routing",
+        x="task",
+        y="task",
+        scale=symmetric(matrix, "cosine"),
+    )
+    caption = f"Cosine of the routing of {len(names)} tasks, similar tasks side by side."
+    data = matrix_table("Similarity of routing", "task", names, names, matrix)
+    return Picture(caption=caption, svg=svg, data=data)
+
+
+def inventory(found: Mapping[str, Any]) -> list[Block]:
+    """Sizes of the skills' updates and how much they overlap."""
+    part = found["inventory"]
+    linears = part["linears"]
+    names = [linear["name"] for linear in linears]
+    norms = [linear["norms"] for linear in linears]
+    skills = [str(number) for number in range(len(part["norms"]))]
+    heads = [SKILL.format(skill) for skill in skills]
+    svg = heat_map(
+        norms,
+        modules(names),
+        skills,
+        title="Norms of the skills' updates",
+        x="skill",
+        y="linear",
+        scale=Scale(label="Frobenius norm", low=0.0, high=max(map(max, norms), default=1.0)),
+    )
+    rows: list[list[Cell]] = [
+        [linear["name"], *linear["norms"], linear["overlap"]] for linear in linears
+    ]
+    data = Table(caption="Norms", columns=["linear", *heads, "overlap"], rows=rows)
+    caption = "Frobenius norm of every skill's update, for every adapted linear."
+    blocks: list[Block] = [Picture(caption=caption, svg=svg, data=data)]
+    overlap = part["overlap"]
+    if len(overlap) > 1:
+        svg = heat_map(
+            overlap,
+            skills,
+            skills,
+            title="Overlap of skills",
+            x="skill",
+            y="skill",
+            scale=Scale(label="|cosine|", low=0.0, high=1.0),
+        )
+        data = matrix_table("Overlap of skills", "skill", heads, heads, overlap)
+        caption = (
+            "Overlap of skills: absolute cosine of their updates, mean over linears; mean over "
+            f"pairs {_mean_off_diagonal(overlap):.3f}."
+        )
+        blocks.append(Picture(caption=caption, svg=svg, data=data))
+    return blocks
+
+
+def parameters(runs: Sequence[Run]) -> Section:
+    """What each way to adapt trains."""
+    rows: list[list[Cell]] = []
+    for run in runs:
+        found = run.analysis["parameters"]
+        ways = found.get("variants") or {}
+        rows.append(
+            [
+                run.label,
+                str(run.analysis.get("method")),
+                found.get("multi_task"),
+                *(ways.get(way) for way in ("full", "routing", "average")),
+            ]
+        )
+    columns = ["run", "method", "multi-task", "full", "routing alone", "average"]
+    note = "Multi-task: the shared inventory; the others: per new task."
+    table = Table(caption="Trained parameters", columns=columns, rows=rows, note=note)
+    return Section(id="parameters", title="Parameters", blocks=[table])
+
+
+# -- matrices --------------------------------------------------------------------------------------
+
+
+def ordered(names: Sequence[str], order: Sequence[int]) -> list[str]:
+    """Names in the order of the clusters."""
+    return [names[number] for number in order]
+
+
+def modules(names: Sequence[str]) -> list[str]:
+    """Names of a T5's linears or routing groups, as short as a picture wants them."""
+    made = []
+    for name in names:
+        for word, brief in SHORTER:
+            name = re.sub(word, brief, name)
+        made.append(name)
+    return made if len(set(made)) == len(set(names)) else list(names)
+
+
+def reordered(matrix: Sequence[Sequence[float]], order: Sequence[int]) -> list[list[float]]:
+    """Rows and columns of a matrix in the order of the clusters."""
+    return [[matrix[row][column] for column in order] for row in order]
+
+
+def symmetric(matrix: Sequence[Sequence[float]], label: str) -> Scale:
+    """Colours around 0 that reach to the largest value beside the diagonal."""
+    beside = [
+        abs(value)
+        for r, row in enumerate(matrix)
+        for c, value in enumerate(row)
+        if r != c and math.isfinite(value)
+    ]
+    most = min(1.0, max([*beside, 0.05]))
+    return Scale(label=label, low=-most, high=most, is_signed=True)
+
+
+def around_even(usage: Sequence[Sequence[float]]) -> Scale:
+    """Colours around the share that every skill has where none is preferred."""
+    even = 1.0 / max(1, len(usage[0]))
+    most = max([0.01, *(abs(share - even) for row in usage for share in row)])
+    return Scale(label="share of the weight", low=even - most, high=even + most, is_signed=True)
+
+
+def matrix_table(
+    caption: str,
+    corner: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    matrix: Sequence[Sequence[float]],
+) -> Table:
+    """A matrix as a table with names."""
+    cells: list[list[Cell]] = [[name, *row] for name, row in zip(rows, matrix, strict=True)]
+    return Table(caption=caption, columns=[corner, *columns], rows=cells, decimals=3)
+
+
+def _mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
+    beside = [v for r, row in enumerate(matrix) for c, v in enumerate(row) if r != c]
+    return math.fsum(beside) / len(beside) if beside else math.nan
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")

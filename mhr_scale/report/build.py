@@ -1,0 +1,30 @@
+"""From run folders to the page of a report."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mhr_scale.report import analysed, evaluations, few_shot, overview, settings, training
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Page, Section
+
+
+def build(runs: Sequence[Run], *, title: str | None = None) -> Page:
+    """The page of some runs, of whatever kinds; a section only where there is something to show."""
+    sections: list[Section | None] = [
+        overview.overview(runs),
+        few_shot.few_shot(runs),
+        evaluations.evaluations(runs),
+        evaluations.extra_steps(runs),
+        training.learning(runs),
+        training.by_task(runs),
+        *analysed.analysed(runs),
+        settings.settings(runs),
+        settings.provenance(runs),
+    ]
+    kinds = Counter(run.kind for run in runs)
+    told = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    return Page(
+        title=title or f"Report: {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",
+        lead=f"Made from run folders ({told}); every number stands in their files.",
+        sections=[section for section in sections if section is not None],
+    )

@@ -1,0 +1,218 @@
+"""Scores of evaluations: per task and prompt, several seeds together, against extra steps."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from mhr_scale.report.drawing import short
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
+from mhr_scale.report.pictures import Curve, Series, by_name, curves
+from mhr_scale.report.subjects import Subject, subject_of, told_apart
+from mhr_scale.summary import aggregate
+
+#: Evaluations side by side in one picture or table.
+MOST_SERIES = 7
+#: Rows of a table of runs; a longer one is folded.
+LONGEST = 15
+
+
+def scored(runs: Sequence[Run]) -> list[Run]:
+    """The runs with scores of their own that are no few-shot jobs."""
+    return [run for run in runs if run.kind == "evaluation" and run.summary]
+
+
+def evaluations(runs: Sequence[Run]) -> Section | None:
+    """Means, tasks and prompts of every evaluation."""
+    found = scored(runs)
+    if not found:
+        return None
+    subjects = {run.label: subject_of(run, runs) for run in found}
+    rows: list[list[Cell]] = [
+        [
+            run.label,
+            subjects[run.label].name,
+            subjects[run.label].extra_steps,
+            len(run.summary["tasks"]),
+            run.summary["examples"],
+            run.summary["mean_over_tasks"],
+            run.summary["mean_over_examples"],
+        ]
+        for run in found
+    ]
+    head = ["evaluation", "of", "extra steps", "tasks", "examples", "mean over tasks"]
+    head += ["mean over examples"]
+    caption = "Evaluations, in points from 0 to 100"
+    is_long = len(rows) > LONGEST
+    each = Table(caption=caption, columns=head, rows=rows, decimals=2, is_folded=is_long)
+    blocks = together(found, subjects)
+    blocks.insert(len(blocks) if is_long else 0, each)
+    sets: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in found:
+        sets[tuple(run.summary["tasks"])].append(run)
+    for alike in sets.values():
+        blocks += of_tasks(alike)
+    blocks += of_prompts(found)
+    return Section(id="evaluations", title="Evaluations", blocks=blocks)
+
+
+def together(found: Sequence[Run], subjects: Mapping[str, Subject]) -> list[Block]:
+    """Evaluations that differ in their seed alone, as one row each."""
+    groups = grouped(found, subjects)
+    names = told_apart(list(subjects.values()))
+    rows: list[list[Cell]] = []
+    for (key, steps), members in groups.items():
+        if len(members) > 1:
+            both = aggregate([run.summary for run in members])
+            mean, deviation = both["mean_then_std"]
+            rows.append(
+                [names[key], steps, len(members), mean, deviation, both["median_then_mean"]]
+            )
+    if not rows:
+        return []
+    columns = ["of", "extra steps", "seeds", "mean", "std over seeds", "mean of medians"]
+    note = (
+        "Mean over tasks, then mean and standard deviation (n - 1) over seeds; last column: median "
+        "over seeds per task, then mean over tasks."
+    )
+    caption = "Seeds together, in points"
+    return [Table(caption=caption, columns=columns, rows=rows, decimals=2, note=note)]
+
+
+def grouped(
+    found: Sequence[Run], subjects: Mapping[str, Subject]
+) -> dict[tuple[str, int | None], list[Run]]:
+    """Finished evaluations by subject and extra steps; only those of the same tasks."""
+    groups: dict[tuple[str, int | None], list[Run]] = defaultdict(list)
+    for run in found:
+        subject = subjects[run.label]
+        members = groups[subject.key, subject.extra_steps]
+        is_alike = not members or members[0].summary["tasks"].keys() == run.summary["tasks"].keys()
+        if run.is_finished and is_alike:
+            members.append(run)
+    return {key: members for key, members in groups.items() if members}
+
+
+def of_tasks(runs: Sequence[Run]) -> list[Block]:
+    """Scores by task of evaluations of the same tasks."""
+    names = list(runs[0].summary["tasks"])
+    shown = list(runs[:MOST_SERIES])
+    columns = ["task", "metric", "examples"]
+    columns += [part for run in runs for part in (run.label, "+-")]
+    rows: list[list[Cell]] = []
+    for name in names:
+        tasks = [run.summary["tasks"][name] for run in runs]
+        row: list[Cell] = [name, tasks[0]["metric"], tasks[0]["examples"]]
+        for run, task in zip(runs, tasks, strict=True):
+            row += [task["mean"], run.errors.get(name)]
+        rows.append(row)
+    note = "+-: standard error of the mean over the task's examples."
+    data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2, note=note)
+    if len(runs) > MOST_SERIES:
+        return [
+            Table(
+                caption=f"Scores by task of {len(runs)} evaluations, in points",
+                columns=columns,
+                rows=rows,
+                decimals=2,
+                note=note,
+                is_folded=True,
+            )
+        ]
+    series = [
+        Series(
+            name=run.label,
+            values={name: run.summary["tasks"][name]["mean"] for name in names},
+            errors=run.errors,
+        )
+        for run in shown
+    ]
+    svg = by_name(series, names, title="Scores by task", x="score (points)")
+    caption = f"Scores on {len(names)} tasks; the lines are standard errors over examples."
+    return [Picture(caption=caption, svg=svg, data=data)]
+
+
+def of_prompts(runs: Sequence[Run]) -> list[Block]:
+    """Spread over prompts, where tasks have several."""
+    blocks: list[Block] = []
+    for run in runs:
+        tasks = {n: task for n, task in run.summary["tasks"].items() if "prompts" in task}
+        if not tasks:
+            continue
+        rows: list[list[Cell]] = [
+            [
+                name,
+                len(task["prompts"]),
+                task["prompt_mean"],
+                task["prompt_median"],
+                min(task["prompts"].values()),
+                max(task["prompts"].values()),
+                task["prompt_spread"],
+            ]
+            for name, task in tasks.items()
+        ]
+        columns = ["task", "prompts", "mean", "median", "lowest", "highest", "spread"]
+        caption = f"Prompts of {run.label}, in points"
+        blocks.append(Table(caption=caption, columns=columns, rows=rows, decimals=2))
+        each: list[list[Cell]] = [
+            [name, prompt, mean]
+            for name, task in tasks.items()
+            for prompt, mean in task["prompts"].items()
+        ]
+        caption = f"Every prompt of {run.label}"
+        columns = ["task", "prompt", "score"]
+        blocks.append(
+            Table(caption=caption, columns=columns, rows=each, decimals=2, is_folded=True)
+        )
+    return [Heading(text="Prompts"), *blocks] if blocks else []
+
+
+# -- extra steps -----------------------------------------------------------------------------------
+
+
+def extra_steps(runs: Sequence[Run]) -> Section | None:
+    """Zero-shot score of averaged adapters against their extra steps, seeds together."""
+    found = scored(runs)
+    subjects = {run.label: subject_of(run, runs) for run in found}
+    names = told_apart(list(subjects.values()))
+    points: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for (key, steps), members in grouped(found, subjects).items():
+        if steps is not None:
+            points[key][steps] = [run.summary["mean_over_tasks"] for run in members]
+    if not points:
+        return None
+    rows: list[list[Cell]] = []
+    lines = []
+    for number, (key, by_steps) in enumerate(points.items()):
+        ordered = sorted(by_steps.items())
+        means = [statistics.fmean(scores) for _, scores in ordered]
+        spread = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in ordered]
+        for (steps, scores), mean, deviation in zip(ordered, means, spread, strict=True):
+            is_known = len(scores) > 1
+            rows.append([names[key], steps, len(scores), mean, deviation if is_known else None])
+        lines.append(
+            Curve(
+                name=short(names[key]),
+                x=[steps for steps, _ in ordered],
+                y=means,
+                errors=spread if any(spread) else (),
+                look=number,
+                is_marked=True,
+            )
+        )
+    columns = ["of", "extra steps", "seeds", "mean over tasks", "std over seeds"]
+    data = Table(caption="Score against extra steps", columns=columns, rows=rows, decimals=2)
+    title = "Zero-shot score against extra steps"
+    if all(len(line.x) == 1 for line in lines):
+        caption = f"{title}, in points"
+        blocks: list[Block] = [Table(caption=caption, columns=columns, rows=rows, decimals=2)]
+    else:
+        svg = curves(lines, title=title, x="extra steps", y="mean over tasks (points)")
+        spread_text = (
+            " The lines are standard deviations over seeds."
+            if any(line.errors for line in lines)
+            else ""
+        )
+        caption = f"{title} on the training mixture.{spread_text}"
+        blocks = [Picture(caption=caption, svg=svg, data=data)]
+    return Section(id="extra-steps", title="Zero-shot against extra steps", blocks=blocks)

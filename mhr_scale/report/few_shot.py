@@ -1,0 +1,167 @@
+"""Few-shot results: the table of a paper, scores by task, and what a point costs."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mhr_scale.comparison import compare
+from mhr_scale.report.drawing import count
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
+from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
+from mhr_scale.report.subjects import seedless
+
+#: Variants side by side in one picture.
+MOST_SERIES = 7
+#: Settings that runs taken together have to share: all but the sources, which are their seeds.
+SHARED = ("tasks", "shots", "protocol", "optim", "selection", "scoring")
+
+
+def few_shot(runs: Sequence[Run]) -> Section | None:
+    """The table of every few-shot run, and of several that are seeds of one setting together."""
+    found = [run for run in runs if run.kind == "few-shot" and run.results]
+    if not found:
+        return None
+    blocks: list[Block] = []
+    if len(found) > 1 and are_seeds(found):
+        blocks.append(Heading(text=f"{len(found)} runs together"))
+        blocks += of_results([result for run in found for result in run.results])
+        for run in found:
+            blocks.append(variants_table(compare(run.results), f"{run.label} alone", folded=True))
+    else:
+        for run in found:
+            blocks += [Heading(text=run.label)] if len(found) > 1 else []
+            blocks += of_results(run.results)
+    return Section(id="few-shot", title="Few-shot adaptation", blocks=blocks)
+
+
+def are_seeds(runs: Sequence[Run]) -> bool:
+    """Whether runs have the same settings and variants, and no job twice."""
+    settings = [
+        (
+            {part: seedless(_without_seeds(run.config.get(part))) for part in SHARED},
+            {result["variant"] for result in run.results},
+        )
+        for run in runs
+    ]
+    jobs = [(r["task"], r["seed"], r["variant"]) for run in runs for r in run.results]
+    return all(one == settings[0] for one in settings) and len(set(jobs)) == len(jobs)
+
+
+def _without_seeds(part: Any) -> Any:
+    if not isinstance(part, Mapping):
+        return part
+    return {key: value for key, value in part.items() if key != "seeds"}
+
+
+def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Table, cost picture and scores by task of some jobs."""
+    found = compare(results)
+    metrics = sorted(
+        {metric for values in found["variants"].values() for metric in values["metrics"]}
+    )
+    caption = f"Few-shot {', '.join(metrics)} on {len(found['tasks'])} tasks, in points"
+    blocks: list[Block] = [variants_table(found, caption)]
+    open_seeds = [name for name, v in found["variants"].items() if v["incomplete_seeds"]]
+    if open_seeds:
+        text = f"Seeds without all tasks are left out of the means of: {', '.join(open_seeds)}."
+        blocks.append(Prose(text=text, is_warning=True))
+    blocks += cost(found["variants"])
+    blocks += of_tasks(results, found)
+    return blocks
+
+
+def variants_table(found: Mapping[str, Any], caption: str, *, folded: bool = False) -> Table:
+    """One row for each variant, as papers print it."""
+    rows: list[list[Cell]] = []
+    for name, values in found["variants"].items():
+        seeds = values["seeds"]
+        rows.append(
+            [
+                name,
+                values["multi_task_numbers"] or None,
+                values["adaptation_numbers"],
+                values.get("mean"),
+                values["std_over_seeds"] if len(seeds) > 1 else None,
+                values.get("mean_of_medians"),
+                len(seeds),
+            ]
+        )
+    columns = ["method", "multi-task parameters", "adaptation parameters", "mean"]
+    columns += ["std over seeds", "mean of medians", "seeds"]
+    note = (
+        "Mean over tasks, then mean and standard deviation (n - 1) over seeds; mean of medians: "
+        "median over seeds per task, then mean over tasks."
+    )
+    return Table(
+        caption=caption, columns=columns, rows=rows, decimals=2, note=note, is_folded=folded
+    )
+
+
+def cost(variants: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Accuracy against the number of parameters that a new task trains."""
+    spots = [
+        Spot(
+            name=name,
+            cost=values["adaptation_numbers"],
+            score=values["mean"],
+            error=values["std_over_seeds"],
+        )
+        for name, values in variants.items()
+        if "mean" in values and values["adaptation_numbers"] > 0
+    ]
+    if len(spots) < 2:
+        return []
+    svg = trade_off(
+        spots,
+        title="Score against adaptation parameters",
+        x="parameters trained on a new task (log scale)",
+        y="mean over tasks (points)",
+    )
+    rows: list[list[Cell]] = [
+        [spot.name, int(spot.cost), count(spot.cost), spot.score, spot.error] for spot in spots
+    ]
+    data = Table(
+        caption="Score against adaptation parameters",
+        columns=["method", "adaptation parameters", "short", "mean", "std over seeds"],
+        rows=rows,
+        decimals=2,
+    )
+    caption = (
+        "Score against parameters trained on a new task. Filled: no other method scores as much "
+        "with fewer (the Pareto front, the stepped line). Bars: standard deviation over seeds."
+    )
+    return [Picture(caption=caption, svg=svg, data=data)]
+
+
+def of_tasks(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[Block]:
+    """Mean over seeds of every task and variant, with its standard deviation."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for result in results:
+        scores[result["variant"], result["task"]].append(result["score"])
+    variants, tasks = list(found["variants"]), found["tasks"]
+    series = [
+        Series(
+            name=variant,
+            values={t: statistics.fmean(scores[variant, t]) for t in tasks if scores[variant, t]},
+            errors={
+                t: statistics.stdev(scores[variant, t])
+                for t in tasks
+                if len(scores[variant, t]) > 1
+            },
+        )
+        for variant in variants
+    ]
+    columns = ["task", *(part for name in variants for part in (name, "std"))]
+    rows: list[list[Cell]] = [
+        [t, *(part for one in series for part in (one.values.get(t), one.errors.get(t)))]
+        for t in tasks
+    ]
+    data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2)
+    shown = series[:MOST_SERIES]
+    svg = by_name(shown, tasks, title="Few-shot scores by task", x="score (points)")
+    caption = "Scores by task: means and standard deviations over seeds."
+    if len(series) > len(shown):
+        caption += f" The first {MOST_SERIES} variants; all are in the numbers."
+    return [Picture(caption=caption, svg=svg, data=data)]

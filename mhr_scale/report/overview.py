@@ -1,0 +1,131 @@
+"""The runs in figures: what each is, how far it is, and its headline numbers."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mhr_scale.adapters.state import CARD
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Block, Cell, Prose, Section, Table
+from mhr_scale.report.thinning import values_of
+
+#: Rows of the second table of runs; a longer one is folded.
+LONGEST = 15
+
+
+def overview(runs: Sequence[Run]) -> Section:
+    """A table with one row for each run, the headline numbers of a single one, what is missing."""
+    rows: list[list[Cell]] = [
+        [run.label, run.kind, run.state, headline(run), rejected(run)] for run in runs
+    ]
+    columns = ["run", "kind", "state", "result", "rows refused"]
+    blocks: list[Block] = [
+        Prose(text=f"{run.label} is unfinished ({run.state}): its numbers are what is there so far")
+        for run in runs
+        if not run.is_finished and len(runs) == 1
+    ]
+    n_open = sum(not run.is_finished for run in runs)
+    if n_open and len(runs) > 1:
+        blocks.append(Prose(text=f"{n_open} of {len(runs)} runs are unfinished.", is_warning=True))
+    blocks = [Prose(text=b.text, is_warning=True) if isinstance(b, Prose) else b for b in blocks]
+    blocks.append(Table(caption="The runs of this report", columns=columns, rows=rows))
+    if len(runs) == 1 and (figures := key_figures(runs[0])):
+        blocks.append(
+            Table(caption="Key figures", columns=["figure", "value"], rows=list(figures.items()))
+        )
+    trained = [run for run in runs if key_figures(run)]
+    if len(trained) > 1:
+        named = {run.label: key_figures(run) for run in trained}
+        keys = list(dict.fromkeys(key for figures in named.values() for key in figures))
+        table = [[label, *(figures.get(key) for key in keys)] for label, figures in named.items()]
+        blocks.append(
+            Table(
+                caption="Training runs",
+                columns=["run", *keys],
+                rows=table,
+                is_folded=len(table) > LONGEST,
+            )
+        )
+    return Section(id="summary", title="Summary", blocks=blocks)
+
+
+def headline(run: Run) -> str:
+    """The one number of a run."""
+    if run.kind == "evaluation" and run.summary:
+        return f"{run.summary['mean_over_tasks']:.2f} points over {len(run.summary['tasks'])} tasks"
+    if run.kind == "few-shot":
+        n_tasks = len({result["task"] for result in run.results})
+        return f"{n_tasks} tasks, {len({r['variant'] for r in run.results})} variants"
+    if "score" in run.result:
+        before = run.result.get("score_before")
+        started = "" if before is None else f"{before:.2f} to "
+        return f"{run.result.get('metric', 'score')} {started}{run.result['score']:.2f}"
+    if run.kind == "analysis" and run.analysis:
+        alignment = run.analysis.get("alignment")
+        return f"{run.analysis.get('method')}" + (
+            f", alignment {alignment['mean']:.3f}" if alignment else ""
+        )
+    losses = values_of(run.lines, "validation_loss")
+    if len(losses) > 1:
+        return f"{run.method}, validation loss {losses[0][1]:.3f} to {losses[-1][1]:.3f}"
+    return run.method if run.config else ""
+
+
+def rejected(run: Run) -> int | None:
+    """Rows of the data that were refused; None where the run kept no count."""
+    return run.n_rejects
+
+
+def key_figures(run: Run) -> dict[str, Cell]:
+    """Figures of a training run by their names; nothing for other kinds."""
+    if run.kind not in ("pre-training", "average", "fine-tuning"):
+        return {}
+    figures: dict[str, Cell] = {}
+    if isinstance(run.config.get("adapter"), dict):
+        figures["method"] = run.method
+    n_trained = run.result.get("trained_numbers", trained_numbers(run))
+    if n_trained is not None:
+        figures["trained parameters"] = n_trained
+    by_task = [line["validation_loss_by_task"] for line in run.lines if _has_tasks(line)]
+    if by_task:
+        figures["tasks"] = len(by_task[-1])
+    figures["steps"] = run.lines[-1]["step"] if run.lines else 0
+    losses = values_of(run.lines, "validation_loss")
+    if losses:
+        figures["validation loss, first"] = losses[0][1]
+        figures["validation loss, last"] = losses[-1][1]
+    train = values_of(run.lines, "loss")
+    if train:
+        figures["training loss, last"] = train[-1][1]
+    pace = [value for _, value in values_of(run.lines, "tokens_per_second")]
+    if pace:
+        figures["tokens per second, median"] = sorted(pace)[len(pace) // 2]
+    for name in ("score_before", "score"):
+        if name in run.result:
+            figures[name.replace("_", " ")] = run.result[name]
+    return figures
+
+
+def _has_tasks(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("validation_loss_by_task"), dict)
+
+
+def trained_numbers(run: Run) -> int | None:
+    """Numbers that a training run trains, from its adapter's card; None where there is none yet.
+
+    An averaged run's adapter is its result and says nothing of an inventory that was trained.
+    """
+    file = run.folder / "adapter" / CARD
+    if run.own.get("trainable", "mean") != "mean" or not file.is_file():
+        return None
+    try:
+        shapes = json.loads(file.read_text(encoding="utf-8"))["tensors"].values()
+        total = 0
+        for shape in shapes:
+            size = 1
+            for extent in shape:
+                size *= int(extent)
+            total += size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return total

@@ -1,0 +1,140 @@
+"""What a report is made of, and its HTML: sections of prose, tables and pictures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mhr_scale.report.drawing import with_prefix
+
+Cell: TypeAlias = str | int | float | bool | None
+#: Cells of a table as rows of HTML; what is larger stands as tab-separated text.
+LARGEST_TABLE = 6000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows under columns; a column may say how many decimals its numbers have."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    decimals: int | None = None
+    note: str = ""
+    is_folded: bool = False
+    kind: str = "table"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the rows stand as text, which a browser opens faster."""
+        return len(self.rows) * len(self.columns) > LARGEST_TABLE
+
+    @property
+    def text(self) -> str:
+        """The table as tab-separated lines."""
+        lines = [self.columns, *([show(cell, self.decimals) for cell in row] for row in self.rows)]
+        return "\n".join("\t".join(" ".join(str(cell).split()) for cell in line) for line in lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A drawing, what it shows in words, and its numbers."""
+
+    caption: str
+    svg: str
+    data: Table
+    kind: str = "picture"
+
+    def inline(self, number: int) -> Markup:
+        """The drawing for a page where it is number so-and-so; our own markup, names escaped."""
+        return Markup(with_prefix(self.svg, f"p{number}"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prose:
+    """A paragraph."""
+
+    text: str
+    is_warning: bool = False
+    kind: str = "prose"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heading:
+    """The title of a part of a section."""
+
+    text: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """Text as it lies in a file, folded."""
+
+    title: str
+    text: str
+    kind: str = "listing"
+
+
+Block: TypeAlias = Table | Picture | Prose | Heading | Listing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A part of the report with a place in its table of contents."""
+
+    id: str
+    title: str
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """The whole report."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def show(cell: Cell, decimals: int | None = None) -> str:
+    """A value as a reader wants it: thousands apart, few digits, no number left unsaid."""
+    if cell is None:
+        return "\u2013"
+    if isinstance(cell, str | bool):
+        return str(cell)
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if not math.isfinite(cell):
+        return str(cell)
+    if decimals is not None:
+        return f"{cell:,.{decimals}f}"
+    if cell and abs(cell) < 1e-3:
+        return f"{cell:.2e}"
+    return f"{cell:,.0f}" if abs(cell) >= 1e4 else f"{cell:.4g}"
+
+
+def is_number(cell: Any) -> bool:
+    """Whether a cell is set flush right."""
+    return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
+
+
+def render(page: Page) -> str:
+    """The page as one HTML file. The same page gives the same bytes."""
+    environment = Environment(
+        loader=PackageLoader("mhr_scale.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["show"] = show
+    environment.tests["numeric"] = is_number
+    css = files("mhr_scale.report").joinpath("page.css").read_text(encoding="utf-8")
+    html = environment.get_template("page.html.j2").render(page=page, css=Markup(css))
+    return html.encode("utf-8", "replace").decode("utf-8")

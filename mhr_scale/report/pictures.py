@@ -1,0 +1,322 @@
+"""The kinds of pictures: curves, bars and dots by task, trade-offs, heat maps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mhr_scale.report.drawing import (
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    WIDTH,
+    colour,
+    count,
+    dash,
+    legend_below,
+    short,
+    style,
+    to_svg,
+)
+
+#: Rows of a picture that get a name; of more, the table below has the names.
+MOST_NAMES = 60
+#: Rows of a square heat map that get a name.
+MOST_CELL_NAMES = 34
+#: Bars in one picture; of more, dots.
+MOST_BARS = 60
+#: A picture's height in inches, at most.
+TALLEST = 11.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One line of a picture: points, maybe a band around them, the look it shares with others."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    look: int = 0
+    is_marked: bool = False
+    errors: Sequence[float] = ()
+
+
+def curves(
+    found: Sequence[Curve], *, title: str, x: str, y: str, height: float = 2.9, steps: bool = True
+) -> str:
+    """Lines over steps; logarithmic where they span more than a factor of thirty."""
+    with style():
+        figure = Figure(figsize=(WIDTH, height + legend_height(found)), layout="constrained")
+        axes = figure.subplots()
+        draw_curves(axes, found, x=x, y=y, steps=steps)
+        legend_below(figure, axes)
+        return to_svg(figure, title=title)
+
+
+def panels(found: Mapping[str, Sequence[Curve]], *, title: str, x: str) -> str:
+    """Small pictures side by side, one for each quantity, with the same lines."""
+    with style():
+        n_rows = math.ceil(len(found) / 2)
+        names = max(found.values(), key=len)
+        figure = Figure(figsize=(WIDTH, 1.9 * n_rows + legend_height(names)), layout="constrained")
+        grid = figure.subplots(n_rows, min(2, len(found)), squeeze=False).flat
+        for axes, (y, lines) in zip(grid, found.items(), strict=False):
+            draw_curves(axes, lines, x=x, y="", steps=True)
+            axes.set_title(y)
+            if axes.get_yscale() == "linear" and min(min(line.y) for line in lines) >= 0:
+                axes.set_ylim(bottom=0)
+                if axes.get_ylim()[1] >= 1e4:
+                    axes.yaxis.set_major_formatter(FuncFormatter(count))
+        for axes in list(grid)[len(found) :]:
+            axes.set_axis_off()
+        legend_below(figure, next(a for a, v in zip(figure.axes, found.values()) if v is names))
+        return to_svg(figure, title=title)
+
+
+def legend_height(found: Sequence[Curve]) -> float:
+    """Inches that the names of the lines take."""
+    names = {curve.name for curve in found if curve.name}
+    columns = max(1, min(4, 60 // (max(map(len, names), default=1) + 6)))
+    return 0.2 * math.ceil(len(names) / columns) if names else 0.0
+
+
+def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str, steps: bool) -> None:
+    """Draw lines, each name once."""
+    told: set[str] = set()
+    for curve in found:
+        look: dict[str, Any] = {"color": colour(curve.look), "linestyle": dash(curve.look)}
+        if curve.is_marked:
+            is_crowded = len(curve.x) > 25
+            look |= {"marker": "o", "markersize": 2.2 if is_crowded else 3.6}
+        else:
+            look |= {"linewidth": 1.1}
+        name = "" if curve.name in told else curve.name
+        told.add(curve.name)
+        axes.plot(curve.x, curve.y, label=name or "_nolegend_", **look)
+        if curve.errors:
+            axes.errorbar(
+                curve.x,
+                curve.y,
+                curve.errors,
+                color=colour(curve.look),
+                fmt="none",
+                elinewidth=0.9,
+                capsize=2.5,
+            )
+        if curve.low:
+            axes.fill_between(
+                curve.x, curve.low, curve.high, color=colour(curve.look), alpha=0.15, linewidth=0
+            )
+    values = [v for curve in found for v in curve.y if math.isfinite(v)]
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        log_scale(axes, "y")
+    axes.set(xlabel=x, ylabel=y)
+    if steps:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.margins(x=0.02)
+
+
+def log_scale(axes: Axes, which: str) -> None:
+    """A logarithmic axis whose marks read like numbers."""
+    axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    n_decades = math.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if n_decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(count))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """Values of one method by name, with their spread where there is one."""
+
+    name: str
+    values: Mapping[str, float]
+    errors: Mapping[str, float]
+
+
+def by_name(found: Sequence[Series], names: Sequence[str], *, title: str, x: str) -> str:
+    """Bars, or dots where bars would be too many, one row for every name, the first at the top."""
+    has_names = len(names) <= MOST_NAMES
+    is_bars = len(names) * len(found) <= MOST_BARS
+    per_row = 0.12 * len(found) + 0.09 if is_bars else max(0.2, 0.05 * len(found) + 0.08)
+    height = min(TALLEST, max(0.9, per_row * len(names)) if has_names else 5.0) + 0.7
+    with style():
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(names), dtype=float)
+        thickness = 0.8 / len(found)
+        for number, one in enumerate(found):
+            values = np.array([one.values.get(name, math.nan) for name in names])
+            spread = np.array([one.errors.get(name, 0.0) for name in names])
+            shift = (number - (len(found) - 1) / 2) * thickness
+            look: dict[str, Any] = {"color": colour(number), "label": short(one.name)}
+            if is_bars:
+                axes.barh(rows + shift, np.nan_to_num(values), thickness * 0.88, **look)
+                centre, spread_colour = rows + shift, INK
+            else:
+                centre = rows + (0.5 * shift if has_names else 0.0)
+                size = 3.6 if has_names else 1.8
+                axes.plot(values, centre, "o", markersize=size, **look)
+                spread_colour = colour(number)
+            if spread.any():
+                axes.errorbar(
+                    values, centre, xerr=spread, fmt="none", elinewidth=0.8, color=spread_colour
+                )
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        if has_names:
+            axes.set_yticks(rows, [short(name) for name in names])
+            axes.tick_params(axis="y", length=0)
+        else:
+            axes.set_ylabel(f"{len(names)} tasks, in the order of the table")
+        axes.grid(visible=not is_bars and has_names, axis="y")
+        axes.set_xlabel(x)
+        if len(found) > 1:
+            legend_below(figure, axes)
+        return to_svg(figure, title=title)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spot:
+    """A method in the plane of cost and score."""
+
+    name: str
+    cost: float
+    score: float
+    error: float = 0.0
+
+
+def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
+    """Score against cost, with the line of those that no other one beats in both."""
+    with style():
+        figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+        axes = figure.subplots()
+        front = pareto(spots)
+        steps = [(spot.cost, spot.score) for spot in front]
+        axes.step(*zip(*steps, strict=True), where="post", color=MUTED, linewidth=0.9, zorder=1)
+        for spot in spots:
+            face = colour(0) if spot in front else PAPER
+            axes.errorbar(
+                spot.cost,
+                spot.score,
+                spot.error,
+                fmt="o",
+                color=colour(0),
+                markerfacecolor=face,
+                markersize=5,
+                elinewidth=0.9,
+                capsize=2.5,
+                zorder=3,
+            )
+        axes.margins(x=0.22, y=0.14)
+        log_scale(axes, "x")
+        axes.set(xlabel=x, ylabel=y)
+        figure.draw_without_rendering()
+        place_names(axes, spots)
+        return to_svg(figure, title=title)
+
+
+def pareto(spots: Sequence[Spot]) -> list[Spot]:
+    """The spots that no other one beats, cheapest first."""
+    front: list[Spot] = []
+    for spot in sorted(spots, key=lambda spot: (spot.cost, -spot.score)):
+        if not front or spot.score > front[-1].score:
+            front.append(spot)
+    return front
+
+
+def place_names(axes: Axes, spots: Sequence[Spot]) -> None:
+    """A name right of every spot, moved up where another one stands there."""
+    taken: list[tuple[float, float, float]] = []
+    for spot in sorted(spots, key=lambda spot: spot.score):
+        px, py = axes.transData.transform((spot.cost, spot.score))
+        text, points = short(spot.name), 72.0 / axes.figure.dpi
+        px, py = px * points, py * points
+        width, lift = 5.2 * len(text), 0.0
+        while any(abs(py + lift - b) < 9.5 and px < r and a < px + width for a, b, r in taken):
+            lift += 1.0
+        taken.append((px, py + lift, px + width))
+        axes.annotate(
+            text,
+            (spot.cost, spot.score),
+            xytext=(6.0, 6.0 + lift),
+            textcoords="offset points",
+            va="center",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """How the numbers of a heat map become colours."""
+
+    label: str
+    low: float
+    high: float
+    is_signed: bool = False
+
+
+def heat_map(
+    matrix: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    scale: Scale,
+    y: str = "",
+    x: str = "",
+) -> str:
+    """A matrix as colours; names stand beside it as far as they can be read."""
+    values = np.array(matrix, dtype=float)
+    is_square = rows == columns
+    has_names = is_square and len(rows) <= MOST_CELL_NAMES and max(map(len, rows)) > 3
+    height = 3.2 if has_names else 3.9
+    if not is_square:
+        height = min(TALLEST, max(1.0, 0.17 * len(rows)) + 0.9)
+    with style():
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        cells = axes.imshow(
+            values,
+            cmap="PuOr" if scale.is_signed else "cividis",
+            vmin=scale.low,
+            vmax=scale.high,
+            aspect="equal" if is_square else "auto",
+            interpolation="none",
+        )
+        if has_names:  # once, and numbers lead to them
+            rows = [f"{short(name, longest=24)}  {n}" for n, name in enumerate(rows, 1)]
+            columns = [str(n) for n in range(1, len(rows) + 1)]
+        name_axis(axes, "y", rows, label=y, most=MOST_CELL_NAMES if is_square else MOST_NAMES)
+        name_axis(axes, "x", columns, label=x, most=MOST_CELL_NAMES)
+        for side in axes.spines.values():
+            side.set(visible=True, color=LINE)
+        bar = figure.colorbar(cells, ax=axes, shrink=0.7, aspect=18, pad=0.02)
+        bar.set_label(scale.label)
+        bar.outline.set(linewidth=0.4)
+        bar.ax.tick_params(length=2)
+        return to_svg(figure, title=title)
+
+
+def name_axis(axes: Axes, which: str, names: Sequence[str], *, label: str, most: int) -> None:
+    """Names along an axis, or how many there are."""
+    axis = getattr(axes, f"{which}axis")
+    axis.set_label_text(label)
+    if len(names) <= most:
+        axis.set_ticks(range(len(names)), [short(name, longest=28) for name in names])
+        axis.set_tick_params(length=0, labelsize=7.5 if len(names) <= 24 else 6)
+    else:
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
+        axis.set_label_text(f"{label} (1 to {len(names)}, as in the numbers below)".strip())

@@ -1,0 +1,120 @@
+"""Settings of the runs, differences first, and where their numbers come from."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mhr_scale import strict_yaml
+from mhr_scale.report.folders import Run
+from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
+from mhr_scale.runs import flatten
+
+#: Runs side by side in one table.
+MOST_COLUMNS = 12
+
+
+def settings(runs: Sequence[Run]) -> Section | None:
+    """Of several runs of a kind the settings in which they differ; every recipe whole, folded."""
+    blocks: list[Block] = []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        alike = [run for run in runs if run.kind == kind and run.config]
+        if len(alike) > 1:
+            blocks.append(differences(alike))
+    for run in runs:
+        for name, tree in (("average.yaml", run.own), ("config.yaml", run.config)):
+            if tree:
+                text = strict_yaml.write(tree)
+                blocks.append(Listing(title=f"{run.label}: {name}", text=text))
+    return Section(id="settings", title="Settings", blocks=blocks) if blocks else None
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """The settings in which runs of one kind differ, one column for each run."""
+    flat = [flatten({**_prefixed("average", run.own), **run.config}) for run in runs]
+    keys = list(dict.fromkeys(key for values in flat for key in values))
+    odd = [key for key in keys if len({_say(values, key) for values in flat}) > 1]
+    caption = f"Settings in which the {len(runs)} runs of kind {runs[0].kind} differ"
+    note = f"The other {len(keys) - len(odd)} settings are the same."
+    if len(runs) <= MOST_COLUMNS:
+        rows: list[list[Cell]] = [[key, *(_say(values, key) for values in flat)] for key in odd]
+        columns = ["setting", *(run.label for run in runs)]
+    else:
+        rows = [
+            [run.label, *(_say(values, key) for key in odd)]
+            for run, values in zip(runs, flat, strict=True)
+        ]
+        columns = ["run", *odd]
+    return Table(caption=caption, columns=columns, rows=rows, note=note)
+
+
+def _prefixed(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in tree.items()}
+
+
+def _say(values: Mapping[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "not set"
+
+
+def provenance(runs: Sequence[Run]) -> Section | None:
+    """Command, code, versions and machine of every start."""
+    rows: list[list[Cell]] = []
+    versions: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for number, start in enumerate(run.starts, 1):
+            label = run.label if len(run.starts) == 1 else f"{run.label}, start {number}"
+            argv = [str(word) for word in _list(start.get("argv"))]
+            place = [str(start.get(key)) for key in ("device", "placement") if start.get(key)]
+            rows.append(
+                [
+                    label,
+                    _text(start.get("started")),
+                    shlex.join(argv),
+                    _text(start.get("git_commit")),
+                    _text(start.get("host")),
+                    start.get("world_size") if isinstance(start.get("world_size"), int) else None,
+                    ", ".join(place),
+                ]
+            )
+            found = start.get("versions")
+            versions[label] = {
+                "python": _text(start.get("python")),
+                "platform": _text(start.get("platform")),
+                **{key: str(value) for key, value in _mapping(found).items()},
+            }
+    if not rows:
+        return None
+    columns = ["run", "started", "command", "commit", "machine", "ranks", "where"]
+    blocks: list[Block] = [Table(caption="Every start of every run", columns=columns, rows=rows)]
+    blocks += versions_of(versions)
+    silent = [run.label for run in runs if not run.starts]
+    if silent:
+        blocks.append(Prose(text=f"Without provenance.json: {', '.join(silent)}."))
+    return Section(id="provenance", title="Provenance", blocks=blocks)
+
+
+def versions_of(found: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    """Versions once where all starts have the same, else a column for each set of them."""
+    sets: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for label, versions in found.items():
+        sets.setdefault(tuple(versions.items()), []).append(label)
+    names = list(dict.fromkeys(name for versions in sets for name, _ in versions))
+    heads = ["version"] if len(sets) == 1 else [_who(labels) for labels in sets.values()]
+    rows: list[list[Cell]] = [[name, *(dict(v).get(name) for v in sets)] for name in names]
+    rows = [[row[0], *("absent" if cell is None else cell for cell in row[1:])] for row in rows]
+    return [Table(caption="Versions", columns=["package", *heads], rows=rows, is_folded=True)]
+
+
+def _who(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,267 @@
+"""The verb `analyse`: an adapter in, what it has learned out.
+
+<run folder>/  analysis.json   routing, inventory, gradient alignment, numbers trained
+
+Statistics of routing and inventory need the adapter alone; alignment needs its backbone and tasks.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mhr_scale import backbone, fingerprint
+from mhr_scale.adapters import Adapter
+from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.state import Card
+from mhr_scale.analysis import alignment
+from mhr_scale.analysis.alignment import Alignment, TaskRows
+from mhr_scale.analysis.clustering import clustered_order
+from mhr_scale.analysis.inventory_statistics import describe_inventory
+from mhr_scale.analysis.routing_statistics import describe_routing
+from mhr_scale.analysis.table import table
+from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
+from mhr_scale.config.data import TasksConfig
+from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
+from mhr_scale.jobs.start import source_numbers, variant_numbers
+from mhr_scale.recipe import load, to_yaml
+from mhr_scale.runlog import Progress, log, rank, record_provenance, write_json, write_text
+from mhr_scale.runs import (
+    backbone_facts,
+    backbone_of,
+    blueprint_of,
+    check_fit,
+    check_quantise,
+    check_writable,
+    read_recipe,
+)
+from mhr_scale.tokens import TokenSet, open_tokens
+
+SCHEMA = 1
+ANALYSIS = "analysis.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where the rows of an alignment come from, and how they are cut."""
+
+    tasks: TasksConfig
+    batch: BatchConfig
+    token_cache: str | None
+
+
+def analyse(config: AnalyseConfig) -> Path:
+    """Look at an adapter; returns the folder of `analysis.json`.
+
+    Collective where alignment is measured; without it rank 0 alone works.
+    """
+    check_folder(Path(config.run.folder))
+    card, adapter = open_adapter(config.adapter)
+    sources = find_sources(config, adapter)
+    if sources is not None:
+        align(config, card, adapter, sources)
+    elif rank() == 0:
+        facts = {"world_size": 1, "placement": "none"}
+        rank0_report(config, adapter, None, rows=0, facts=facts)
+    return Path(config.run.folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `RunError` if the folder cannot be written to or holds something else."""
+    check_writable(folder)
+    if (folder / "config.yaml").exists():
+        read_recipe(AnalyseConfig, folder / "config.yaml")
+    elif (folder / "adapter").exists():
+        raise RunError(f"{folder}: holds an adapter; use another run.folder")
+
+
+def find_sources(config: AnalyseConfig, adapter: Adapter) -> Sources | None:
+    """The rows to measure alignment on; None where there is none, and the log says why."""
+    asked = config.alignment
+    if asked is None:
+        return None
+    try:
+        alignment.check_shared(adapter)
+    except AdapterError as error:
+        log.info("no alignment: %s", error)
+        return None
+    recipe = read_source_recipe(Path(config.adapter))
+    tasks = config.tasks or (recipe.tasks if recipe else None)
+    if tasks is None:
+        log.info(
+            "no alignment: %s is no pre-training run that says which tasks it was trained on; "
+            "give tasks",
+            config.adapter,
+        )
+        return None
+    is_own = recipe is not None and config.tasks is None
+    base = recipe.batch if recipe is not None and is_own else BatchConfig()
+    cache = config.run.token_cache
+    if cache is None and recipe is not None and is_own:
+        cache = recipe.run.token_cache
+    batch = replace(
+        base,
+        micro_batch_size=asked.micro_batch_size,
+        max_input_tokens=asked.max_input_tokens or base.max_input_tokens,
+        max_target_tokens=asked.max_target_tokens or base.max_target_tokens,
+    )
+    return Sources(tasks=tasks, batch=batch, token_cache=cache)
+
+
+def read_source_recipe(folder: Path) -> PretrainConfig | None:
+    """The recipe of the run that `folder` is, if it is one of pre-training."""
+    try:
+        return load(PretrainConfig, folder / "config.yaml")
+    except ConfigError:
+        return None
+
+
+def align(config: AnalyseConfig, card: Card, adapter: Adapter, sources: Sources) -> None:
+    """Place the backbone, measure alignment on it, and report. Collective."""
+    asked = config.alignment
+    assert asked is not None, "find_sources comes first"
+    ds_content = read_ds_config(config.run.ds_config)
+    own = backbone_of(
+        config.adapter,
+        card,
+        config.backbone_moved_to,
+        dtype=config.backbone_dtype,
+        quantise=config.backbone_quantise,
+    )
+    blueprint = blueprint_of(config.adapter, own)
+    check_quantise(own, blueprint, ds_content, config.run.ds_config)
+    check_fit(config.adapter, card, blueprint)
+    tokenizer = backbone.load_tokenizer(own, blueprint)
+    tokens = open_tokens(sources.tasks, tokenizer, sources.batch, cache=sources.token_cache)
+    tasks = choose_tasks(config.adapter, adapter, tokens, asked)
+    engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
+    try:
+        model = engine.build(own, blueprint)
+        linears = wrap(model, adapter.sites)
+        model = engine.prepare(model, own).eval()
+        fingerprint.check(model, blueprint, own, engine)
+        adapter.bind(linears)
+        subject = alignment.Subject(
+            engine=engine,
+            model=model,
+            adapter=adapter,
+            micro_batch_size=asked.micro_batch_size,
+            pad_id=tokenizer.pad_token_id,
+            pad_multiple=sources.batch.pad_multiple,
+        )
+        progress = Progress(len(tasks), start=0, what="alignment", unit="task")
+        found = alignment.gather_alignment(subject, tasks, advance=progress.advance)
+        progress.close()
+        if engine.rank == 0:
+            facts = {
+                "world_size": engine.world_size,
+                "device": str(engine.device),
+                "placement": engine.placement,
+                "backbone": backbone_facts(own, blueprint),
+                "data": {"tokens": tokens.fingerprint},
+            }
+            rank0_report(config, adapter, found, rows=asked.rows, facts=facts)
+        engine.gather_barrier()
+    finally:
+        engine.close()
+
+
+def choose_tasks(
+    path: str, adapter: Adapter, tokens: TokenSet, asked: AlignmentConfig
+) -> list[TaskRows]:
+    """The sampled tasks with their rows, under their numbers in the adapter.
+
+    Where all tasks share one slot, any task will do. Raises `AdapterError` for tasks without a
+    routing row and `ConfigError` for fewer than two.
+    """
+    names = [card.name for card in tokens.cards]
+    if len(names) < 2:
+        raise ConfigError(f"tasks: alignment compares tasks, and there is only {names}")
+    numbers = dict.fromkeys(names, 0)
+    if adapter.config.has_logits:
+        known = {name: number for number, name in enumerate(adapter.task_names)}
+        foreign = [name for name in names if name not in known]
+        if foreign:
+            hint = did_you_mean(foreign[0], known)
+            raise AdapterError(
+                f"{path}: has no routing for {len(foreign)} of {len(names)} tasks, such as "
+                f"'{foreign[0]}'{hint or '; give the tasks it was trained on'}"
+            )
+        numbers = {name: known[name] for name in names}
+    chosen = alignment.sample_tasks(len(names), asked.tasks, seed=asked.seed)
+    return alignment.fixed_rows(tokens, chosen, rows=asked.rows, numbers=numbers)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def rank0_report(
+    config: AnalyseConfig,
+    adapter: Adapter,
+    found: Alignment | None,
+    *,
+    rows: int,
+    facts: dict[str, Any],
+) -> None:
+    """Write the analysis and print it."""
+    folder = Path(config.run.folder)
+    analysis = describe(config.adapter, adapter, found, rows=rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ANALYSIS).unlink(missing_ok=True)  # none under a recipe it was not made by
+        write_text(folder / "config.yaml", to_yaml(config))
+        record_provenance(folder / "provenance.json", **facts)
+        write_json(folder / ANALYSIS, analysis)
+    except OSError as error:
+        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    log.info("\n%s\n  analysis %s", table(analysis), folder / ANALYSIS)
+
+
+def describe(path: str, adapter: Adapter, found: Alignment | None, *, rows: int) -> dict[str, Any]:
+    """Everything `analysis.json` says."""
+    config = adapter.config
+    inventory = describe_inventory(adapter)
+    if not any(inventory["norms"]):
+        log.info("inventory: every update is zero, as of a fresh adapter: there is no overlap")
+    return {
+        "schema": SCHEMA,
+        "adapter": path,
+        "method": config.method,
+        "kind": config.kind,
+        "policy": config.policy,
+        "n_tasks": len(adapter.task_names),
+        "n_groups": len(adapter.groups),
+        "n_splits": config.n_splits,
+        "n_skills": config.n_skills,
+        "rank": config.rank,
+        "granularity": config.granularity,
+        "task_names": list(adapter.task_names),
+        "parameters": {
+            "multi_task": source_numbers(adapter),
+            "variants": variant_numbers(adapter),
+        },
+        "routing": describe_routing(adapter),
+        "inventory": inventory,
+        "alignment": describe_alignment(found, rows=rows),
+    }
+
+
+def describe_alignment(found: Alignment | None, *, rows: int) -> dict[str, Any] | None:
+    """The alignment as plain values; None where no two tasks have a gradient."""
+    if found is None or found.mean is None:
+        return None
+    return {
+        "tasks": list(found.tasks),
+        "left_out": found.left_out,
+        "rows": rows,
+        "mean": found.mean,
+        "order": clustered_order(found.matrix),
+        "matrix": found.matrix.tolist(),
+        "layers": _means(found.layers),
+        "linears": _means(found.linears),
+    }
+
+
+def _means(found: dict[str, float | None]) -> list[dict[str, Any]]:
+    return [{"name": name, "mean": mean} for name, mean in found.items()]

@@ -1,0 +1,170 @@
+"""The numbers of a report are those of the folders."""
+
+import statistics
+from pathlib import Path
+
+import made_runs
+import pytest
+
+from mhr_scale.report.build import build
+from mhr_scale.report.folders import open_runs
+from mhr_scale.report.page import Page, Picture, Table
+from mhr_scale.report.pictures import Spot, pareto
+from mhr_scale.report.settings import settings
+from mhr_scale.report.thinning import thin
+
+
+def page_of(*folders: Path) -> Page:
+    return build(open_runs([str(folder) for folder in folders]))
+
+
+def tables(page: Page, section: str) -> dict[str, Table]:
+    """Tables and the numbers of pictures of a section, by caption."""
+    (blocks,) = [s.blocks for s in page.sections if s.id == section]
+    found = [block.data if isinstance(block, Picture) else block for block in blocks]
+    return {table.caption: table for table in found if isinstance(table, Table)}
+
+
+def test_the_few_shot_table_has_means_over_tasks_and_spread_over_seeds(tmp_path: Path) -> None:
+    page = page_of(made_runs.few_shot(tmp_path))
+    table = tables(page, "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    assert rows["MHR-z"][:3] == [24576, 768, 51.5]
+    assert rows["MHR-z"][3] == pytest.approx(statistics.stdev([50.5, 52.5]))
+    assert [row[-1] for row in table.rows] == [2, 2, 2]
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    page = page_of(made_runs.few_shot(tmp_path, seeds=(0,)))
+    table = tables(page, "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert {row[4] for row in table.rows} == {None}
+
+
+def test_few_shot_runs_that_are_seeds_are_taken_together(tmp_path: Path) -> None:
+    folders = [made_runs.few_shot(tmp_path / str(seed), seeds=(seed,)) for seed in (0, 1)]
+    found = tables(page_of(*folders), "few-shot")
+    together = found["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[-1] for row in together.rows] == [2, 2, 2]
+    assert found["0 alone"].is_folded
+
+
+def test_few_shot_runs_of_other_settings_stay_apart(tmp_path: Path) -> None:
+    one, two = (made_runs.few_shot(tmp_path / str(s), seeds=(s,)) for s in (0, 1))
+    with (two / "config.yaml").open("a") as file:
+        file.write("protocol: {steps: 7}\n")
+    table = tables(page_of(one, two), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[-1] for row in table.rows] == [1, 1, 1]
+
+
+def test_scores_against_extra_steps_are_grouped_by_method_and_steps(tmp_path: Path) -> None:
+    page = page_of(*made_runs.everything(tmp_path))
+    table = tables(page, "extra-steps")["Score against extra steps"]
+    spread = statistics.stdev([0.0, 0.5])
+    assert [list(row) for row in table.rows] == [
+        ["MHR-mu", 0, 2, pytest.approx(26.25), pytest.approx(spread)],
+        ["MHR-mu", 20, 2, pytest.approx(46.25), pytest.approx(spread)],
+    ]
+
+
+def test_unfinished_evaluations_are_in_no_mean(tmp_path: Path) -> None:
+    folders = made_runs.everything(tmp_path)
+    (tmp_path / "zero_shot_1_20" / "summary.json").unlink()
+    table = tables(page_of(*folders), "extra-steps")["Score against extra steps"]
+    assert [row[2] for row in table.rows] == [2, 1]
+
+
+def test_prompts_have_mean_median_and_spread(tmp_path: Path) -> None:
+    folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0}, prompts=("p", "q", "r"))
+    table = tables(page_of(folder), "evaluations")["Prompts of e, in points"]
+    assert [list(row) for row in table.rows] == [["sort", 3, 22.0, 22.0, 20.0, 24.0, 4.0]]
+
+
+def test_the_error_of_a_score_is_over_examples_not_over_prompts(tmp_path: Path) -> None:
+    folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0}, prompts=("p", "q"))
+    table = tables(page_of(folder), "evaluations")["Scores by task"]
+    assert table.rows[0][-1] == pytest.approx(statistics.stdev([15.0, 25.0]) / 2**0.5)
+
+
+def test_validation_loss_is_sorted_by_the_first_run(tmp_path: Path) -> None:
+    page = page_of(made_runs.pretraining(tmp_path))
+    table = tables(page, "validation-by-task")["Validation loss by task"]
+    assert [list(row) for row in table.rows] == [
+        ["reverse", 9.02, 1.52],
+        ["copy", 9.01, 1.51],
+        ["sort", 9.0, 1.5],
+    ]
+
+
+def test_the_monitors_alignment_is_drawn_where_it_was_written(tmp_path: Path) -> None:
+    plain = made_runs.pretraining(tmp_path / "plain", steps=4)
+    seen = made_runs.pretraining(tmp_path / "seen", steps=4, extra={"alignment": 0.2})
+    assert "Alignment over steps" not in tables(page_of(plain), "learning")
+    table = tables(page_of(plain, seen), "learning")["Alignment over steps"]
+    assert [list(row) for row in table.rows] == [["seen", n, 0.2] for n in range(1, 5)]
+
+
+def test_a_matrix_stands_in_the_order_of_its_clusters(tmp_path: Path) -> None:
+    page = page_of(made_runs.analysis(tmp_path))
+    table = tables(page, "alignment")["Gradient alignment"]
+    assert list(table.columns) == ["task", "task_3", "task_2", "task_1", "task_0"]
+    assert list(table.rows[0][:3]) == ["task_3", 1.0, pytest.approx(0.284)]
+
+
+def test_an_analysis_without_alignment_and_routing_is_reported(tmp_path: Path) -> None:
+    folder = made_runs.analysis(tmp_path)
+    text = (folder / "analysis.json").read_text()
+    start, end = text.index('"alignment"'), len(text) - 1
+    (folder / "analysis.json").write_text(text[:start] + '"alignment": null}' + text[end + 1 :])
+    names = [section.id for section in page_of(folder).sections]
+    assert names == ["summary", "routing", "inventory", "parameters"]
+
+
+def test_settings_that_differ_come_first(tmp_path: Path) -> None:
+    one = made_runs.pretraining(tmp_path / "one", "optim.lr=0.25")
+    two = made_runs.pretraining(tmp_path / "two")
+    section = settings(open_runs([str(one), str(two)]))
+    assert section is not None
+    table = section.blocks[0]
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows] == ["optim.lr", "run.folder"]
+    assert table.rows[0][1] == "0.25"
+
+
+def test_key_figures_of_a_single_run(tmp_path: Path) -> None:
+    table = tables(page_of(made_runs.pretraining(tmp_path)), "summary")["Key figures"]
+    figures = {row[0]: row[1] for row in table.rows}
+    assert figures["trained parameters"] == 10
+    assert figures["validation loss, first"] == 9.0
+    assert figures["validation loss, last"] == 1.5
+
+
+# -- small parts -----------------------------------------------------------------------------------
+
+
+def spot(name: str, cost: float, score: float) -> Spot:
+    return Spot(name=name, cost=cost, score=score)
+
+
+def test_the_pareto_front_has_what_none_beats_in_both() -> None:
+    spots = [spot("a", 10, 5), spot("b", 5, 5), spot("c", 20, 4), spot("d", 20, 9), spot("e", 1, 1)]
+    assert [one.name for one in pareto(spots)] == ["e", "b", "d"]
+
+
+def test_of_equal_costs_the_better_one_is_on_the_front() -> None:
+    assert [one.name for one in pareto([spot("a", 5, 1), spot("b", 5, 2)])] == ["b"]
+
+
+def test_a_thinned_point_is_the_mean_of_its_neighbours_and_keeps_their_range() -> None:
+    found = thin([(step, float(step)) for step in range(1, 8)], most=3)
+    assert (found.per_point, found.steps, found.values) == (3, [3, 6, 7], [2.0, 5.0, 7.0])
+    assert (found.low, found.high) == ([1.0, 4.0, 7.0], [3.0, 6.0, 7.0])
+
+
+def test_a_short_curve_keeps_every_point() -> None:
+    found = thin([(1, 0.5), (2, 0.25)], most=3)
+    assert (found.steps, found.values, found.low) == ([1, 2], [0.5, 0.25], [])
+
+
+def test_values_that_are_no_numbers_are_set_apart() -> None:
+    found = thin([(1, float("inf")), (2, 1.0)])
+    assert (found.steps, found.odd) == ([2], [(1, float("inf"))])
