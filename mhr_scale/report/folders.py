@@ -115,12 +115,19 @@ def check_run(folder: Path) -> None:
         return
     below = sorted(str(path) for path in folder.iterdir() if path.is_dir() and is_run(path))
     hint = f"name runs below it: {some(below, shown=4)}" if below else "name the folder of a run"
-    raise RunError(f"'{folder}': no run; none of {', '.join(TRACES)} or jobs/ lies there; {hint}")
+    raise RunError(
+        f"'{folder}': no run; none of {', '.join(TRACES)} or finished jobs/ lie there; {hint}"
+    )
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder has what a run leaves."""
-    return (folder / "jobs").is_dir() or any((folder / name).is_file() for name in TRACES)
+    return holds_jobs(folder) or any((folder / name).is_file() for name in TRACES)
+
+
+def holds_jobs(folder: Path) -> bool:
+    """Whether a finished few-shot job lies below the folder."""
+    return any(folder.glob(f"jobs/*/*/*/{RESULT}"))
 
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> Kind:
@@ -129,7 +136,7 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Kind:
         return "analysis"
     if (folder / "average.yaml").is_file():
         return "average"
-    if "variants" in config or (folder / "jobs").is_dir():
+    if "variants" in config or holds_jobs(folder):
         return "few-shot"
     if "task" in config:
         return "fine-tuning"

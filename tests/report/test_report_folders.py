@@ -164,3 +164,9 @@ def test_settings_of_another_form_do_no_harm(tmp_path: Path, value: str) -> None
     run = open_run(folder)
     assert (run.method, run.is_finished) == ("adapter", False)
     assert build([run]).sections
+
+
+def test_a_folder_called_jobs_makes_no_run(tmp_path: Path) -> None:
+    (tmp_path / "jobs" / "src").mkdir(parents=True)
+    with pytest.raises(RunError, match="no run; none of config"):
+        open_run(tmp_path)
