@@ -22,9 +22,9 @@ from mhr_scale.config import (
     AdaptRunConfig,
     BackboneConfig,
     EvaluateConfig,
+    PlainRunConfig,
     PretrainConfig,
     ProtocolConfig,
-    RunConfig,
     ScoringConfig,
     SelectionConfig,
     ShotsConfig,
@@ -352,7 +352,7 @@ def test_a_bare_backbone_says_itself_how_it_is_quantised(tmp_path: Path) -> None
             backbone=BackboneConfig(name="builtin:toy"),
             backbone_quantise="nf4",
             tasks=TASKS,
-            run=RunConfig(folder=str(tmp_path)),
+            run=PlainRunConfig(folder=str(tmp_path)),
         )
 
 
@@ -403,10 +403,12 @@ def test_an_adapter_is_evaluated_on_the_backbone_it_was_trained_on_or_another(
         adapter=str(run),
         tasks=TASKS,
         scoring=ScoringConfig(metric="accuracy"),
-        run=RunConfig(folder=str(tmp_path / "own")),
+        run=PlainRunConfig(folder=str(tmp_path / "own")),
     )
     own = scores(evaluate(config))
-    whole = replace(config, backbone_quantise="none", run=RunConfig(folder=str(tmp_path / "whole")))
+    whole = replace(
+        config, backbone_quantise="none", run=PlainRunConfig(folder=str(tmp_path / "whole"))
+    )
     other = scores(evaluate(whole))
     assert own.isfinite().all()
     assert 1e-5 < relative(own, other) < 0.5

@@ -41,6 +41,7 @@ from mhr_scale.config.training import (
     BatchConfig,
     LossConfig,
     OptimConfig,
+    PlainRunConfig,
     RunConfig,
     ScheduleConfig,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "MonitorConfig",
     "OptimConfig",
     "OriginConfig",
+    "PlainRunConfig",
     "PlanConfig",
     "Policy",
     "PretrainConfig",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mhr_scale.config.data import TasksConfig
 from mhr_scale.config.part import part
-from mhr_scale.config.training import RunConfig
+from mhr_scale.config.training import PlainRunConfig
 from mhr_scale.errors import ConfigError
 
 
@@ -51,6 +51,9 @@ class AlignmentConfig:
     """Targets are cut here; null: as in the run the tasks come from, else 256."""
     seed: int = 42
     """Seed of the sample of tasks."""
+    token_cache: str | None = None
+    """Folder that keeps tokenised tasks; null: that of the run, if it has one and the tasks are
+    its own, else tokenise in memory."""
 
     def __post_init__(self) -> None:
         _check_sample("alignment", "", tasks=self.tasks, rows=self.rows)
@@ -76,7 +79,7 @@ class AnalyseConfig:
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
     """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
-    run: RunConfig
+    run: PlainRunConfig
     """Where to write."""
 
     def __post_init__(self) -> None:

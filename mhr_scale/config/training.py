@@ -158,6 +158,21 @@ class BatchConfig:
 
 
 @part
+class PlainRunConfig:
+    """Where a verb that trains nothing writes, and under which DeepSpeed file it runs."""
+
+    folder: str
+    """The run folder."""
+    ds_config: str | None = None
+    """DeepSpeed file: placement of the backbone; null: replicated."""
+    timeout_seconds: float = 1800.0
+    """How long a collective may wait for the other ranks."""
+
+    def __post_init__(self) -> None:
+        check_timeout(self.timeout_seconds)
+
+
+@part
 class RunConfig:
     """Where a run writes, how often, and under which DeepSpeed file."""
 
@@ -183,8 +198,7 @@ class RunConfig:
     token_cache: str | None = None
     """Folder that keeps tokenised tasks between runs; null: tokenise in memory at every start."""
     trackers: tuple[Tracker, ...] = ()
-    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder) and wandb;
-    what trains steps has them (`pretrain`, `average`, `finetune`), `evaluate` has no steps."""
+    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:

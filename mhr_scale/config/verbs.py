@@ -11,6 +11,7 @@ from mhr_scale.config.training import (
     BatchConfig,
     LossConfig,
     OptimConfig,
+    PlainRunConfig,
     RunConfig,
     ScheduleConfig,
 )
@@ -125,7 +126,7 @@ class EvaluateConfig:
     """The tasks; their test rows count, or their held-out rows where there are none."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """How answers are asked for and scored."""
-    run: RunConfig
+    run: PlainRunConfig
     """Where to write; the same command goes on with an interrupted job."""
 
     def __post_init__(self) -> None:

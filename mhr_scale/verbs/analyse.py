@@ -97,7 +97,7 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> Sources | None:
         return None
     is_own = recipe is not None and config.tasks is None
     base = recipe.batch if recipe is not None and is_own else BatchConfig()
-    cache = config.run.token_cache
+    cache = asked.token_cache
     if cache is None and recipe is not None and is_own:
         cache = recipe.run.token_cache
     batch = replace(

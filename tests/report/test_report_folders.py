@@ -61,7 +61,7 @@ def test_torn_lines_are_counted_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_told_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no run; none of config\.yaml, .* lies there"):
+    with pytest.raises(RunError, match=r"no run; none of config\.yaml, .* lie there"):
         open_run(tmp_path)
 
 

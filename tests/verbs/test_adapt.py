@@ -28,7 +28,7 @@ from mhr_scale.config import (
     EvaluateConfig,
     JsonlTasks,
     OptimConfig,
-    RunConfig,
+    PlainRunConfig,
     ScoringConfig,
     SelectionConfig,
     ShotsConfig,
@@ -183,7 +183,7 @@ def test_a_job_s_adapter_scores_the_same_under_the_verb_evaluate(
             adapter=str(job),
             tasks=JsonlTasks(suite="jsonl", folder=str(only)),
             scoring=config.scoring,
-            run=RunConfig(folder=str(tmp_path / "again")),
+            run=PlainRunConfig(folder=str(tmp_path / "again")),
         )
     )
     first, again = (

@@ -15,7 +15,7 @@ from small_runs import make_source, write_rows
 from mhr_scale.adapters import state
 from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.interop import write_peft_lora
-from mhr_scale.config import AlignmentConfig, AnalyseConfig, JsonlTasks, RunConfig, ToyTasks
+from mhr_scale.config import AlignmentConfig, AnalyseConfig, JsonlTasks, PlainRunConfig, ToyTasks
 from mhr_scale.errors import AdapterError, ConfigError, RunError
 from mhr_scale.verbs.analyse import analyse
 
@@ -35,7 +35,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def make_config(adapter: Path, folder: Path, **changes: Any) -> AnalyseConfig:
-    config = AnalyseConfig(adapter=str(adapter), alignment=SMALL, run=RunConfig(folder=str(folder)))
+    config = AnalyseConfig(
+        adapter=str(adapter), alignment=SMALL, run=PlainRunConfig(folder=str(folder))
+    )
     return replace(config, **changes)
 
 
@@ -130,10 +132,10 @@ def test_statistics_alone_need_neither_deepspeed_nor_a_backbone(
 ) -> None:
     code = (
         "import sys; sys.modules['deepspeed'] = sys.modules['transformers'] = None\n"
-        "from mhr_scale.config import AnalyseConfig, RunConfig\n"
+        "from mhr_scale.config import AnalyseConfig, PlainRunConfig\n"
         "from mhr_scale.verbs.analyse import analyse\n"
         f"analyse(AnalyseConfig(adapter={str(sources['MHR'])!r}, alignment=None, "
-        f"run=RunConfig(folder={str(tmp_path / 'out')!r})))"
+        f"run=PlainRunConfig(folder={str(tmp_path / 'out')!r})))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
@@ -154,7 +156,7 @@ def test_an_adapter_without_a_run_is_aligned_on_given_tasks(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
     tasks = ToyTasks(suite="toy", n_tasks=4, train_examples=10, validation_examples=2)
-    run = RunConfig(folder=str(tmp_path / "out"))
+    run = PlainRunConfig(folder=str(tmp_path / "out"))
     found = look(sources["MHR"] / "adapter", tmp_path / "out", tasks=tasks, run=run)
     assert found["alignment"] == look(sources["MHR"], tmp_path / "own")["alignment"]
 
@@ -233,5 +235,5 @@ def test_tasks_without_alignment_are_refused() -> None:
             adapter="x",
             alignment=None,
             tasks=ToyTasks(suite="toy"),
-            run=RunConfig(folder="y"),
+            run=PlainRunConfig(folder="y"),
         )

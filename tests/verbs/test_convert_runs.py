@@ -19,6 +19,7 @@ from mhr_scale.config import (
     FinetuneShotsConfig,
     JsonlTasks,
     OriginConfig,
+    PlainRunConfig,
     PretrainConfig,
     ProtocolConfig,
     RunConfig,
@@ -77,7 +78,7 @@ def to_evaluate(places: dict[str, Path], out: Path) -> None:
         backbone=BackboneConfig(name=str(places["backbone"])),
         tasks=tasks,
         scoring=SCORING,
-        run=RunConfig(folder=str(out)),
+        run=PlainRunConfig(folder=str(out)),
     )
     evaluate(config)
 

@@ -14,6 +14,7 @@ from mhr_scale.config import (
     BackboneConfig,
     EvaluateConfig,
     JsonlTasks,
+    PlainRunConfig,
     PretrainConfig,
     RunConfig,
     ScoringConfig,
@@ -52,7 +53,7 @@ def settings(folder: Path, source: Path | None = None, **changes: object) -> Eva
         backbone=BARE if source is None else None,
         tasks=TASKS,
         scoring=ScoringConfig(metric="accuracy", max_tokens=300),
-        run=RunConfig(folder=str(folder)),
+        run=PlainRunConfig(folder=str(folder)),
     )
     return replace(config, **changes)
 

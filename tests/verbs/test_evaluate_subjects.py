@@ -13,8 +13,8 @@ from mhr_scale.adapters.collapse import average, soup
 from mhr_scale.adapters.interop import write_peft_lora
 from mhr_scale.config import (
     EvaluateConfig,
+    PlainRunConfig,
     PretrainConfig,
-    RunConfig,
     ScoringConfig,
     SoupConfig,
     SuperNITasks,
@@ -63,7 +63,7 @@ def choice_scores(adapter: Path, folder: Path, **changes: object) -> dict[str, l
         adapter=str(adapter),
         tasks=TASKS,
         scoring=ScoringConfig(metric="accuracy"),
-        run=RunConfig(folder=str(folder)),
+        run=PlainRunConfig(folder=str(folder)),
     )
     evaluate(replace(config, **changes))
     lines = summary.read_scores(folder / "scores.jsonl")
@@ -113,7 +113,7 @@ def test_a_bare_backbone_has_no_soup() -> None:
             backbone={"name": "builtin:toy"},
             routing="soup",
             tasks=TASKS,
-            run=RunConfig(folder="x"),
+            run=PlainRunConfig(folder="x"),
         )
 
 

@@ -11,6 +11,7 @@ from small_runs import SHORT, TOY, make_config, make_source, write_rows
 from mhr_scale.config import (
     AverageConfig,
     EvaluateConfig,
+    PlainRunConfig,
     PretrainConfig,
     RunConfig,
     ScoringConfig,
@@ -40,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 adapter=str(folder / "mean" / "averaged" / f"{k:06d}"),
                 tasks=ToyTasks(suite="toy", fold="held_out"),
                 scoring=ScoringConfig(metric="exact_match", max_new_tokens=2, examples=2),
-                run=RunConfig(folder=str(folder / f"zero_shot_{k}")),
+                run=PlainRunConfig(folder=str(folder / f"zero_shot_{k}")),
             )
         )
     variants = {

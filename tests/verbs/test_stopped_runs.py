@@ -42,6 +42,7 @@ from mhr_scale.config import (
     FinetuneOptimConfig,
     FinetuneRunConfig,
     FinetuneShotsConfig,
+    PlainRunConfig,
     PretrainConfig,
     ProtocolConfig,
     RunConfig,
@@ -231,7 +232,7 @@ def test_scoring_stops_between_batches_and_goes_on(whole: Path, tmp_path: Path) 
             adapter=str(whole),
             tasks=ToyTasks(suite="toy", n_tasks=4, train_examples=10, validation_examples=5),
             scoring=ScoringConfig(metric="accuracy", max_tokens=300),
-            run=RunConfig(folder=str(folder)),
+            run=PlainRunConfig(folder=str(folder)),
         )
 
     evaluate(config(tmp_path / "whole"))
