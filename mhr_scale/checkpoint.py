@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from mhr_scale import failures
 from mhr_scale.adapters import Adapter, state
 from mhr_scale.errors import RunError
-from mhr_scale.files import hash_file
+from mhr_scale.files import hash_file, write_json
 from mhr_scale.optim import OptimizerState, check_states
-from mhr_scale.runlog import log, write_json
+from mhr_scale.runlog import log
 from mhr_scale.sealing import DONE, check, recover, sealed, unseal
 
 #: What reading the files of a saved step raises where they are missing or damaged.

@@ -13,9 +13,10 @@ from torch import Tensor
 from mhr_scale import backbone, fingerprint
 from mhr_scale.backbone import Blueprint
 from mhr_scale.errors import BackboneError
+from mhr_scale.files import write_json
 from mhr_scale.manifest import Fingerprint, hash_files
 from mhr_scale.merging import plan_weights
-from mhr_scale.runlog import ByteProgress, write_json
+from mhr_scale.runlog import ByteProgress
 from mhr_scale.shards import DTYPES, FileFacts, Weight, plan_shards, write_shard
 
 INDEX = "model.safetensors.index.json"

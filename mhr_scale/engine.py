@@ -23,7 +23,8 @@ from mhr_scale import backbone, nvme, quantise, stopping
 from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import EngineError, did_you_mean, first_line
+from mhr_scale.errors import EngineError, did_you_mean
+from mhr_scale.files import read_object
 from mhr_scale.filling import fill
 from mhr_scale.runlog import log, rank, ranks_here, world_size
 
@@ -65,18 +66,7 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
     if path is None:
         looked = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates))
         raise EngineError(f"run.ds_config: no file '{name}' (looked at {looked})")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
-    except json.JSONDecodeError as error:
-        raise EngineError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise EngineError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: not readable as JSON ({first_line(error)})") from error
-    except KeyError as error:
-        raise EngineError(f"{path}: key {error} stands twice") from error
-    if not isinstance(content, dict):
-        raise EngineError(f"{path}: a DeepSpeed file is an object")
+    content = read_object(path, EngineError, hook=_no_key_twice)
     for key in content:
         if key in OWNED:
             raise EngineError(
@@ -104,7 +94,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise KeyError(key)
+            raise ValueError(f"key '{key}' stands twice")
         content[key] = value
     return content
 

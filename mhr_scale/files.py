@@ -1,9 +1,13 @@
-"""Files on the disk: their hashes, and being sure that they are there."""
+"""Files on the disk: JSON in and out, hashes, and being sure that they are there."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from mhr_scale.errors import UserError, first_line
 
 CHUNK = 1 << 24
 
@@ -26,3 +30,62 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(
+    file: Path,
+    error: type[UserError],
+    *,
+    way_out: str = "",
+    hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """What a JSON file says; raises `error` with file, line and reason if it says nothing.
+
+    `hook` makes an object of its pairs of keys and values; it may raise ValueError.
+    """
+    tail = f"; {way_out}" if way_out else ""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=hook)
+    except json.JSONDecodeError as fault:
+        raise error(f"{file}:{fault.lineno}: not JSON ({fault.msg}){tail}") from fault
+    except UnicodeDecodeError as fault:
+        raise error(f"{file}: not UTF-8 text ({fault.reason}){tail}") from fault
+    except OSError as fault:
+        raise error(f"{file}: cannot be read ({fault.strerror}){tail}") from fault
+    except RecursionError as fault:
+        raise error(f"{file}: not JSON (nested too deeply){tail}") from fault
+    except ValueError as fault:  # numbers of too many digits among them
+        raise error(f"{file}: not JSON ({first_line(fault)}){tail}") from fault
+
+
+def read_object(
+    file: Path,
+    error: type[UserError],
+    *,
+    way_out: str = "",
+    hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> dict[str, Any]:
+    """The JSON object in a file; raises `error` for anything else."""
+    content = read_json(file, error, way_out=way_out, hook=hook)
+    if not isinstance(content, dict):
+        tail = f"; {way_out}" if way_out else ""
+        raise error(f"{file}: not a JSON object{tail}")
+    return content
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole: to a partial file, flushed to disk, then moved into place."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mhr_scale.errors import BackboneError
-from mhr_scale.files import hash_file
-from mhr_scale.runlog import ByteProgress, write_json
+from mhr_scale.files import hash_file, read_object, write_json
+from mhr_scale.runlog import ByteProgress
 from mhr_scale.shards import FileFacts, first_cut
 from mhr_scale.weights import WeightSource
 
@@ -69,13 +69,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     file = folder / MANIFEST
     if not file.exists():
         return None
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg}); {WAY_OUT}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackboneError(f"{file}: cannot be read ({error}); {WAY_OUT}") from error
-    schema = raw.get("schema") if isinstance(raw, dict) else None
+    raw = read_object(file, BackboneError, way_out=WAY_OUT)
+    schema = raw.get("schema")
     if schema != SCHEMA:
         raise BackboneError(
             f"{file}: schema {schema!r}, this version reads {SCHEMA}; convert the backbone anew"

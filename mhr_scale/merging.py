@@ -6,7 +6,6 @@ Weights come tensor by tensor from the backbone's source, whatever placement the
 memory holds one shard and one linear in float32 at a time.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,8 @@ from mhr_scale.adapters import Adapter, state
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
-from mhr_scale.runlog import Progress, write_json
+from mhr_scale.files import read_object, write_json
+from mhr_scale.runlog import Progress
 from mhr_scale.shards import Weight, plan_shards
 from mhr_scale.weights import SafetensorsSource
 
@@ -113,7 +113,7 @@ def write_companions(
     """
     raw: dict[str, Any] = {"model_type": "t5", **blueprint.facts.get("config", {})}
     if blueprint.folder is not None:
-        raw = json.loads((blueprint.folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_object(blueprint.folder / "config.json", BackboneError)
     raw["architectures"] = [blueprint.model_class.__name__]
     if raw.get("decoder_start_token_id") is None:
         raw["decoder_start_token_id"] = blueprint.model_config.decoder_start_token_id

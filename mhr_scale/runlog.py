@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mhr_scale.errors import RunError
+from mhr_scale.files import read_json, write_json, write_text
 
 log = logging.getLogger("mhr_scale")
 
@@ -58,24 +59,6 @@ def start_logging() -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole: to a partial file, flushed to disk, then moved into place."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
@@ -158,10 +141,7 @@ def record_provenance(path: Path, **facts: Any) -> None:
     """Append this start to `provenance.json`, a list with one entry per start of the run."""
     starts: list[Any] = []
     if path.exists():
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"{path}: not JSON ({error}); move it away") from error
+        starts = read_json(path, RunError, way_out="move it away")
         if not isinstance(starts, list):
             raise RunError(f"{path}: not a list of starts; move it away")
     write_json(path, [*starts, provenance(**facts)])

@@ -22,8 +22,9 @@ from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
 from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
+from mhr_scale.files import write_json, write_text
 from mhr_scale.recipe import load, to_yaml
-from mhr_scale.runlog import record_provenance, world_size, write_json, write_text
+from mhr_scale.runlog import record_provenance, world_size
 from mhr_scale.tasks.mixture import MixturePlan, Share
 from mhr_scale.tasks.task import to_json_lines
 from mhr_scale.tokens import TokenSet, open_tokens

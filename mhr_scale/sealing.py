@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mhr_scale.errors import RunError
-from mhr_scale.files import flush, hash_file
-from mhr_scale.runlog import write_json
+from mhr_scale.files import flush, hash_file, write_json
 
 DONE = "DONE"
 

@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from mhr_scale import backbone, checkpoint, quantise
 from mhr_scale.adapters import interop
-from mhr_scale.adapters.published import read_json, read_safetensors
+from mhr_scale.adapters.published import read_safetensors
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line
+from mhr_scale.files import read_object
 from mhr_scale.runlog import log
 from mhr_scale.sealing import sealed
 
@@ -38,7 +39,7 @@ def find_peft_lora(path: str) -> Path:
             f"{path}: no PEFT LoRA folder ({interop.CONFIG} is missing); export the adapter first: "
             "python launch/export.py"
         )
-    kind = read_json(folder / interop.CONFIG).get("peft_type")
+    kind = read_object(folder / interop.CONFIG, AdapterError).get("peft_type")
     if kind != "LORA":
         raise AdapterError(
             f"{folder}: a PEFT {kind}, and finetune trains a LoRA; export one first: "
@@ -63,7 +64,9 @@ def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> Non
         if found is not None:
             wanted = found.in_features if side == "A.weight" else found.out_features
         if width != wanted:
-            there = read_json(folder / interop.CONFIG).get("base_model_name_or_path")
+            there = read_object(folder / interop.CONFIG, AdapterError).get(
+                "base_model_name_or_path"
+            )
             raise AdapterError(
                 f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
                 f"there, {wanted or 'missing'} here; it names {there or 'none'}"

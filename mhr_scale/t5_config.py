@@ -1,11 +1,11 @@
 """A T5's configuration: read from a folder or a recipe, and found good."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
+from mhr_scale.files import read_object
 
 MODEL_TYPES = ("t5", "mt5")
 #: Settings of T5Config that have to be at least 1, and the largest that any T5 could have.
@@ -78,21 +78,9 @@ def _check_attention(model_config: Any, place: str) -> None:
 
 def _read_raw(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise BackboneError(f"{file}: not JSON (nested too deeply)") from error
-    except OSError as error:
-        raise BackboneError(f"{file}: not a backbone folder ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise BackboneError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise BackboneError(f"{file}: not UTF-8 text ({error.reason})") from error
-    except ValueError as error:
-        raise BackboneError(f"{file}: not JSON ({first_line(error)})") from error
-    if not isinstance(raw, dict):
-        raise BackboneError(f"{file}: a configuration is an object")
-    return raw
+    if not file.is_file():
+        raise BackboneError(f"{folder}: not a backbone folder (no {file.name} here)")
+    return read_object(file, BackboneError)
 
 
 def _check_config(model_config: Any, place: str) -> None:

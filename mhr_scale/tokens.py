@@ -28,7 +28,8 @@ from pyarrow import ipc
 from mhr_scale.config import BatchConfig, TasksConfig
 from mhr_scale.encode import Cuts, Encoder, Row, check_rows_left
 from mhr_scale.errors import DataError
-from mhr_scale.runlog import Progress, log, rank, write_json
+from mhr_scale.files import write_json
+from mhr_scale.runlog import Progress, log, rank
 from mhr_scale.tasks.suites import open_suite, source_files
 from mhr_scale.tasks.task import Task
 

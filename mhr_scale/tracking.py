@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mhr_scale.errors import ConfigError, first_line
-from mhr_scale.runlog import log, write_text
+from mhr_scale.files import write_text
+from mhr_scale.runlog import log
 
 #: The id under which Weights & Biases knows a run folder, also after it was moved.
 WANDB_ID = Path("wandb", "mhr_scale_id.txt")

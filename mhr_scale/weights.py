@@ -3,7 +3,6 @@
 Ranks of a sharded backbone ask for their own range of each tensor; nobody has to hold the whole.
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mhr_scale.errors import BackboneError, first_line
+from mhr_scale.files import read_object
 from mhr_scale.runlog import log
 from mhr_scale.seeds import seed_from
 from mhr_scale.shards import first_cut
@@ -216,11 +216,7 @@ def read_index(index: Path) -> dict[str, str]:
 
     Raises `BackboneError` if it is no index, or names a file outside of its folder.
     """
-    try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackboneError(f"{index}: not a readable index ({first_line(error)})") from error
-    places = raw.get("weight_map") if isinstance(raw, dict) else None
+    places = read_object(index, BackboneError).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise BackboneError(f"{index}: no weight_map here, which names the file of each tensor")
     for name, file in places.items():

@@ -519,7 +519,7 @@ def test_a_bin_file_of_something_else_is_named(make, content, expected):
     [
         ('{\n"d_model": ', "config.json:2: not JSON (Expecting value)"),
         (b"\xff\xfe", "config.json: not UTF-8 text (invalid start byte)"),
-        ("[]", "config.json: a configuration is an object"),
+        ("[]", "config.json: not a JSON object"),
         ("{}", ": a backbone of type 'None'; known: ('t5', 'mt5')"),
         ('{"model_type": "bert"}', ": a backbone of type 'bert'; known: ('t5', 'mt5')"),
         ({**CARD, "num_layers": "two"}, "config.json: Validation error for field 'num_layers'"),
@@ -539,7 +539,7 @@ def test_a_configuration_that_cannot_be_used_names_its_file(folder, data, expect
 def test_a_folder_without_a_configuration_is_no_backbone(folder):
     (folder / "config.json").unlink()
     assert message_of(BackboneConfig(name=str(folder))) == (
-        f"{folder / 'config.json'}: not a backbone folder (No such file or directory)"
+        f"{folder}: not a backbone folder (no config.json here)"
     )
 
 

@@ -320,7 +320,7 @@ def edit(file, **changes):
         ("adapter.safetensors", cut_off, AdapterError, "its hash is not the one in adapter.json"),
         ("adapter.safetensors", "remove", AdapterError, "missing, though adapter.json is there"),
         ("adapter.json", "remove", AdapterError, "no adapter.json here"),
-        ("adapter.json", cut_off, AdapterError, "not a readable adapter card"),
+        ("adapter.json", cut_off, AdapterError, "not JSON"),
         ("adapter.json", {"schema": 99}, AdapterError, "schema 99, this version reads"),
     ],
 )

@@ -150,9 +150,9 @@ def test_a_folder_is_no_file(tmp_path):
         ),
         ("", "ds.json:1: not JSON (Expecting value)"),
         (b"\xff\xfe", "ds.json: not UTF-8 text (invalid start byte)"),
-        ([], "ds.json: a DeepSpeed file is an object"),
-        ('{"aio": {}, "aio": {}}', "ds.json: key 'aio' stands twice"),
-        ('{"aio": {"x": 1, "x": 1}}', "ds.json: key 'x' stands twice"),
+        ([], "ds.json: not a JSON object"),
+        ('{"aio": {}, "aio": {}}', "ds.json: not JSON (key 'aio' stands twice)"),
+        ('{"aio": {"x": 1, "x": 1}}', "ds.json: not JSON (key 'x' stands twice)"),
     ],
 )
 def test_a_mistake_is_refused_with_its_place(message, content, expected):

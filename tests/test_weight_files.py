@@ -117,15 +117,15 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, kind: str, place: An
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "not a readable index"),
-        ("[]", "no weight_map here"),
-        ('{"weight_map": {}}', "no weight_map here"),
-        ('{"weight_map": []}', "no weight_map here"),
+        ("{", ":1: not JSON"),
+        ("[]", ": not a JSON object"),
+        ('{"weight_map": {}}', ": no weight_map here"),
+        ('{"weight_map": []}', ": no weight_map here"),
     ],
 )
 def test_a_broken_index_is_named(folder: Path, kind: str, text: str, expected: str) -> None:
     (folder / INDICES[kind]).write_text(text)
-    assert message(folder).startswith(f"{folder / INDICES[kind]}: {expected}")
+    assert message(folder).startswith(f"{folder / INDICES[kind]}{expected}")
 
 
 def test_a_bin_file_that_was_cut_off_says_so(tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ from mhr_scale.adapters.published import (
     fill,
     find_layout,
     name_tasks,
-    read_json,
     read_published,
     read_safetensors,
     widths_of,
 )
 from mhr_scale.errors import AdapterError
+from mhr_scale.files import read_object
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -286,7 +286,7 @@ def open_adapter(path: Path | str) -> tuple[state.Card, Adapter]:
     if (path / "adapter" / CONFIG).is_file():  # the run folder of a fine-tuning
         path = path / "adapter"
     if (path / CONFIG).is_file():
-        config = read_json(path / CONFIG)
+        config = read_object(path / CONFIG, AdapterError)
         readers = {"LORA": read_peft_lora, "IA3": read_peft_ia3, "POLY": read_peft_poly}
         kind = config.get("peft_type")
         if kind not in list(readers):
@@ -338,7 +338,7 @@ def _refusal(folder: Path, what: str) -> AdapterError:
 
 
 def _read_note(folder: Path) -> dict[str, Any]:
-    note = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+    note = read_object(folder / NOTE, AdapterError) if (folder / NOTE).is_file() else {}
     kinds = {"task_names": list, "policy": str, "temperature": float, "d_model": int}
     for name, kind in kinds.items():
         if not isinstance(note.get(name, kind()), kind):
@@ -348,7 +348,7 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path, kind: str, *, numbers: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of a PEFT folder of this type, if it says nothing we cannot express."""
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG, AdapterError)
     if config.get("peft_type") != kind:
         found = config.get("peft_type")
         raise AdapterError(f"{folder / CONFIG}: peft_type is {found!r}, not '{kind}'")
@@ -395,4 +395,4 @@ def _width_of_backbone(config: Mapping[str, Any]) -> int | None:
     """Width of the backbone a PEFT folder names, if that is a local folder."""
     name = config.get("base_model_name_or_path")
     file = Path(name or "") / "config.json"
-    return read_json(file).get("d_model") if name and file.is_file() else None
+    return read_object(file, AdapterError).get("d_model") if name and file.is_file() else None

@@ -8,7 +8,6 @@ and routing as `<linear>.selector.module_logits` (T, Q * S) under the first of t
 share a table, or under each of them (method notes 1.1 to 1.5). Alpha is in no tensor.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,17 +100,6 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{file}: not a safetensors file ({first_line(error)})") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises `AdapterError` if the file holds none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: not a readable JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file}: not a JSON object")
-    return content
 
 
 def widths_of(

@@ -24,7 +24,7 @@ from mhr_scale.adapters.layout import Site, find_sites
 from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, UserError
-from mhr_scale.files import flush, hash_file
+from mhr_scale.files import flush, hash_file, read_object
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
@@ -121,8 +121,8 @@ def find(path: Path | str) -> Path:
 def read_card(path: Path | str) -> Card:
     """Read `adapter.json`; raises `AdapterError` if it is missing, broken or of another schema."""
     file = find(path) / CARD
+    card = read_object(file, AdapterError)
     try:
-        card = json.loads(file.read_text(encoding="utf-8"))
         if card["schema"] != SCHEMA:
             raise AdapterError(f"{file}: schema {card['schema']}, this version reads {SCHEMA}")
         return _make_card(card)

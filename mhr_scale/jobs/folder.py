@@ -7,9 +7,10 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import RunError
+from mhr_scale.files import write_text
 from mhr_scale.jobs.job import as_folder
 from mhr_scale.recipe import to_yaml
-from mhr_scale.runlog import record_provenance, write_text
+from mhr_scale.runlog import record_provenance
 from mhr_scale.runs import check_writable, differences, read_recipe
 from mhr_scale.tasks.task import Intake
 

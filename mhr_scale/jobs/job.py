@@ -1,6 +1,5 @@
 """What a job is, where it lies, and what it leaves."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from urllib.parse import quote
 
 from mhr_scale import checkpoint
 from mhr_scale.errors import RunError
-from mhr_scale.runlog import write_json
+from mhr_scale.files import read_object, write_json
 from mhr_scale.typed import check_fields
 
 RESULT = "result.json"
@@ -131,9 +130,10 @@ def read_all_results(run: Path) -> list[dict[str, Any]]:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
+    way_out = "delete it and run again"
+    result = read_object(file, RunError, way_out=way_out)
     try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         check_fields(result, RESULT_FIELDS, name="result")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{file}: not a result ({error!r}); delete it and run again") from error
+    except TypeError as error:
+        raise RunError(f"{file}: not a result ({error}); {way_out}") from error
     return result

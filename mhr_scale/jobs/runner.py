@@ -16,12 +16,13 @@ from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.files import write_text
 from mhr_scale.jobs.data import Exam
 from mhr_scale.jobs.job import Job, Standing, clean, write_result
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.questions import Question, answerers, judge
-from mhr_scale.runlog import Metrics, Progress, log, write_text
+from mhr_scale.runlog import Metrics, Progress, log
 from mhr_scale.scoring import Batch, ChoiceRow
 from mhr_scale.writer import Writer
 

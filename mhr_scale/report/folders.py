@@ -1,6 +1,5 @@
 """Run folders of any kind, recognised by what lies in them and read as far as they are."""
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from mhr_scale import checkpoint, strict_yaml, summary, typed
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import ConfigError, RunError, shortened, some
+from mhr_scale.files import read_json, read_object
 from mhr_scale.jobs.job import RESULT, read_all_results
 from mhr_scale.runlog import metric_lines
 
@@ -18,6 +18,7 @@ Kind = Literal[
     "pre-training", "average", "evaluation", "few-shot", "fine-tuning", "analysis", "job"
 ]
 #: What a folder is looked through for.
+MOVE = "move it away"
 TRACES = (
     "config.yaml",
     "average.yaml",
@@ -99,9 +100,9 @@ def open_run(folder: Path) -> Run:
     if run.kind == "few-shot":
         run.results = read_all_results(folder)
     if (folder / RESULT).is_file():
-        run.result = read_object(folder / RESULT)
+        run.result = read_object(folder / RESULT, RunError, way_out=MOVE)
     if run.kind == "analysis" and (folder / "analysis.json").is_file():
-        run.analysis = read_object(folder / "analysis.json")
+        run.analysis = read_object(folder / "analysis.json", RunError, way_out=MOVE)
         check_analysis(run.analysis, folder / "analysis.json")
     run.is_finished, run.state = STATES[run.kind](run)
     return run
@@ -188,25 +189,11 @@ def read_tree(file: Path) -> dict[str, Any]:
     return strict_yaml.read(text, source=str(file), error=RunError)[0]
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; raises `RunError` for anything else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: not JSON ({error}); move it away") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{file}: not an object; move it away")
-    return found
-
-
 def read_starts(file: Path) -> list[dict[str, Any]]:
     """The entries of a provenance file, one per start."""
     if not file.is_file():
         return []
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: not JSON ({error}); move it away") from error
+    found = read_json(file, RunError, way_out=MOVE)
     found = [found] if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
         raise RunError(f"{file}: not a list of starts; move it away")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhr_scale.errors import DataError
+from mhr_scale.files import write_text
 from mhr_scale.reproduction.suites import SEARCH_SEED, Suite
-from mhr_scale.runlog import write_text
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks import toy
 

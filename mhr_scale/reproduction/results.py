@@ -15,9 +15,12 @@ from typing import Any
 
 from mhr_scale.comparison import compare
 from mhr_scale.errors import RunError
+from mhr_scale.files import read_object
 from mhr_scale.jobs.job import read_all_results
 from mhr_scale.reproduction.plan import seed_part, unit_name
 from mhr_scale.reproduction.suites import Method, Suite
+
+WAY_OUT = "delete its folder and run again"
 
 
 @dataclass(slots=True)
@@ -104,12 +107,12 @@ def _scalars(
 
 def zero_shot_score(folder: Path) -> float:
     """Mean score over tasks of an evaluation."""
-    return float(_read(folder / "summary.json")["mean_over_tasks"])
+    return float(read_object(folder / "summary.json", RunError, way_out=WAY_OUT)["mean_over_tasks"])
 
 
 def alignment(folder: Path) -> float:
     """Mean cosine of an analysis; raises `RunError` where it has none."""
-    found = _read(folder / "analysis.json")["alignment"]
+    found = read_object(folder / "analysis.json", RunError, way_out=WAY_OUT)["alignment"]
     if found is None:
         raise RunError(f"{folder / 'analysis.json'}: holds no gradient alignment; delete {folder}")
     return float(found["mean"])
@@ -122,13 +125,3 @@ def validation_loss(folder: Path) -> float | None:
         line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line
     ]
     return float(found[-1]) if found else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file}: cannot be read ({error}); delete its folder and run again"
-        ) from error
-    return values

@@ -7,19 +7,19 @@
            toy/, superni/, records/, logs/   the units (see `units`)
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import RunError
+from mhr_scale.files import read_json, write_json, write_text
 from mhr_scale.reproduction import claims, rates, results, tables
 from mhr_scale.reproduction.data import Data, open_data
 from mhr_scale.reproduction.plan import Rate, Rates, Unit, search_units, study_units
 from mhr_scale.reproduction.pool import Clock, Pool
 from mhr_scale.reproduction.suites import SUITES, Suite, quick
-from mhr_scale.runlog import log, provenance, write_json, write_text
+from mhr_scale.runlog import log, provenance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,10 +113,7 @@ def _check_folder(options: Options) -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, purpose)
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read ({error}); use another --folder") from error
+    before = read_json(file, RunError, way_out="use another --folder")
     if before != purpose:
         raise RunError(f"{file}: the folder is for {before}, not {purpose}; use another --folder")
 

@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -26,9 +25,10 @@ from mhr_scale.config import (
     PretrainConfig,
 )
 from mhr_scale.errors import DivergenceError, ExitCode, RunError, UserError
+from mhr_scale.files import read_object, write_json
 from mhr_scale.recipe import load
 from mhr_scale.reproduction.plan import Unit
-from mhr_scale.runlog import start_logging, write_json
+from mhr_scale.runlog import start_logging
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.analyse import analyse
 from mhr_scale.verbs.average import average
@@ -71,15 +71,15 @@ def read_record(root: Path, unit: Unit) -> Record | None:
     file = _record_file(root, unit)
     if not file.is_file():
         return None
+    values = read_object(file, RunError, way_out="delete it")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         record = Record(
             settings=tuple(values["settings"]),
             outcome={"done": "done", "diverged": "diverged"}[values["outcome"]],  # type: ignore[arg-type]
             seconds=float(values["seconds"]),
             processor_seconds=float(values["processor_seconds"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: not the record of a unit ({error!r}); delete it") from error
     if record.settings != _all_settings(unit):
         odd = sorted(set(record.settings) ^ set(_all_settings(unit)))

@@ -19,6 +19,7 @@ from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import DivergenceError
+from mhr_scale.files import write_json
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.folder import check_folder, rank0_open_folder
 from mhr_scale.jobs.full import FullWave, check_backbone_jobs
@@ -29,7 +30,7 @@ from mhr_scale.jobs.runner import Runner, saved_of
 from mhr_scale.jobs.start import source_numbers, start
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.planning.waves import job_bytes
-from mhr_scale.runlog import log, write_json
+from mhr_scale.runlog import log
 from mhr_scale.runs import (
     backbone_facts,
     check_quantise,

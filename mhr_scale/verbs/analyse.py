@@ -24,9 +24,10 @@ from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, Pretra
 from mhr_scale.config.data import TasksConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
+from mhr_scale.files import write_json, write_text
 from mhr_scale.jobs.start import source_numbers, variant_numbers
 from mhr_scale.recipe import load, to_yaml
-from mhr_scale.runlog import Progress, log, rank, record_provenance, write_json, write_text
+from mhr_scale.runlog import Progress, log, rank, record_provenance
 from mhr_scale.runs import (
     backbone_facts,
     backbone_of,

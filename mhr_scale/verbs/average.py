@@ -14,8 +14,9 @@ from mhr_scale.adapters import Adapter, state
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError
+from mhr_scale.files import write_text
 from mhr_scale.recipe import load, to_yaml
-from mhr_scale.runlog import log, rank, write_text
+from mhr_scale.runlog import log, rank
 from mhr_scale.runs import prepare, rank0_open_folder
 
 

@@ -22,11 +22,12 @@ from mhr_scale.adapters.state import Card
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.files import write_json, write_text
 from mhr_scale.jobs.soup import Kitchen, find_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.recipe import load, to_yaml
-from mhr_scale.runlog import Progress, log, record_provenance, write_json, write_text
+from mhr_scale.runlog import Progress, log, record_provenance
 from mhr_scale.runs import backbone_facts, backbone_of, blueprint_of, check_fit, check_quantise
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.tasks.suites import read_evaluation

@@ -16,6 +16,7 @@ from mhr_scale.adapters.collapse import collapse, soup
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import AdapterError
+from mhr_scale.files import write_json, write_text
 from mhr_scale.jobs.job import as_folder
 from mhr_scale.recipe import to_yaml
 from mhr_scale.reloading import (
@@ -27,7 +28,7 @@ from mhr_scale.reloading import (
     check_peft,
     spread,
 )
-from mhr_scale.runlog import Progress, log, rank, write_json, write_text
+from mhr_scale.runlog import Progress, log, rank
 from mhr_scale.runs import backbone_of, blueprint_of, check_fit
 from mhr_scale.shards import Weight, check_free_space
 from mhr_scale.target import check_target, moved_into_place, nearest_folder

@@ -48,20 +48,13 @@ from mhr_scale.config import (
 )
 from mhr_scale.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
+from mhr_scale.files import write_json, write_text
 from mhr_scale.jobs import shares
 from mhr_scale.jobs.data import JobData, TrainRow, open_data
 from mhr_scale.jobs.job import RESULT
 from mhr_scale.questions import answerers, judge
 from mhr_scale.recipe import to_yaml
-from mhr_scale.runlog import (
-    Metrics,
-    Progress,
-    log,
-    record_provenance,
-    world_size,
-    write_json,
-    write_text,
-)
+from mhr_scale.runlog import Metrics, Progress, log, record_provenance, world_size
 from mhr_scale.runs import backbone_facts, check_writable, differences, read_recipe
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.few_shot_suites import read_few_shot

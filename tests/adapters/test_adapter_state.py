@@ -233,13 +233,20 @@ def test_a_card_of_another_schema_is_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [b"", b"{}", b"[]", b'{"schema": 1}', b"not json", b"\xff\xfe"],
+    ("text", "fault"),
+    [
+        (b"", "not JSON"),
+        (b"{}", "not a readable adapter card"),
+        (b"[]", "not a JSON object"),
+        (b'{"schema": 1}', "not a readable adapter card"),
+        (b"not json", "not JSON"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ],
     ids=["empty", "no-fields", "list", "only-schema", "text", "bytes"],
 )
-def test_an_unreadable_card_is_refused(saved, text):
+def test_an_unreadable_card_is_refused(saved, text, fault):
     (saved / state.CARD).write_bytes(text)
-    with pytest.raises(AdapterError, match="not a readable adapter card"):
+    with pytest.raises(AdapterError, match=rf"adapter\.json.*{fault}"):
         state.load(saved)
 
 

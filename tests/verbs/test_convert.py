@@ -401,7 +401,7 @@ def test_a_missing_head_is_not_taken_for_a_tie(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ('{\n"schema": ', ":2: not JSON (Expecting value)"),
-        ("[]", ": schema None, this version reads 1; convert the backbone anew"),
+        ("[]", ": not a JSON object; copy the folder again"),
         ('{"schema": 2}', ": schema 2, this version reads 1; convert the backbone anew"),
         ('{"schema": 1}', ": source: field required"),
     ],
