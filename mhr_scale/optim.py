@@ -207,7 +207,7 @@ def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
                 what = "missing" if part in shapes else "unknown"
                 raise RunError(f"{place}: {what} {name}/{part}")
             for part, shape in shapes.items():
-                fault = _fault(state[part], shape)
+                fault = _fault(state[part], shape, parameter.dtype)
                 if fault:
                     raise RunError(f"{place}: {name}/{part} {fault}")
             step = state.get("step")
@@ -228,14 +228,14 @@ def _state_shapes(
     return {"row": values.shape[:-1], "column": values.shape[:-2] + values.shape[-1:]}
 
 
-def _fault(value: Any, shape: torch.Size) -> str | None:
+def _fault(value: Any, shape: torch.Size, dtype: torch.dtype) -> str | None:
     """What is wrong with a tensor of the state, or nothing."""
     if not isinstance(value, Tensor):
         return f"is {value!r}, no tensor"
     if value.shape != shape:
         return f"is {list(value.shape)}, not {list(shape)}"
-    if not value.is_floating_point() or value.dtype == torch.float16:
-        return f"is {value.dtype}, not float32"
+    if value.dtype != dtype:
+        return f"is {value.dtype}, not {dtype}"
     return None if bool(value.isfinite().all()) else "holds NaN or infinity"
 
 

@@ -12,8 +12,10 @@ from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import OptimConfig, ScheduleConfig
+from mhr_scale.errors import RunError
 from mhr_scale.optim import (
     Adafactor,
+    check_states,
     clip_gradients,
     gradient_norm,
     make_optimizer,
@@ -335,6 +337,37 @@ def test_a_step_moves_every_trainable_tensor(name):
     step_once(adapter, make_optimizer(adapter, OptimConfig(name=name)), ["sort", "copy"])
     moved = {name: not torch.equal(p, before[name]) for name, p in adapter.named_parameters()}
     assert moved == dict.fromkeys(before, True)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_the_state_that_a_step_leaves_is_a_good_one(name):
+    adapter = make_adapter()
+    optimizer = make_optimizer(adapter, OptimConfig(name=name))
+    check_states(optimizer, adapter, place="here")
+    step_once(adapter, optimizer, [0, 1])
+    check_states(optimizer, adapter, place="here")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("exp_avg", lambda old: old.double(), r"is torch\.float64, not torch\.float32"),
+        ("exp_avg", lambda old: old[..., :1], r"is \[.*\], not \["),
+        ("exp_avg", lambda old: old / 0.0, "holds NaN or infinity"),
+        ("exp_avg", lambda old: 3, "is 3, no tensor"),
+        ("step", lambda old: torch.tensor(True), "step is True, no number of steps"),
+        ("step", lambda old: torch.tensor(0.0), "step is 0.0, no number of steps"),
+        ("extra", lambda old: torch.zeros(1), "unknown .*/extra"),
+    ],
+)
+def test_a_state_that_no_step_leaves_is_refused(part, value, message):
+    adapter = make_adapter()
+    optimizer = make_optimizer(adapter, OptimConfig(name="adamw"))
+    step_once(adapter, optimizer, [0, 1])
+    parameter = next(adapter.inventory.parameters())
+    optimizer.state[parameter][part] = value(optimizer.state[parameter].get(part))
+    with pytest.raises(RunError, match=f"here: .*{message}"):
+        check_states(optimizer, adapter, place="here")
 
 
 def test_a_step_leaves_the_routing_rows_of_absent_tasks_bit_for_bit():
