@@ -1,11 +1,12 @@
 """Few-shot results: the table of a paper, scores by task, and what a point costs."""
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhr_scale.comparison import compare
+from mhr_scale.errors import some
 from mhr_scale.report.drawing import count
 from mhr_scale.report.folders import Run
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
@@ -14,39 +15,65 @@ from mhr_scale.report.subjects import seedless
 
 #: Variants side by side in one picture.
 MOST_SERIES = 7
-#: Settings that runs taken together have to share: all but the sources, which are their seeds.
+#: Names of runs in a heading.
+MOST_LABELS = 4
+#: Settings that runs taken together have to share: all but sources and variants.
 SHARED = ("tasks", "shots", "protocol", "optim", "selection", "scoring")
 
 
 def few_shot(runs: Sequence[Run]) -> Section | None:
-    """The table of every few-shot run, and of several that are seeds of one setting together."""
+    """The tables of the few-shot runs; those that ask the same of the same tasks are one table."""
     found = [run for run in runs if run.kind == "few-shot" and run.results]
     if not found:
         return None
     blocks: list[Block] = []
-    if len(found) > 1 and are_seeds(found):
-        blocks.append(Heading(text=f"{len(found)} runs together"))
-        blocks += of_results([result for run in found for result in run.results])
-        for run in found:
-            blocks.append(variants_table(compare(run.results), f"{run.label} alone", folded=True))
-    else:
-        for run in found:
-            blocks += [Heading(text=run.label)] if len(found) > 1 else []
-            blocks += of_results(run.results)
+    groups = alike(found)
+    for group in groups:
+        if len(groups) > 1 or len(group) > 1:
+            labels = some([run.label for run in group], shown=MOST_LABELS)
+            blocks.append(Heading(text=labels + (" together" if len(group) > 1 else "")))
+        blocks += of_results(together(group))
+        if share_variants(group):
+            for run in group:
+                caption = f"{run.label} alone"
+                blocks.append(variants_table(compare(run.results), caption, folded=True))
     return Section(id="few-shot", title="Few-shot adaptation", blocks=blocks)
 
 
-def are_seeds(runs: Sequence[Run]) -> bool:
-    """Whether runs have the same settings and variants, and no job twice."""
-    settings = [
-        (
-            {part: seedless(_without_seeds(run.config.get(part))) for part in SHARED},
-            {result["variant"] for result in run.results},
-        )
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose settings differ in variants and seeds alone, on the same tasks, taken together.
+
+    An unfinished run may lack tasks that another one has.
+    """
+    groups: list[tuple[Any, set[str], list[Run]]] = []
+    for run in runs:
+        settings = {part: seedless(_without_seeds(run.config.get(part))) for part in SHARED}
+        tasks = {result["task"] for result in run.results}
+        for others, known, group in groups:
+            if settings == others and (tasks <= known or known <= tasks):
+                known |= tasks
+                group.append(run)
+                break
+        else:
+            groups.append((settings, tasks, [run]))
+    return [group for _, _, group in groups]
+
+
+def together(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The results of some runs; a variant that two of them have on one seed is named by its run."""
+    jobs = Counter((r["variant"], r["seed"], r["task"]) for run in runs for r in run.results)
+    twice = {variant for (variant, _, _), times in jobs.items() if times > 1}
+    return [
+        {**r, "variant": f"{r['variant']} ({run.label})" if r["variant"] in twice else r["variant"]}
         for run in runs
+        for r in run.results
     ]
-    jobs = [(r["task"], r["seed"], r["variant"]) for run in runs for r in run.results]
-    return all(one == settings[0] for one in settings) and len(set(jobs)) == len(jobs)
+
+
+def share_variants(runs: Sequence[Run]) -> bool:
+    """Whether some variant has results in two of the runs."""
+    names = Counter(name for run in runs for name in {r["variant"] for r in run.results})
+    return any(times > 1 for times in names.values())
 
 
 def _without_seeds(part: Any) -> Any:

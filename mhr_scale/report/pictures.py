@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mhr_scale.report.drawing import (
@@ -29,6 +30,8 @@ from mhr_scale.report.drawing import (
 MOST_NAMES = 60
 #: Rows of a square heat map that get a name.
 MOST_CELL_NAMES = 34
+#: Spots in one picture that stand beside their names; of more, numbers and a key.
+MOST_SPOT_NAMES = 12
 #: Bars in one picture; of more, dots.
 MOST_BARS = 60
 #: A picture's height in inches, at most.
@@ -198,9 +201,16 @@ class Spot:
 
 
 def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
-    """Score against cost, with the line of those that no other one beats in both."""
+    """Score against cost, with the line of those that no other one beats in both.
+
+    Many spots have numbers, the cheapest first, and their names below.
+    """
+    is_numbered = len(spots) > MOST_SPOT_NAMES
+    spots = sorted(spots, key=lambda spot: (spot.cost, spot.score)) if is_numbered else spots
+    columns = key_columns([spot.name for spot in spots])
+    lines = math.ceil(len(spots) / columns) if is_numbered else 0
     with style():
-        figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.3 + 0.19 * lines), layout="constrained")
         axes = figure.subplots()
         front = pareto(spots)
         steps = [(spot.cost, spot.score) for spot in front]
@@ -222,9 +232,33 @@ def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
         axes.margins(x=0.22, y=0.14)
         log_scale(axes, "x")
         axes.set(xlabel=x, ylabel=y)
+        names = [spot.name for spot in spots]
+        if is_numbered:
+            key_below(figure, names, columns)
+            names = [str(number) for number in range(1, len(spots) + 1)]
         figure.draw_without_rendering()
-        place_names(axes, spots)
+        place_names(axes, spots, names)
         return to_svg(figure, title=title)
+
+
+def key_columns(names: Sequence[str]) -> int:
+    """Columns of a key that leave room for its longest name."""
+    return 2 if max(map(len, names), default=0) > 20 else 3
+
+
+def key_below(figure: Figure, names: Sequence[str], columns: int) -> None:
+    """What the numbers of spots stand for, from 1 on."""
+    labels = [f"{number}  {short(name)}" for number, name in enumerate(names, 1)]
+    handles = [Line2D([], [], linestyle="none") for _ in labels]
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        handlelength=0.0,
+        handletextpad=0.0,
+    )
 
 
 def pareto(spots: Sequence[Spot]) -> list[Spot]:
@@ -236,12 +270,12 @@ def pareto(spots: Sequence[Spot]) -> list[Spot]:
     return front
 
 
-def place_names(axes: Axes, spots: Sequence[Spot]) -> None:
+def place_names(axes: Axes, spots: Sequence[Spot], names: Sequence[str]) -> None:
     """A name right of every spot, moved up where another one stands there."""
     taken: list[tuple[float, float, float]] = []
-    for spot in sorted(spots, key=lambda spot: spot.score):
+    for spot, name in sorted(zip(spots, names, strict=True), key=lambda pair: pair[0].score):
         px, py = axes.transData.transform((spot.cost, spot.score))
-        text, points = short(spot.name), 72.0 / axes.figure.dpi
+        text, points = short(name), 72.0 / axes.figure.dpi
         px, py = px * points, py * points
         width, lift = 5.2 * len(text), 0.0
         while any(abs(py + lift - b) < 9.5 and px < r and a < px + width for a, b, r in taken):

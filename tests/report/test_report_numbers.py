@@ -1,5 +1,6 @@
 """The numbers of a report are those of the folders."""
 
+import json
 import statistics
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from mhr_scale.report.build import build
 from mhr_scale.report.folders import open_runs
 from mhr_scale.report.page import Page, Picture, Table
-from mhr_scale.report.pictures import Spot, pareto
+from mhr_scale.report.pictures import Spot, pareto, trade_off
 from mhr_scale.report.settings import settings
 from mhr_scale.report.thinning import thin
 
@@ -46,6 +47,33 @@ def test_few_shot_runs_that_are_seeds_are_taken_together(tmp_path: Path) -> None
     together = found["Few-shot exact_match on 2 tasks, in points"]
     assert [row[-1] for row in together.rows] == [2, 2, 2]
     assert found["0 alone"].is_folded
+
+
+def test_few_shot_runs_of_other_variants_are_one_table(tmp_path: Path) -> None:
+    one, two = (made_runs.few_shot(tmp_path / name, seeds=(0,)) for name in ("one", "two"))
+    for result in two.glob("jobs/*/*/*/result.json"):
+        values = json.loads(result.read_text())
+        result.write_text(json.dumps({**values, "variant": f"other {values['variant']}"}))
+    found = tables(page_of(one, two), "few-shot")
+    rows = [row[0] for row in found["Few-shot exact_match on 2 tasks, in points"].rows]
+    assert sorted(rows) == sorted(
+        prefix + name for prefix in ("", "other ") for name in made_runs.VARIANTS
+    )
+    assert "one alone" not in found
+
+
+def test_a_variant_of_two_runs_on_one_seed_is_named_by_its_run(tmp_path: Path) -> None:
+    folders = [made_runs.few_shot(tmp_path / name, seeds=(0,)) for name in ("one", "two")]
+    table = tables(page_of(*folders), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    names = {f"{name} ({run})" for run in ("one", "two") for name in made_runs.VARIANTS}
+    assert {row[0] for row in table.rows} == names
+
+
+def test_few_shot_runs_of_other_tasks_stay_apart(tmp_path: Path) -> None:
+    tasks = {"one": ("sort", "copy"), "two": ("sort", "tail")}
+    folders = [made_runs.few_shot(tmp_path / n, tasks=t, seeds=(0,)) for n, t in tasks.items()]
+    table = tables(page_of(*folders), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert len(table.rows) == len(made_runs.VARIANTS)
 
 
 def test_few_shot_runs_of_other_settings_stay_apart(tmp_path: Path) -> None:
@@ -168,3 +196,17 @@ def test_a_short_curve_keeps_every_point() -> None:
 def test_values_that_are_no_numbers_are_set_apart() -> None:
     found = thin([(1, float("inf")), (2, 1.0)])
     assert (found.steps, found.odd) == ([2], [(1, float("inf"))])
+
+
+def test_many_spots_are_numbered_and_named_below() -> None:
+    few, many = (
+        trade_off(
+            [Spot(name=f"way {n}", cost=n, score=n % 7, error=None) for n in range(1, count + 1)],
+            title="t",
+            x="x",
+            y="y",
+        )
+        for count in (3, 20)
+    )
+    assert ("way 3" in few, "1  way 1" in few) == (True, False)
+    assert all(f"{n}  way {n}" in many for n in range(1, 21))
