@@ -78,6 +78,12 @@ def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]
             yield number, line, None
 
 
+def read_metric(path: Path, name: str) -> list[Any]:
+    """The values of one name in a `metrics.jsonl`, in the order of the steps."""
+    found = (values for _, _, values in metric_lines(path))
+    return [values[name] for values in found if values is not None and name in values]
+
+
 class Metrics:
     """`metrics.jsonl`: one JSON object per logged step, in the order of the steps.
 

@@ -231,7 +231,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / TENSORS
     if not file.is_file():
         raise AdapterError(f"{file}: missing, though {CARD} is there; copy the folder whole")
-    expected = json.loads((folder / CARD).read_text(encoding="utf-8")).get("sha256")
+    expected = read_object(folder / CARD, AdapterError).get("sha256")
     if hash_file(file) != expected:
         raise AdapterError(
             f"{file}: its hash is not the one in {CARD}: it is damaged, or the two files come "

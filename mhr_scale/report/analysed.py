@@ -78,24 +78,12 @@ def alignment(found: Mapping[str, Any]) -> list[Block]:
     """The matrix of cosines and their mean per layer."""
     part = found["alignment"]
     blocks: list[Block] = []
-    names = ordered(part["tasks"], part["order"])
-    matrix = reordered(part["matrix"], part["order"])
-    svg = heat_map(
-        matrix,
-        names,
-        names,
-        title="Gradient alignment of tasks",
-        x="task",
-        y="task",
-        scale=symmetric(matrix, "cosine"),
-    )
     caption = (
-        f"Cosine of the gradients of {len(names)} tasks with respect to the shared inventory, "
-        f"{part['rows']} rows each, similar tasks side by side. Mean over pairs: "
+        f"Cosine of the gradients of {len(part['tasks'])} tasks with respect to the shared "
+        f"inventory, {part['rows']} rows each, similar tasks side by side. Mean over pairs: "
         f"{part['mean']:.3f}."
     )
-    data = matrix_table("Gradient alignment", "task", names, names, matrix)
-    blocks.append(Picture(caption=caption, svg=svg, data=data))
+    blocks.append(task_cosines(part["tasks"], part, title="Gradient alignment", caption=caption))
     layers = part.get("layers") or []
     if layers:
         values = {layer["name"]: layer["mean"] for layer in layers}
@@ -166,19 +154,19 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
 
 def similar_tasks(task_names: Sequence[str], similarity: Mapping[str, Any]) -> Picture:
     """Tasks by how alike their routing is."""
-    names = ordered(task_names, similarity["order"])
-    matrix = reordered(similarity["matrix"], similarity["order"])
-    svg = heat_map(
-        matrix,
-        names,
-        names,
-        title="Similarity of the tasks' routing",
-        x="task",
-        y="task",
-        scale=symmetric(matrix, "cosine"),
-    )
-    caption = f"Cosine of the routing of {len(names)} tasks, similar tasks side by side."
-    data = matrix_table("Similarity of routing", "task", names, names, matrix)
+    caption = f"Cosine of the routing of {len(task_names)} tasks, similar tasks side by side."
+    return task_cosines(task_names, similarity, title="Similarity of routing", caption=caption)
+
+
+def task_cosines(
+    task_names: Sequence[str], found: Mapping[str, Any], *, title: str, caption: str
+) -> Picture:
+    """A matrix of cosines between tasks in its clustered order."""
+    names = ordered(task_names, found["order"])
+    matrix = reordered(found["matrix"], found["order"])
+    scale = symmetric(matrix, "cosine")
+    svg = heat_map(matrix, names, names, title=title, x="task", y="task", scale=scale)
+    data = matrix_table(title, "task", names, names, matrix)
     return Picture(caption=caption, svg=svg, data=data)
 
 

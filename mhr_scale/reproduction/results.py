@@ -6,7 +6,6 @@ alignment/<regime>/<method> mean gradient cosine over pairs of training tasks
 loss/<regime>/<method>      validation loss on the training tasks, at the end
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from mhr_scale.files import read_object
 from mhr_scale.jobs.job import read_all_results
 from mhr_scale.reproduction.plan import seed_part, unit_name
 from mhr_scale.reproduction.suites import Method, Suite
+from mhr_scale.runlog import read_metric
 
 WAY_OUT = "delete its folder and run again"
 
@@ -100,9 +100,9 @@ def _scalars(
         if fates.get(name) == "done":
             yield f"alignment/{regime}/{method.name}", alignment(root / name)
         name = unit_name(suite, part, "pretrain", regime, method.name)
-        loss = validation_loss(root / name) if fates.get(name) == "done" else None
-        if loss is not None:
-            yield f"loss/{regime}/{method.name}", loss
+        if fates.get(name) == "done":
+            losses = read_metric(root / name / "metrics.jsonl", "validation_loss")
+            yield from ((f"loss/{regime}/{method.name}", float(loss)) for loss in losses[-1:])
 
 
 def zero_shot_score(folder: Path) -> float:
@@ -116,12 +116,3 @@ def alignment(folder: Path) -> float:
     if found is None:
         raise RunError(f"{folder / 'analysis.json'}: holds no gradient alignment; delete {folder}")
     return float(found["mean"])
-
-
-def validation_loss(folder: Path) -> float | None:
-    """The last validation loss of a run, or None where it was never validated."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [
-        line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line
-    ]
-    return float(found[-1]) if found else None

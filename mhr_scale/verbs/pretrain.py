@@ -1,10 +1,9 @@
 """The verb `pretrain`: a frozen backbone and a task mixture in, an adapter out."""
 
-import json
 from pathlib import Path
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.runlog import log
+from mhr_scale.runlog import log, read_metric
 from mhr_scale.runs import prepare, rank0_open_folder
 from mhr_scale.trainer import Trainer
 
@@ -70,10 +69,7 @@ def announce(trainer: Trainer) -> None:
 def summarise(trainer: Trainer) -> None:
     """Say in plain words what was done and where the results lie."""
     config, folder = trainer.config, trainer.folder
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [
-        line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line
-    ]
+    losses = read_metric(folder / "metrics.jsonl", "validation_loss")
     log.info(
         "\nTrained %s on %d tasks for %d steps; the backbone stayed frozen.",
         config.adapter.method,
