@@ -1,6 +1,6 @@
 """Adapt to many few-shot tasks at once: one adapter per task, seed and variant.
 
-python launch/adapt.py RECIPE [a.b=value ...]                      one process
+python launch/adapt.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/adapt.py RECIPE [a.b=value ...]      N processes
 """
 
@@ -9,4 +9,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.adapt import adapt
 
 if __name__ == "__main__":
-    main(AdaptConfig, adapt, usage="python launch/adapt.py")
+    main(AdaptConfig, adapt, about=__doc__)

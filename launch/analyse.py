@@ -1,6 +1,6 @@
 """Look at what an adapter has learned: gradient alignment, routing, inventory.
 
-python launch/analyse.py RECIPE [a.b=value ...]                      one process
+python launch/analyse.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/analyse.py RECIPE [a.b=value ...]      N processes
 """
 
@@ -9,4 +9,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.analyse import analyse
 
 if __name__ == "__main__":
-    main(AnalyseConfig, analyse, usage="python launch/analyse.py")
+    main(AnalyseConfig, analyse, about=__doc__)

@@ -1,6 +1,6 @@
 """Average an inventory, with extra steps on its training mixture if asked for.
 
-python launch/average.py RECIPE [a.b=value ...]                      one process
+python launch/average.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/average.py RECIPE [a.b=value ...]      N processes
 """
 
@@ -9,4 +9,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.average import average
 
 if __name__ == "__main__":
-    main(AverageConfig, average, usage="python launch/average.py")
+    main(AverageConfig, average, about=__doc__)

@@ -1,6 +1,6 @@
 """Convert a backbone's checkpoint into safetensors that every run opens fast and checked.
 
-python launch/convert.py RECIPE [a.b=value ...]
+python launch/convert.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import ConvertConfig
@@ -8,4 +8,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.convert import convert
 
 if __name__ == "__main__":
-    main(ConvertConfig, convert, usage="python launch/convert.py")
+    main(ConvertConfig, convert, about=__doc__)

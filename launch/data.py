@@ -1,6 +1,6 @@
 """Check the tasks of a recipe, and fill its token cache.
 
-python launch/data.py RECIPE [a.b=value ...]
+python launch/data.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import PretrainConfig
@@ -8,4 +8,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.data import check_data
 
 if __name__ == "__main__":
-    main(PretrainConfig, check_data, usage="python launch/data.py")
+    main(PretrainConfig, check_data, about=__doc__)

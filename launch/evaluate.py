@@ -1,6 +1,6 @@
 """Score a backbone, with or without an adapter, on tasks.
 
-python launch/evaluate.py RECIPE [a.b=value ...]                      one process
+python launch/evaluate.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processes
 """
 
@@ -9,4 +9,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.evaluate import evaluate
 
 if __name__ == "__main__":
-    main(EvaluateConfig, evaluate, usage="python launch/evaluate.py")
+    main(EvaluateConfig, evaluate, about=__doc__)

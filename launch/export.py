@@ -1,6 +1,6 @@
 """Export an adapter to PEFT or into the backbone's weights, or import one made elsewhere.
 
-python launch/export.py RECIPE [a.b=value ...]
+python launch/export.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import ExportConfig
@@ -8,4 +8,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.export import export
 
 if __name__ == "__main__":
-    main(ExportConfig, export, usage="python launch/export.py")
+    main(ExportConfig, export, about=__doc__)

@@ -1,6 +1,6 @@
 """Fine-tune an exported LoRA on one task, over a backbone in 4, 8 or 16 bits.
 
-python launch/finetune.py RECIPE [a.b=value ...]
+python launch/finetune.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import FinetuneConfig
@@ -8,4 +8,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.finetune import finetune
 
 if __name__ == "__main__":
-    main(FinetuneConfig, finetune, usage="python launch/finetune.py")
+    main(FinetuneConfig, finetune, about=__doc__)

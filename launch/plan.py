@@ -3,10 +3,8 @@
 python launch/plan.py RECIPE [hardware.gpu=A100-80G hardware.gpus=8] [a.b=value ...] [--json]
 """
 
-import sys
-
-from mhr_scale.launching import guarded
+from mhr_scale.launching import main_of_words
 from mhr_scale.verbs.plan import plan
 
 if __name__ == "__main__":
-    guarded(lambda: sys.stdout.write(plan(sys.argv[1:])))
+    main_of_words(plan)

@@ -1,6 +1,6 @@
 """Multi-task pre-training.
 
-python launch/pretrain.py RECIPE [a.b=value ...]                     one process
+python launch/pretrain.py RECIPE [a.b=value ...] [--print]           one process
 deepspeed --num_gpus N launch/pretrain.py RECIPE [a.b=value ...]     N processes
 """
 
@@ -9,4 +9,4 @@ from mhr_scale.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
 if __name__ == "__main__":
-    main(PretrainConfig, pretrain, usage="python launch/pretrain.py")
+    main(PretrainConfig, pretrain, about=__doc__)

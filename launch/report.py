@@ -3,10 +3,8 @@
 python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]
 """
 
-import sys
-
-from mhr_scale.launching import guarded
+from mhr_scale.launching import main_of_words
 from mhr_scale.verbs.report import report
 
 if __name__ == "__main__":
-    guarded(lambda: sys.stdout.write(report(sys.argv[1:])))
+    main_of_words(report)

@@ -6,7 +6,7 @@ embeddings without a word when it loads under ZeRO-3 (T0, T5 v1.1, FLAN): ties a
 from the names in the checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, first_line
-from mhr_scale.hub import BUILTIN as BUILTIN
 from mhr_scale.hub import TOKENIZER_FILES, find_folder
 from mhr_scale.manifest import Manifest, check_files, check_weights, read_manifest
 from mhr_scale.t5_config import make_config, read_config
@@ -123,13 +122,12 @@ def plan_copies(model: nn.Module, source: WeightSource) -> dict[str, nn.Paramete
     """
     parameters = dict(model.named_parameters())
     known = set(EMBEDDING_ALIASES) | {EMBEDDING, HEAD}
-    ignored = (".relative_attention_bias.weight",)
     names = source.names()
     faults = [f"missing {name}" for name in sorted(parameters.keys() - names)]
     faults += [
         f"unknown {name}"
         for name in sorted(names - parameters.keys() - known)
-        if not ("EncDecAttention" in name and name.endswith(ignored))
+        if not ("EncDecAttention" in name and name.endswith(".relative_attention_bias.weight"))
     ]
     for name in sorted(parameters.keys() & names):
         parameter = parameters[name]
@@ -141,7 +139,7 @@ def plan_copies(model: nn.Module, source: WeightSource) -> dict[str, nn.Paramete
         place = f"{files[0].parent}: " if files else ""
         raise BackboneError(
             f"{place}the checkpoint does not fit its configuration, {len(faults)} fault(s): "
-            f"{'; '.join(faults[:5])}"
+            f"{'; '.join(faults[:5])}; fetch both again"
         )
     return parameters
 
@@ -282,8 +280,18 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int, *, place: str, way_out: st
         ) from error
 
 
+def mean_states(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The states of an encoder averaged over the tokens of each text: (B, H)."""
+    states_BLH = encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).last_hidden_state.float()
+    mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
+    mean_BH: Tensor = (states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+    return mean_BH
+
+
 def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str]], Tensor]:
-    """A function from texts to vectors (texts, H): token states averaged, of a hub id or folder.
+    """A function from texts to vectors (texts, H): the mean states of a hub id or a folder.
 
     Raises `BackboneError` if it cannot be read.
     """
@@ -294,7 +302,8 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise BackboneError(
-            f"soup.encoder: {name}: not a readable encoder ({first_line(error)})"
+            f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "
+            "folder or a hub id"
         ) from error
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
 
@@ -302,14 +311,9 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
     def encode(texts: list[str]) -> Tensor:
         found = []
         for start in range(0, len(texts), 32):
-            inputs = tokenizer(
-                texts[start : start + 32], padding=True, truncation=True, return_tensors="pt"
-            ).to(device)
-            states_BLH = encoder(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).last_hidden_state.float()
-            mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
-            found.append(((states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)).cpu())
+            part = texts[start : start + 32]
+            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            found.append(mean_states(encoder, inputs.to(device)).cpu())
         return torch.cat(found)
 
     return encode

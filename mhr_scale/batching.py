@@ -26,7 +26,7 @@ Rows = Sequence[RowList]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A padded micro batch. `labels` hold -100 where padded; ids and seeds stay on the host."""
+    """A padded micro batch: `labels` hold -100 where padded; only tensors leave the host."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -82,21 +82,31 @@ def cut_micro_batches(picks: Sequence[Pick], micro_batch_size: int) -> list[list
     ]
 
 
+def pad(
+    inputs: Sequence[Ids], *, pad_id: int, multiple: int, at_least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Inputs and attention mask (B, L), padded on the right to a multiple of `multiple` tokens."""
+    width = max(at_least, *(len(ids) for ids in inputs))
+    width = -(-width // multiple) * multiple
+    input_ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(inputs), width), dtype=np.int64)
+    for row, ids in enumerate(inputs):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+
+
 def collate(picks: Sequence[Pick], *, pad_id: int, pad_multiple: int) -> Batch:
     """Pad some rows into one batch; inputs to a multiple of `pad_multiple` tokens."""
-    longest = max(len(p.input_ids) for p in picks)
-    width = -(-longest // pad_multiple) * pad_multiple
-    input_ids = np.full((len(picks), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(picks), width), dtype=np.int64)
+    inputs = [p.input_ids for p in picks]
+    input_ids, mask = pad(inputs, pad_id=pad_id, multiple=pad_multiple)
     labels = np.full((len(picks), max(len(p.target_ids) for p in picks)), IGNORE, dtype=np.int64)
     for row, p in enumerate(picks):
-        input_ids[row, : len(p.input_ids)] = p.input_ids
-        mask[row, : len(p.input_ids)] = 1
         labels[row, : len(p.target_ids)] = p.target_ids
-    n_input = sum(len(p.input_ids) for p in picks)
+    n_input = sum(map(len, inputs))
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
+        input_ids=input_ids,
+        attention_mask=mask,
         labels=torch.from_numpy(labels),
         task_ids=tuple(p.task for p in picks),
         numbers=tuple(p.number for p in picks),

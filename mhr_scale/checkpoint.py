@@ -202,7 +202,7 @@ def read(run: Path, step: int) -> Saved:
     try:
         progress: dict[str, Any] = json.loads((folder / "resume" / "progress.json").read_text())
         if hash_file(file) != progress["sha256"]:
-            raise RunError(f"{file}: its hash is not the stored one; delete this step and resume")
+            raise RunError(f"{file}: its hash is not the stored one; delete this step")
         if progress["step"] != step:
             raise RunError(f"{folder}: says that it is step {progress['step']!r}; delete this step")
         return Saved(stored, (load_file(file), dict(progress["optimizer"])), progress)
@@ -237,7 +237,7 @@ def _not_resumable(folder: Path, error: BaseException) -> RunError:
 
 
 @torch.no_grad()
-def copy_adapter(adapter: Adapter, into: Adapter | None = None) -> Adapter:
+def copy_adapter(adapter: Adapter, into: Adapter | None) -> Adapter:
     """A copy on the host that the next step does not change; `into` is one made before."""
     if into is None:
         into = Adapter(adapter.config, adapter.sites, task_names=adapter.task_names)

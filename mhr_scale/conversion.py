@@ -13,13 +13,19 @@ from torch import Tensor
 from mhr_scale import backbone, fingerprint
 from mhr_scale.backbone import Blueprint
 from mhr_scale.errors import BackboneError
-from mhr_scale.files import write_json
 from mhr_scale.manifest import Fingerprint, hash_files
 from mhr_scale.merging import plan_weights
 from mhr_scale.runlog import ByteProgress
-from mhr_scale.shards import DTYPES, FileFacts, Weight, plan_shards, write_shard
+from mhr_scale.shards import (
+    DTYPES,
+    FileFacts,
+    Weight,
+    name_shard,
+    plan_shards,
+    write_index,
+    write_shard,
+)
 
-INDEX = "model.safetensors.index.json"
 #: Share of the host's free memory that a second reading of the backbone may take.
 FREE_SHARE = 0.7
 
@@ -42,8 +48,8 @@ def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
     for name, own in tied.items():
         if name in source.names() and not backbone.is_equal(source, name, own):
             raise BackboneError(
-                f"{source.file(name)}: {name} differs from {own}, and T5 has one embedding; get "
-                "the checkpoint again"
+                f"{source.file(name)}: {name} differs from {own}, and T5 has one embedding; "
+                "fetch it again"
             )
     written = {weight.name for weight in weights}
     return weights, sorted(source.names() - written - tied.keys())
@@ -71,12 +77,11 @@ def write_weights(
     facts: dict[str, FileFacts] = {}
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = name_shard(number, len(shards))
         facts[file] = write_shard(folder / file, shard, read, advance=progress.add)
         places |= dict.fromkeys((weight.name for weight in shard), file)
     progress.close()
-    size = sum(weight.n_bytes for weight in weights)
-    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    write_index(folder, weights, places)
     return facts
 
 
@@ -89,8 +94,7 @@ def _not_finite(
     fault = f"which {dtype} cannot hold" if torch.isfinite(stored[place]) else "which is no weight"
     return BackboneError(
         f"{blueprint.source.file(weight.name)}: element {start + place} of {weight.name} is "
-        f"{value:g}, {fault}; "
-        + ("set dtype: float32" if "cannot" in fault else "get the checkpoint again")
+        f"{value:g}, {fault}; " + ("set dtype: float32" if "cannot" in fault else "fetch it again")
     )
 
 

@@ -5,7 +5,9 @@ gathering, offload); it never sees an adapter parameter, so it cannot partition,
 """
 
 import json
+import logging
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
@@ -143,13 +145,18 @@ def deepspeed_config(content: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     }
 
 
+def is_sharded(content: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed file shards the frozen weights (ZeRO-3)."""
+    return bool(content.get("zero_optimization", {}).get("stage", 0) == 3)
+
+
 class Engine:
     """One process of a run: its rank, its device, and the backbone in its placement."""
 
     def __init__(self, ds_content: dict[str, Any], *, timeout_seconds: float) -> None:
         self.rank = rank()
         self.world_size = world_size()
-        self.is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
+        self.is_sharded = is_sharded(ds_content)
         self.timeout = timedelta(seconds=timeout_seconds)
         self._ds_content = ds_content
         self._runtime: Any = None
@@ -276,16 +283,6 @@ class Engine:
         here = psutil.virtual_memory().available
         return here / ranks_here()
 
-    def resident_numel(self, model: nn.Module) -> int:
-        """Elements of frozen weights that are whole on this rank at this moment."""
-        if not self.is_sharded:
-            return sum(parameter.numel() for parameter in model.parameters())
-        return sum(
-            parameter.ds_numel  # type: ignore[attr-defined]
-            for parameter in model.parameters()
-            if parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
-        )
-
     # -- collectives: every rank must call them ----------------------------------------------
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -335,7 +332,7 @@ class Engine:
         values = self.gather_objects(digest)
         if len(set(values)) > 1:
             raise EngineError(
-                f"{what} differ between ranks (checksums {values}); do not trust them"
+                f"{what} differ between ranks (checksums {values}); start again from the last save"
             )
 
     def close(self) -> None:
@@ -374,9 +371,6 @@ def _import_deepspeed() -> Any:
     That extension costs a compilation, and a killed run leaves a lock behind that hangs every
     later run on the machine.
     """
-    import logging
-    import warnings
-
     import deepspeed
 
     # DeepSpeed 0.19 still calls a collective by the name that torch 2.13 deprecates

@@ -51,17 +51,16 @@ class Explained:
     code: int = ExitCode.MISTAKE
 
 
-def explain(
-    error: BaseException, *, timeout_setting: str = "run.timeout_seconds"
-) -> Explained | None:
+def explain(error: BaseException) -> Explained | None:
     """What to say of an error whose cause is outside the program; None for any other."""
     if not isinstance(error, Exception):
         return None
     text = f"{type(error).__name__}: {error}"
+    used_up = Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
     if isinstance(error, MemoryError) or _names(error) & {"OutOfMemoryError"}:
-        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+        return used_up
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+        return used_up
     number = file_error(error)
     if number is not None and not _LOST.search(text):
         return Explained(describe_file_error(error, number))
@@ -69,15 +68,15 @@ def explain(
         return None
     if _TIMEOUT.search(text):
         return Explained(
-            f"waited in vain for the other ranks, as long as {timeout_setting} says: one of them "
-            f"is stuck, or slower than that; look at its last lines, or raise {timeout_setting}"
+            "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them "
+            "is stuck, or slower than that; look at its last lines, or raise run.timeout_seconds"
         )
     if _LOST.search(text) or _names(error) & {"DistNetworkError"}:
         return Explained(
             "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
         )
     if _MEMORY.search(text):
-        return Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+        return used_up
     if "DataLoader worker" in text:
         return Explained(
             f"a process that prepares batches was ended ({first_line(error)}); is memory, or "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mhr_scale import backbone, nvme, quantise
 from mhr_scale.errors import EngineError
 from mhr_scale.runlog import ByteProgress
-from mhr_scale.weights import WeightSource
+from mhr_scale.weights import WeightSource, read_whole
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def _fill_whole(
     device: torch.device,
 ) -> None:
     held = parameter.data
-    read = source.read(name, 0, held.numel()).reshape(held.shape)
+    read = read_whole(source, name)
     if held.is_meta:
         quantise.put(model, name, read.to(held.dtype), kind, device)
     else:

@@ -25,7 +25,7 @@ from mhr_scale.errors import BackboneError
 from mhr_scale.manifest import MANIFEST, WAY_OUT, Fingerprint
 from mhr_scale.runlog import ByteProgress, log
 from mhr_scale.seeds import seed_from
-from mhr_scale.weights import WeightSource
+from mhr_scale.weights import read_whole
 
 N_ROWS, N_INPUTS, N_TARGETS, N_KEPT, MAX_INPUTS = 2, 16, 4, 32, 64
 #: Significant digits of a stored logit: more than float32 sums of other kernels agree in.
@@ -158,7 +158,7 @@ def ask_source(
         if name not in seen:  # a tied one is read again
             progress.add(name, parameter.nbytes)
         seen.add(name)
-        return _whole(blueprint.source, name).to(dtype)
+        return read_whole(blueprint.source, name).to(dtype)
 
     with weights_on_demand(model, read):
         found = ask(model, questions, torch.device("cpu"))
@@ -181,11 +181,6 @@ def ask_model(model: nn.Module, questions: Fingerprint) -> Fingerprint:
                 held[id(module._parameters[name])] = parameter.detach()
     with weights_on_demand(model, lambda parameter: held[id(parameter)].float()):
         return ask(model, questions, torch.device("cpu"))
-
-
-def _whole(source: WeightSource, name: str) -> Tensor:
-    shape = source.shape(name)
-    return source.read(name, 0, math.prod(shape)).reshape(shape)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mhr_scale.optim import Adafactor, OptimizerState, check_states, make_groups
 
 #: The dimension of a group's parameters, and of their state, that counts the jobs.
 JOB_DIMS = {"inventory": 1, "routing": 0}
-ANOTHER_STEP = "the optimizer states of the jobs of one wave are of different steps"
+ANOTHER_STEP = "optimizer states of different steps in one wave; delete these steps"
 
 
 class AdamW(Optimizer):
@@ -179,7 +179,7 @@ def load_job_states(
     optimizer: Optimizer,
     states: Sequence[OptimizerState],
     *,
-    places: Sequence[str] = (),
+    places: Sequence[str],
 ) -> None:
     """Stack the states of all jobs of a wave, in their order, into its optimizer.
 
@@ -187,20 +187,22 @@ def load_job_states(
     parameters after the same step, in the shapes that steps give them.
     """
     assert len(states) == len(wave.task_names)
-    places = places or [f"job {number}" for number in range(len(states))]
     parameters = {name: (parameter, dim) for name, parameter, dim in _job_parameters(wave)}
     first, numbers = states[0]
     owners = {key.rpartition("/")[0] for key in first} | numbers.keys()
     if owners and owners != parameters.keys():
         raise RunError(
-            f"{places[0]}: optimizer state of {sorted(owners)}, yet {sorted(parameters)} train"
+            f"{places[0]}: optimizer state of {sorted(owners)}, yet {sorted(parameters)} train; "
+            "delete this step"
         )
     for place, (tensors, own_numbers) in zip(places[1:], states[1:], strict=True):
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         if shapes != {key: tensor.shape for key, tensor in first.items()} or own_numbers != numbers:
             raise RunError(f"{place} and {places[0]}: {ANOTHER_STEP}")
     if not all(isinstance(numbers.get(name, {}), dict) for name in parameters):
-        raise RunError(f"{places[0]}: the numbers of its optimizer's state are no objects")
+        raise RunError(
+            f"{places[0]}: numbers of its optimizer's state are no objects; delete this step"
+        )
     for name, (parameter, _) in parameters.items():
         optimizer.state[parameter] = dict(numbers.get(name, {}))
     for key in first:

@@ -9,7 +9,8 @@ import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any, NoReturn, TypeVar
 
 from mhr_scale import failures, stopping
@@ -90,17 +91,29 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def main(schema: type[T], verb: Callable[[T], object], *, usage: str) -> None:
+def main(schema: type[T], verb: Callable[[T], object], *, about: str) -> NoReturn:
     """Run `verb` on the recipe named on the command line, or print it under `--print`."""
 
     def action() -> None:
-        command = parse(schema, sys.argv[1:], usage=usage)
+        command = parse(schema, sys.argv[1:], about=about)
         if not command.print_only:
             verb(command.config)
         elif rank() == 0:
-            sys.stdout.write(to_yaml(command.config) + _ds_text(command.config))
+            _print(lambda: to_yaml(command.config) + _ds_text(command.config))
 
     guarded(action)
+
+
+def main_of_words(verb: Callable[[Sequence[str]], str]) -> NoReturn:
+    """Run a verb that takes the words of the command line, and print the text it returns."""
+    guarded(lambda: _print(lambda: verb(sys.argv[1:])))
+
+
+def _print(make: Callable[[], str]) -> None:
+    """Print what `make` returns, without what libraries print meanwhile: it may be read again."""
+    with redirect_stdout(sys.stderr):
+        text = make()
+    sys.stdout.write(text)
 
 
 def _ds_text(config: Any) -> str:

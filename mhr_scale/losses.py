@@ -20,11 +20,6 @@ class Loss:
     sum: Tensor
     count: Tensor
 
-    @property
-    def mean(self) -> Tensor:
-        """Sum over count."""
-        return self.sum / self.count
-
 
 def language_model(logits_BLV: Tensor, labels_BL: Tensor, *, label_smoothing: float = 0.0) -> Loss:
     """Cross-entropy of the target tokens in float32, per row: sums (B,) and token counts (B,).
@@ -57,7 +52,7 @@ def tfew(
     blocks_BD: Tensor,
     labels_B: Tensor,
     *,
-    n_choices: int | None = None,
+    n_choices: int,
     length_norm: float = 1.0,
 ) -> TFewLosses:
     """T-Few's losses over packed answer choices, any number per row (method notes 3.3).
@@ -69,11 +64,8 @@ def tfew(
     choice's summed negative log-likelihood over length ** length_norm, infinite where a row has no
     such choice; the smallest wins.
 
-    `n_choices`, the most that a row has, is known to who packed them; without it the device is
-    asked. Likelihoods are float32, or float64 if the logits are.
+    `n_choices` is the most that a row has. Likelihoods are float32, or float64 if the logits are.
     """
-    if n_choices is None:
-        n_choices = int(blocks_BD.max()) + 1  # waits for the device
     logits_BDV = logits_BDV if logits_BDV.dtype == torch.float64 else logits_BDV.float()
     nll_BD = F.cross_entropy(
         logits_BDV.flatten(0, 1),

@@ -9,7 +9,6 @@ memory holds one shard and one linear in float32 at a time.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.files import read_object, write_json
 from mhr_scale.runlog import Progress
-from mhr_scale.shards import Weight, plan_shards
-from mhr_scale.weights import SafetensorsSource
+from mhr_scale.shards import Weight, name_shard, plan_shards, write_index
+from mhr_scale.weights import SafetensorsSource, read_whole
 
 #: Files of a backbone folder that belong to a merged one too.
 COMPANIONS = (
@@ -86,21 +85,18 @@ def write_merged(
     shards = plan_shards(weights, max_shard_bytes)
     files, progress = {}, Progress(len(shards), start=0, what="merge", unit="shard")
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
+        file = name_shard(number, len(shards)) if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for weight in shard:
-            stored = blueprint.source.read(weight.name, 0, prod(weight.shape))
-            merged = merge(weight.name, stored.reshape(weight.shape), pairs, scale=scale)
+            stored = read_whole(blueprint.source, weight.name)
+            merged = merge(weight.name, stored, pairs, scale=scale)
             tensors[weight.name] = merged.to(weight.dtype).contiguous()
             files[weight.name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
         progress.advance(file)
     progress.close()
     if len(shards) > 1:
-        size = sum(weight.n_bytes for weight in weights)
-        index = {"metadata": {"total_size": size}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_index(folder, weights, files)
 
 
 def write_companions(

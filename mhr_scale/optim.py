@@ -21,41 +21,27 @@ from mhr_scale.errors import RunError
 OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
 
 
+#: Adafactor's constants, as transformers has them: what is added to squares, the least root mean
+#: square that scales a rate, the largest one of an update, and how its second moment's decay falls.
+LEAST_SQUARE, LEAST_RMS, LARGEST_UPDATE, DECAY_RATE = 1e-30, 1e-3, 1.0, -0.8
+
+
 class Adafactor(Optimizer):
     """Adafactor without momentum or relative steps (Shazeer and Stern 2018; transformers' rules).
 
-    Each parameter group may set `lead` (leading dimensions that index separate tensors, default 0)
-    and `routing` (the parameter is a routing table (T, G, Q, S): G separate tables (T, Q * S),
-    whose gradient may be sparse over T; with `rows_apart` T * G tables (1, Q * S), dense). A table
-    row without a gradient stays exactly as it is, so the sparse update equals the dense one.
+    Each parameter group has `lr` and `weight_decay`. It may set `lead` (leading dimensions that
+    index separate tensors, default 0) and `routing` (the parameter is a routing table (T, G, Q, S):
+    G separate tables (T, Q * S), whose gradient may be sparse over T; with `rows_apart` T * G
+    tables (1, Q * S), dense). A table row without a gradient stays exactly as it is, so the sparse
+    update equals the dense one.
 
     A group's `lr` may be a tensor that broadcasts against its parameters (tables apart: against
     (T, G, 1, Q * S)), such as one rate per task.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float = 1e-3,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        scale_parameter: bool = False,
-        weight_decay: float = 0.0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "scale_parameter": scale_parameter,
-            "weight_decay": weight_decay,
-            "lead": 0,
-            "routing": False,
-            "rows_apart": False,
-        }
-        super().__init__(groups, defaults)
+    def __init__(self, groups: Iterable[dict[str, Any]], *, scale_parameter: bool) -> None:
+        own = {"lead": 0, "routing": False, "rows_apart": False}
+        super().__init__(groups, {"scale_parameter": scale_parameter, **own})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -78,8 +64,8 @@ def _blocks(tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, int]:
     return (tables_TGX.unsqueeze(2), 2) if group["rows_apart"] else (tables_TGX.transpose(0, 1), 1)
 
 
-def _beta2(group: dict[str, Any], state: dict[str, Any]) -> float:
-    return float(1.0 - math.pow(state["step"], group["decay_rate"]))
+def _beta2(state: dict[str, Any]) -> float:
+    return float(1.0 - math.pow(state["step"], DECAY_RATE))
 
 
 def _rate(values: Tensor, group: dict[str, Any], dims: tuple[int, ...]) -> Tensor | float:
@@ -88,7 +74,7 @@ def _rate(values: Tensor, group: dict[str, Any], dims: tuple[int, ...]) -> Tenso
     if not group["scale_parameter"]:
         return lr
     rms = values.square().mean(dims, keepdim=True).sqrt()
-    return rms.clamp(min=group["eps"][1]) * lr
+    return rms.clamp(min=LEAST_RMS) * lr
 
 
 def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -96,9 +82,9 @@ def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str,
     assert parameter.grad is not None
     values, lead = _blocks(parameter.data, group)
     gradient, _ = _blocks(parameter.grad, group)
-    beta2 = _beta2(group, state)
+    beta2 = _beta2(state)
     dims = tuple(range(lead, values.dim()))
-    square = gradient.square() + group["eps"][0]
+    square = gradient.square() + LEAST_SQUARE
     if values.dim() - lead >= 2:
         if "row" not in state:
             state["row"] = torch.zeros_like(square[..., 0])
@@ -113,7 +99,7 @@ def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str,
         second = state["square"].mul_(beta2).add_(square, alpha=1.0 - beta2)
         update = gradient * second.rsqrt()
     rms = update.square().mean(dims, keepdim=True).sqrt()
-    update.div_((rms / group["clip_threshold"]).clamp_(min=1.0))
+    update.div_((rms / LARGEST_UPDATE).clamp_(min=1.0))
     rate = _rate(values, group, dims)
     if group["weight_decay"]:
         values.sub_(values * (rate * group["weight_decay"]))
@@ -131,20 +117,22 @@ def _step_rows(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, 
     gradient = parameter.grad.coalesce()
     rows = gradient.indices()[0]
     gradient_GUX = gradient.values().flatten(2).transpose(0, 1)
-    n_tasks, eps, beta2 = parameter.shape[0], group["eps"][0], _beta2(group, state)
+    n_tasks, beta2 = parameter.shape[0], _beta2(state)
     square_GUX = gradient_GUX.square()
     if "row" not in state:
         state["row"] = gradient_GUX.new_zeros(gradient_GUX.shape[0], n_tasks)
         state["column"] = gradient_GUX.new_zeros(gradient_GUX.shape[0], gradient_GUX.shape[2])
-    row_GT = state["row"].mul_(beta2).add_(eps * (1.0 - beta2))
+    row_GT = state["row"].mul_(beta2).add_(LEAST_SQUARE * (1.0 - beta2))
     row_GT.index_add_(1, rows, square_GUX.mean(-1), alpha=1.0 - beta2)
     column_GX = (
-        state["column"].mul_(beta2).add_(square_GUX.sum(1) / n_tasks + eps, alpha=1.0 - beta2)
+        state["column"]
+        .mul_(beta2)
+        .add_(square_GUX.sum(1) / n_tasks + LEAST_SQUARE, alpha=1.0 - beta2)
     )
     share_GU = row_GT.index_select(1, rows) / row_GT.mean(-1, keepdim=True)
     update_GUX = gradient_GUX * share_GU.rsqrt().unsqueeze(-1) * column_GX.rsqrt().unsqueeze(1)
     mean_square = update_GUX.square().sum((1, 2), keepdim=True) / (n_tasks * update_GUX.shape[2])
-    update_GUX.div_((mean_square.sqrt() / group["clip_threshold"]).clamp_(min=1.0))
+    update_GUX.div_((mean_square.sqrt() / LARGEST_UPDATE).clamp_(min=1.0))
     rate = _rate(_blocks(parameter.data, group)[0], group, (1, 2))
     update_UGQS = (update_GUX * rate).transpose(0, 1).reshape(-1, *parameter.shape[1:])
     parameter.data.index_add_(0, rows, update_UGQS, alpha=-1.0)
@@ -205,15 +193,16 @@ def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
             shapes = _state_shapes(optimizer, group, parameter)
             for part in sorted(shapes.keys() ^ (state.keys() - {"step"})):
                 what = "missing" if part in shapes else "unknown"
-                raise RunError(f"{place}: {what} {name}/{part}")
+                raise RunError(f"{place}: {what} {name}/{part}; delete this step")
             for part, shape in shapes.items():
                 fault = _fault(state[part], shape, parameter.dtype)
                 if fault:
-                    raise RunError(f"{place}: {name}/{part} {fault}")
+                    raise RunError(f"{place}: {name}/{part} {fault}; delete this step")
             step = state.get("step")
             step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
             if type(step) not in (int, float) or not 1 <= step < math.inf:
-                raise RunError(f"{place}: {name}/step is {step!r}, no number of steps")
+                fault = f"{name}/step is {step!r}, no number of steps"
+                raise RunError(f"{place}: {fault}; delete this step")
 
 
 def _state_shapes(

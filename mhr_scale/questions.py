@@ -91,25 +91,28 @@ def encode(
 
 
 def answerers(
-    model: Any, adapter: Adapter | None, tokenizer: Any, options: ScoringConfig, engine: Engine
-) -> dict[str, Callable[[Batch], list[Any]]]:
-    """How a batch is answered: `rank` where it has choices, `generate` where it has none."""
-    return {
-        "rank": partial(
-            rank_choices,
-            model,
-            adapter,
-            length_norm=options.length_norm,
-            device=engine.device,
-        ),
-        "generate": partial(
-            generate_answers,
-            model,
-            adapter,
-            tokenizer=tokenizer,
-            beams=options.beams,
-            max_new_tokens=options.max_new_tokens,
-            synced=engine.is_sharded,
-            device=engine.device,
-        ),
-    }
+    rows: Sequence[ChoiceRow],
+    model: Any,
+    adapter: Adapter | None,
+    tokenizer: Any,
+    options: ScoringConfig,
+    engine: Engine,
+) -> list[tuple[str, Callable[[Batch], list[Any]], list[ChoiceRow]]]:
+    """What answers a batch of which rows: `rank` those with choices, `generate` the others."""
+    rank = partial(
+        rank_choices, model, adapter, length_norm=options.length_norm, device=engine.device
+    )
+    generate = partial(
+        generate_answers,
+        model,
+        adapter,
+        tokenizer=tokenizer,
+        beams=options.beams,
+        max_new_tokens=options.max_new_tokens,
+        synced=engine.is_sharded,
+        device=engine.device,
+    )
+    return [
+        ("rank", rank, [row for row in rows if row.choices]),
+        ("generate", generate, [row for row in rows if not row.choices]),
+    ]

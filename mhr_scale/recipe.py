@@ -35,7 +35,6 @@ class Command(Generic[T]):
     """A parsed command line."""
 
     config: T
-    recipe: Path
     print_only: bool
 
 
@@ -83,7 +82,7 @@ def _read_file(path: Path) -> _Tree:
     try:
         tree.read(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
     return tree
@@ -94,7 +93,7 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     tree = _read_file(Path(path))
     for argument in overrides:
         tree.override(argument)
-    return build(schema, tree)
+    return _build(schema, tree)
 
 
 def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
@@ -102,15 +101,15 @@ def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
     tree = _Tree("command line")
     for argument in overrides:
         tree.override(argument)
-    return build(schema, tree)
+    return _build(schema, tree)
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path | str) -> list[str]:
     """The parts that a recipe file has; raises `ConfigError` if it cannot be read."""
-    return list(_read_file(path).values)
+    return list(_read_file(Path(path)).values)
 
 
-def build(schema: type[T], tree: _Tree) -> T:
+def _build(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
@@ -120,25 +119,44 @@ def build(schema: type[T], tree: _Tree) -> T:
         raise _first_fault(schema, tree, error) from error
 
 
-def parse(schema: type[T], argv: Sequence[str], *, usage: str) -> Command[T]:
-    """Parse `RECIPE [a.b=c ...] [--print] [--help]`.
+def split_words(argv: Sequence[str], *options: str) -> tuple[set[str], list[str]]:
+    """The options of a command line (`-h` as `--help`), and its other words.
 
-    `--help` prints every setting and leaves with code 0. The launcher's `--local_rank=N` is
-    accepted and ignored: ranks come from the environment.
+    The launcher's `--local_rank=N` is left out: ranks come from the environment. Raises
+    `ConfigError` for an option that is neither `--help` nor one of `options`.
     """
     words = [word for word in argv if not word.startswith("--local_rank")]
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(f"{usage}\n\nRECIPE [a.b=value ...] [--print]\n\n{help_text(schema)}")
-        raise SystemExit(0)
-    flags = {word for word in words if word.startswith("--")}
-    unknown = flags - {"--print"}
-    if unknown:
-        raise ConfigError(f"unknown option {min(unknown)}; options: --print, --help")
-    words = [word for word in words if word not in flags]
+    given = {"--help" if word == "-h" else word for word in words if word.startswith("-")}
+    unknown = given - {*options, "--help"}
+    if unknown and "--help" not in given:
+        known = ", ".join([*options, "--help"])
+        raise ConfigError(f"unknown option {min(unknown)}; options: {known}")
+    return given, [word for word in words if not word.startswith("-")]
+
+
+def check_recipe_given(words: Sequence[str], *, usage: str) -> None:
+    """Raise `ConfigError` unless the first word can be a recipe."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
-        raise ConfigError(f"no recipe given; usage: {usage} RECIPE [a.b=value ...]")
+        raise ConfigError(f"no recipe given; usage: {usage}")
+
+
+def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
+    """Parse `RECIPE [a.b=c ...] [--print] [--help]`.
+
+    `about` says what the command does and how it is called, the line with RECIPE first. `--help`
+    prints it and every setting, and leaves with code 0.
+    """
+    options, words = split_words(argv, "--print")
+    if "--help" in options:
+        sys.stdout.write(
+            f"{about.strip()}\n\n--print shows the complete recipe, and stops. The settings of a "
+            f"recipe:\n\n{help_text(schema)}"
+        )
+        raise SystemExit(0)
+    call = next(line for line in about.splitlines() if "RECIPE" in line)
+    check_recipe_given(words, usage=call.partition("  ")[0])
     config = load(schema, words[0], words[1:])
-    return Command(config=config, recipe=Path(words[0]), print_only="--print" in flags)
+    return Command(config=config, print_only="--print" in options)
 
 
 def to_yaml(config: Any) -> str:
@@ -160,9 +178,9 @@ def help_text(schema: type[Any], prefix: str = "") -> str:
         if kinds:
             lines += [help_text(kind, f"{prefix}{item.name}.") for kind in kinds]
             continue
-        default = "required" if _is_required(item) else f"default {_default(item)!r}"
-        kind = str(hints[item.name]).replace("typing.", "").replace("<class '", "").rstrip("'>")
+        default = "required" if _is_required(item) else f"default {as_written(_default(item))}"
         text = " ".join(helps.get(item.name, "").split())
+        kind = _kind_as_written(hints[item.name])
         lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {text}\n")
     return "".join(lines)
 
@@ -173,6 +191,25 @@ def _default(item: Any) -> Any:
 
 def _is_required(item: Any) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
+
+
+def as_written(value: Any) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _kind_as_written(kind: Any) -> str:
+    """What values of a type look like in a recipe; a word of a choice stands for itself."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " | ".join(inner)
+    if origin is tuple:
+        return f"[{_kind_as_written(inner[0])}, ...]"
+    if origin is dict:
+        return f"{{name: {_kind_as_written(inner[1])}, ...}}"
+    if inner:
+        return " | ".join(map(_kind_as_written, inner))
+    return {type(None): "null", Any: "value"}.get(kind) or str(kind.__name__)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -215,7 +252,7 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
         return ConfigError(f"{place}: {name}: '{fault['input']}' is not {expected}{hint}")
     message = fault["msg"][0].lower() + fault["msg"][1:]
-    return ConfigError(f"{place}: {name}: {message}, got {fault['input']!r}")
+    return ConfigError(f"{place}: {name}: {message}, got {json.dumps(fault['input'])}")
 
 
 def _listed(known: Sequence[str]) -> str:
@@ -248,12 +285,12 @@ def _check_tags(schema: type[Any], tree: _Tree) -> None:
         if values is None and type(None) in _members(hint):
             continue
         given = values.get("suite") if isinstance(values, dict) else None
-        place = tree.place((name, "suite"))
+        place, listed = tree.place((name, "suite")), ", ".join(known)
         if given is None:
-            raise ConfigError(f"{place}: setting '{name}.suite' is required; one of {known}")
+            raise ConfigError(f"{place}: setting '{name}.suite' is required; one of {listed}")
         if given not in known:
             hint_text = did_you_mean(str(given), known)
-            raise ConfigError(f"{place}: {name}.suite: '{given}' is not one of {known}{hint_text}")
+            raise ConfigError(f"{place}: {name}.suite: '{given}' is not one of {listed}{hint_text}")
 
 
 def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:

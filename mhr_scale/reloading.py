@@ -21,6 +21,7 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.errors import AdapterError, first_line
 from mhr_scale.merging import merge
 from mhr_scale.shards import Weight
+from mhr_scale.weights import read_whole
 
 #: Largest difference of logits, as a share of the largest logit, between two that are the same.
 LIMIT = 1e-5
@@ -207,8 +208,7 @@ def _load(blueprint: Blueprint) -> nn.Module:
     backbone.tie(model, blueprint)
     model.requires_grad_(False)
     for name, parameter in backbone.plan_copies(model, blueprint.source).items():
-        stored = blueprint.source.read(name, 0, parameter.numel())
-        parameter.data.copy_(stored.reshape(parameter.shape))
+        parameter.data.copy_(read_whole(blueprint.source, name))
     return model
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mhr_scale.errors import RunError
-from mhr_scale.files import read_json, write_json, write_text
+from mhr_scale.files import flush, read_json, write_json, write_text
 
 log = logging.getLogger("mhr_scale")
 
@@ -119,8 +120,7 @@ class Metrics:
     def flush(self) -> None:
         """Have the lines on disk, before a save that goes on after them."""
         if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(self.path)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
@@ -197,13 +197,8 @@ class Progress:
         now = time.monotonic()
         if not self._is_terminal and self._is_due(now):
             left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
-            log.info(
-                "%s %s  %s  %s left",
-                self._what,
-                self._count(),
-                text,
-                time.strftime("%H:%M:%S", time.gmtime(left)),
-            )
+            time_left = timedelta(seconds=round(left))
+            log.info("%s %s  %s  %s left", self._what, self._count(), text, time_left)
             self._last = now
 
     def _is_due(self, now: float) -> bool:
@@ -223,10 +218,10 @@ class Progress:
 
 
 class ByteProgress(Progress):
-    """Progress counted in bytes; what takes less than `every_seconds` leaves no log line."""
+    """Progress counted in bytes; what takes less than ten seconds leaves no log line."""
 
-    def __init__(self, total: int, *, what: str, every_seconds: float = 10.0) -> None:
-        super().__init__(total, start=0, what=what, unit="B", every_seconds=every_seconds)
+    def __init__(self, total: int, *, what: str) -> None:
+        super().__init__(total, start=0, what=what, unit="B", every_seconds=10.0)
 
     def add(self, text: str, n_bytes: int) -> None:
         """So many bytes further; `text` says where."""

@@ -19,11 +19,11 @@ from mhr_scale.adapters.state import Card, check_backbone, load_tensors, named_t
 from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone import Blueprint
 from mhr_scale.batching import StepBatches
-from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SuperNITasks
-from mhr_scale.engine import Engine, deepspeed_config, read_ds_config
+from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig
+from mhr_scale.engine import Engine, deepspeed_config, is_sharded, read_ds_config
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
 from mhr_scale.files import write_json, write_text
-from mhr_scale.recipe import load, to_yaml
+from mhr_scale.recipe import as_written, load, to_yaml
 from mhr_scale.runlog import record_provenance, world_size
 from mhr_scale.tasks.mixture import MixturePlan, Share
 from mhr_scale.tasks.task import to_json_lines
@@ -92,7 +92,7 @@ def prepare(
                 rows=tokens.train,
                 plan=plan,
                 config=config.batch,
-                references=references(config),
+                references=config.tasks.target_choice(),
                 seed=config.run.seed,
                 pad_id=tokenizer.pad_token_id,
                 rank=engine.rank,
@@ -124,8 +124,7 @@ def check_quantise(
     config: BackboneConfig, blueprint: Blueprint, ds_content: dict[str, Any], ds_file: str | None
 ) -> None:
     """Raise `EngineError` or `BackboneError` if the backbone cannot be quantised where it lies."""
-    is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
-    sharding = ds_file if is_sharded else None
+    sharding = ds_file if is_sharded(ds_content) else None
     quantise.check(config, blueprint.model_config, ds_config=sharding)
 
 
@@ -193,11 +192,6 @@ def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
     check_splits(find_sites(model, config.layout), n_splits=config.n_splits, kind=config.kind)
 
 
-def references(config: PretrainConfig) -> str:
-    """How a training target is chosen among several references."""
-    return config.tasks.references if isinstance(config.tasks, SuperNITasks) else "first"
-
-
 def make_plan(config: PretrainConfig, tokens: TokenSet) -> MixturePlan:
     """The sample stream over the tokenised rows of all tasks."""
     shares = [
@@ -223,8 +217,8 @@ def check_folder(config: PretrainConfig) -> None:
     ]
     if changed and checkpoint.find_resume(path) is not None:
         raise RunError(
-            f"{path}: holds a run with other settings ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}); use another run.folder to start anew"
+            f"{path}: holds a run with other settings ({listed(changed)}); use another run.folder "
+            "to start anew"
         )
 
 
@@ -240,10 +234,26 @@ def differences(before: Any, now: Any) -> list[tuple[str, str]]:
     """The settings in which two recipes differ, by their dotted names, and what to say of each."""
     old, new = (flatten(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
     return [
-        (key, f"{key} was {old.get(key)!r}, is {new.get(key)!r}")
+        (key, f"{key} was {as_written(old.get(key))}, is {as_written(new.get(key))}")
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def listed(changed: list[str]) -> str:
+    """The first of what `differences` says."""
+    return "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
+
+
+def write_recipe(file: Path, recipe: Any) -> None:
+    """Make a run folder and write a recipe into it; raises `RunError` if that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, to_yaml(recipe))
+    except OSError as error:
+        raise RunError(
+            f"run.folder: cannot write to {file.parent} ({error.strerror}); name another folder"
+        ) from error
 
 
 def check_writable(path: Path) -> None:
@@ -269,11 +279,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def rank0_open_folder(trainer: Trainer) -> None:
     """Write what a reader of the run needs before its first number."""
     config, folder = trainer.config, trainer.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    write_recipe(folder / "config.yaml", config)
     ds_content = read_ds_config(config.run.ds_config)
     write_json(folder / "deepspeed.json", deepspeed_config(ds_content, dtype=config.backbone.dtype))
     record_provenance(

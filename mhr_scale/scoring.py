@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mhr_scale import stopping
 from mhr_scale.adapters import Adapter
+from mhr_scale.batching import pad
 from mhr_scale.encode import Ids
 from mhr_scale.engine import Engine
 from mhr_scale.errors import DataError, DivergenceError
@@ -114,8 +115,8 @@ def score(
     """Run the rows still to do; after each round, yield its results by row number.
 
     Collective: every rank passes the same rows and iterates to the end, and gets all ranks'
-    results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run` is
-    `rank_choices` or `generate_answers` with all but the batch filled in.
+    results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run` gives
+    a value for every row of a batch (`questions.answerers`).
     """
     assert len({row.number for row in rows}) == len(rows)
     batches = fill_batches(rows, max_tokens)
@@ -154,21 +155,8 @@ def pad_inputs(
     inputs: Sequence[Ids], *, pad_id: int, device: torch.device | str, at_least: int = 0
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, padded on the right to a multiple of `PAD_MULTIPLE`."""
-    width = max(at_least, *(len(ids) for ids in inputs))
-    width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
-    input_ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(inputs), width), dtype=np.int64)
-    for number, ids in enumerate(inputs):
-        input_ids[number, : len(ids)] = ids
-        mask[number, : len(ids)] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids).to(device),
-        "attention_mask": torch.from_numpy(mask).to(device),
-    }
-
-
-def _inputs(batch: Batch, pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    return pad_inputs([row.input_ids for row in batch], pad_id=pad_id, device=device)
+    input_ids, mask = pad(inputs, pad_id=pad_id, multiple=PAD_MULTIPLE, at_least=at_least)
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
 # -- ranking -------------------------------------------------------------------------------------
@@ -239,6 +227,35 @@ def pack_choices(
     )
 
 
+def run_choices(
+    model: Any,
+    inputs: Sequence[Ids],
+    choices: Sequence[Sequence[Ids]],
+    *,
+    device: torch.device | str,
+    at_least: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Packed]:
+    """Logits (B, D, V) of every row's choices side by side, and the packed choices.
+
+    Inputs and decoder rows are padded to the lengths `at_least`, or wider.
+    """
+    config, (width, depth) = model.config, at_least
+    packed = pack_choices(
+        choices,
+        start_id=config.decoder_start_token_id,
+        pad_id=config.pad_token_id,
+        device=device,
+        at_least=depth,
+    )
+    logits_BDV: Tensor = model(
+        **pad_inputs(inputs, pad_id=config.pad_token_id, device=device, at_least=width),
+        decoder_input_ids=packed.decoder_input_ids_BD,
+        decoder_attention_mask=packed.mask(model.get_input_embeddings().weight.dtype),
+        use_cache=False,
+    ).logits
+    return logits_BDV, packed
+
+
 def rank_choices(
     model: Any,
     adapter: Adapter | None,
@@ -262,7 +279,9 @@ def rank_choices(
         lengths = np.array([len(choice) for choice in row.choices], dtype=np.float32)
         values = (sums / lengths**length_norm).tolist()
         if not np.isfinite(values).all():
-            raise DivergenceError(f"row {row.number}: the scores {values} are not finite")
+            raise DivergenceError(
+                f"row {row.number}: the scores {values} are not finite; try the backbone in float32"
+            )
         scores.append(values)
     return scores
 
@@ -277,20 +296,9 @@ def choice_losses(
     for row in batch:
         if not row.choices:
             raise DataError(f"row {row.number}: no choices to rank")
-    config = model.config
-    packed = pack_choices(
-        [row.choices for row in batch],
-        start_id=config.decoder_start_token_id,
-        pad_id=config.pad_token_id,
-        device=device,
-    )
+    inputs, choices = [row.input_ids for row in batch], [row.choices for row in batch]
     with _evaluation(model, adapter, batch):
-        logits_BDV = model(
-            **_inputs(batch, config.pad_token_id, device),
-            decoder_input_ids=packed.decoder_input_ids_BD,
-            decoder_attention_mask=packed.mask(model.get_input_embeddings().weight.dtype),
-            use_cache=False,
-        ).logits
+        logits_BDV, packed = run_choices(model, inputs, choices, device=device)
     nll_BD = F.cross_entropy(
         logits_BDV.flatten(0, 1).float(), packed.targets_BD.flatten(), reduction="none"
     )
@@ -316,9 +324,10 @@ def generate_answers(
     `synced` makes ranks take as many steps as the slowest one: set it under ZeRO-3, where every
     step gathers weights.
     """
+    inputs = [row.input_ids for row in batch]
     with _evaluation(model, adapter, batch):
         ids = model.generate(
-            **_inputs(batch, model.config.pad_token_id, device),
+            **pad_inputs(inputs, pad_id=model.config.pad_token_id, device=device),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_new_tokens,

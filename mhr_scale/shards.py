@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.errors import RunError
+from mhr_scale.files import write_json
 
 #: Data types by their names in a header.
 DTYPES = {
@@ -31,6 +32,7 @@ ALIGNMENT = 8
 #: Longest header that the library reads, in bytes.
 LONGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
+INDEX = "model.safetensors.index.json"
 #: Elements that are in memory at a time while a file is written.
 CHUNK = 1 << 20
 
@@ -65,6 +67,17 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]
         shards[-1].append(weight)
         size += weight.n_bytes
     return shards
+
+
+def name_shard(number: int, n_shards: int) -> str:
+    """The name of a file of several, counted from 1, as transformers calls it."""
+    return f"model-{number:05d}-of-{n_shards:05d}.safetensors"
+
+
+def write_index(folder: Path, weights: Sequence[Weight], places: Mapping[str, str]) -> None:
+    """Write which file holds each weight, as transformers reads it."""
+    size = sum(weight.n_bytes for weight in weights)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(places)})
 
 
 def check_free_space(folder: Path, weights: Sequence[Weight], *, what: str) -> None:

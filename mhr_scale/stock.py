@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale import backbone, checkpoint, quantise
+from mhr_scale import backbone, checkpoint, hub, quantise
 from mhr_scale.adapters import interop
 from mhr_scale.adapters.published import read_safetensors
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
-from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line
+from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.files import read_object
 from mhr_scale.runlog import log
 from mhr_scale.sealing import sealed
@@ -75,10 +75,10 @@ def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> Non
     if spoilt:
         raise AdapterError(
             f"{folder / interop.TENSORS}: {len(spoilt)} tensor(s) hold NaN or infinity: "
-            f"{'; '.join(spoilt[:5])}"
+            f"{'; '.join(spoilt[:5])}; export another one"
         )
     if not any(".lora_" in name for name in tensors):
-        raise AdapterError(f"{folder / interop.TENSORS}: holds no LoRA matrix")
+        raise AdapterError(f"{folder / interop.TENSORS}: holds no LoRA matrix; export it again")
 
 
 def load_model(
@@ -95,15 +95,19 @@ def load_model(
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call of PEFT
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except Exception as error:
-        raise AdapterError(f"{folder}: PEFT does not load it ({first_line(error)})") from error
+        raise AdapterError(
+            f"{folder}: PEFT does not load it ({first_line(error)}); export it again"
+        ) from error
     names = {
         name.replace(".default.", ".") for name, p in model.named_parameters() if p.requires_grad
     }
     if names != stored:
         odd = min(names ^ stored)
-        raise AdapterError(f"{folder}: not the tensors that PEFT trains, such as {odd}")
+        raise AdapterError(
+            f"{folder}: not the tensors that PEFT trains, such as {odd}; export it again"
+        )
     model.active_peft_config.base_model_name_or_path = str(
-        backbone.BUILTIN.get(str(config.name), config.name)
+        hub.BUILTIN.get(str(config.name), config.name)
     )
     return model
 
@@ -134,18 +138,20 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BackboneError(
-            f"backbone.name: transformers does not load {config.name} ({first_line(error)})"
+            f"backbone.name: transformers does not load {config.name} ({first_line(error)}); fetch "
+            "it again"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    if info["missing_keys"] or info["mismatched_keys"]:
+    odd = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if odd:
         raise BackboneError(
-            f"backbone.name: {config.name} does not fill the model: {sorted(info['missing_keys'])}"
+            f"backbone.name: {config.name} does not fill the model: {some(odd)}; fetch it again"
         )
     if model.lm_head.weight is model.shared.weight and not blueprint.is_lm_head_tied:
         raise BackboneError(
             f"backbone.name: transformers has tied the lm_head of {config.name}, which is a tensor "
-            "of its own in the checkpoint"
+            "of its own in the checkpoint; use adapt, which reads it as it is"
         )
     model.config.decoder_start_token_id = blueprint.model_config.decoder_start_token_id
     model.requires_grad_(False)
@@ -153,11 +159,6 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     backbone.set_dropout(model, config.dropout)
     backbone.set_recompute(model, config.recompute)
     return model
-
-
-def trained(model: Any) -> list[nn.Parameter]:
-    """The parameters that train."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def write_peft(model: Any, folder: Path, source: Path) -> None:
@@ -246,6 +247,6 @@ def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
         optimizer.load_state_dict(state)
     except Exception as error:
         raise RunError(
-            f"{folder}: cannot go on from it ({first_line(error)}); delete this step"
+            f"{folder}: cannot resume from it ({first_line(error)}); delete this step"
         ) from error
     log.info("resumed from %s", folder)

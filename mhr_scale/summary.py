@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.errors import RunError
+from mhr_scale.errors import RunError, some
 
 SCORES = "scores.jsonl"
 
@@ -104,7 +104,9 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for summary in summaries[1:]:
         odd = sorted(names ^ set(summary["tasks"]))
         if odd:
-            raise RunError(f"seeds differ in their tasks: {', '.join(odd[:5])}")
+            raise RunError(
+                f"seeds differ in their tasks: {some(odd, shown=5)}; name runs of the same tasks"
+            )
     medians = {
         name: statistics.median(summary["tasks"][name]["mean"] for summary in summaries)
         for name in sorted(names)

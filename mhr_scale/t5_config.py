@@ -48,8 +48,9 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     raw = _read_raw(folder)
     if raw.get("model_type") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
         raise BackboneError(
-            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {MODEL_TYPES}"
+            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {known}"
         )
     try:
         model_config = AutoConfig.from_pretrained(folder)

@@ -14,9 +14,10 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from mhr_scale.config import BatchConfig, TasksConfig
+from mhr_scale.config import BatchConfig
 from mhr_scale.encode import Cuts, Encoder, Row, check_rows_left
 from mhr_scale.errors import DataError
-from mhr_scale.files import write_json
+from mhr_scale.files import hash_file, write_json
 from mhr_scale.runlog import Progress, log, rank
+from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.suites import open_suite, source_files
 from mhr_scale.tasks.task import Task
 
@@ -92,8 +94,8 @@ class TokenSet:
     cards: list[TaskCard]
     train: list[TaskTokens]
     validation: list[TaskTokens]
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-    fingerprint: str = ""
+    rejects: list[dict[str, Any]]
+    fingerprint: str
 
     @property
     def cuts(self) -> Cuts:
@@ -102,7 +104,7 @@ class TokenSet:
 
 
 def open_tokens(
-    config: TasksConfig,
+    suite: Suite,
     tokenizer: Any,
     batch: BatchConfig,
     *,
@@ -114,10 +116,10 @@ def open_tokens(
     Without `cache` it is kept in memory. `on_bad` overrides the policy for unusable rows. Raises
     `DataError` for sources that cannot be used and for a cache that is not what it says.
     """
-    manifest = describe(config, tokenizer, batch)
+    manifest = describe(suite, tokenizer, batch)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if cache is None:
-        reading = open_suite(config, on_bad=on_bad)
+        reading = open_suite(suite, on_bad=on_bad)
         made = [_tokenise(task, tokenizer, batch) for task in reading.tasks]
         reading.intake.check()
         return TokenSet(
@@ -132,21 +134,21 @@ def open_tokens(
         Path(cache).mkdir(parents=True, exist_ok=True)
         with _lock(Path(cache) / f".{key[:24]}.lock"):
             if not (folder / "manifest.json").is_file():
-                _build(folder, config, tokenizer, batch, manifest, on_bad)
+                _build(folder, suite, tokenizer, batch, manifest, on_bad)
     return _load(folder, manifest, key)
 
 
-def describe(config: TasksConfig, tokenizer: Any, batch: BatchConfig) -> dict[str, Any]:
+def describe(suite: Suite, tokenizer: Any, batch: BatchConfig) -> dict[str, Any]:
     """Everything the token ids depend on, as JSON values."""
     code = hashlib.sha256()
     here = Path(__file__).parent
     for file in sorted([*here.glob("tasks/*.py"), *here.glob("tasks/*.json"), here / "encode.py"]):
         code.update(file.read_bytes())
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(suite)))
     return {
         "format": FORMAT,
         "tasks": settings,
-        "sources": [_fingerprint(path) for path in source_files(config)],
+        "sources": [_fingerprint(path) for path in source_files(suite)],
         "code": code.hexdigest(),
         "tokenizer": _tokenizer_hash(tokenizer),
         "max_input_tokens": batch.max_input_tokens,
@@ -160,7 +162,7 @@ def _fingerprint(path: Path) -> list[Any]:
     facts = path.stat()
     if facts.st_size > HASHED_WHOLE:
         return [str(path), facts.st_size, facts.st_mtime_ns]
-    return [str(path), facts.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+    return [str(path), facts.st_size, hash_file(path)]
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -179,7 +181,7 @@ def _tokenise(
     encoder = Encoder(task, tokenizer, batch)
     rows = {"train": encoder.rows(task.train), "validation": encoder.rows(task.validation)}
     check_rows_left(task, rows["train"], batch)
-    kind = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    kind = _id_type(tokenizer)
     n_train = max(1, len(rows["train"]))
     card = TaskCard(
         name=task.name,
@@ -193,6 +195,11 @@ def _tokenise(
         mean_target_tokens=sum(len(row.targets[0]) for row in rows["train"]) / n_train,
     )
     return card, {fold: list(_batches(rows[fold], kind)) for fold in FOLDS}
+
+
+def _id_type(tokenizer: Any) -> pa.DataType:
+    """What a token id is stored as."""
+    return pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
 
 
 def _batches(rows: Sequence[Row], kind: pa.DataType) -> Iterator[pa.RecordBatch]:
@@ -214,7 +221,7 @@ def _lists(arrays: Sequence[NDArray[np.int32]], kind: pa.DataType) -> pa.ListArr
 
 def _build(
     folder: Path,
-    config: TasksConfig,
+    suite: Suite,
     tokenizer: Any,
     batch: BatchConfig,
     manifest: dict[str, Any],
@@ -224,7 +231,7 @@ def _build(
     partial = folder.with_name(f".{folder.name}.{platform.node()}.tmp")
     partial.mkdir(exist_ok=True)
     log.info("tokenising into %s", folder)
-    reading = open_suite(config, on_bad=on_bad)
+    reading = open_suite(suite, on_bad=on_bad)
     progress = Progress(reading.n_tasks, start=0, what="tokenise", unit="task")
     cards = []
     for number, task in enumerate(reading.tasks):
@@ -247,7 +254,7 @@ def _build(
 
 
 def _write(path: Path, batches: Sequence[pa.RecordBatch], tokenizer: Any) -> None:
-    kind = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    kind = _id_type(tokenizer)
     schema = pa.schema([("input_ids", pa.list_(kind)), ("targets", pa.list_(pa.list_(kind)))])
     with path.open("wb") as file:
         with ipc.new_file(file, schema) as writer:
@@ -316,12 +323,7 @@ def _lock(path: Path) -> Iterator[None]:
     The first rank of a machine gets it first, to show its progress; the others wait.
     """
     if rank() and not path.exists():
-        import time
-
         time.sleep(1.0)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-__all__ = ["TaskCard", "TaskTokens", "TokenSet", "describe", "open_tokens"]

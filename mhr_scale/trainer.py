@@ -223,9 +223,9 @@ class Trainer:
 
     def _describe_divergence(self, loss: float, sums: StepSums) -> str:
         """Name the step and the tasks whose rows have no finite loss. Collective."""
-        names = self.batches.plan.shares
+        names = self.adapter.task_names
         mine = {
-            names[task].name
+            names[task]
             for batch, row_losses in sums.row_losses
             for task, value in zip(batch.task_ids, row_losses.tolist(), strict=True)
             if not math.isfinite(value)
@@ -235,7 +235,7 @@ class Trainer:
         way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm"
         last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
         if not found:
-            tasks = ", ".join(names[task].name for task in self._tasks_of_step())
+            tasks = ", ".join(names[task] for task in self._tasks_of_step())
             return (
                 f"step {self.step + 1}: the gradient is not finite though every loss is "
                 f"(loss {loss:g}; tasks in this step: {tasks}); {last}; {way_out}"

@@ -6,6 +6,7 @@ Ranks of a sharded backbone ask for their own range of each tensor; nobody has t
 import pickle
 import zipfile
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,12 @@ from mhr_scale.errors import BackboneError, first_line
 from mhr_scale.files import read_object
 from mhr_scale.runlog import log
 from mhr_scale.seeds import seed_from
+from mhr_scale.shards import INDEX as SAFETENSORS_INDEX
 from mhr_scale.shards import first_cut
 
+AGAIN = "fetch it again"
+BOTH = "fetch both again"
+SAVE = "save its state_dict as safetensors"
 #: Bytes of a file from which on it matters that it is read whole.
 LARGE = 10**9
 
@@ -27,7 +32,7 @@ class WeightSource(Protocol):
     """Tensors by name, read by flat range so that nobody has to hold more than their part."""
 
     def names(self) -> frozenset[str]:
-        """Names in the checkpoint; empty where every name can be made (random weights)."""
+        """Names in the checkpoint."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
@@ -49,7 +54,9 @@ class SafetensorsSource:
                 handle = safe_open(file, "pt")
             except (SafetensorError, OSError) as error:
                 fault = first_cut(file) or error
-                raise BackboneError(f"{file}: not a readable safetensors file ({fault})") from error
+                raise BackboneError(
+                    f"{file}: not a readable safetensors file ({fault}); {AGAIN}"
+                ) from error
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 if name in self._handles:
                     raise BackboneError(_twice(name, self._handles[name][1], file))
@@ -70,9 +77,7 @@ class SafetensorsSource:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
         shape = self.shape(name)
-        width = 1
-        for size in shape[1:]:
-            width *= size
+        width = prod(shape[1:])
         first, last = start // width, -(-stop // width)
         handle, file = self._handles[name]
         if not shape:  # has no rows
@@ -80,7 +85,7 @@ class SafetensorsSource:
         try:
             rows: Tensor = handle.get_slice(name)[first:last]
         except SafetensorError as error:
-            raise BackboneError(f"{file}: cannot read {name} ({error})") from error
+            raise BackboneError(f"{file}: {name} cannot be read ({error}); {AGAIN}") from error
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
 
@@ -97,16 +102,17 @@ class PickledSource:
             try:
                 tensors = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
             except pickle.UnpicklingError as error:
-                raise BackboneError(f"{file}: not a checkpoint of tensors alone") from error
+                raise BackboneError(f"{file}: not a checkpoint of tensors alone; {SAVE}") from error
             except Exception as error:
                 raise BackboneError(
-                    f"{file}: not a readable checkpoint ({first_line(error)})"
+                    f"{file}: not a readable checkpoint ({first_line(error)}); {AGAIN}"
                 ) from error
             if not isinstance(tensors, dict):
-                raise BackboneError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
+                kind = type(tensors).__name__
+                raise BackboneError(f"{file}: holds a {kind}, not named tensors; {SAVE}")
             strange = [name for name in tensors if not isinstance(tensors[name], Tensor)]
             if strange:
-                raise BackboneError(f"{file}: '{strange[0]}' is no tensor")
+                raise BackboneError(f"{file}: '{strange[0]}' is no tensor; {SAVE}")
             for name, tensor in tensors.items():
                 if name in self._files:
                     raise BackboneError(_twice(name, self._files[name], file))
@@ -170,6 +176,12 @@ class RandomSource:
         return tensor.normal_(0.0, factor * std, generator=generator)
 
 
+def read_whole(source: WeightSource, name: str) -> Tensor:
+    """A tensor of a source in its own shape."""
+    shape = source.shape(name)
+    return source.read(name, 0, prod(shape)).reshape(shape)
+
+
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a folder: safetensors where there are any, else `.bin` files.
 
@@ -183,9 +195,9 @@ def open_weights(folder: Path) -> WeightSource:
         if files:
             source = kind(files)
             if not source.names():
-                raise BackboneError(f"{files[0]}: holds no tensor; fetch it again")
+                raise BackboneError(f"{files[0]}: holds no tensor; {AGAIN}")
             return source
-    raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here")
+    raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here; fetch them")
 
 
 def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) -> WeightSource:
@@ -202,12 +214,16 @@ def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) ->
     for name in sorted(source.names() | places.keys()):
         if name not in source.names():
             there = index.parent / places[name]
-            raise BackboneError(f"{there}: {name} is missing, which {index.name} puts there")
+            raise BackboneError(
+                f"{there}: {name} is missing, which {index.name} puts there; {BOTH}"
+            )
         found = source.file(name)
         if name not in places:
-            raise BackboneError(f"{found}: holds {name}, which {index.name} does not know")
+            raise BackboneError(f"{found}: holds {name}, which {index.name} does not know; {BOTH}")
         if found.name != places[name]:
-            raise BackboneError(f"{found}: holds {name}, which {index.name} puts in {places[name]}")
+            raise BackboneError(
+                f"{found}: holds {name}, which {index.name} puts in {places[name]}; {BOTH}"
+            )
     return source
 
 
@@ -218,11 +234,13 @@ def read_index(index: Path) -> dict[str, str]:
     """
     places = read_object(index, BackboneError).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise BackboneError(f"{index}: no weight_map here, which names the file of each tensor")
+        raise BackboneError(
+            f"{index}: no weight_map here, which names the file of each tensor; {AGAIN}"
+        )
     for name, file in places.items():
         if not isinstance(file, str) or file != Path(file).name:
             raise BackboneError(
-                f"{index}: {name} is in {file!r}, which is no file beside the index"
+                f"{index}: {name} is in {file!r}, which is no file beside the index; {AGAIN}"
             )
     return places
 
@@ -241,9 +259,9 @@ def _look_at_old_format(file: Path) -> None:
         with file.open("rb") as stream:
             start = stream.read(2)
     except OSError as error:
-        raise BackboneError(f"{file}: not a readable checkpoint ({error.strerror})") from error
+        raise BackboneError(f"{file}: cannot be read ({error.strerror})") from error
     if start == b"PK":
-        raise BackboneError(f"{file}: not a readable checkpoint (its end is missing)")
+        raise BackboneError(f"{file}: not a readable checkpoint (its end is missing); {AGAIN}")
     if size > LARGE:
         log.warning(
             "%s: torch's old format cannot be memory-mapped; %.1f GB go into memory",
@@ -255,7 +273,7 @@ def _look_at_old_format(file: Path) -> None:
 #: Index, file that holds the whole, pattern and reader of each format, the preferred first.
 FORMATS: tuple[tuple[str, str, str, type[SafetensorsSource | PickledSource]], ...] = (
     (
-        "model.safetensors.index.json",
+        SAFETENSORS_INDEX,
         "model.safetensors",
         "*.safetensors",
         SafetensorsSource,

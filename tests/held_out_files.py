@@ -2,8 +2,7 @@
 
 import json
 
-from mhr_scale.config.data import HeldOutTasks
-from mhr_scale.tasks.held_out import read_tasks
+from mhr_scale.config import HeldOutTasks
 from mhr_scale.tasks.task import Intake
 
 RTE = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 7}
@@ -50,5 +49,5 @@ def read_rte(folder, *rows, templates=RTE_TEMPLATES, intake=None, **options):
     write_templates(folder, "super_glue", "rte", *templates)
     if rows:
         write_rows(folder / "rte.validation.jsonl", *rows)
-    (task,) = read_tasks(configure(folder, tasks=("rte",), **options), intake or Intake())
+    (task,) = configure(folder, tasks=("rte",), **options).read_tasks(intake or Intake())
     return task

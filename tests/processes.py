@@ -80,6 +80,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without what differs from start to start."""
+    times = ("seconds", "tokens_per_second")
+    return [
+        {key: value for key, value in line.items() if key not in times}
+        for line in read_metrics(folder)
+    ]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -30,10 +30,10 @@ INDICES = {
 }
 
 
-def small_t5(*, tied: bool = False) -> T5ForConditionalGeneration:
+def small_t5(*, tied: bool = False, **changes: Any) -> T5ForConditionalGeneration:
     """A model whose weights are large enough that each of them tells."""
     torch.manual_seed(1)
-    model = T5ForConditionalGeneration(T5Config(**SIZES, tie_word_embeddings=tied))
+    model = T5ForConditionalGeneration(T5Config(**{**SIZES, **changes}, tie_word_embeddings=tied))
     if not tied:
         model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     for parameter in model.parameters():
@@ -53,6 +53,16 @@ def save(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file)
     else:
         torch.save(tensors, file)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, each in one of them."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        assert not found.keys() & tensors.keys()
+        found |= tensors
+    return found
 
 
 def write_folder(

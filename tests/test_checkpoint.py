@@ -12,6 +12,8 @@ from mhr_scale.engine import Engine
 from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.optim import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 SIZES = {
     "d_model": 16,
     "d_kv": 4,
@@ -59,11 +61,6 @@ class Run:
 
     def load(self, folder, step=2):
         return checkpoint.load(folder, step, self.adapter, self.optimizer)
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def trained(optimizer="adafactor", **settings):

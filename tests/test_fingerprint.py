@@ -20,6 +20,8 @@ from mhr_scale.errors import BackboneError
 from mhr_scale.manifest import MANIFEST, Fingerprint
 from mhr_scale.verbs.convert import convert
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 K = "encoder.block.1.layer.0.SelfAttention.k.weight"
 
 
@@ -34,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder=str(place / "converted"),
     )
     return convert(config)
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def opened(folder: Path, **settings: str) -> tuple[nn.Module, Blueprint, BackboneConfig, Engine]:

@@ -1,5 +1,6 @@
 """The repository as a whole: what the README says is so."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, run
+
+from mhr_scale.config import PretrainConfig
+from mhr_scale.recipe import load
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = sorted((ROOT / "mhr_scale").rglob("*.py"))
@@ -132,6 +136,16 @@ def test_the_make_targets_of_the_readme_exist(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_printed_recipe_is_a_recipe(tmp_path: Path) -> None:
+    """Whatever DeepSpeed says when it is imported, as it is for a sharded backbone."""
+    path, printed = ROOT / "launch" / "recipes" / "t0_11b_p3_mhr8.yaml", tmp_path / "printed.yaml"
+    command = [sys.executable, "launch/pretrain.py", str(path), "--print"]
+    environment = {name: text for name, text in os.environ.items() if name != "DS_ACCELERATOR"}
+    with printed.open("w") as file:
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, check=True, timeout=300)
+    assert load(PretrainConfig, printed) == load(PretrainConfig, path)
+
+
 def test_a_mistake_under_the_launcher_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
     result = run(
         "launch/pretrain.py",

@@ -101,6 +101,10 @@ def test_several_runs_are_taken_as_seeds(tmp_path: Path) -> None:
     assert "mean over tasks 20.00 +- 14.14" in text
 
 
+def test_help_says_how() -> None:
+    assert summarise_runs(["--help"]).startswith("python launch/summarise.py RUN [RUN ...]")
+
+
 def test_a_folder_without_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no scores here"):
         summarise_runs([str(tmp_path)])

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from mhr_scale import tokens
-from mhr_scale.backbone import BUILTIN
 from mhr_scale.config import BatchConfig, JsonlTasks
 from mhr_scale.errors import DataError
+from mhr_scale.hub import BUILTIN
 from mhr_scale.tokens import TokenSet, open_tokens
 
 BYTES = ByT5Tokenizer()

@@ -85,19 +85,22 @@ def test_a_shard_that_the_index_names_must_be_there(folder: Path, kind: str) -> 
 def test_a_tensor_that_the_index_names_must_be_in_its_shard(folder: Path, kind: str) -> None:
     first = shards(folder, kind)[0]
     save({"a": TENSORS["a"]}, first)
-    assert message(folder) == f"{first}: d is missing, which {INDICES[kind]} puts there"
+    text = f"{first}: d is missing, which {INDICES[kind]} puts there; fetch both again"
+    assert message(folder) == text
 
 
 def test_a_tensor_that_the_index_does_not_name_is_refused(folder: Path, kind: str) -> None:
     first = shards(folder, kind)[0]
     save({"a": TENSORS["a"], "d": TENSORS["d"], "x": torch.zeros(1)}, first)
-    assert message(folder) == f"{first}: holds x, which {INDICES[kind]} does not know"
+    text = f"{first}: holds x, which {INDICES[kind]} does not know; fetch both again"
+    assert message(folder) == text
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused(folder: Path, kind: str) -> None:
     first, second, _ = shards(folder, kind)
     change_index(folder, kind, lambda places: places.update(a=second.name))
-    assert message(folder) == f"{first}: holds a, which {INDICES[kind]} puts in {second.name}"
+    text = f"{first}: holds a, which {INDICES[kind]} puts in {second.name}; fetch both again"
+    assert message(folder) == text
 
 
 def test_a_tensor_in_two_files_is_refused(folder: Path, kind: str) -> None:
@@ -110,7 +113,8 @@ def test_a_tensor_in_two_files_is_refused(folder: Path, kind: str) -> None:
 def test_an_index_cannot_name_files_elsewhere(folder: Path, kind: str, place: Any) -> None:
     change_index(folder, kind, lambda places: places.update(a=place))
     assert message(folder) == (
-        f"{folder / INDICES[kind]}: a is in {place!r}, which is no file beside the index"
+        f"{folder / INDICES[kind]}: a is in {place!r}, which is no file beside the index; fetch it "
+        "again"
     )
 
 
@@ -132,7 +136,8 @@ def test_a_bin_file_that_was_cut_off_says_so(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", TENSORS)
     file = folder / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:-100])
-    assert message(folder) == f"{file}: not a readable checkpoint (its end is missing)"
+    text = f"{file}: not a readable checkpoint (its end is missing); fetch it again"
+    assert message(folder) == text
 
 
 def test_a_large_file_in_torchs_old_format_is_told_to_fill_memory(
@@ -157,7 +162,7 @@ def test_a_safetensors_file_that_was_cut_off_names_the_tensor(
     file.write_bytes(file.read_bytes()[:-n_bytes])
     assert message(folder) == (
         f"{file}: not a readable safetensors file "
-        f"(it ends in {name}, of which {there} of 48 bytes are there)"
+        f"(it ends in {name}, of which {there} of 48 bytes are there); fetch it again"
     )
 
 

@@ -43,7 +43,7 @@ SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 SINGLE = "average it or collapse one task, and write that as a single adapter"
 
 #: Policies that PEFT's Poly evaluates as we do.
-POLICIES = ("learned", "noisy")
+PEFT_POLICIES = ("learned", "noisy")
 #: PEFT's setting for a T5 whose configuration does not say which modules are feed-forward ones.
 FEED_FORWARD = ("wo",)
 #: Ways to start a LoRA that leave the backbone's own weights alone.
@@ -119,7 +119,7 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
         "PEFT has one inventory for all tasks": config.private,
         "PEFT mixes low-rank pairs only": config.kind != "lora",
         "there is nothing to route": not config.is_routed,
-        f"PEFT has no policy '{config.policy}'": config.policy not in POLICIES,
+        f"PEFT has no policy '{config.policy}'": config.policy not in PEFT_POLICIES,
         shared: config.granularity != "linear",
     }
     for reason, applies in reasons.items():
@@ -267,7 +267,7 @@ def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = Non
         "rank": config["r"],
         "n_splits": config["n_splits"],
         "n_skills": config["n_skills"],
-        "policy": policy if (policy := note.get("policy")) in POLICIES else "noisy",
+        "policy": policy if (policy := note.get("policy")) in PEFT_POLICIES else "noisy",
         "temperature": note.get("temperature", 1.0),
     }
     return _build(folder, tensors, fields, task_names=task_names, n_tasks=config["n_tasks"])

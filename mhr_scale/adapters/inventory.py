@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layout import Site
-from mhr_scale.config import AdapterConfig
 from mhr_scale.seeds import seed_from
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhr_scale.adapters import routing
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.layout import Site, check_splits, find_sites
 from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, base_of, siblings_name
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
-from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, did_you_mean
 from mhr_scale.seeds import seed_from
 
@@ -52,6 +52,7 @@ class Adapter(nn.Module):
             raise AdapterError(f"task names must be unique and at least one; twice: {duplicates}")
         check_splits(sites, n_splits=config.n_splits, kind=config.kind)
         self.config = config
+        self.policy = routing.POLICIES[config.policy]
         self.sites = sites
         self.task_names = tuple(task_names)
         self.linears: list[AdaptedLinear] = []
@@ -69,7 +70,7 @@ class Adapter(nn.Module):
             shape = (len(self.task_names), len(self.groups), config.n_splits, config.n_skills)
             generator = torch.Generator().manual_seed(seed_from("routing", seed))
             logits_TGQS = routing.init_logits(shape, generator=generator)
-            self.routing_logits = nn.Parameter(logits_TGQS, config.policy != "fixed")
+            self.routing_logits = nn.Parameter(logits_TGQS, self.policy.trains_logits)
 
     # -- slots ---------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class Adapter(nn.Module):
         ids = self.check_task_ids(task_ids)
         seeds = self._row_seeds(len(ids), seeds)
         config = self.config
-        per_row = seeds is not None and config.is_routed and config.policy in routing.ROW_POLICIES
+        per_row = seeds is not None and config.is_routed and self.policy.draws
         shared = not (config.has_logits or config.private or per_row)
         distinct = tuple(dict.fromkeys(ids))
         if shared:
@@ -162,16 +163,16 @@ class Adapter(nn.Module):
         shape_GQS = (len(self.groups), config.n_splits, config.n_skills)
         like = next(self.inventory.parameters())
         device = like.device
+        draws = self.policy.draws and seeds is not None
         if self.routing_logits is None:
-            if config.policy == "random" and seeds is not None:
-                return routing.random_weights(seeds, shape_GQS, config).to(like), None
-            n_slots = len(distinct) if config.private else 1
-            return like.new_full((n_slots, *shape_GQS), 1.0 / config.n_skills), None
+            n_slots = len(ids) if draws else len(distinct) if config.private else 1
+            zeros_UGQS = like.new_zeros((n_slots, *shape_GQS))
+            return routing.mixing_weights(zeros_UGQS, config, seeds=seeds), None
         rows = torch.tensor(distinct, device=device)
         leaf = self.routing_logits.detach().index_select(0, rows)
         leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
         logits_UGQS = leaf
-        if config.policy in routing.ROW_POLICIES and seeds is not None:
+        if draws:
             positions = torch.tensor([distinct.index(task) for task in ids], device=device)
             logits_UGQS = leaf.index_select(0, positions)
         if self.is_wave:  # vectors of sigmoids round by where they end

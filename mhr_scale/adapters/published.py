@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhr_scale.adapters import state
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layout import Site, recognise_sites
 from mhr_scale.adapters.methods import Adapter
-from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")

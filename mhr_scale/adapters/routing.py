@@ -2,16 +2,20 @@
 
 Shape letters: U slots, T tasks, G routing groups, Q splits, S skills.
 
-A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0. The
-weights are p normalised over the skills, w = p / (sum p + 1e-12), whatever the policy.
+A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0, and what
+it needs. The weights are p normalised over the skills, w = p / (sum p + 1e-12), whatever the
+policy.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mhr_scale.config import AdapterConfig
+if TYPE_CHECKING:
+    from mhr_scale.adapters.config import AdapterConfig
 
 EPS = 1e-12
 INIT_BOUND = 1e-3
@@ -40,12 +44,12 @@ def uniform_numbers(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(blocks)
 
 
-def learned(logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None) -> Tensor:
+def learned(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
     """p = sigmoid(z)."""
     return torch.sigmoid(logits_UGQS)
 
 
-def noisy(logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None) -> Tensor:
+def noisy(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
     """Relaxed Bernoulli: p = sigmoid((z + log u - log(1 - u)) / temperature) while training."""
     if seeds is None:
         return torch.sigmoid(logits_UGQS)
@@ -55,40 +59,64 @@ def noisy(logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | Non
 
 
 def straight_through(
-    logits_UGQS: Tensor, config: AdapterConfig, seeds: Sequence[int] | None
+    logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None
 ) -> Tensor:
     """p = round(sigmoid(z)) forward with the sigmoid's gradient, while training."""
     p = torch.sigmoid(logits_UGQS)
     return p if seeds is None else p + (p.round() - p).detach()
 
 
-POLICIES: dict[str, Callable[[Tensor, AdapterConfig, Sequence[int] | None], Tensor]] = {
-    "learned": learned,
-    "noisy": noisy,
-    "straight_through": straight_through,
-    "fixed": learned,
-}
-
-#: Policies that draw numbers while training: each batch row is then a slot of its own.
-ROW_POLICIES = ("noisy", "random")
+def uniform(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+    """p = 1: the mean of the inventory."""
+    return torch.ones_like(logits_UGQS)
 
 
-def mixing_weights(
-    logits_UGQS: Tensor, config: AdapterConfig, *, seeds: Sequence[int] | None
-) -> Tensor:
-    """Mixing weights (U, G, Q, S) of the policies that have logits; `seeds` only while training."""
-    return normalise(POLICIES[config.policy](logits_UGQS, config, seeds))
-
-
-def random_weights(seeds: Sequence[int], shape_GQS: Sequence[int], config: AdapterConfig) -> Tensor:
-    """Weights of a random binary mask of skills, drawn anew for each row (Random-mu).
+def random(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+    """A random binary mask of skills while training, drawn anew for each row; then p = 1 (Random).
 
     One mask per row and routing group, the same for all splits of the group. A row without any
     skill has weight 0 everywhere (`random_empty: off`, the literal formula) or the mean.
     """
-    n_groups, n_splits, n_skills = shape_GQS
+    if seeds is None:
+        return uniform(logits_UGQS, config, seeds)
+    _, n_groups, _, n_skills = logits_UGQS.shape
     u = uniform_numbers(seeds, (n_groups, 1, n_skills))
-    mask = (u < config.random_probability).float()
+    mask = (u < config.random_probability).to(logits_UGQS)
     if config.random_empty == "uniform":
         mask = torch.where(mask.sum(-1, keepdim=True) == 0, torch.ones_like(mask), mask)
-    return normalise(mask).expand(-1, -1, n_splits, -1)
+    return mask.expand_as(logits_UGQS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """A row of `POLICIES`: how mixing weights come from routing logits.
+
+    `activate` turns logits (U, G, Q, S) into activations of that shape; its `seeds`, one per slot,
+    are there only while the model trains. With `has_logits` there is a table of logits, which
+    trains if `trains_logits`; without, `activate` sees zeros. A policy that `draws` numbers while
+    training has a slot for each batch row instead of each task. `method` is its name in tables
+    where that is not Poly's or MHR's.
+    """
+
+    activate: Callable[[Tensor, "AdapterConfig", Sequence[int] | None], Tensor]
+    has_logits: bool = True
+    trains_logits: bool = True
+    draws: bool = False
+    method: str | None = None
+
+
+POLICIES: dict[str, Policy] = {
+    "learned": Policy(activate=learned),
+    "noisy": Policy(activate=noisy, draws=True),
+    "straight_through": Policy(activate=straight_through),
+    "uniform": Policy(activate=uniform, has_logits=False),
+    "random": Policy(activate=random, has_logits=False, draws=True, method="Random"),
+    "fixed": Policy(activate=learned, trains_logits=False),
+}
+
+
+def mixing_weights(
+    logits_UGQS: Tensor, config: "AdapterConfig", *, seeds: Sequence[int] | None
+) -> Tensor:
+    """Mixing weights (U, G, Q, S) of the slots under `config.policy`; `seeds` while training."""
+    return normalise(POLICIES[config.policy].activate(logits_UGQS, config, seeds))

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mhr_scale import typed
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layout import Site, find_sites
 from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
-from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import AdapterError, UserError
 from mhr_scale.files import flush, hash_file, read_object
 

@@ -16,7 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,8 @@ class Alignment:
     matrix: Matrix
     layers: dict[str, float | None]
     linears: dict[str, float | None]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
+    """Why a task has no direction, by its name."""
 
     @property
     def mean(self) -> float | None:

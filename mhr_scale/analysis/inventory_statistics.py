@@ -17,13 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.analysis.alignment import cosines, mean_of_pairs
-
-Matrix = NDArray[np.float64]
+from mhr_scale.analysis.alignment import Matrix, cosines, mean_of_pairs
 
 
 def describe_inventory(adapter: Adapter) -> dict[str, Any]:

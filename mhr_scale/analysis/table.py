@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("alignment", "sparsity", "discreteness", "entropy", "norm", "overlap")
+#: Numbers of a long list that are printed.
+MOST_NUMBERS = 16
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -35,9 +37,9 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_blocks(routing, inventory, alignment)])
 
 
-def _numbers(values: Sequence[float], *, shown: int = 16) -> str:
-    rest = len(values) - shown
-    text = " ".join(f"{value:.3f}" for value in values[:shown])
+def _numbers(values: Sequence[float]) -> str:
+    rest = len(values) - MOST_NUMBERS
+    text = " ".join(f"{value:.3f}" for value in values[:MOST_NUMBERS])
     return text + (f" and {rest} more" if rest > 0 else "")
 
 

@@ -1,33 +1,23 @@
-"""What a recipe may say: one frozen dataclass per question, plain Python, no dependency.
+"""What a recipe may say: one frozen dataclass per question.
 
 Parts answer *what is the model* (`BackboneConfig`, `AdapterConfig`), *what is the data* (a tasks
 part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`, `ScheduleConfig`,
-`BatchConfig`) and *where do we write* (`RunConfig`). Derived numbers are methods, never fields.
-`recipe.py` reads them from YAML. The text under a field is its help text.
+`BatchConfig`) and *where do we write* (`RunConfig`). The adapter's part and those of the suites
+stand with what they describe. Derived numbers are methods, never fields. `recipe.py` reads parts
+from YAML. The text under a field is its help text.
 """
 
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.adaptation import (
     AdaptConfig,
     AdaptRunConfig,
     ProtocolConfig,
     SelectionConfig,
-    ShotsConfig,
     VariantConfig,
     WavesConfig,
 )
 from mhr_scale.config.analyse import AlignmentConfig, AnalyseConfig, MonitorConfig
 from mhr_scale.config.convert import ConvertConfig, FingerprintConfig, OriginConfig
-from mhr_scale.config.data import (
-    EvalTasksConfig,
-    HeldOutTasks,
-    IntakeConfig,
-    JsonlTasks,
-    MixtureConfig,
-    SuperNITasks,
-    T0Tasks,
-    TasksConfig,
-    ToyTasks,
-)
 from mhr_scale.config.export import ExportConfig
 from mhr_scale.config.finetune import (
     FinetuneConfig,
@@ -35,7 +25,7 @@ from mhr_scale.config.finetune import (
     FinetuneRunConfig,
     FinetuneShotsConfig,
 )
-from mhr_scale.config.model import AdapterConfig, BackboneConfig, Policy, SoupConfig
+from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.plan import HardwareConfig, PlanConfig, WorkloadConfig
 from mhr_scale.config.training import (
     BatchConfig,
@@ -51,6 +41,15 @@ from mhr_scale.config.verbs import (
     PretrainConfig,
     ScoringConfig,
 )
+from mhr_scale.tasks.held_out import HeldOutTasks
+from mhr_scale.tasks.jsonl import JsonlTasks
+from mhr_scale.tasks.mixture import MixtureConfig
+from mhr_scale.tasks.suite import ShotsConfig
+from mhr_scale.tasks.suites import EvalTasksConfig, TasksConfig
+from mhr_scale.tasks.superni import SuperNITasks
+from mhr_scale.tasks.t0 import T0Tasks
+from mhr_scale.tasks.task import IntakeConfig
+from mhr_scale.tasks.toy import ToyTasks
 
 __all__ = [
     "AdaptConfig",
@@ -81,7 +80,6 @@ __all__ = [
     "OriginConfig",
     "PlainRunConfig",
     "PlanConfig",
-    "Policy",
     "PretrainConfig",
     "ProtocolConfig",
     "RunConfig",

@@ -3,12 +3,14 @@
 from dataclasses import field
 from typing import Literal
 
-from mhr_scale.config.data import EvalTasksConfig
-from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
-from mhr_scale.config.part import part
+from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.training import OptimConfig, check_timeout
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
+from mhr_scale.tasks.suite import ShotsConfig
+from mhr_scale.tasks.suites import EvalTasksConfig
 
 
 @part
@@ -46,28 +48,6 @@ class VariantConfig:
             )
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"variants: steps {self.steps} is not at least 1")
-
-
-@part
-class ShotsConfig:
-    """The few examples that each task is adapted on."""
-
-    seeds: tuple[int, ...] = (42, 1024, 0)
-    """One job per task, variant and seed, which draws the examples and their order."""
-    count: int | None = None
-    """Training examples per task; null: T-Few's number (t0_eval), else all the suite gives."""
-    folder: str | None = None
-    """t0_eval: T-Few's few-shot files; null: the same draw from the train split."""
-    set_aside: int = 0
-    """Of these, examples that no job trains on, for `selection.on: shots`."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"shots.seeds: {list(self.seeds)} are not different seeds")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"shots.count: {self.count} is not at least 1")
-        if self.set_aside < 0 or (self.count is not None and self.set_aside >= self.count):
-            raise ConfigError(f"shots.set_aside: {self.set_aside} leaves no shot to train on")
 
 
 @part

@@ -3,10 +3,10 @@
 from dataclasses import field
 from typing import Literal
 
-from mhr_scale.config.data import TasksConfig
-from mhr_scale.config.part import part
 from mhr_scale.config.training import PlainRunConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
+from mhr_scale.tasks.suites import TasksConfig
 
 
 def _check_sample(part_name: str, prefix: str, *, tasks: int | None, rows: int) -> None:

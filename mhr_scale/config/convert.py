@@ -3,8 +3,8 @@
 from dataclasses import field
 from typing import Literal
 
-from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
 
 
 @part

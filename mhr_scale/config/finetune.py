@@ -4,12 +4,12 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.config.adaptation import ProtocolConfig
-from mhr_scale.config.data import EvalTasksConfig
 from mhr_scale.config.model import BackboneConfig
-from mhr_scale.config.part import part
 from mhr_scale.config.training import Tracker, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
+from mhr_scale.tasks.suites import EvalTasksConfig
 
 
 @part

@@ -2,8 +2,8 @@
 
 from dataclasses import field
 
-from mhr_scale.config.part import part
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
 
 
 @part

@@ -3,10 +3,9 @@
 from dataclasses import field
 from typing import Literal
 
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.analyse import MonitorConfig
-from mhr_scale.config.data import EvalTasksConfig, MixtureConfig, TasksConfig
-from mhr_scale.config.model import AdapterConfig, BackboneConfig, SoupConfig
-from mhr_scale.config.part import part
+from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.training import (
     BatchConfig,
     LossConfig,
@@ -16,6 +15,9 @@ from mhr_scale.config.training import (
     ScheduleConfig,
 )
 from mhr_scale.errors import ConfigError
+from mhr_scale.part import part
+from mhr_scale.tasks.mixture import MixtureConfig
+from mhr_scale.tasks.suites import EvalTasksConfig, TasksConfig
 
 
 @part

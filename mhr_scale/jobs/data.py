@@ -13,7 +13,7 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.questions import Question, ask, encode
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.seeds import seed_from
-from mhr_scale.tasks.few_shot_suites import FewShotTask
+from mhr_scale.tasks.suites import FewShotTask
 from mhr_scale.tasks.task import Example
 
 

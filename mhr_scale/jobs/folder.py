@@ -7,11 +7,9 @@ from mhr_scale.backbone import Blueprint
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import RunError
-from mhr_scale.files import write_text
 from mhr_scale.jobs.job import as_folder
-from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import record_provenance
-from mhr_scale.runs import check_writable, differences, read_recipe
+from mhr_scale.runs import check_writable, differences, listed, read_recipe, write_recipe
 from mhr_scale.tasks.task import Intake
 
 #: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.
@@ -44,9 +42,8 @@ def check_folder(config: AdaptConfig) -> None:
         changed += [f"variants.{name}.{difference}" for _, difference in pairs]
     if changed and any(folder.glob("jobs/*/*/*")):
         raise RunError(
-            f"{folder}: holds jobs of other settings ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}); tasks, seeds and variants can be added, "
-            "anything else needs another run.folder"
+            f"{folder}: holds jobs of other settings ({listed(changed)}); tasks, seeds and "
+            "variants can be added, anything else needs another run.folder"
         )
 
 
@@ -63,11 +60,7 @@ def rank0_open_folder(
     known = read_recipe(AdaptConfig, file).variants if file.exists() else {}
     begun = {job.name for job in folder.glob("jobs/*/*/*")}
     kept = {name: variant for name, variant in known.items() if as_folder(name) in begun}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, to_yaml(replace(config, variants={**kept, **config.variants})))
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    write_recipe(file, replace(config, variants={**kept, **config.variants}))
     intake.write(folder / "rejects.jsonl")
     record_provenance(
         folder / "provenance.json",

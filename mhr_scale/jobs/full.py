@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 from mhr_scale import job_optim, optim
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig
+from mhr_scale.engine import is_sharded
 from mhr_scale.errors import ConfigError
+from mhr_scale.files import flush
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.runlog import log
 
@@ -29,13 +31,15 @@ from mhr_scale.runlog import log
 WEIGHTS = "backbone.safetensors"
 
 
-def check_backbone_jobs(config: AdaptConfig, backbone: BackboneConfig, *, is_sharded: bool) -> None:
+def check_backbone_jobs(
+    config: AdaptConfig, backbone: BackboneConfig, ds_content: dict[str, Any]
+) -> None:
     """Raise `ConfigError` if a variant is to train a backbone that is sharded or not float32."""
     names = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
     if not names:
         return
     place = f"variants.{names[0]}.kind: backbone"
-    if is_sharded:
+    if is_sharded(ds_content):
         raise ConfigError(
             f"{place} trains weights that are whole on every rank, and {config.run.ds_config} "
             "shards them; leave run.ds_config out, or name a file of stage 0"
@@ -176,6 +180,5 @@ def write_weights(weights: dict[str, nn.Parameter], file: Path) -> None:
     """Write named weights whole or not at all."""
     partial = file.with_name(f".{file.name}.tmp")
     save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
+    flush(partial)
     os.replace(partial, file)

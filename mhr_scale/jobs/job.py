@@ -69,10 +69,6 @@ class Standing:
         self.worse += 1
         return False
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
     @classmethod
     def read(cls, progress: Mapping[str, Any], *, place: Path) -> "Standing":
         """From what a saved step keeps; raises `RunError` naming `place` if it is no standing."""

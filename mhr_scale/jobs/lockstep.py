@@ -8,7 +8,7 @@ thrown away. Training comes first, so that ranks meet at their evaluations. With
 backbone ranks are independent and a turn costs nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
@@ -21,13 +21,11 @@ SAVED = "the jobs of this rank are saved"
 
 
 class Lockstep:
-    """Turns of the ranks; `dummies` runs one pass of each kind for company."""
+    """Turns of the ranks; `run_dummy` runs one pass of a kind for company."""
 
-    def __init__(self, engine: Engine, dummies: Mapping[str, Callable[[], None]]) -> None:
+    def __init__(self, engine: Engine, run_dummy: Callable[[str], None]) -> None:
         self.engine = engine
-        self.dummies = dummies
-        self.passes = dict.fromkeys(KINDS, 0)
-        self.idle = dict.fromkeys(KINDS, 0)
+        self.run_dummy = run_dummy
         self._is_needed = engine.is_sharded and engine.world_size > 1
 
     def turn(self, kind: str) -> None:
@@ -40,9 +38,8 @@ class Lockstep:
         while self._is_needed:
             agreed = self._agree(KINDS.index(kind))
             if KINDS[agreed] == kind:
-                break
-            self._keep_company(KINDS[agreed])
-        self.passes[kind] += 1
+                return
+            self.run_dummy(KINDS[agreed])
 
     def finish(self) -> None:
         """Keep the other ranks company until all are done. Collective."""
@@ -50,7 +47,7 @@ class Lockstep:
             agreed = self._agree(len(KINDS))
             if agreed == len(KINDS):
                 return
-            self._keep_company(KINDS[agreed])
+            self.run_dummy(KINDS[agreed])
 
     def _agree(self, wanted: int) -> int:
         """The smallest kind that any rank wants."""
@@ -61,7 +58,3 @@ class Lockstep:
         if flags[-1]:
             raise stopping.stop(SAVED)
         return next(kind for kind, count in enumerate(flags.tolist()) if count)
-
-    def _keep_company(self, kind: str) -> None:
-        self.idle[kind] += 1
-        self.dummies[kind]()

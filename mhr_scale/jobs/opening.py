@@ -20,7 +20,7 @@ from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import check_variant
 from mhr_scale.runs import backbone_of, blueprint_of, check_adapter, check_fit
-from mhr_scale.tasks.few_shot_suites import read_few_shot
+from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
 

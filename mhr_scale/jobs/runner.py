@@ -48,7 +48,7 @@ class Runner:
         self.tokenizer = tokenizer
         self.backbone_facts = backbone_facts
         self.folder = Path(config.run.folder)
-        self.lockstep = Lockstep(engine, self._dummies())
+        self.lockstep = Lockstep(engine, self._run_dummy)
         self.writer = Writer()
         self.lost: list[str] = []
         self.progress = Progress(total_steps, start=0, what="adapt", unit="job-step")
@@ -219,10 +219,11 @@ class Runner:
                 asked.append((exam_number, question))
         self.model.eval()
         found: dict[int, dict[str, Any]] = {}
-        runs = answerers(self.model, adapter, self.tokenizer, self.config.scoring, self.engine)
-        for kind, run in runs.items():
-            todo = [row for row in rows if bool(row.choices) == (kind == "rank")]
-            for batch in scoring.fill_batches(todo, self.config.scoring.max_tokens):
+        options = self.config.scoring
+        for kind, run, todo in answerers(
+            rows, self.model, adapter, self.tokenizer, options, self.engine
+        ):
+            for batch in scoring.fill_batches(todo, options.max_tokens):
                 for row, value in self._answer(kind, run, batch):
                     found[row.number] = judge(asked[row.number][1], value)
         lines: list[list[dict[str, Any]]] = [[] for _ in exams]
@@ -335,15 +336,8 @@ class Runner:
 
     # -- company ---------------------------------------------------------------------------------
 
-    def _dummies(self) -> dict[str, Callable[[], None]]:
-        """One pass of each kind with one row of a few tokens, through the same modules."""
-        return {
-            "train": partial(self._company, "train"),
-            "rank": partial(self._company, "rank"),
-            "generate": partial(self._company, "generate"),
-        }
-
-    def _company(self, kind: str) -> None:
+    def _run_dummy(self, kind: str) -> None:
+        """One pass of a kind with one row of a few tokens, through the same modules."""
         bound = [(linear, linear.is_off) for linear in self.linears.values()]
         for linear, _ in bound:
             linear.is_off = True

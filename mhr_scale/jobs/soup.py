@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhr_scale import scoring
+from mhr_scale import backbone, scoring
 from mhr_scale.adapters.linear import AdaptedLinear
-from mhr_scale.backbone import load_sentence_encoder
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
 from mhr_scale.encode import Encoder
 from mhr_scale.engine import Engine
 from mhr_scale.errors import RunError
 from mhr_scale.recipe import load
+from mhr_scale.runlog import Progress
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.tasks.suites import open_suite
 from mhr_scale.tasks.task import Example, Task
@@ -106,7 +106,7 @@ def embed_tasks(tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen)
     """
     engine, model = kitchen.engine, kitchen.model
     if settings.encoder is not None:
-        encode = load_sentence_encoder(settings.encoder, engine.device)
+        encode = backbone.load_sentence_encoder(settings.encoder, engine.device)
         return {
             key: _unit(encode([example.input for example in task.train]))
             for key, task in tasks.items()
@@ -123,8 +123,11 @@ def embed_tasks(tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen)
     run: Callable[[list[ChoiceRow]], list[list[float]]] = partial(
         _embed, model, device=engine.device
     )
+    progress = Progress(len(rows), start=0, what="embed", unit="example")
     for results in scoring.score(rows, run, engine=engine, max_tokens=MAX_TOKENS):
         found.update(results)
+        progress.advance("similar tasks", by=len(results))
+    progress.close()
     vectors = torch.tensor([found[number] for number in range(len(rows))])
     parts = vectors.split(counts)
     return {key: _unit(part) for key, part in zip(tasks, parts, strict=True)}
@@ -135,10 +138,7 @@ def _embed(model: Any, batch: list[ChoiceRow], *, device: torch.device) -> list[
     inputs = scoring.pad_inputs(
         [row.input_ids for row in batch], pad_id=model.config.pad_token_id, device=device
     )
-    states_BLH = model.get_encoder()(**inputs).last_hidden_state.float()
-    mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
-    mean_BH = (states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
-    found: list[list[float]] = mean_BH.tolist()
+    found: list[list[float]] = backbone.mean_states(model.get_encoder(), inputs).tolist()
     return found
 
 

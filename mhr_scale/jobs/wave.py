@@ -1,7 +1,6 @@
 """A wave: jobs that share forward and backward passes, each of them exact as if alone.
 
-Shape letters: J jobs, B batch rows of all jobs (a job's rows side by side), D decoder positions
-with choices side by side, V vocabulary.
+Shape letters: J jobs, B batch rows of all jobs, a job's rows side by side.
 
 The loss is the sum of the jobs' own means; gradients meet in no tensor, since every job has a slot
 of its own; clipping, rates and Adafactor statistics are the job's (`job_optim`). A job that leaves
@@ -11,7 +10,7 @@ is cut out of the stacked tensors.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhr_scale import checkpoint, job_optim, losses, optim
+from mhr_scale import checkpoint, job_optim, optim
 from mhr_scale.adapters import Adapter, state
 from mhr_scale.config import AdaptConfig, OptimConfig, ScheduleConfig, VariantConfig
+from mhr_scale.jobs import passes
 from mhr_scale.jobs.data import JobData, TrainRow
 from mhr_scale.jobs.job import Job, Standing
 from mhr_scale.jobs.start import stack, trained_numbers, unstack
-from mhr_scale.losses import IGNORE, Loss
-from mhr_scale.scoring import Packed, pack_choices, pad_inputs
+from mhr_scale.losses import Loss
 from mhr_scale.seeds import seed_from
 
 
@@ -127,11 +126,18 @@ class Wave:
     def train_step(self, model: Any, *, device: torch.device, after_backward: Any) -> StepValues:
         """Train every job by one step; gradients of jobs that have none finite change nothing."""
         batches = [member.data.batch(self.step) for member in self.members]
-        rows = [row for batch in batches for row in batch]
+        rows, counts = [row for batch in batches for row in batch], [len(b) for b in batches]
         owners = [number for number, batch in enumerate(batches) for _ in batch]
         factors = self._set_rates()
         with self.adapter.slots(owners, seeds=self._seeds(batches)) as slots:
-            parts = self._forward(model, rows, [len(batch) for batch in batches], device)
+            parts = passes.forward(
+                self.config.protocol,
+                model,
+                rows,
+                lambda _, part: _job_means(part, counts),
+                device=device,
+                at_least=self.members[0].data.shape,
+            )
             slots.backward(parts["loss"].sum())
             after_backward()
         norm_J = self._update(factors)
@@ -170,58 +176,6 @@ class Wave:
             for member, batch in zip(self.members, batches, strict=True)
             for row in range(len(batch))
         ]
-
-    def _forward(
-        self, model: Any, rows: Sequence[TrainRow], counts: list[int], device: torch.device
-    ) -> dict[str, Tensor]:
-        """The jobs' losses (J,): `loss`, and under T-Few its parts."""
-        protocol = self.config.protocol
-        width, depth = self.members[0].data.shape
-        packed = pack_choices(
-            [row.choices for row in rows],
-            start_id=model.config.decoder_start_token_id,
-            pad_id=model.config.pad_token_id,
-            device=device,
-            at_least=depth,
-        )
-        dtype = model.get_input_embeddings().weight.dtype
-        logits_BDV = model(
-            **pad_inputs(
-                [row.input_ids for row in rows],
-                pad_id=model.config.pad_token_id,
-                device=device,
-                at_least=width,
-            ),
-            decoder_input_ids=packed.decoder_input_ids_BD,
-            decoder_attention_mask=packed.mask(dtype),
-            use_cache=False,
-        ).logits
-        if protocol.loss == "t_few":
-            return self._t_few(logits_BDV, packed, rows, counts)
-        labels_BD = packed.targets_BD.masked_fill(packed.blocks_BD < 0, IGNORE)
-        found = losses.language_model(
-            logits_BDV, labels_BD, label_smoothing=protocol.label_smoothing
-        )
-        if protocol.normalise == "examples":
-            found = Loss(found.sum, torch.ones_like(found.count))
-        return {"loss": _job_means(found, counts)}
-
-    def _t_few(
-        self, logits_BDV: Tensor, packed: Packed, rows: Sequence[TrainRow], counts: list[int]
-    ) -> dict[str, Tensor]:
-        protocol = self.config.protocol
-        labels_B = torch.tensor([row.label for row in rows], device=logits_BDV.device)
-        found = losses.tfew(
-            logits_BDV,
-            packed.targets_BD,
-            packed.blocks_BD,
-            labels_B,
-            n_choices=packed.n_choices,
-            length_norm=protocol.length_norm,
-        )
-        lm, mc, ul = (_job_means(part, counts) for part in (found.lm, found.mc, found.ul))
-        total = lm + protocol.mc_weight * mc + protocol.ul_weight * ul
-        return {"loss": total, "lm": lm, "mc": mc, "ul": ul}
 
     # -- jobs come out ---------------------------------------------------------------------------
 
@@ -290,7 +244,7 @@ class Wave:
             self.take(number),
             job_optim.job_state(self.adapter, self.optimizer, number),
             step=self.step,
-            progress={"standing": member.standing.to_json()},
+            progress={"standing": asdict(member.standing)},
             backbone=backbone,
             origin=self._origin(number),
             keep=1,

@@ -62,15 +62,9 @@ class Seconds:
     nvme: float
 
     @property
-    def busy(self) -> float:
-        """Seconds of a pass: products and memory one after the other, beside everything else."""
-        others = (self.launches, self.links, self.network, self.host_link, self.nvme)
-        return max(self.compute + self.memory, *others)
-
-    @property
-    def limit(self) -> str:
-        """What the time is spent on."""
-        names = {
+    def parts(self) -> dict[str, float]:
+        """The seconds by what people call them."""
+        return {
             "compute": self.compute,
             "memory traffic": self.memory,
             "kernel launches": self.launches,
@@ -79,10 +73,19 @@ class Seconds:
             "the host's link": self.host_link,
             "NVMe": self.nvme,
         }
-        local = self.compute + self.memory
-        if local >= self.busy:
+
+    @property
+    def busy(self) -> float:
+        """Seconds of a pass: products and memory one after the other, beside everything else."""
+        others = (self.launches, self.links, self.network, self.host_link, self.nvme)
+        return max(self.compute + self.memory, *others)
+
+    @property
+    def limit(self) -> str:
+        """What the time is spent on."""
+        if self.compute + self.memory >= self.busy:
             return "compute" if self.compute >= self.memory else "memory traffic"
-        return max(names, key=lambda name: names[name])
+        return max(self.parts, key=lambda name: self.parts[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +109,10 @@ class Estimate:
     is_same_precision: bool
     extra: dict[str, float] = field(default_factory=dict)
 
-    @cached_property
-    def order(self) -> tuple[int, float, int]:
-        """Smaller is better: what keeps the recipe's numbers and the cards' weights, then time.
-
-        Times within 2 % are equal; then replicated, which needs no lock-step, and no recomputing.
-        """
-        kind = 0 if self.is_same_precision and self.placement.is_resident else 1
-        return kind, self.step_seconds, int(self.placement.is_sharded)
+    @property
+    def is_preferred(self) -> bool:
+        """Whether it keeps the recipe's numbers, and the weights on the cards."""
+        return self.is_same_precision and self.placement.is_resident
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values; bytes and seconds."""
@@ -152,6 +151,11 @@ class Case:
     reduces: bool
     is_same_precision: bool
 
+    @property
+    def gathers(self) -> float:
+        """How often a pass gathers each weight."""
+        return GATHERS[self.recompute] if self.trains else 1.0
+
     def memory(self, rows: int) -> Memory:
         """Bytes of a rank at a number of rows."""
         trace = self.counts.at(rows)
@@ -177,6 +181,7 @@ class Case:
         """Whether a card has room for so many rows."""
         return self.memory(rows).total <= self.machines.usable
 
+    @cached_property
     def largest(self) -> int:
         """Rows that fit, 0 if not even one does, `MOST_ROWS` at most."""
         if not self.fits(1):
@@ -187,10 +192,10 @@ class Case:
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return low
 
-    def why_not(self, largest: int) -> str:
+    def why_not(self) -> str:
         """Why the placement cannot be taken, or nothing."""
         host = self.machines.host_memory
-        if not largest:
+        if not self.largest:
             need = self.memory(1).total / GIB
             return f"{need:.1f} GiB for one row, {self.machines.usable / GIB:.1f} GiB usable"
         if self.placement.offload == "cpu" and host is not None and self.load.host > 0.9 * host:
@@ -207,25 +212,21 @@ class Case:
                 compute += number * flop / flops
             else:
                 memory += number * moved / rate
-        times = GATHERS[self.recompute] if self.trains else 1.0
         readings = (2.0 + (self.recompute != "none")) if self.trains else 1.0
         return Seconds(
             compute=compute,
             memory=memory + readings * 2.0 * load.unpacked / rate,
             launches=sum(trace.passes.values()) * LAUNCH_SECONDS,
-            links=times * load.over_links / machines.link_rate,
-            network=times * load.over_network / machines.gather_rate,
-            host_link=times * load.from_host / machines.host_rate,
-            nvme=times * load.from_nvme / machines.nvme_rate,
+            links=self.gathers * load.over_links / machines.link_rate,
+            network=self.gathers * load.over_network / machines.gather_rate,
+            host_link=self.gathers * load.from_host / machines.host_rate,
+            nvme=self.gathers * load.from_nvme / machines.nvme_rate,
         )
 
-    def estimate(
-        self, rows: int, *, passes: int, tokens: float, largest: int | None = None
-    ) -> Estimate:
+    def estimate(self, rows: int, *, passes: int, tokens: float) -> Estimate:
         """The estimate at so many rows per pass; `tokens` are those of a step over all ranks."""
-        largest = self.largest() if largest is None else largest
         trace, machines = self.counts.at(rows), self.machines
-        seconds, why_not = self.seconds(trace), self.why_not(largest)
+        seconds, why_not = self.seconds(trace), self.why_not()
         reduced = 0.0
         if self.reduces:
             share = (machines.ranks - 1) / machines.ranks
@@ -233,21 +234,20 @@ class Case:
         update = sum(n * moved for (_, moved), n in trace.update.items()) / machines.memory_rate
         update = max(update, sum(trace.update.values()) * LAUNCH_SECONDS)
         step = passes * seconds.busy + update + reduced / machines.gather_rate
-        times = GATHERS[self.recompute] if self.trains else 1.0
         moved = {
             "card_memory": passes * sum(n * moved for (_, moved), n in trace.passes.items()),
-            "gathered": passes * times * (self.load.over_links + self.load.over_network),
-            "host_to_card": passes * times * self.load.from_host,
-            "nvme_to_host": passes * times * self.load.from_nvme,
+            "gathered": passes * self.gathers * (self.load.over_links + self.load.over_network),
+            "host_to_card": passes * self.gathers * self.load.from_host,
+            "nvme_to_host": passes * self.gathers * self.load.from_nvme,
             "adapter_all_reduce": reduced,
         }
         return Estimate(
             placement=self.placement,
             recompute=self.recompute,
             rows=rows,
-            largest_rows=largest,
+            largest_rows=self.largest,
             memory=self.memory(rows),
-            fits=not why_not and largest >= rows,
+            fits=not why_not and self.largest >= rows,
             why_not=why_not,
             seconds=seconds,
             flop=passes * sum(n * flop for (flop, _), n in trace.passes.items()),
@@ -261,15 +261,15 @@ class Case:
 
 
 def choose(estimates: Sequence[Estimate], *, by: Callable[[Estimate], float]) -> Estimate | None:
-    """The placement to use: of those that fit, see `Estimate.order`; None if none does.
+    """The placement to use: of those that fit, the preferred ones first; None if none does.
 
-    `by` is the time that counts; times within 2 % are equal, and then the simpler one is taken.
+    `by` is the time that counts. Times within 2 % are equal; then replicated, which needs no
+    lock-step, and no recomputation.
     """
     fitting = [one for one in estimates if one.fits]
     if not fitting:
         return None
-    kind = min(one.order[0] for one in fitting)
-    same = [one for one in fitting if one.order[0] == kind]
-    best = min(by(one) for one in same)
-    near = [one for one in same if by(one) <= 1.02 * best]
+    good = [one for one in fitting if one.is_preferred] or fitting
+    best = min(by(one) for one in good)
+    near = [one for one in good if by(one) <= 1.02 * best]
     return min(near, key=lambda one: (one.placement.is_sharded, one.recompute != "none", by(one)))

@@ -106,7 +106,10 @@ def find_machines(config: HardwareConfig) -> Machines:
         ranks = ranks or count * config.nodes
     ranks = ranks or config.nodes
     if ranks % config.nodes:
-        raise ConfigError(f"hardware.nodes: {ranks} cards do not divide over {config.nodes}")
+        raise ConfigError(
+            f"hardware.nodes: {ranks} cards do not divide over {config.nodes} machines; use a "
+            "number that divides them"
+        )
     card = _measure_cpu(ranks // config.nodes) if name == CPU else _card(name)
     if name == CPU and memory is None:
         memory = psutil.virtual_memory().available / (ranks // config.nodes)

@@ -1,8 +1,9 @@
 """A plan for each kind of recipe: pre-training, evaluation, few-shot adaptation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from mhr_scale.planning.steps import (
 )
 from mhr_scale.planning.subjects import n_tasks, subject, variants
 from mhr_scale.planning.tracing import Trace, combine
+from mhr_scale.recipe import read_names
 
 #: Tokens of the two short answers whose counts give those of a longer one.
 SHORT, LONGER = 2, 4
@@ -84,11 +86,10 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
     tokens = float(batch.batch_size * (shape.width + shape.depth))
     estimates = []
     for case in _cases(blueprint, config.backbone, machines, count, few, whole, trains=True):
-        largest = case.largest()
-        micros = [n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(1, largest)]
-        tried = [
-            case.estimate(n, passes=per_rank // n, tokens=tokens, largest=largest) for n in micros
+        micros = [
+            n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(1, case.largest)
         ]
+        tried = [case.estimate(n, passes=per_rank // n, tokens=tokens) for n in micros]
         best = min(tried, key=lambda one: one.step_seconds)
         hours = best.step_seconds * config.schedule.steps / 3600.0
         best.extra.update(
@@ -140,16 +141,15 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
 
     numbers = 0 if own is None else _numbers(blueprint, own, 1)
     estimates = []
-    asked = max(1, options.max_tokens // (shape.tokens))
+    asked = max(1, options.max_tokens // shape.tokens)
     for case in _cases(blueprint, frozen, machines, count, 2, numbers, trains=False):
-        largest = case.largest()
-        rows = max(1, min(largest, asked))
+        rows = max(1, min(case.largest, asked))
         tokens = float(machines.ranks * replace(shape, rows=rows).tokens)
-        one = case.estimate(rows, passes=1, tokens=tokens, largest=largest)
+        one = case.estimate(rows, passes=1, tokens=tokens)
         one.extra.update(
             {
                 "examples_per_second": machines.ranks * rows / one.step_seconds,
-                "scoring.max_tokens at most": largest * shape.tokens,
+                "scoring.max_tokens at most": case.largest * shape.tokens,
             }
         )
         estimates.append(one)
@@ -206,10 +206,9 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
     estimates = []
     for case in _cases(blueprint, frozen, machines, count, 2, shared, trains=True, reduces=False):
         case = replace(case, job_bytes=4.0 * sizes[dearest])
-        largest = case.largest()
-        jobs = max(1, min(largest, config.waves.size or LARGEST))
+        jobs = max(1, min(case.largest, config.waves.size or LARGEST))
         tokens = float(machines.ranks * jobs * shape.tokens)
-        one = case.estimate(jobs, passes=1, tokens=tokens, largest=largest)
+        one = case.estimate(jobs, passes=1, tokens=tokens)
         seconds = one.step_seconds * (variant.steps or protocol.steps)
         one.extra.update(
             {"waves.size": jobs, "jobs_per_hour": machines.ranks * jobs * 3600.0 / seconds}
@@ -298,8 +297,9 @@ PLANNERS: dict[str, tuple[Any, Callable[[Any, WorkloadConfig, Machines], Plan]]]
 }
 
 
-def recognise(names: Sequence[str]) -> str:
-    """Which verb a recipe with these parts is for; raises `ConfigError` if for none of ours."""
+def recognise(recipe: Path | str) -> str:
+    """Which verb a recipe is for, by its parts; raises `ConfigError` if for none of ours."""
+    names = read_names(recipe)
     if "variants" in names:
         return "adapt"
     if "schedule" in names and "adapter" in names:
@@ -307,5 +307,6 @@ def recognise(names: Sequence[str]) -> str:
     if "tasks" in names and ("adapter" in names or "backbone" in names) and "task" not in names:
         return "evaluate"
     raise ConfigError(
-        f"a recipe with {', '.join(names)}: plan reads recipes of pretrain, evaluate and adapt"
+        f"{recipe}: sets {', '.join(names) or 'nothing'}; plan reads recipes of pretrain, evaluate "
+        "and adapt"
     )

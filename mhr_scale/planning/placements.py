@@ -14,6 +14,7 @@ from torch import nn
 from mhr_scale import backbone
 from mhr_scale.backbone import Blueprint
 from mhr_scale.engine import read_ds_config
+from mhr_scale.nvme import PREFETCHED
 from mhr_scale.planning.hardware import Machines
 from mhr_scale.quantise import BLOCK, IN_BLOCK
 
@@ -180,7 +181,7 @@ def _live(zero: Mapping[str, Any], weights: Weights) -> tuple[float, bool]:
     reuse = float(zero.get("stage3_max_reuse_distance", 1e9))
     if weights.total <= min(most, reuse):
         return float(weights.total), True
-    ahead = float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    ahead = float(zero.get("stage3_prefetch_bucket_size", PREFETCHED))
     return min(float(weights.total), max(most, weights.largest) + ahead), False
 
 

@@ -84,20 +84,11 @@ def _figure(value: float) -> str:
 
 
 def _why(one: Estimate) -> str:
-    seconds = one.seconds
-    parts = {
-        "compute": seconds.compute,
-        "memory traffic": seconds.memory,
-        "launches": seconds.launches,
-        "links": seconds.links,
-        "network": seconds.network,
-        "host link": seconds.host_link,
-        "NVMe": seconds.nvme,
-    }
+    parts = one.seconds.parts
     told = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in parts.items() if value)
     return (
         f"{one.passes} pass(es) a step, {one.flop / 1e12:.1f} TFLOP, {one.kernels:,.0f} kernels; "
-        f"of a pass: {told}; limited by {seconds.limit}"
+        f"of a pass: {told}; limited by {one.seconds.limit}"
     )
 
 
@@ -108,9 +99,9 @@ def settings(plan: Plan, one: Estimate) -> dict[str, str]:
         found = {RENAMED.get(name, name): value for name, value in found.items()}
     if plan.kind != "evaluate":
         found["backbone.recompute"] = one.recompute
-    own = {"pretrain": "micro_batch_size", "adapt": "waves.size"}.get(plan.kind)
+    own = {"pretrain": "batch.micro_batch_size", "adapt": "waves.size"}.get(plan.kind)
     if own is not None:
-        found["batch.micro_batch_size" if plan.kind == "pretrain" else own] = str(one.rows)
+        found[own] = str(one.rows)
     return found
 
 

@@ -61,13 +61,6 @@ class Trace:
         """Most bytes that the step has at once, weights and the adapter's own tensors apart."""
         return max(self.peaks.values(), default=0.0)
 
-    @property
-    def peak_logits(self) -> float:
-        """Bytes of logits and their gradients at the peak."""
-        if not self.peaks:
-            return 0.0
-        return self.logits[max(self.peaks, key=lambda name: self.peaks[name])]
-
 
 def combine(parts: Sequence[tuple[float, Trace]]) -> Trace:
     """A linear combination of traces, number by number."""

@@ -11,6 +11,8 @@ from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
 
 SKILL = "skill {}"
+#: Statistics of routing from 0 to 1, of a group and over all; effective skills are a count.
+STATISTICS = ("sparsity", "discreteness", "entropy")
 #: Parts of module names, and what pictures say for them.
 SHORTER = (
     (r"\bencoder\.block\.", "enc."),
@@ -35,20 +37,21 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
     sections = []
     for name, title, make in parts:
         having = [run for run in found if run.analysis.get(name)]
+        figures: list[dict[str, Cell]] = []
         blocks: list[Block] = []
-        if len(having) > 1:
-            blocks.append(side_by_side(having, name))
         for run in having:
-            blocks += [Heading(text=f"{run.label} ({run.analysis.get('method')})")] * (
-                len(having) > 1
-            )
+            if len(having) > 1:
+                blocks.append(Heading(text=f"{run.label} ({run.analysis.get('method')})"))
             try:
+                figures.append(single_figures(run.analysis[name], name))
                 blocks += make(run.analysis)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise RunError(
                     f"{run.folder / 'analysis.json'}: no {name} that a report can show "
                     f"({error!r}); analyse again"
                 ) from error
+        if len(having) > 1:
+            blocks.insert(0, side_by_side(having, figures, caption=f"{name.title()} in figures"))
         if blocks:
             sections.append(Section(id=name, title=title, blocks=blocks))
     counted = [run for run in found if run.analysis.get("parameters")]
@@ -57,21 +60,23 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
     return sections
 
 
-def side_by_side(runs: Sequence[Run], name: str) -> Table:
+def side_by_side(
+    runs: Sequence[Run], figures: Sequence[Mapping[str, Cell]], *, caption: str
+) -> Table:
     """The single figures of several analyses."""
-    keys = {
-        "alignment": ("mean", "rows"),
-        "routing": ("sparsity", "discreteness", "entropy", "effective_skills"),
-        "inventory": (),
-    }[name]
-    rows: list[list[Cell]] = []
-    for run in runs:
-        part = run.analysis[name]
-        overlap = _mean_off_diagonal(part["overlap"]) if name == "inventory" else None
-        own = [overlap] if name == "inventory" else [part.get(key) for key in keys]
-        rows.append([run.label, str(run.analysis.get("method")), *own])
-    heads = ["mean overlap of skills"] if name == "inventory" else [_words(key) for key in keys]
-    return Table(caption=f"{name.title()} in figures", columns=["run", "method", *heads], rows=rows)
+    rows: list[list[Cell]] = [
+        [run.label, str(run.analysis.get("method")), *found.values()]
+        for run, found in zip(runs, figures, strict=True)
+    ]
+    return Table(caption=caption, columns=["run", "method", *figures[0]], rows=rows)
+
+
+def single_figures(part: Mapping[str, Any], name: str) -> dict[str, Cell]:
+    """The figures of a part of an analysis that stand for all of it, by what tables call them."""
+    if name == "inventory":
+        return {"mean overlap of skills": mean_overlap(part)}
+    keys = ("mean", "rows") if name == "alignment" else (*STATISTICS, "effective_skills")
+    return {key.replace("_", " "): part.get(key) for key in keys}
 
 
 def alignment(found: Mapping[str, Any]) -> list[Block]:
@@ -104,18 +109,16 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
     part = found["routing"]
     groups = part["groups"]
     skills = [str(number) for number in range(len(part["usage"]))]
-    figures: list[list[Cell]] = [
-        [_words(key), part.get(key)]
-        for key in ("sparsity", "discreteness", "entropy", "effective_skills")
-    ]
+    figures = list(single_figures(part, "routing").items())
     blocks: list[Block] = [
         Table(caption="Routing over all groups", columns=["figure", "value"], rows=figures)
     ]
     names = [group["name"] for group in groups]
+    brief = modules(names)
     usage = [group["usage"] for group in groups]
     svg = heat_map(
         usage,
-        modules(names),
+        brief,
         skills,
         title="Usage of skills by routing group",
         x="skill",
@@ -126,45 +129,35 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
     data = matrix_table("Usage", "group", names, [SKILL.format(s) for s in skills], usage)
     caption = f"Share of the mixing weight that each skill gets in every routing group. {even}"
     blocks.append(Picture(caption=caption, svg=svg, data=data))
-    kinds = ("sparsity", "discreteness", "entropy")
-    brief = modules(names)
     series = [
         Series(
-            name=kind,
-            values={name: group[kind] for name, group in zip(brief, groups, strict=True)},
+            name=key,
+            values={name: group[key] for name, group in zip(brief, groups, strict=True)},
             errors={},
         )
-        for kind in kinds
+        for key in STATISTICS
     ]
-    svg = by_name(
-        series,
-        modules(names),
-        title="Routing statistics by group",
-        x="from 0 to 1",
-    )
-    rows: list[list[Cell]] = [[g["name"], *(g[kind] for kind in kinds)] for g in groups]
-    data = Table(caption="Routing statistics", columns=["group", *kinds], rows=rows)
+    svg = by_name(series, brief, title="Routing statistics by group", x="from 0 to 1")
+    rows: list[list[Cell]] = [[g["name"], *(g[key] for key in STATISTICS)] for g in groups]
+    data = Table(caption="Routing statistics", columns=["group", *STATISTICS], rows=rows)
     caption = "Sparsity, discreteness and normalised entropy of every routing group."
     blocks.append(Picture(caption=caption, svg=svg, data=data))
     similarity = part.get("similarity")
     if similarity and len(similarity["matrix"]) > 1:
-        blocks.append(similar_tasks(found["task_names"], similarity))
+        tasks = found["task_names"]
+        caption = f"Cosine of the routing of {len(tasks)} tasks, similar tasks side by side."
+        title = "Similarity of routing"
+        blocks.append(task_cosines(tasks, similarity, title=title, caption=caption))
     return blocks
-
-
-def similar_tasks(task_names: Sequence[str], similarity: Mapping[str, Any]) -> Picture:
-    """Tasks by how alike their routing is."""
-    caption = f"Cosine of the routing of {len(task_names)} tasks, similar tasks side by side."
-    return task_cosines(task_names, similarity, title="Similarity of routing", caption=caption)
 
 
 def task_cosines(
     task_names: Sequence[str], found: Mapping[str, Any], *, title: str, caption: str
 ) -> Picture:
     """A matrix of cosines between tasks in its clustered order."""
-    names = ordered(task_names, found["order"])
-    matrix = reordered(found["matrix"], found["order"])
-    scale = symmetric(matrix, "cosine")
+    names = [task_names[number] for number in found["order"]]
+    matrix = [[found["matrix"][r][c] for c in found["order"]] for r in found["order"]]
+    scale = symmetric(matrix)
     svg = heat_map(matrix, names, names, title=title, x="task", y="task", scale=scale)
     data = matrix_table(title, "task", names, names, matrix)
     return Picture(caption=caption, svg=svg, data=data)
@@ -207,7 +200,7 @@ def inventory(found: Mapping[str, Any]) -> list[Block]:
         data = matrix_table("Overlap of skills", "skill", heads, heads, overlap)
         caption = (
             "Overlap of skills: absolute cosine of their updates, mean over linears; mean over "
-            f"pairs {_mean_off_diagonal(overlap):.3f}."
+            f"pairs {mean_overlap(part):.3f}."
         )
         blocks.append(Picture(caption=caption, svg=svg, data=data))
     return blocks
@@ -236,11 +229,6 @@ def parameters(runs: Sequence[Run]) -> Section:
 # -- matrices --------------------------------------------------------------------------------------
 
 
-def ordered(names: Sequence[str], order: Sequence[int]) -> list[str]:
-    """Names in the order of the clusters."""
-    return [names[number] for number in order]
-
-
 def modules(names: Sequence[str]) -> list[str]:
     """Names of a T5's linears or routing groups, as short as a picture wants them."""
     made = []
@@ -251,21 +239,11 @@ def modules(names: Sequence[str]) -> list[str]:
     return made if len(set(made)) == len(set(names)) else list(names)
 
 
-def reordered(matrix: Sequence[Sequence[float]], order: Sequence[int]) -> list[list[float]]:
-    """Rows and columns of a matrix in the order of the clusters."""
-    return [[matrix[row][column] for column in order] for row in order]
-
-
-def symmetric(matrix: Sequence[Sequence[float]], label: str) -> Scale:
-    """Colours around 0 that reach to the largest value beside the diagonal."""
-    beside = [
-        abs(value)
-        for r, row in enumerate(matrix)
-        for c, value in enumerate(row)
-        if r != c and math.isfinite(value)
-    ]
+def symmetric(matrix: Sequence[Sequence[float]]) -> Scale:
+    """Colours of cosines around 0 that reach to the largest one beside the diagonal."""
+    beside = [abs(value) for value in off_diagonal(matrix) if math.isfinite(value)]
     most = min(1.0, max([*beside, 0.05]))
-    return Scale(label=label, low=-most, high=most, is_signed=True)
+    return Scale(label="cosine", low=-most, high=most, is_signed=True)
 
 
 def around_even(usage: Sequence[Sequence[float]]) -> Scale:
@@ -287,10 +265,14 @@ def matrix_table(
     return Table(caption=caption, columns=[corner, *columns], rows=cells, decimals=3)
 
 
-def _mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
-    beside = [v for r, row in enumerate(matrix) for c, v in enumerate(row) if r != c]
+def off_diagonal(matrix: Sequence[Sequence[float | None]]) -> list[float]:
+    """The values beside the diagonal; None is an overlap that updates of zero do not have."""
+    return [
+        v for r, row in enumerate(matrix) for c, v in enumerate(row) if r != c and v is not None
+    ]
+
+
+def mean_overlap(part: Mapping[str, Any]) -> float:
+    """Mean overlap of two skills; NaN where no two have one."""
+    beside = off_diagonal(part["overlap"])
     return math.fsum(beside) / len(beside) if beside else math.nan
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")

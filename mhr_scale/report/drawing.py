@@ -7,7 +7,7 @@ turn dark with the page and light on paper.
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from html import escape
 
@@ -20,7 +20,9 @@ from mhr_scale.errors import one_line
 INK, MUTED, LINE, PAPER = "#1a1a1b", "#6a6a6b", "#d8d8d9", "#fdfdfe"
 #: Okabe and Ito's colours, which most colour-blind readers tell apart, without yellow and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f80")
-#: With the seven colours: 28 series that differ.
+#: Series in one picture where no two may look alike.
+MOST_SERIES = len(COLOURS)
+#: With the colours: 28 curves that differ.
 DASHES = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.4, 1, 1.4)))
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
     colour: f"--c{number}" for number, colour in enumerate(COLOURS)
@@ -106,14 +108,16 @@ def count(value: float, _: object = None) -> str:
     return f"{value:.3g}"
 
 
-def legend_below(figure: Figure, axes: Axes, *, columns: int = 4) -> None:
+def legend_columns(names: Collection[str]) -> int:
+    """Columns of a legend that leave room for its longest name."""
+    return max(1, min(4, len(names), 60 // (max(map(len, names), default=0) + 6)))
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
     """The names of the series under the picture, whatever their number."""
     handles, labels = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    longest = max(map(len, labels))
-    columns = max(1, min(columns, len(labels), 60 // (longest + 6)))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", ncols=legend_columns(labels))
 
 
 def to_svg(figure: Figure, *, title: str) -> str:

@@ -3,18 +3,14 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from mhr_scale.report.drawing import short
+from mhr_scale.report.drawing import MOST_SERIES, short
 from mhr_scale.report.folders import Run
-from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
+from mhr_scale.report.page import LONGEST, Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Curve, Series, by_name, curves
 from mhr_scale.report.subjects import Subject, subject_of, told_apart
 from mhr_scale.summary import aggregate
-
-#: Evaluations side by side in one picture or table.
-MOST_SERIES = 7
-#: Rows of a table of runs; a longer one is folded.
-LONGEST = 15
 
 
 def scored(runs: Sequence[Run]) -> list[Run]:
@@ -96,7 +92,6 @@ def grouped(
 def of_tasks(runs: Sequence[Run]) -> list[Block]:
     """Scores by task of evaluations of the same tasks."""
     names = list(runs[0].summary["tasks"])
-    shown = list(runs[:MOST_SERIES])
     columns = ["task", "metric", "examples"]
     columns += [part for run in runs for part in (run.label, "+-")]
     rows: list[list[Cell]] = []
@@ -109,23 +104,15 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
     note = "+-: standard error of the mean over the task's examples."
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2, note=note)
     if len(runs) > MOST_SERIES:
-        return [
-            Table(
-                caption=f"Scores by task of {len(runs)} evaluations, in points",
-                columns=columns,
-                rows=rows,
-                decimals=2,
-                note=note,
-                is_folded=True,
-            )
-        ]
+        caption = f"Scores by task of {len(runs)} evaluations, in points"
+        return [replace(data, caption=caption, is_folded=True)]
     series = [
         Series(
             name=run.label,
             values={name: run.summary["tasks"][name]["mean"] for name in names},
             errors=run.errors,
         )
-        for run in shown
+        for run in runs
     ]
     svg = by_name(series, names, title="Scores by task", x="score (points)")
     caption = f"Scores on {len(names)} tasks; the lines are standard errors over examples."
@@ -204,15 +191,11 @@ def extra_steps(runs: Sequence[Run]) -> Section | None:
     data = Table(caption="Score against extra steps", columns=columns, rows=rows, decimals=2)
     title = "Zero-shot score against extra steps"
     if all(len(line.x) == 1 for line in lines):
-        caption = f"{title}, in points"
-        blocks: list[Block] = [Table(caption=caption, columns=columns, rows=rows, decimals=2)]
+        block: Block = replace(data, caption=f"{title}, in points")
     else:
         svg = curves(lines, title=title, x="extra steps", y="mean over tasks (points)")
-        spread_text = (
-            " The lines are standard deviations over seeds."
-            if any(line.errors for line in lines)
-            else ""
-        )
-        caption = f"{title} on the training mixture.{spread_text}"
-        blocks = [Picture(caption=caption, svg=svg, data=data)]
-    return Section(id="extra-steps", title="Zero-shot against extra steps", blocks=blocks)
+        caption = f"{title} on the training mixture."
+        if any(line.errors for line in lines):
+            caption += " The lines are standard deviations over seeds."
+        block = Picture(caption=caption, svg=svg, data=data)
+    return Section(id="extra-steps", title="Zero-shot against extra steps", blocks=[block])

@@ -7,14 +7,12 @@ from typing import Any
 
 from mhr_scale.comparison import compare
 from mhr_scale.errors import some
-from mhr_scale.report.drawing import count
+from mhr_scale.report.drawing import MOST_SERIES, count
 from mhr_scale.report.folders import Run
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
 from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
 from mhr_scale.report.subjects import seedless
 
-#: Variants side by side in one picture.
-MOST_SERIES = 7
 #: Names of runs in a heading.
 MOST_LABELS = 4
 #: Settings that runs taken together have to share: all but sources and variants.
@@ -47,7 +45,7 @@ def alike(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: list[tuple[Any, set[str], list[Run]]] = []
     for run in runs:
-        settings = {part: seedless(_without_seeds(run.config.get(part))) for part in SHARED}
+        settings = {part: seedless(run.config.get(part)) for part in SHARED}
         tasks = {result["task"] for result in run.results}
         for others, known, group in groups:
             if settings == others and (tasks <= known or known <= tasks):
@@ -74,12 +72,6 @@ def share_variants(runs: Sequence[Run]) -> bool:
     """Whether some variant has results in two of the runs."""
     names = Counter(name for run in runs for name in {r["variant"] for r in run.results})
     return any(times > 1 for times in names.values())
-
-
-def _without_seeds(part: Any) -> Any:
-    if not isinstance(part, Mapping):
-        return part
-    return {key: value for key, value in part.items() if key != "seeds"}
 
 
 def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mhr_scale import checkpoint, strict_yaml, summary, typed
+from mhr_scale.adapters.state import CARD
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import ConfigError, RunError, shortened, some
 from mhr_scale.files import read_json, read_object
@@ -17,8 +18,9 @@ from mhr_scale.runlog import metric_lines
 Kind = Literal[
     "pre-training", "average", "evaluation", "few-shot", "fine-tuning", "analysis", "job"
 ]
-#: What a folder is looked through for.
+#: What can be done about a file that cannot be read.
 MOVE = "move it away"
+#: What a folder is looked through for.
 TRACES = (
     "config.yaml",
     "average.yaml",
@@ -39,7 +41,7 @@ class Run:
     is_finished: bool = False
     state: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    own: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Any] = field(default_factory=dict)
     """The recipe of `average`, beside that of the training it went on with."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     n_torn: int = 0
@@ -48,7 +50,6 @@ class Run:
     """Standard error of the mean over the examples of a task."""
     results: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
-    before: dict[str, Any] = field(default_factory=dict)
     analysis: dict[str, Any] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
     n_rejects: int | None = None
@@ -88,22 +89,19 @@ def open_run(folder: Path) -> Run:
     check_run(folder)
     config = read_tree(folder / "config.yaml")
     run = Run(folder=folder, kind=recognise(folder, config), config=config)
-    run.own = read_tree(folder / "average.yaml")
+    run.average = read_tree(folder / "average.yaml")
     read_lines(run)
     run.starts = read_starts(folder / "provenance.json")
     run.n_rejects = count_lines(folder / "rejects.jsonl")
     scores = summary.read_scores(folder / summary.SCORES)
     run.summary = summary.summarise(scores) if scores else {}
     run.errors = standard_errors(scores)
-    before = summary.read_scores(folder / "scores_before.jsonl")
-    run.before = summary.summarise(before) if before else {}
     if run.kind == "few-shot":
         run.results = read_all_results(folder)
     if (folder / RESULT).is_file():
         run.result = read_object(folder / RESULT, RunError, way_out=MOVE)
-    if run.kind == "analysis" and (folder / "analysis.json").is_file():
-        run.analysis = read_object(folder / "analysis.json", RunError, way_out=MOVE)
-        check_analysis(run.analysis, folder / "analysis.json")
+    if run.kind == "analysis":
+        run.analysis = read_analysis(folder / "analysis.json")
     run.is_finished, run.state = STATES[run.kind](run)
     return run
 
@@ -168,11 +166,12 @@ def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def extra_steps(own: Mapping[str, Any]) -> list[int]:
+def extra_steps(average: Mapping[str, Any]) -> list[int]:
     """The numbers of extra steps that a recipe of `average` asks for."""
-    steps = own.get("steps")
-    whole = isinstance(steps, list) and steps and all(isinstance(k, int) for k in steps)
-    return list(steps) if whole and isinstance(steps, list) else [0]
+    steps = average.get("steps")
+    if isinstance(steps, list) and steps and all(isinstance(k, int) for k in steps):
+        return steps
+    return [0]
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -219,8 +218,11 @@ def count_lines(file: Path) -> int | None:
         return sum(1 for line in stream if line.strip())
 
 
-def check_analysis(found: Mapping[str, Any], file: Path) -> None:
-    """Raise `RunError` for an analysis of another schema, or whose parts are none."""
+def read_analysis(file: Path) -> dict[str, Any]:
+    """An analysis, or nothing; raises `RunError` for another schema and for parts that are none."""
+    if not file.is_file():
+        return {}
+    found = read_object(file, RunError, way_out=MOVE)
     if found.get("schema") != 1:
         raise RunError(
             f"{file}: schema {found.get('schema')!r}, this version reads 1; analyse again"
@@ -235,6 +237,7 @@ def check_analysis(found: Mapping[str, Any], file: Path) -> None:
         raise RunError(
             f"{file}: parameters.variants or alignment.mean is not what it should be; analyse again"
         )
+    return found
 
 
 def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -259,16 +262,14 @@ def _of_training(run: Run) -> tuple[bool, str]:
     last = max(logged, checkpoint.find_resume(run.folder) or 0)
     if not isinstance(steps, int):
         return False, f"step {last:,} (no config.yaml says of how many)"
-    if last >= steps and (run.folder / "adapter" / "adapter.json").is_file():
+    if last >= steps and (run.folder / "adapter" / CARD).is_file():
         return True, f"finished, {steps:,} steps"
     return False, f"unfinished, step {last:,} of {steps:,}"
 
 
 def _of_average(run: Run) -> tuple[bool, str]:
-    steps = extra_steps(run.own)
-    missing = [
-        k for k in steps if not (run.folder / "averaged" / f"{k:06d}" / "adapter.json").is_file()
-    ]
+    steps = extra_steps(run.average)
+    missing = [k for k in steps if not (run.folder / "averaged" / f"{k:06d}" / CARD).is_file()]
     listed = ", ".join(f"{k:,}" for k in steps)
     if not missing:
         return True, f"finished, averaged after {listed} extra steps"

@@ -1,41 +1,38 @@
 """The runs in figures: what each is, how far it is, and its headline numbers."""
 
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from mhr_scale.adapters.state import CARD
+from mhr_scale.errors import RunError
+from mhr_scale.files import read_object
 from mhr_scale.report.folders import Run
-from mhr_scale.report.page import Block, Cell, Prose, Section, Table
+from mhr_scale.report.page import LONGEST, Block, Cell, Prose, Section, Table
 from mhr_scale.report.thinning import values_of
-
-#: Rows of the second table of runs; a longer one is folded.
-LONGEST = 15
 
 
 def overview(runs: Sequence[Run]) -> Section:
     """A table with one row for each run, the headline numbers of a single one, what is missing."""
     rows: list[list[Cell]] = [
-        [run.label, run.kind, run.state, headline(run), rejected(run)] for run in runs
+        [run.label, run.kind, run.state, headline(run), run.n_rejects] for run in runs
     ]
     columns = ["run", "kind", "state", "result", "rows refused"]
-    blocks: list[Block] = [
-        Prose(text=f"{run.label} is unfinished ({run.state}): its numbers are what is there so far")
-        for run in runs
-        if not run.is_finished and len(runs) == 1
-    ]
+    blocks: list[Block] = []
     n_open = sum(not run.is_finished for run in runs)
-    if n_open and len(runs) > 1:
-        blocks.append(Prose(text=f"{n_open} of {len(runs)} runs are unfinished.", is_warning=True))
-    blocks = [Prose(text=b.text, is_warning=True) if isinstance(b, Prose) else b for b in blocks]
+    if n_open:
+        text = f"{n_open} of {len(runs)} runs are unfinished."
+        if len(runs) == 1:
+            text = (
+                f"{rows[0][0]} is unfinished ({rows[0][2]}): its numbers are what is there so far"
+            )
+        blocks.append(Prose(text=text, is_warning=True))
     blocks.append(Table(caption="The runs of this report", columns=columns, rows=rows))
-    if len(runs) == 1 and (figures := key_figures(runs[0])):
-        blocks.append(
-            Table(caption="Key figures", columns=["figure", "value"], rows=list(figures.items()))
-        )
-    trained = [run for run in runs if key_figures(run)]
-    if len(trained) > 1:
-        named = {run.label: key_figures(run) for run in trained}
+    named = {run.label: figures for run in runs if (figures := key_figures(run))}
+    if len(runs) == 1 and named:
+        shown = list(named[runs[0].label].items())
+        blocks.append(Table(caption="Key figures", columns=["figure", "value"], rows=shown))
+    elif len(named) > 1:
         keys = list(dict.fromkeys(key for figures in named.values() for key in figures))
         table = [[label, *(figures.get(key) for key in keys)] for label, figures in named.items()]
         blocks.append(
@@ -69,11 +66,6 @@ def headline(run: Run) -> str:
     if len(losses) > 1:
         return f"{run.method}, validation loss {losses[0][1]:.3f} to {losses[-1][1]:.3f}"
     return run.method if run.config else ""
-
-
-def rejected(run: Run) -> int | None:
-    """Rows of the data that were refused; None where the run kept no count."""
-    return run.n_rejects
 
 
 def key_figures(run: Run) -> dict[str, Cell]:
@@ -116,16 +108,10 @@ def trained_numbers(run: Run) -> int | None:
     An averaged run's adapter is its result and says nothing of an inventory that was trained.
     """
     file = run.folder / "adapter" / CARD
-    if run.own.get("trainable", "mean") != "mean" or not file.is_file():
+    if run.average.get("trainable", "mean") != "mean" or not file.is_file():
         return None
     try:
-        shapes = json.loads(file.read_text(encoding="utf-8"))["tensors"].values()
-        total = 0
-        for shape in shapes:
-            size = 1
-            for extent in shape:
-                size *= int(extent)
-            total += size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shapes = read_object(file, RunError)["tensors"].values()
+        return sum(math.prod(map(int, shape)) for shape in shapes)
+    except (RunError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return total

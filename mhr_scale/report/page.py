@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +14,8 @@ from mhr_scale.report.drawing import with_prefix
 Cell: TypeAlias = str | int | float | bool | None
 #: Cells of a table as rows of HTML; what is larger stands as tab-separated text.
 LARGEST_TABLE = 6000
+#: Rows of a table of runs that stands open; a longer one is folded.
+LONGEST = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Table:
     decimals: int | None = None
     note: str = ""
     is_folded: bool = False
-    kind: str = "table"
+    kind: ClassVar[str] = "table"
 
     @property
     def is_large(self) -> bool:
@@ -47,7 +49,7 @@ class Picture:
     caption: str
     svg: str
     data: Table
-    kind: str = "picture"
+    kind: ClassVar[str] = "picture"
 
     def inline(self, number: int) -> Markup:
         """The drawing for a page where it is number so-and-so; our own markup, names escaped."""
@@ -60,7 +62,7 @@ class Prose:
 
     text: str
     is_warning: bool = False
-    kind: str = "prose"
+    kind: ClassVar[str] = "prose"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,7 @@ class Heading:
     """The title of a part of a section."""
 
     text: str
-    kind: str = "heading"
+    kind: ClassVar[str] = "heading"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,7 @@ class Listing:
 
     title: str
     text: str
-    kind: str = "listing"
+    kind: ClassVar[str] = "listing"
 
 
 Block: TypeAlias = Table | Picture | Prose | Heading | Listing

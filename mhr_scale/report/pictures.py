@@ -21,6 +21,7 @@ from mhr_scale.report.drawing import (
     count,
     dash,
     legend_below,
+    legend_columns,
     short,
     style,
     to_svg,
@@ -52,14 +53,12 @@ class Curve:
     errors: Sequence[float] = ()
 
 
-def curves(
-    found: Sequence[Curve], *, title: str, x: str, y: str, height: float = 2.9, steps: bool = True
-) -> str:
+def curves(found: Sequence[Curve], *, title: str, x: str, y: str, height: float = 2.9) -> str:
     """Lines over steps; logarithmic where they span more than a factor of thirty."""
     with style():
         figure = Figure(figsize=(WIDTH, height + legend_height(found)), layout="constrained")
         axes = figure.subplots()
-        draw_curves(axes, found, x=x, y=y, steps=steps)
+        draw_curves(axes, found, x=x, y=y)
         legend_below(figure, axes)
         return to_svg(figure, title=title)
 
@@ -72,7 +71,7 @@ def panels(found: Mapping[str, Sequence[Curve]], *, title: str, x: str) -> str:
         figure = Figure(figsize=(WIDTH, 1.9 * n_rows + legend_height(names)), layout="constrained")
         grid = figure.subplots(n_rows, min(2, len(found)), squeeze=False).flat
         for axes, (y, lines) in zip(grid, found.items(), strict=False):
-            draw_curves(axes, lines, x=x, y="", steps=True)
+            draw_curves(axes, lines, x=x, y="")
             axes.set_title(y)
             if axes.get_yscale() == "linear" and min(min(line.y) for line in lines) >= 0:
                 axes.set_ylim(bottom=0)
@@ -87,12 +86,11 @@ def panels(found: Mapping[str, Sequence[Curve]], *, title: str, x: str) -> str:
 def legend_height(found: Sequence[Curve]) -> float:
     """Inches that the names of the lines take."""
     names = {curve.name for curve in found if curve.name}
-    columns = max(1, min(4, 60 // (max(map(len, names), default=1) + 6)))
-    return 0.2 * math.ceil(len(names) / columns) if names else 0.0
+    return 0.2 * math.ceil(len(names) / legend_columns(names))
 
 
-def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str, steps: bool) -> None:
-    """Draw lines, each name once."""
+def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str) -> None:
+    """Draw lines over steps, each name once."""
     told: set[str] = set()
     for curve in found:
         look: dict[str, Any] = {"color": colour(curve.look), "linestyle": dash(curve.look)}
@@ -122,9 +120,8 @@ def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str, steps: bo
     if values and min(values) > 0 and max(values) > 30 * min(values):
         log_scale(axes, "y")
     axes.set(xlabel=x, ylabel=y)
-    if steps:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.margins(x=0.02)
 
 
@@ -307,8 +304,8 @@ def heat_map(
     *,
     title: str,
     scale: Scale,
-    y: str = "",
-    x: str = "",
+    x: str,
+    y: str,
 ) -> str:
     """A matrix as colours; names stand beside it as far as they can be read."""
     values = np.array(matrix, dtype=float)

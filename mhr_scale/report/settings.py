@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhr_scale import strict_yaml
-from mhr_scale.report.folders import Run
+from mhr_scale.report.folders import Run, part
 from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
 from mhr_scale.runs import flatten
 
@@ -21,7 +21,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
         if len(alike) > 1:
             blocks.append(differences(alike))
     for run in runs:
-        for name, tree in (("average.yaml", run.own), ("config.yaml", run.config)):
+        for name, tree in (("average.yaml", run.average), ("config.yaml", run.config)):
             if tree:
                 text = strict_yaml.write(tree)
                 blocks.append(Listing(title=f"{run.label}: {name}", text=text))
@@ -30,7 +30,10 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 def differences(runs: Sequence[Run]) -> Table:
     """The settings in which runs of one kind differ, one column for each run."""
-    flat = [flatten({**_prefixed("average", run.own), **run.config}) for run in runs]
+    flat = [
+        flatten({**{f"average.{key}": value for key, value in run.average.items()}, **run.config})
+        for run in runs
+    ]
     keys = list(dict.fromkeys(key for values in flat for key in values))
     odd = [key for key in keys if len({_say(values, key) for values in flat}) > 1]
     caption = f"Settings in which the {len(runs)} runs of kind {runs[0].kind} differ"
@@ -47,10 +50,6 @@ def differences(runs: Sequence[Run]) -> Table:
     return Table(caption=caption, columns=columns, rows=rows, note=note)
 
 
-def _prefixed(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{name}.{key}": value for key, value in tree.items()}
-
-
 def _say(values: Mapping[str, Any], key: str) -> str:
     return str(values[key]) if key in values else "not set"
 
@@ -62,24 +61,24 @@ def provenance(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         for number, start in enumerate(run.starts, 1):
             label = run.label if len(run.starts) == 1 else f"{run.label}, start {number}"
-            argv = [str(word) for word in _list(start.get("argv"))]
+            argv = start.get("argv")
+            words = [str(word) for word in argv] if isinstance(argv, list) else []
             place = [str(start.get(key)) for key in ("device", "placement") if start.get(key)]
             rows.append(
                 [
                     label,
                     _text(start.get("started")),
-                    shlex.join(argv),
+                    shlex.join(words),
                     _text(start.get("git_commit")),
                     _text(start.get("host")),
                     start.get("world_size") if isinstance(start.get("world_size"), int) else None,
                     ", ".join(place),
                 ]
             )
-            found = start.get("versions")
             versions[label] = {
                 "python": _text(start.get("python")),
                 "platform": _text(start.get("platform")),
-                **{key: str(value) for key, value in _mapping(found).items()},
+                **{key: str(value) for key, value in part(start, "versions").items()},
             }
     if not rows:
         return None
@@ -99,8 +98,7 @@ def versions_of(found: Mapping[str, Mapping[str, str]]) -> list[Block]:
         sets.setdefault(tuple(versions.items()), []).append(label)
     names = list(dict.fromkeys(name for versions in sets for name, _ in versions))
     heads = ["version"] if len(sets) == 1 else [_who(labels) for labels in sets.values()]
-    rows: list[list[Cell]] = [[name, *(dict(v).get(name) for v in sets)] for name in names]
-    rows = [[row[0], *("absent" if cell is None else cell for cell in row[1:])] for row in rows]
+    rows = [[name, *(dict(v).get(name, "absent") for v in sets)] for name in names]
     return [Table(caption="Versions", columns=["package", *heads], rows=rows, is_folded=True)]
 
 
@@ -110,11 +108,3 @@ def _who(labels: Sequence[str]) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

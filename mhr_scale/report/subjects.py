@@ -10,7 +10,7 @@ from mhr_scale.errors import RunError
 from mhr_scale.report.folders import Run, extra_steps, method_of, part, read_tree
 
 #: Settings in which the seeds of one method may differ: the seed itself, places, and pace.
-OF_SEEDS = ("run", "averaged_adapter", "seed")
+OF_SEEDS = ("run", "averaged_adapter", "seed", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +35,10 @@ def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
     folder, steps = Path(adapter), None
     if folder.parent.name == "averaged" and folder.name.isdigit():
         folder, steps = folder.parent.parent, int(folder.name)
-    own = recipe_of(folder, "average.yaml", runs)
-    if own:
-        steps = extra_steps(own)[-1] if steps is None else steps
-        folder = Path(str(own.get("source")))
+    average = recipe_of(folder, "average.yaml", runs)
+    if average:
+        steps = extra_steps(average)[-1] if steps is None else steps
+        folder = Path(str(average.get("source")))
     trained = recipe_of(folder, "config.yaml", runs)
     routing = str(config.get("routing", "own"))
     is_mean = steps is not None or routing == "average"
@@ -47,7 +47,7 @@ def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
     name = method_of(trained)
     name += "-mu" if is_mean and name != "LoRA" else ""
     name += " (soup)" if routing == "soup" else ""
-    way = {key: value for key, value in own.items() if key in ("trainable", "warmup_fraction")}
+    way = {key: value for key, value in average.items() if key in ("trainable", "warmup_fraction")}
     return Subject(
         name=name, key=_key(name, seedless(trained), way, routing, questions), extra_steps=steps
     )
@@ -57,7 +57,7 @@ def recipe_of(folder: Path, name: str, runs: Sequence[Run]) -> dict[str, Any]:
     """A recipe file of a folder, or of the given run that was written there; empty without."""
     places = [folder]
     for run in runs:
-        recipe = run.own if name == "average.yaml" else run.config
+        recipe = run.average if name == "average.yaml" else run.config
         written = part(recipe, "run").get("folder")
         places += [run.folder] if written and Path(str(written)) == folder else []
     for place in places:

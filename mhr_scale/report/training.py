@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mhr_scale.errors import some
-from mhr_scale.report.drawing import COLOURS, DASHES, short
+from mhr_scale.report.drawing import COLOURS, DASHES, MOST_SERIES, short
 from mhr_scale.report.folders import Run, part
 from mhr_scale.report.page import Block, Cell, Picture, Prose, Section, Table
 from mhr_scale.report.pictures import Curve, Series, by_name, curves, panels
 from mhr_scale.report.thinning import MOST_POINTS, Thinned, thin, values_of
 
-#: Runs whose lines all look different; of more, those of one method look alike.
-MOST_RUNS = len(COLOURS)
+#: Runs whose losses by task stand in the table as first and last; of more, the last.
+MOST_ENDS = 3
 #: Small pictures beside the loss: the quantity, and what its axis says.
 PANELS = {
     "lr": "learning rate",
@@ -34,11 +34,10 @@ class Line:
 
 
 def look_of(runs: Sequence[Run]) -> dict[str, tuple[int, str]]:
-    """The look and the name of each run's lines, by label."""
-    if len(runs) <= MOST_RUNS:
-        return {run.label: (number, short(run.label)) for number, run in enumerate(runs)}
+    """The look and the name of each run's lines, by label; of many runs, one for each method."""
     methods = list(dict.fromkeys(run.method for run in runs))
-    if 1 < len(methods) < len(runs) and len(methods) <= len(COLOURS) * len(DASHES):
+    n_looks = len(COLOURS) * len(DASHES)
+    if len(runs) > MOST_SERIES and 1 < len(methods) < len(runs) and len(methods) <= n_looks:
         return {run.label: (methods.index(run.method), run.method) for run in runs}
     return {run.label: (number, short(run.label)) for number, run in enumerate(runs)}
 
@@ -179,25 +178,27 @@ def by_task(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         lines = [losses for line in run.lines if (losses := numbers_of(line.get(key)))]
         if lines:
-            found[run.label] = [lines[0], lines[-1]]
+            found[run.label] = lines
     if not found:
         return None
-    last = {label: ends[-1] for label, ends in found.items()}
+    last = {label: logged[-1] for label, logged in found.items()}
     names = list(dict.fromkeys(name for values in last.values() for name in values))
     first = next(iter(last.values()))
     names.sort(key=lambda name: (-first.get(name, float("-inf")), name))
-    columns = ["task"]
-    for label, ends in found.items():
-        columns += [f"{label}, first"] if len(found) <= 3 and ends[0] is not ends[-1] else []
-        columns += [f"{label}, last" if len(found) <= 3 else label]
-    cells: list[list[Cell]] = []
-    for name in names:
-        row: list[Cell] = [name]
-        for ends in found.values():
-            shown = ends if len(found) <= 3 and ends[0] is not ends[-1] else ends[-1:]
-            row += [end.get(name) for end in shown]
-        cells.append(row)
-    table = Table(caption="Validation loss by task", columns=columns, rows=cells, decimals=4)
+    columns: dict[str, dict[str, float]] = {}
+    for label, logged in found.items():
+        if len(found) > MOST_ENDS:
+            columns[label] = logged[-1]
+            continue
+        if len(logged) > 1:
+            columns[f"{label}, first"] = logged[0]
+        columns[f"{label}, last"] = logged[-1]
+    cells: list[list[Cell]] = [
+        [name, *(losses.get(name) for losses in columns.values())] for name in names
+    ]
+    table = Table(
+        caption="Validation loss by task", columns=["task", *columns], rows=cells, decimals=4
+    )
     looks = look_of([run for run in runs if run.label in last])
     series, many = as_series(last, looks)
     svg = by_name(series, names, title="Validation loss by task", x="validation loss (nats/token)")
@@ -220,15 +221,15 @@ def as_series(
 
     Runs of one method become their mean and standard deviation.
     """
-    if len(last) <= MOST_RUNS:
+    if len(last) <= MOST_SERIES:
         return [Series(name=label, values=found, errors={}) for label, found in last.items()], ""
     groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for label, found in last.items():
         groups[looks[label][1]].append(found)
-    if len(groups) > MOST_RUNS:
-        shown = list(last.items())[:MOST_RUNS]
+    if len(groups) > MOST_SERIES:
+        shown = list(last.items())[:MOST_SERIES]
         series = [Series(name=label, values=found, errors={}) for label, found in shown]
-        return series, f" (the first {MOST_RUNS} runs, all are in the numbers)"
+        return series, f" (the first {MOST_SERIES} runs, all are in the numbers)"
     series = []
     for name, members in groups.items():
         tasks = list(dict.fromkeys(task for found in members for task in found))

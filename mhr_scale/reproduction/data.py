@@ -29,7 +29,7 @@ class Data:
     study: Callable[[int], Overrides]
     """Those of a seed of the study."""
     search: Overrides
-    facts: dict[str, list[str]]
+    searched: list[str]
     """Names of the tasks that rates are chosen on."""
 
 
@@ -57,7 +57,7 @@ def _toy(suite: Suite) -> Data:
             "adapt": few,
             "evaluate": few,
         },
-        facts={"fit": fit, "search": searched},
+        searched=searched,
     )
 
 
@@ -89,7 +89,7 @@ def _superni(suite: Suite, root: Path, shared: Path) -> Data:
     return Data(
         study=lambda seed: overrides(folder, seed, *held_out),
         search=overrides(made, SEARCH_SEED),
-        facts={"fit": fit, "search": searched},
+        searched=searched,
     )
 
 

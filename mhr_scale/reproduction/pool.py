@@ -84,6 +84,11 @@ class Pool:
     processor_seconds: float = 0.0
     """What all finished units have taken, in earlier starts too."""
 
+    @property
+    def failed(self) -> list[str]:
+        """The units that failed, or waited for one that did."""
+        return sorted(name for name, fate in self.fates.items() if fate in ("failed", "left out"))
+
     def run(self, units: Sequence[Unit]) -> None:
         """Run what is not done yet, in order where dependencies allow.
 
@@ -113,14 +118,15 @@ class Pool:
                 multiprocessing.connection.wait([p.sentinel for p in running], timeout=1.0)
                 for process in [p for p in running if not p.is_alive()]:
                     unit, begun = running.pop(process)
-                    self._end(unit, process.exitcode, time.monotonic() - begun)
+                    seconds = time.monotonic() - begun
+                    self._end(unit, process.exitcode, seconds)
                     log.info(
                         "[%d/%d] %s %s, %.0f s; %s left",
                         count - len(waiting) - len(running),
                         count,
                         unit.name,
                         self.fates[unit.name],
-                        time.monotonic() - begun,
+                        seconds,
                         self.clock.left(),
                     )
 

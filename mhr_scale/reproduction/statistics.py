@@ -35,14 +35,14 @@ class Paired:
 
 def against_zero(differences: Sequence[float]) -> Paired:
     """Whether the mean difference is not 0: two-sided tests."""
-    return _paired(differences, _t(differences, 0.0, "two-sided"), _flip(differences, "two-sided"))
+    return _paired(differences, _t(differences, "two-sided"), _flip(differences, "two-sided"))
 
 
 def within(differences: Sequence[float], margin: float) -> Paired:
     """Whether the mean difference lies inside +-margin: two one-sided tests, the larger p."""
     above = [difference + margin for difference in differences]
     below = [difference - margin for difference in differences]
-    p_t = _larger(_t(above, 0.0, "greater"), _t(below, 0.0, "less"))
+    p_t = _larger(_t(above, "greater"), _t(below, "less"))
     p_flip = _larger(_flip(above, "greater"), _flip(below, "less"))
     return _paired(differences, p_t, p_flip)
 
@@ -80,15 +80,15 @@ def _paired(values: Sequence[float], p_t: float | None, p_flip: float | None) ->
     return Paired(n=len(values), mean=mean, std=std, low=low, high=high, p_t=p_t, p_flip=p_flip)
 
 
-def _t(values: Sequence[float], null: float, alternative: str) -> float | None:
-    """p of a one-sample t-test; without any spread, its limit."""
+def _t(values: Sequence[float], alternative: str) -> float | None:
+    """p of a one-sample t-test of a mean of 0; without any spread, its limit."""
     if len(values) < 2:
         return None
     if statistics.pstdev(values) == 0.0:
-        mean = values[0] - null
+        mean = values[0]
         is_far = {"two-sided": mean != 0, "greater": mean > 0, "less": mean < 0}[alternative]
         return 0.0 if is_far else 1.0
-    return float(stats.ttest_1samp(values, null, alternative=alternative).pvalue)
+    return float(stats.ttest_1samp(values, 0.0, alternative=alternative).pvalue)
 
 
 def _flip(values: Sequence[float], alternative: str) -> float | None:

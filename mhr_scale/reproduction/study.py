@@ -30,9 +30,9 @@ class Options:
     folder: Path
     recipes: Path
     shared: Path
-    workers: int = 2
-    seeds: int = 5
-    is_quick: bool = False
+    workers: int
+    seeds: int
+    is_quick: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def reproduce(options: Options) -> Path:
         written[one.suite.name] = found
         findings += judged
         _write(options, written, findings, pool)
-    failed = sorted(name for name, fate in pool.fates.items() if fate in ("failed", "left out"))
+    failed = pool.failed
     missing = len(units) - len(pool.fates)
     log.info("\n  tables   %s\n  numbers  %s", folder / "tables.md", folder / "results.json")
     if failed or missing:
@@ -86,15 +86,12 @@ def reproduce(options: Options) -> Path:
 
 
 def _open(suite: Suite, options: Options) -> _Opened:
-    suite = quick(suite) if options.is_quick else replace(suite, seeds=_seeds(options.seeds))
+    seeds = tuple(range(1, options.seeds + 1))
+    suite = quick(suite) if options.is_quick else replace(suite, seeds=seeds)
     data = open_data(suite, root=options.folder, shared=options.shared)
     search = search_units(suite, data, options.folder)
     some = {method.name: _any_rates(suite) for method in suite.searched}
     return _Opened(suite, data, search, study_units(suite, data, options.folder, some))
-
-
-def _seeds(count: int) -> tuple[int, ...]:
-    return tuple(range(1, count + 1))
 
 
 def _any_rates(suite: Suite) -> Rates:
@@ -139,7 +136,7 @@ def _run_suite(one: _Opened, pool: Pool) -> tuple[dict[str, Any], list[claims.Fi
             {"name": method.name, "ways": list(method.ways), "note": method.note}
             for method in suite.methods
         ],
-        "search_tasks": one.data.facts["search"],
+        "search_tasks": one.data.searched,
         "rates": rates.to_json(trials, chosen),
         **measured.to_json(),
     }
@@ -153,14 +150,13 @@ def _write(
     pool: Pool,
 ) -> None:
     """Write all three files from what is there so far."""
-    failed = sorted(name for name, fate in pool.fates.items() if fate in ("failed", "left out"))
     numbers = {
         "schema": 1,
         "quick": options.is_quick,
         "provenance": provenance(
             workers=options.workers, processor_seconds=round(pool.processor_seconds)
         ),
-        "failed": failed,
+        "failed": pool.failed,
         "suites": written,
     }
     judged = {

@@ -87,50 +87,49 @@ def _adapter(**values: object) -> tuple[str, ...]:
 LORA = _adapter(n_skills=1, n_splits=1)
 
 
-def _shared_methods(*, big_rank: int, big_note: str) -> tuple[Method, ...]:
-    """The methods that both suites have."""
-    return (
-        Method(name="LoRA", settings=LORA, ways={"LoRA": "full"}, family="LoRA"),
-        Method(
-            name="LoRA-big",
-            settings=(*LORA, *_adapter(rank=big_rank)),
-            ways={"LoRA-big": "full"},
-            family="LoRA-big",
-            note=f"LoRA of rank {big_rank}, {big_note}",
-        ),
-        Method(
-            name="(IA)3",
-            settings=(*LORA, "adapter.kind=ia3"),
-            ways={"(IA)3": "full"},
-            family="(IA)3",
-            note="scales the outputs of the same linears",
-        ),
-        Method(
-            name="AdapterSoup",
-            settings=(*LORA, "adapter.private=true"),
-            ways={"AdapterSoup": "soup"},
-            family="AdapterSoup",
-            note="a LoRA per training task; the mean of the 5 with the most similar inputs",
-        ),
-        Method(
-            name="Random",
-            settings=_adapter(n_splits=1, policy="random"),
-            ways={"Random-mu": "average"},
-            family="Random",
-        ),
-        Method(
-            name="Poly",
-            settings=_adapter(n_splits=1),
-            ways={"Poly": "full", "Poly-z": "routing", "Poly-mu": "average"},
-            family="Poly",
-        ),
-        Method(
-            name="MHR",
-            ways={"MHR": "full", "MHR-z": "routing", "MHR-mu": "average"},
-            family="MHR",
-            note="8 heads",
-        ),
-    )
+#: The methods that both suites have.
+SHARED_METHODS = (
+    Method(name="LoRA", settings=LORA, ways={"LoRA": "full"}, family="LoRA"),
+    Method(
+        name="LoRA-big",
+        settings=(*LORA, *_adapter(rank=8)),
+        ways={"LoRA-big": "full"},
+        family="LoRA-big",
+        note="LoRA of rank 8, as many numbers as the inventory of Poly and MHR",
+    ),
+    Method(
+        name="(IA)3",
+        settings=(*LORA, "adapter.kind=ia3"),
+        ways={"(IA)3": "full"},
+        family="(IA)3",
+        note="scales the outputs of the same linears",
+    ),
+    Method(
+        name="AdapterSoup",
+        settings=(*LORA, "adapter.private=true"),
+        ways={"AdapterSoup": "soup"},
+        family="AdapterSoup",
+        note="a LoRA per training task; the mean of the 5 with the most similar inputs",
+    ),
+    Method(
+        name="Random",
+        settings=_adapter(n_splits=1, policy="random"),
+        ways={"Random-mu": "average"},
+        family="Random",
+    ),
+    Method(
+        name="Poly",
+        settings=_adapter(n_splits=1),
+        ways={"Poly": "full", "Poly-z": "routing", "Poly-mu": "average"},
+        family="Poly",
+    ),
+    Method(
+        name="MHR",
+        ways={"MHR": "full", "MHR-z": "routing", "MHR-mu": "average"},
+        family="MHR",
+        note="8 heads",
+    ),
+)
 
 
 def _splits(count: int) -> Method:
@@ -157,7 +156,7 @@ TOY = Suite(
     metric="exact match",
     margin=2.0,
     methods=(
-        *_shared_methods(big_rank=8, big_note="as many numbers as the inventory of Poly and MHR"),
+        *SHARED_METHODS,
         _splits(2),
         _splits(4),
         _splits(16),
@@ -222,9 +221,7 @@ SUPERNI = Suite(
     title="Super-NaturalInstructions sample over an 11-million-weight T5",
     metric="Rouge-L",
     margin=1.0,
-    methods=_shared_methods(
-        big_rank=8, big_note="as many numbers as the inventory of Poly and MHR"
-    ),
+    methods=SHARED_METHODS,
     zero_shot={"LoRA": "LoRA", "Poly": "Poly-mu", "MHR": "MHR-mu"},
     aligned=("LoRA", "Poly", "MHR"),
     regimes=("text",),

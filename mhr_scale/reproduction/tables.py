@@ -71,12 +71,12 @@ def _zero_shot(suite: Mapping[str, Any]) -> str:
 
 
 def _alignment(suite: Mapping[str, Any]) -> str:
-    def row(kind: str, name: str, digits: int) -> list[str]:
+    def row(kind: str, name: str) -> list[str]:
         found = (suite["measures"].get(f"{kind}/{regime}/{name}") for regime in suite["regimes"])
-        return [spread(values, digits=digits) for values in found]
+        return [spread(values, digits=3) for values in found]
 
     rows = [
-        [name, *row("alignment", name, 3), *row("loss", name, 3)]
+        [name, *row("alignment", name), *row("loss", name)]
         for name in (method["name"] for method in suite["methods"])
         if any(f"alignment/{regime}/{name}" in suite["measures"] for regime in suite["regimes"])
     ]

@@ -1,28 +1,23 @@
-"""The 11 tasks that T0 holds out: their evaluation rows, rendered as prompts.
+"""The 11 tasks that T0 holds out: their evaluation rows, rendered as prompts, and their shots.
 
-Templates are those that promptsource marks as the original task, sorted by name. Under
-`templates_mode: draw` a row gives one example, whose id is the row's number; its template is drawn
-from (seed, task, number) alone, so that it is the same on every machine, on any number of ranks and
-for any order of rows. Under `all` a row gives one example per template and the id is
+Under `templates_mode: draw` a row gives one example, whose id is the row's number; its template is
+drawn from (seed, task, number) alone, so that it is the same on every machine, on any number of
+ranks and for any order of rows. Under `all` a row gives one example per template and the id is
 "<number>/<template name>": what follows the first slash names the prompt a score belongs to.
-
-A template that names a field which a row does not have does not apply to that row: the draw is
-among the others, and a warning says which templates were left out.
 
 Without StoryCloze's rows, and unless it is asked for by name, the suite is ten tasks and a warning.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Literal, Self
 
-from jinja2.meta import find_undeclared_variables
-
-from mhr_scale.config.data import HeldOutTasks
-from mhr_scale.errors import DataError
+from mhr_scale.errors import ConfigError, DataError
+from mhr_scale.part import part
 from mhr_scale.runlog import log
-from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.held_out_prompts import Prompts
 from mhr_scale.tasks.held_out_rows import (
     TASKS,
     HeldOut,
@@ -33,98 +28,111 @@ from mhr_scale.tasks.held_out_rows import (
     read_rows,
     what_is_there,
 )
-from mhr_scale.tasks.prompts import SANDBOX, Prompter, Template, load_templates
-from mhr_scale.tasks.task import Example, Intake, Task
+from mhr_scale.tasks.held_out_shots import (
+    check_shots,
+    draw_rows,
+    read_shots,
+    selection_examples,
+    train_examples,
+)
+from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite, set_aside
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task
 
 
-def read_tasks(config: HeldOutTasks, intake: Intake) -> list[Task]:
-    """Read the evaluation rows of every task asked for, as the test examples of its `Task`."""
-    made, short = [], []
-    for task, reader in _find_all(config):
-        prompts = Prompts(task, config)
-        examples, used = [], set()
-        for row in read_rows(task, reader, intake):
-            for example in _render(prompts, row, config=config, intake=intake):
-                examples.append(example)
-                used.add(row.idx)
-        prompts.warn_left_out()
-        made.append(Task(name=task.name, train=(), test=tuple(examples), metric="accuracy"))
-        if 0 < len(used) < task.size:
-            short.append(f"{task.name} {len(used)} of {task.size}")
-    intake.check()
-    empty = [task.name for task in made if not task.test]
-    if empty:
-        raise DataError(f"no usable evaluation row in task(s) {', '.join(empty)}; mend their files")
-    if short:
-        log.warning(
-            "not the whole evaluation split, scores are not comparable: %s", ", ".join(short)
-        )
-    return made
+@part
+class HeldOutTasks(Suite):
+    """The 11 tasks that T0 holds out: evaluation rows under their original-task prompts."""
 
+    suite: Literal["t0_eval"]
+    """Chooses this part."""
+    templates: str
+    """Folder of promptsource templates, `<data set>[/<subset>]/templates.yaml`."""
+    source: Literal["local", "hub"] = "local"
+    """Where raw rows come from: files below `folder`, or the Hugging Face hub."""
+    folder: str | None = None
+    """Raw rows under `source: local`: `<task>.<split>.jsonl`, `<task>/<split>.jsonl` or saved."""
+    storycloze: str | None = None
+    """Manual file of StoryCloze's test rows (CSV as handed out, or JSONL); null = do without."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks; empty = all 11."""
+    missing: Literal["error", "skip"] = "error"
+    """What a task without rows does."""
+    anli_split: Literal["test", "dev"] = "test"
+    """Which rows score ANLI: test as T-Few and MHR do, dev as T0 does."""
+    templates_mode: Literal["draw", "all"] = "draw"
+    """draw: one template per row, by `seed`; all: every row under every template."""
+    seed: int = 42
+    """Seed of the templates drawn and of templates that choose their wording."""
+    max_characters: int = 2048
+    """Characters kept of every field that a template inserts."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
 
-class Prompts:
-    """The templates of a held-out task, applied to its rows."""
-
-    def __init__(self, task: HeldOut, config: HeldOutTasks) -> None:
-        folder = Path(config.templates)
-        found = load_templates(folder, task.dataset, task.subset)
-        self.task = task
-        self.templates = [one for one in found if one.is_original_task][: task.first]
-        if not self.templates:
-            raise DataError(f"{folder}: no template of an original task for {task.name}")
-        self._fields = {template.name: _fields_of(template) for template in self.templates}
-        self._prompter = Prompter(max_characters=config.max_characters, seed=config.seed)
-        self._left_out: Counter[tuple[str, str]] = Counter()
-
-    def applicable(self, row: RawRow) -> list[Template]:
-        """Return the templates all of whose fields a row has; raises `ValueError` if none is."""
-        chosen, missing = [], {}
-        for template in self.templates:
-            missing[template.name] = sorted(self._fields[template.name] - row.fields.keys())
-            if not missing[template.name]:
-                chosen.append(template)
-        if not chosen:
-            name, names = next(iter(missing.items()))
-            raise ValueError(f"no template applies ('{name}' needs {', '.join(names)})")
-        self._left_out.update((name, ", ".join(names)) for name, names in missing.items() if names)
-        return chosen
-
-    def draw(self, row: RawRow, *, seed: int, epoch: int | None = None) -> Template:
-        """Return one of the applicable templates, drawn from the names and numbers alone."""
-        templates = self.applicable(row)
-        return templates[seed_from(seed, self.task.name, row.idx, epoch) % len(templates)]
-
-    def example(self, template: Template, row: RawRow, *, id: str, salt: str = "") -> Example:
-        """Render a row; the `ValueError` it raises says why the row is of no use.
-
-        `salt` varies what a template chooses at random. The label is the row's, or the place of the
-        target among the choices where a template has them in an order of its own.
-        """
-        row_id = f"{self.task.name}/{row.idx}{salt}"
-        rendered = self._prompter.render(template, row.fields, row_id=row_id)
-        if rendered is None:
-            raise ValueError(f"template '{template.name}' renders nothing")
-        choices, target = rendered.choices, rendered.target
-        if target not in choices:
-            raise ValueError(f"template '{template.name}': target {target!a} is not a choice")
-        has_own_place = row.label < len(choices) and choices[row.label] == target
-        return Example(
-            id=id,
-            input=rendered.input,
-            targets=(target,),
-            choices=choices,
-            label=row.label if has_own_place else choices.index(target),
-            place=row.place,
-        )
-
-    def warn_left_out(self) -> None:
-        """Log the templates that did not apply to all rows, in one line."""
-        if self._left_out:
-            left_out = "; ".join(
-                f"'{name}' for {count} row(s) without {names}"
-                for (name, names), count in sorted(self._left_out.items())
+    def __post_init__(self) -> None:
+        if self.source == "local" and self.folder is None:
+            raise ConfigError(
+                "tasks.folder: not set; name the folder of raw rows or use source: hub"
             )
-            log.warning("%s: templates left out: %s", self.task.name, left_out)
+
+    trains = False
+
+    def read_tasks(self, intake: Intake) -> list[Task]:
+        """Read the evaluation rows of every task asked for, as the test examples of its `Task`."""
+        made, short = [], []
+        for task, reader in _find_all(self):
+            prompts = Prompts(task, self)
+            examples, used = [], set()
+            for row in read_rows(task, reader, intake):
+                for example in _render(prompts, row, config=self, intake=intake):
+                    examples.append(example)
+                    used.add(row.idx)
+            prompts.warn_left_out()
+            made.append(Task(name=task.name, train=(), test=tuple(examples), metric="accuracy"))
+            if 0 < len(used) < task.size:
+                short.append(f"{task.name} {len(used)} of {task.size}")
+        intake.check()
+        empty = ", ".join(task.name for task in made if not task.test)
+        if empty:
+            raise DataError(f"no usable evaluation row in task(s) {empty}; mend their files")
+        if short:
+            log.warning(
+                "not the whole evaluation split, scores are not comparable: %s", ", ".join(short)
+            )
+        return made
+
+    def folders(self) -> tuple[str, ...]:
+        """The templates, and the raw rows where they are local."""
+        return (self.templates, *filter(None, (self.folder,)))
+
+    def only(self, task: str) -> Self:
+        """Read this task's rows alone."""
+        return replace(self, tasks=(task,))
+
+    def at_seed(self, seed: int) -> Self:
+        """The seed draws the templates."""
+        return replace(self, seed=seed)
+
+    def check_few_shot(self, shots: ShotsConfig) -> None:
+        """Every held-out task can be adapted on, with shots of T-Few's files or drawn ones."""
+
+    def draw_shots(self, task: Task, shots: ShotsConfig, *, seed: int) -> FewShotTask:
+        """Shots are raw rows, each under a template drawn for every epoch."""
+        if shots.folder is None:
+            rows = draw_rows(self, task.name, seed=seed, shots=shots.count)
+        else:
+            rows = read_shots(Path(shots.folder), task.name, seed=seed, shots=shots.count)
+        kept, aside = set_aside(rows, task=task.name, count=shots.set_aside)
+        prompts = Prompts(find_task(task.name), self)
+        train = check_shots(prompts, kept)
+        selection = selection_examples(prompts, aside, seed=seed)
+        prompts.warn_left_out()
+        return FewShotTask(
+            task=replace(task, train=train),
+            seed=seed,
+            n_rows=len(kept),
+            draw=lambda epoch: train_examples(prompts, kept, seed=seed, epoch=epoch),
+            selection=selection,
+        )
 
 
 def _render(
@@ -148,13 +156,6 @@ def _render(
         else:
             intake.take()
             yield example
-
-
-def _fields_of(template: Template) -> set[str]:
-    """Return the fields of a row that a template names."""
-    texts = (template.jinja, template.answer_choices or "")
-    names = {name for text in texts for name in find_undeclared_variables(SANDBOX.parse(text))}
-    return names - {"answer_choices", *SANDBOX.globals}
 
 
 def _find_all(config: HeldOutTasks) -> list[tuple[HeldOut, Reader]]:

@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mhr_scale.config.data import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
-from mhr_scale.tasks.jsonl import FOLDS, Line, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
+from mhr_scale.tasks.jsonl import FOLDS
 from mhr_scale.tasks.task import Intake, Place
+
+if TYPE_CHECKING:
+    from mhr_scale.tasks.held_out import HeldOutTasks
 
 Reader = Callable[[Intake], Iterator[Line]]
 
@@ -221,7 +224,7 @@ def _read_number(name: str, value: object) -> int:
 
 
 def find_rows(
-    task: HeldOut, config: HeldOutTasks, *, fold: Literal["evaluation", "train"] = "evaluation"
+    task: HeldOut, config: "HeldOutTasks", *, fold: Literal["evaluation", "train"] = "evaluation"
 ) -> Reader | None:
     """Return what reads the raw rows of one of a task's two splits, if they are anywhere."""
     split = _evaluation_split(task, config) if fold == "evaluation" else task.train
@@ -244,13 +247,13 @@ def find_rows(
     return partial(_read_jsonl, paths[0], task)
 
 
-def what_is_there(task: HeldOut, config: HeldOutTasks) -> str:
+def what_is_there(task: HeldOut, config: "HeldOutTasks") -> str:
     """Say which split of a task is wanted and what there is instead."""
     names = ", ".join(path.name for path in _list_local(task, config))
     return f"{task.name} ({_evaluation_split(task, config)} wanted, {names or 'nothing'} there)"
 
 
-def _evaluation_split(task: HeldOut, config: HeldOutTasks) -> str:
+def _evaluation_split(task: HeldOut, config: "HeldOutTasks") -> str:
     """Return the name of the split that scores the task, as on the hub."""
     return task.evaluation.replace("test_", f"{config.anli_split}_")
 
@@ -261,7 +264,7 @@ def _fold(task: HeldOut, name: str) -> str | None:
     return FOLDS.get(word.removesuffix(f"_{task.name.rpartition('-')[2]}"))
 
 
-def _list_local(task: HeldOut, config: HeldOutTasks) -> list[Path]:
+def _list_local(task: HeldOut, config: "HeldOutTasks") -> list[Path]:
     """List the files and saved folders of a task, whatever their split."""
     if config.folder is None:
         return []

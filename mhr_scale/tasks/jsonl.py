@@ -23,21 +23,22 @@ A task without a single validation row sets some of its training rows aside.
 metric is accuracy where every row of a task has choices, rougeL elsewhere.
 """
 
-import json
 import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 from mhr_scale import strict_yaml
-from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError, did_you_mean, shortened
+from mhr_scale.part import part
+from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
 from mhr_scale.tasks.metrics import METRICS
-from mhr_scale.tasks.task import Example, Intake, Place, Task
+from mhr_scale.tasks.suite import Suite
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task
 
 log = logging.getLogger("mhr_scale")
 
@@ -62,15 +63,6 @@ Rows = dict[str, dict[str, list[Example]]]  # task -> fold -> examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One line that holds a JSON object: where it stood, its text and the object."""
-
-    place: Place
-    text: str
-    row: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """A file of rows of one fold; `task` is the one its rows belong to by default."""
 
@@ -79,92 +71,52 @@ class Source:
     task: str | None
 
 
-def read_tasks(config: JsonlTasks, intake: Intake) -> list[Task]:
-    """Read every task below `config.folder`, sorted by name."""
-    folder = Path(config.folder)
-    sources = _find_sources(folder)
-    options = _load_options(folder / "tasks.yaml")
-    rows = _read_rows(sources, folder=folder, policy=config.intake, intake=intake)
-    intake.check()
-    for name in sorted(options.keys() - rows.keys()):
-        raise DataError(f"{folder / 'tasks.yaml'}: no task '{name}' here{did_you_mean(name, rows)}")
-    tasks = [
-        _make_task(name, folds, options=options.get(name, {}), config=config)
-        for name, folds in sorted(rows.items())
-    ]
-    return tasks
+@part
+class JsonlTasks(Suite):
+    """The user's own rows: one JSONL file per task and fold, or per fold with a `task` field."""
 
+    suite: Literal["jsonl"]
+    """Chooses this part."""
+    folder: str
+    """Folder with the JSONL files, and optionally `tasks.yaml` (cap, weight, metric per task)."""
+    validation_examples: int = 100
+    """Rows per task set aside where no `validation.jsonl` exists (at most a tenth of the task)."""
+    seed: int = 42
+    """Seed of that choice."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
 
-def iter_rows(path: Path, *, task: str, intake: Intake) -> Iterator[Line]:
-    """Yield the lines of `path` that hold a JSON object; refuse the others under the name `task`.
+    lends_validation = True
 
-    Reads bytes line by line, so that a bad line costs only itself. The fields are the caller's.
-    """
-    try:
-        with path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                raw = raw.rstrip(b"\r\n")
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if not raw.strip():
-                    continue
-                place = Place(file=str(path), line=number)
-                text = raw.decode("utf-8", errors="replace")
-                try:
-                    row = parse_object(raw)
-                except ValueError as error:
-                    intake.refuse(place=place, task=task, reason=str(error), text=text)
-                else:
-                    yield Line(place=place, text=text, row=row)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    def read_tasks(self, intake: Intake) -> list[Task]:
+        """Read every task below `folder`, sorted by name."""
+        folder = Path(self.folder)
+        sources = _find_sources(folder)
+        file = folder / "tasks.yaml"
+        options = _load_options(file)
+        rows = _read_rows(sources, folder=folder, policy=self.intake, intake=intake)
+        intake.check()
+        for name in sorted(options.keys() - rows.keys()):
+            raise DataError(f"{file}: no task '{name}' here{did_you_mean(name, rows)}")
+        return [
+            _make_task(name, folds, options=options.get(name, {}), config=self)
+            for name, folds in sorted(rows.items())
+        ]
 
+    def folders(self) -> tuple[str, ...]:
+        """The folder of rows."""
+        return (self.folder,)
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse a JSON object strictly; the `ValueError` it raises says what is wrong.
+    def more_test_rows(self) -> str:
+        """Test rows are the user's to give."""
+        return f"add its rows to a test.jsonl in {self.folder}"
 
-    Refused beside malformed JSON: bytes that are not UTF-8, NaN and Infinity, a key that appears
-    twice, an unpaired surrogate (`"\\ud800"`, which no tokenizer takes) and absurd nesting.
-    """
-    try:
-        text = raw.decode("utf-8")
-        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
-        if "\\u" in text:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"bad UTF-8 at byte {error.start + 1}: {error.reason}") from None
-    except UnicodeEncodeError:
-        raise ValueError("unpaired surrogate in a string") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"malformed JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("malformed JSON: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object but {kind_of(row)}")
-    return row
-
-
-def kind_of(value: object) -> str:
-    """Name the JSON type of a parsed value, with its article."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds[type(value)]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twin = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twin!a} appears twice")
-    return made
+    def more_train_rows(self) -> str:
+        """Training rows are the user's to give."""
+        return (
+            "add rows to its train.jsonl (some of them may be set aside for validation, see "
+            "tasks.validation_examples)"
+        )
 
 
 def _find_sources(folder: Path) -> list[Source]:

@@ -23,17 +23,17 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mhr_scale.config import MixtureConfig
 from mhr_scale.errors import ConfigError, DataError, did_you_mean
+from mhr_scale.part import part
 
-__all__ = ["MixturePlan", "Sample", "Share"]
+__all__ = ["MixtureConfig", "MixturePlan", "Sample", "Share"]
 
 FORMAT = 2
 """Number of the rules in this file; raise it whenever a plan starts to give another stream."""
@@ -49,6 +49,30 @@ ROUNDS = 16
 
 MOST_DRAWS = 2**31
 """Limit of the draws of an epoch; their products with block numbers stay far below 64 bits."""
+
+
+@part
+class MixtureConfig:
+    """How tasks share the stream of samples."""
+
+    cap: int | None = None
+    """Rows of a task that count in one epoch; a task's own `cap` is stronger."""
+    temperature: float = 1.0
+    """Shares are (capped size) ** (1 / temperature)."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Fixed relative weights by task name; a task without one keeps its share."""
+    first_rows: bool = False
+    """Repeat a capped task's first rows every epoch instead of walking on through the task."""
+    group: int = 1
+    """Consecutive samples of one task per draw (MHR mixes distinct tasks only: 4 means fewer)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ConfigError(f"mixture.temperature: {self.temperature} is not above 0")
+        if self.group < 1:
+            raise ConfigError(f"mixture.group: {self.group} is not at least 1")
+        if self.cap is not None and self.cap < 1:
+            raise ConfigError(f"mixture.cap: {self.cap} is not at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mhr_scale.config import IntakeConfig
 from mhr_scale.errors import DataError, first_line, shortened
 from mhr_scale.runlog import log
-from mhr_scale.tasks.jsonl import iter_rows, kind_of
-from mhr_scale.tasks.task import Example, Intake, Place
+from mhr_scale.tasks.json_lines import iter_rows, kind_of
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
 
 if TYPE_CHECKING:
     import pyarrow

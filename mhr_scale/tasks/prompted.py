@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mhr_scale.config import IntakeConfig, T0Tasks
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.runlog import log
 from mhr_scale.tasks.held_out_rows import number_rows, read_saved
-from mhr_scale.tasks.jsonl import Line, iter_rows
+from mhr_scale.tasks.json_lines import Line, iter_rows
 from mhr_scale.tasks.p3 import BATCH_ROWS, all_shards
 from mhr_scale.tasks.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
-from mhr_scale.tasks.task import Example, Intake, Place
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
+
+if TYPE_CHECKING:
+    from mhr_scale.tasks.t0 import T0Tasks
 
 SPLIT = "train"
 HUB = "hub"
@@ -52,7 +54,7 @@ class Source:
     prompter: Prompter
 
 
-def open_source(config: T0Tasks, wanted: Mapping[str, str]) -> Source:
+def open_source(config: "T0Tasks", wanted: Mapping[str, str]) -> Source:
     """Find the templates of the wanted prompts, and the rows of their data sets as far as there.
 
     `wanted` has the `<dataset>[/<subset>]` of every prompt. Raises `DataError` naming every prompt

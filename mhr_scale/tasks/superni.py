@@ -28,14 +28,15 @@ import json
 import logging
 import random
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from mhr_scale.config import IntakeConfig, SuperNITasks
-from mhr_scale.errors import DataError, did_you_mean, some
-from mhr_scale.tasks.jsonl import kind_of
-from mhr_scale.tasks.task import Example, Intake, Place, Task
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.part import part
+from mhr_scale.tasks.json_lines import kind_of
+from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task
 
 log = logging.getLogger("mhr_scale")
 
@@ -59,17 +60,94 @@ WORDINGS = {
 }
 
 
-def read_tasks(config: SuperNITasks, intake: Intake) -> list[Task]:
-    """Read the tasks of one list of a split, sorted by name."""
-    folder = Path(config.folder)
-    names = _list_tasks(folder, config)
-    tasks = [_read_task(folder / "tasks" / f"{name}.json", config, intake) for name in names]
-    intake.check()
-    asked = config.train_examples
-    short = [task.name for task in tasks if len({row.place for row in task.train}) < asked]
-    if short:
-        log.warning("fewer than %d training rows in %d task(s): %s", asked, len(short), some(short))
-    return tasks
+@part
+class SuperNITasks(Suite):
+    """Super-NaturalInstructions: a folder with `tasks/*.json` and `splits/<split>/`."""
+
+    suite: Literal["superni"]
+    """Chooses this part."""
+    folder: str
+    """Folder that holds `tasks/` and `splits/`."""
+    split: str = "default"
+    """Sub-folder of `splits/` whose `train_tasks.txt` or `test_tasks.txt` is read."""
+    fold: Literal["train", "test"] = "train"
+    """Which task list of the split."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks of the list; empty = all."""
+    missing: Literal["error", "skip"] = "error"
+    """What a listed task without a file does."""
+    train_examples: int = 100
+    """Training instances per task."""
+    validation_examples: int = 100
+    """Validation instances per task, disjoint from the training ones."""
+    test_examples: int = 100
+    """Test instances of a `test` task: its first ones, the same for every seed."""
+    positive_examples: int = 0
+    """Positive examples in the prompt (0-2)."""
+    prompt: Literal["tk_instruct", "mhr", "mhr_name"] = "mhr"
+    """Prompt wording: Tk-Instruct's, MHR's (R2), or MHR's earlier one with the task name (R1)."""
+    references: Literal["random", "first", "all"] = "random"
+    """Training target of a many-reference row: one drawn per access, the first, or a row each."""
+    seed: int = 42
+    """Seed of the split into training and validation instances."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.positive_examples <= 2:
+            raise ConfigError(f"tasks.positive_examples: {self.positive_examples} is not in 0..2")
+
+    def read_tasks(self, intake: Intake) -> list[Task]:
+        """Read the tasks of one list of a split, sorted by name."""
+        folder = Path(self.folder)
+        names = _list_tasks(folder, self)
+        tasks = [_read_task(folder / "tasks" / f"{name}.json", self, intake) for name in names]
+        intake.check()
+        asked = self.train_examples
+        short = [task.name for task in tasks if len({row.place for row in task.train}) < asked]
+        if short:
+            log.warning(
+                "fewer than %d training rows in %d task(s): %s", asked, len(short), some(short)
+            )
+        return tasks
+
+    def folders(self) -> tuple[str, ...]:
+        """The folder of tasks and splits."""
+        return (self.folder,)
+
+    def more_test_rows(self) -> str:
+        """A test task has test rows, a training task held-out ones."""
+        return f"raise tasks.{'test' if self.fold == 'test' else 'validation'}_examples"
+
+    def target_choice(self) -> str:
+        """As the recipe says."""
+        return self.references
+
+    def only(self, task: str) -> Self:
+        """Read this task's file alone."""
+        return replace(self, tasks=(task,))
+
+    def at_seed(self, seed: int) -> Self:
+        """The seed's shuffle gives training and validation rows."""
+        return replace(self, seed=seed)
+
+    def check_few_shot(self, shots: ShotsConfig) -> None:
+        """Raise `ConfigError` unless the tasks are test tasks, with a row per instance."""
+        Suite.check_few_shot(self, shots)
+        if self.fold != "test":
+            raise ConfigError(
+                f"tasks.fold: {self.fold} tasks were trained on; the few-shot tasks of suite "
+                "superni are fold: test"
+            )
+        if self.references == "all":
+            raise ConfigError(
+                "tasks.references: all makes several rows of one shot; leave it out, "
+                "protocol.references says which reference a shot trains on"
+            )
+
+    def draw_shots(self, task: Task, shots: ShotsConfig, *, seed: int) -> FewShotTask:
+        """The first training rows: the seed has shuffled them already."""
+        return self.take_shots(task, task.train, shots, seed=seed)
 
 
 def _list_tasks(folder: Path, config: SuperNITasks) -> list[str]:

@@ -22,21 +22,90 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from mhr_scale.config import T0Tasks
-from mhr_scale.errors import DataError, did_you_mean, some
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.part import part
 from mhr_scale.runlog import log
 from mhr_scale.tasks import p3, prompted
 from mhr_scale.tasks.prompts import config_name
-from mhr_scale.tasks.task import Example, Intake, Task, TaskStream
+from mhr_scale.tasks.suite import Suite
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream
 
 TABLE = Path(__file__).parent / "t0_mixture.json"
 MIXTURES = ("T0", "T0+", "T0++")
 MOST_ROWS = 500_000
 SPLIT = "train"
+
+
+@part
+class T0Tasks(Suite):
+    """The T0 training mixtures, from P3 or from raw data sets and their templates."""
+
+    suite: Literal["t0"]
+    """Chooses this part."""
+    source: str = "bigscience/P3"
+    """P3 (hub id, or a folder of parquet, saved or JSONL); with `templates`, `hub` or raw rows."""
+    templates: str | None = None
+    """Folder of promptsource templates that render the raw rows of `source`; null = P3."""
+    empty_render: Literal["drop", "placeholder"] = "drop"
+    """With `templates`: a row that renders empty is left out, or trained on as T-Few does."""
+    max_characters: int | None = 2048
+    """With `templates`: characters kept of every field that a template inserts; null = all."""
+    mixture: Literal["T0", "T0+", "T0++"] = "T0"
+    """Which training mixture (313, 392 or 464 prompts)."""
+    unit: Literal["prompt", "dataset"] = "prompt"
+    """Whether a task is one prompt (313 in T0) or one data set with all its prompts (38)."""
+    tasks: tuple[str, ...] = ()
+    """Only these prompts, by their P3 names, or all prompts of these data sets; empty = all."""
+    missing: Literal["error", "skip"] = "error"
+    """What a prompt (with `templates`: a data set) that the source lacks does."""
+    cap_rule: Literal["t_few", "t_zero", "none"] = "t_few"
+    """Rows of a prompt that count: T-Few's and MHR's rule, T0's own, or all."""
+    max_rows: int | Literal["cap"] | None = None
+    """Rows read of a prompt, its first ones; null = all, cap = as many as count in one epoch."""
+    validation_examples: int = 100
+    """Rows set aside per task for validation (at most a tenth of the task)."""
+    seed: int = 42
+    """Seed of that choice, and of templates that choose their wording."""
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_rows, int) and self.max_rows < 1:
+            raise ConfigError(f"tasks.max_rows: {self.max_rows} is not at least 1")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise ConfigError(f"tasks.max_characters: {self.max_characters} is not at least 1")
+        if self.templates is not None and self.source == "bigscience/P3":
+            raise ConfigError(
+                f"tasks.source: {self.source} is rendered already; with tasks.templates give hub "
+                "or a folder of raw rows"
+            )
+        if self.validation_examples < 0:
+            raise ConfigError(f"tasks.validation_examples: {self.validation_examples} is below 0")
+
+    evaluates = False
+
+    def read_tasks(self, intake: Intake) -> TaskStream:
+        """Check that the prompts of a mixture are there; then read task by task, by name."""
+        wanted = _choose(self)
+        source = _open_source(self, wanted)
+        units: dict[str, list[Prompt]] = defaultdict(list)
+        for prompt in _present(wanted, source, self):
+            units[prompt.name if self.unit == "prompt" else prompt.dataset].append(prompt)
+
+        def read() -> Iterator[Task]:
+            for name in sorted(units):
+                yield _read_task(name, units[name], source=source, config=self, intake=intake)
+
+        return TaskStream(len(units), read)
+
+    def folders(self) -> tuple[str, ...]:
+        """The source, if it is one, and the templates."""
+        return (self.source, *filter(None, (self.templates,)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,21 +167,6 @@ def list_prompts(mixture: str) -> list[Prompt]:
             for template in entry["templates"]
         ]
     return sorted(prompts, key=lambda prompt: prompt.name)
-
-
-def read_tasks(config: T0Tasks, intake: Intake) -> TaskStream:
-    """Check that the prompts of a mixture are there; then read task by task, sorted by name."""
-    wanted = _choose(config)
-    source = _open_source(config, wanted)
-    units: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in _present(wanted, source, config):
-        units[prompt.name if config.unit == "prompt" else prompt.dataset].append(prompt)
-
-    def read() -> Iterator[Task]:
-        for name in sorted(units):
-            yield _read_task(name, units[name], source=source, config=config, intake=intake)
-
-    return TaskStream(len(units), read)
 
 
 def _choose(config: T0Tasks) -> list[Prompt]:

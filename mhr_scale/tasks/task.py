@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mhr_scale.errors import DataError
+from mhr_scale.part import part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,18 @@ class Task:
     weight: float | None = None
     max_input_tokens: int | None = None
     suffix: str = ""
+
+
+@part
+class IntakeConfig:
+    """What readers do with rows they cannot use."""
+
+    on_bad: Literal["reject", "error", "skip"] = "reject"
+    """reject: write down, stop above max(10, 0.1 %); error: stop at the first; skip: never stop."""
+    empty_target: Literal["reject", "keep"] = "reject"
+    """Whether a row with an empty target is refused or trains the end-of-sequence token."""
+    empty_input: Literal["reject", "keep"] = "reject"
+    """Whether a row with an empty input is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

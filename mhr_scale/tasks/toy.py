@@ -11,16 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
+from typing import Literal
 
-from mhr_scale.config import ToyTasks
-from mhr_scale.errors import DataError, did_you_mean
-from mhr_scale.tasks.task import Example, Task
+from mhr_scale.errors import ConfigError, DataError, did_you_mean
+from mhr_scale.part import part
+from mhr_scale.tasks.suite import ShotsConfig, Suite
+from mhr_scale.tasks.task import Example, Intake, Task
 
 __all__ = [
     "FORMATS",
     "LETTERS",
     "MAPS",
     "OPERATIONS",
+    "ToyTasks",
     "compose",
     "corpus_example",
     "held_out_tasks",
@@ -80,6 +83,52 @@ HELD_OUT_TEST_EXAMPLES = 100
 PRIMITIVE_SHARE = 0.6
 SPAN_SHARE = 0.2
 FOREIGN_SHARE = 0.3  # of the symbols of a copying example
+
+#: Examples of a task, which are made in memory.
+MOST_EXAMPLES = 100_000
+
+
+@part
+class ToyTasks(Suite):
+    """The built-in compositional suite (list operation, symbol map, output format)."""
+
+    suite: Literal["toy"]
+    """Chooses this part."""
+    fold: Literal["train", "held_out"] = "train"
+    """The training tasks, or the 10 held-out compositions."""
+    n_tasks: int = 60
+    """Training tasks drawn from the 144 compositions, the 10 held-out ones excluded."""
+    tasks: tuple[str, ...] = ()
+    """Exactly these compositions, in this order, in place of those of `seed` and `n_tasks`."""
+    train_examples: int = 200
+    """Training examples per task."""
+    validation_examples: int = 20
+    """Held-out examples per training task."""
+    instruction: Literal["none", "full", "code"] = "none"
+    """none: the input does not tell the task; full: three instruction tokens describe it; code:
+    three tokens tell it from all others and describe another one (a name without a meaning)."""
+    seed: int = 0
+    """Seed of the task split and of the examples."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_examples", "validation_examples"):
+            if not 0 <= getattr(self, name) <= MOST_EXAMPLES:
+                raise ConfigError(
+                    f"tasks.{name}: {getattr(self, name)} is not in 0..{MOST_EXAMPLES}"
+                )
+
+    def read_tasks(self, intake: Intake) -> list[Task]:
+        """The training tasks or the held-out ones; no row of them is ever refused."""
+        return make_tasks(self) if self.fold == "train" else held_out_tasks(self)
+
+    def check_few_shot(self, shots: ShotsConfig) -> None:
+        """Raise `ConfigError` unless the tasks are held out."""
+        Suite.check_few_shot(self, shots)
+        if self.fold != "held_out":
+            raise ConfigError(
+                f"tasks.fold: {self.fold} tasks were trained on; the few-shot tasks of suite toy "
+                "are fold: held_out"
+            )
 
 
 def make_tasks(config: ToyTasks) -> list[Task]:
@@ -198,8 +247,8 @@ def _cover_first(names: list[str]) -> list[str]:
             if all(part in left or not left for part, left in zip(PARTS[name], missing))
         )
         front.append(pick)
-        for part, left in zip(PARTS[pick], missing):
-            left.discard(part)
+        for primitive, left in zip(PARTS[pick], missing):
+            left.discard(primitive)
     return front + [name for name in names if name not in front]
 
 

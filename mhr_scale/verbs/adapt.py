@@ -47,8 +47,7 @@ def adapt(config: AdaptConfig) -> Path:
     ds_content = read_ds_config(config.run.ds_config)
     check_folder(config)
     opening = open_jobs(config)
-    is_sharded = ds_content.get("zero_optimization", {}).get("stage", 0) == 3
-    check_backbone_jobs(config, opening.backbone, is_sharded=is_sharded)
+    check_backbone_jobs(config, opening.backbone, ds_content)
     check_quantise(opening.backbone, opening.blueprint, ds_content, config.run.ds_config)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
     try:

@@ -21,12 +21,11 @@ from mhr_scale.analysis.inventory_statistics import describe_inventory
 from mhr_scale.analysis.routing_statistics import describe_routing
 from mhr_scale.analysis.table import table
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
-from mhr_scale.config.data import TasksConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
-from mhr_scale.files import write_json, write_text
+from mhr_scale.files import write_json
 from mhr_scale.jobs.start import source_numbers, variant_numbers
-from mhr_scale.recipe import load, to_yaml
+from mhr_scale.recipe import load
 from mhr_scale.runlog import Progress, log, rank, record_provenance
 from mhr_scale.runs import (
     backbone_facts,
@@ -36,7 +35,9 @@ from mhr_scale.runs import (
     check_quantise,
     check_writable,
     read_recipe,
+    write_recipe,
 )
+from mhr_scale.tasks.suite import Suite
 from mhr_scale.tokens import TokenSet, open_tokens
 
 SCHEMA = 1
@@ -47,7 +48,7 @@ ANALYSIS = "analysis.json"
 class Sources:
     """Where the rows of an alignment come from, and how they are cut."""
 
-    tasks: TasksConfig
+    tasks: Suite
     batch: BatchConfig
     token_cache: str | None
 
@@ -208,14 +209,10 @@ def rank0_report(
     """Write the analysis and print it."""
     folder = Path(config.run.folder)
     analysis = describe(config.adapter, adapter, found, rows=rows)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ANALYSIS).unlink(missing_ok=True)  # none under a recipe it was not made by
-        write_text(folder / "config.yaml", to_yaml(config))
-        record_provenance(folder / "provenance.json", **facts)
-        write_json(folder / ANALYSIS, analysis)
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    (folder / ANALYSIS).unlink(missing_ok=True)  # none under a recipe it was not made by
+    write_recipe(folder / "config.yaml", config)
+    record_provenance(folder / "provenance.json", **facts)
+    write_json(folder / ANALYSIS, analysis)
     log.info("\n%s\n  analysis %s", table(analysis), folder / ANALYSIS)
 
 

@@ -14,10 +14,9 @@ from mhr_scale.adapters import Adapter, state
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError
-from mhr_scale.files import write_text
-from mhr_scale.recipe import load, to_yaml
+from mhr_scale.recipe import load
 from mhr_scale.runlog import log, rank
-from mhr_scale.runs import prepare, rank0_open_folder
+from mhr_scale.runs import prepare, rank0_open_folder, write_recipe
 
 
 def average(config: AverageConfig) -> Path:
@@ -34,7 +33,7 @@ def average(config: AverageConfig) -> Path:
     if config.steps[-1]:
         continue_training(config, source)
     if rank() == 0:
-        write_text_of(folder, config)
+        write_recipe(folder / "average.yaml", config)
         for steps in config.steps:
             trained = source if steps == 0 else state.load(checkpoint.step_folder(folder, steps))
             facts: dict[str, Any] = {
@@ -92,12 +91,3 @@ def under_uniform_routing(source: Adapter) -> Adapter:
     tensors = dict(source.inventory.named_tensors())
     state.load_tensors(uniform, tensors, place="the inventory")
     return uniform
-
-
-def write_text_of(folder: Path, config: AverageConfig) -> None:
-    """Keep the verb's own recipe beside what it wrote."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "average.yaml", to_yaml(config))
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error

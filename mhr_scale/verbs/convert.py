@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone, conversion, fingerprint, merging, stock
+from mhr_scale import backbone, conversion, fingerprint, hub, merging, stock
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.errors import BackboneError, RunError
@@ -75,7 +75,7 @@ def convert(config: ConvertConfig) -> Path:
 
 def check_places(name: str, target: Path) -> None:
     """Raise `RunError` if the target is the source, or cannot be made."""
-    source = backbone.BUILTIN.get(name, Path(name).expanduser())
+    source = hub.BUILTIN.get(name, Path(name).expanduser())
     if source.exists() and source.resolve() == target.resolve():
         raise RunError(f"folder: {target} is the backbone itself; name another folder")
     check_target(target)

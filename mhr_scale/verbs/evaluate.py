@@ -26,12 +26,25 @@ from mhr_scale.files import write_json, write_text
 from mhr_scale.jobs.soup import Kitchen, find_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
-from mhr_scale.recipe import load, to_yaml
 from mhr_scale.runlog import Progress, log, record_provenance
-from mhr_scale.runs import backbone_facts, backbone_of, blueprint_of, check_fit, check_quantise
+from mhr_scale.runs import (
+    backbone_facts,
+    backbone_of,
+    blueprint_of,
+    check_fit,
+    check_quantise,
+    check_writable,
+    differences,
+    listed,
+    read_recipe,
+    write_recipe,
+)
 from mhr_scale.scoring import ChoiceRow
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
+
+#: Settings that may differ when a job goes on: where, not what.
+FREE_TO_CHANGE = ("run.", "backbone_moved_to")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +93,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 stored = soup_of_every_task(config, stored, tasks, kitchen)
             stored.bind(linears)
         if engine.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.yaml", to_yaml(config))
+            write_recipe(folder / "config.yaml", config)
             intake.write(folder / "rejects.jsonl")
             record_provenance(
                 folder / "provenance.json",
@@ -117,11 +129,10 @@ def run_job(
         {score["id"] for score in summary.read_scores(path)} if engine.rank == 0 else None
     )
     options = config.scoring
-    runs = answerers(subject.model, subject.adapter, subject.tokenizer, options, engine)
+    left = [row for row in rows if questions[row.number].id not in done]
+    runs = answerers(left, subject.model, subject.adapter, subject.tokenizer, options, engine)
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
-    for kind, run in runs.items():
-        todo = [row for row in rows if bool(row.choices) == (kind == "rank")]
-        todo = [row for row in todo if questions[row.number].id not in done]
+    for _, run, todo in runs:
         for results in scoring.score(todo, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
                 lines = [judge(questions[n], value) for n, value in sorted(results.items())]
@@ -184,27 +195,20 @@ def adapter_tasks(
 
 
 def check_folder(config: EvaluateConfig) -> None:
-    """Raise `RunError` if the folder holds scores of another job."""
+    """Raise `RunError` if the folder holds scores of other settings."""
     folder = Path(config.run.folder)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"run.folder: {folder} is a file; name a folder")
+    check_writable(folder)
     if not (folder / summary.SCORES).exists():
         return
-    before = load(EvaluateConfig, folder / "config.yaml")
-    parts = (
-        "adapter",
-        "backbone",
-        "backbone_dtype",
-        "backbone_quantise",
-        "routing",
-        "tasks",
-        "scoring",
-    )
-    changed = [name for name in parts if getattr(before, name) != getattr(config, name)]
+    before = read_recipe(EvaluateConfig, folder / "config.yaml")
+    changed = [
+        difference
+        for key, difference in differences(before, config)
+        if not key.startswith(FREE_TO_CHANGE)
+    ]
     if changed:
         raise RunError(
-            f"{folder}: holds scores of another job (other {', '.join(changed)}); use another "
-            "run.folder"
+            f"{folder}: holds scores of other settings ({listed(changed)}); use another run.folder"
         )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import backbone, merging
+from mhr_scale import hub, merging
 from mhr_scale.adapters import Adapter, interop, state
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
@@ -221,7 +221,7 @@ def write_part(config: ExportConfig, source: Source, part: Part, folder: Path) -
 def base_name(facts: dict[str, Any]) -> str | None:
     """The backbone as other programs find it: a hub id or a folder; None for random weights."""
     name = facts.get("name")
-    return str(backbone.BUILTIN.get(name, name)) if name else None
+    return str(hub.BUILTIN.get(name, name)) if name else None
 
 
 # --- comparing and telling

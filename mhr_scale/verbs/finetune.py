@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,25 +39,29 @@ from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
     FinetuneConfig,
-    HeldOutTasks,
     ScheduleConfig,
     SelectionConfig,
     ShotsConfig,
-    SuperNITasks,
     VariantConfig,
 )
 from mhr_scale.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
 from mhr_scale.files import write_json, write_text
-from mhr_scale.jobs import shares
+from mhr_scale.jobs import passes
 from mhr_scale.jobs.data import JobData, TrainRow, open_data
 from mhr_scale.jobs.job import RESULT
 from mhr_scale.questions import answerers, judge
-from mhr_scale.recipe import to_yaml
 from mhr_scale.runlog import Metrics, Progress, log, record_provenance, world_size
-from mhr_scale.runs import backbone_facts, check_writable, differences, read_recipe
+from mhr_scale.runs import (
+    backbone_facts,
+    check_writable,
+    differences,
+    listed,
+    read_recipe,
+    write_recipe,
+)
 from mhr_scale.seeds import seed_from
-from mhr_scale.tasks.few_shot_suites import read_few_shot
+from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 from mhr_scale.writer import Writer
 
@@ -148,9 +152,7 @@ def open_run(config: FinetuneConfig) -> Opening:
 
 def read_data(config: FinetuneConfig, tokenizer: Any) -> tuple[JobData, Intake]:
     """The rows of the task; raises `ConfigError` if the suite has no such task."""
-    tasks = config.tasks
-    if isinstance(tasks, SuperNITasks | HeldOutTasks):
-        tasks = replace(tasks, tasks=(config.task,))
+    tasks = config.tasks.only(config.task)
     shots, seed = config.shots, config.shots.seed
     adaptation = AdaptConfig(
         variants={"finetune": VariantConfig(adapter=config.adapter)},
@@ -193,19 +195,14 @@ def check_folder(config: FinetuneConfig) -> None:
     ]
     if changed and (folder / BEFORE).exists():
         raise RunError(
-            f"{folder}: holds a run with other settings ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}); use another run.folder"
+            f"{folder}: holds a run with other settings ({listed(changed)}); use another run.folder"
         )
 
 
 def open_folder(config: FinetuneConfig, opening: Opening, device: torch.device) -> None:
     """Write what a reader of the run needs before its first number."""
     folder = Path(config.run.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise RunError(f"run.folder: cannot write to {folder} ({error.strerror})") from error
+    write_recipe(folder / "config.yaml", config)
     opening.intake.write(folder / "rejects.jsonl")
     record_provenance(
         folder / "provenance.json",
@@ -261,8 +258,10 @@ def train(
             writer.check()
             values = train_step(config, loaded, optimizer, opening.data.batch(number), number)
             step = number + 1
-            if not all(math.isfinite(value) for value in values.values()):
-                raise DivergenceError(f"step {step}: {values} is not finite; lower optim.lr")
+            odd = [name for name, value in values.items() if not math.isfinite(value)]
+            if odd:
+                way_out = "lower optim.lr, in another run.folder"
+                raise DivergenceError(f"step {step}: not finite: {', '.join(odd)}; {way_out}")
             if step == 1 or step % run.log_every == 0 or step == protocol.steps:
                 metrics.write({"step": step, **values, "lr": rate})
             is_stopped = stopping.is_asked() and step < protocol.steps
@@ -297,15 +296,15 @@ def train_step(
 
     Sums of the parts are divided by the counts of the whole batch: how it is cut does not matter.
     """
-    counts, size = shares.count(rows, config.protocol), config.micro_batch_size
+    counts, size = passes.count(rows, config.protocol), config.micro_batch_size
     sums: dict[str, Tensor] = {}
     for start in range(0, len(rows), size):
         torch.manual_seed(seed_from("dropout", config.shots.seed, number, start))
-        parts = shares.forward(
+        parts = passes.forward(
             config.protocol,
             loaded.base,
             rows[start : start + size],
-            counts,
+            lambda name, part: part.sum.sum() / counts[name],
             device=loaded.engine.device,
         )
         parts["loss"].backward()
@@ -327,10 +326,9 @@ def examine(config: FinetuneConfig, opening: Opening, loaded: Loaded, file: Path
     exam, found = opening.data.test, {}
     if not file.exists():
         options = config.scoring
-        runs = answerers(loaded.base, None, loaded.tokenizer, options, loaded.engine)
+        runs = answerers(exam.rows, loaded.base, None, loaded.tokenizer, options, loaded.engine)
         progress = Progress(len(exam.rows), start=0, what="evaluate", unit="example")
-        for kind, run in runs.items():
-            todo = [row for row in exam.rows if bool(row.choices) == (kind == "rank")]
+        for _, run, todo in runs:
             for batch in scoring.fill_batches(todo, options.max_tokens):
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")

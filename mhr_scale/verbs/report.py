@@ -22,7 +22,10 @@ def report(arguments: Sequence[str]) -> str:
     Raises `ConfigError` for a wrong command line, `RunError` for folders that are no runs.
     """
     if {"--help", "-h"} & set(arguments):
-        return f"{USAGE}\n\n--file: where to write; default: report.html in the first folder\n"
+        return (
+            f"{USAGE}\n\nFOLDER: a run of any kind, finished or not\n--file: where to write; "
+            "default: report.html in the first folder\n--title: of the page\n"
+        )
     folders, options = parse(arguments)
     if not folders:
         raise ConfigError(f"no run given; usage: {USAGE}")
@@ -50,8 +53,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         name, equals, value = word.partition("=")
         if name not in OPTIONS:
-            hint = did_you_mean(name, OPTIONS)
-            raise ConfigError(f"unknown option '{name}'; options: {', '.join(OPTIONS)}{hint}")
+            hint, known = did_you_mean(name, OPTIONS), ", ".join([*OPTIONS, "--help"])
+            raise ConfigError(f"unknown option {name}; options: {known}{hint}")
         found = value if equals else next(words, "")
         if not found:
             raise ConfigError(f"{name}: no value; usage: {USAGE}")

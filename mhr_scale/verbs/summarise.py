@@ -5,15 +5,21 @@ from pathlib import Path
 
 from mhr_scale import summary
 from mhr_scale.errors import ConfigError, RunError
+from mhr_scale.recipe import split_words
+
+USAGE = "python launch/summarise.py RUN [RUN ...]"
 
 
-def summarise_runs(folders: Sequence[str]) -> str:
+def summarise_runs(arguments: Sequence[str]) -> str:
     """The table of each evaluation; of several, taken as seeds of one setting, their aggregates.
 
     Raises `RunError` for a folder without scores or seeds that hold different tasks.
     """
+    options, folders = split_words(arguments)
+    if "--help" in options:
+        return f"{USAGE}\n\nRUN: the folder of an evaluation; several are seeds of one setting\n"
     if not folders:
-        raise ConfigError("no run given; usage: python launch/summarise.py RUN [RUN ...]")
+        raise ConfigError(f"no run given; usage: {USAGE}")
     text, found = "", []
     for folder in folders:
         path = Path(folder) / summary.SCORES

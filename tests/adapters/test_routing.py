@@ -152,7 +152,8 @@ def masks(seeds, shape_GQS, probability):
 
 def random_weights(*, n_rows=200, **options):
     config = AdapterConfig(n_skills=5, n_splits=2, policy="random", **options)
-    return routing.random_weights(range(n_rows), SHAPE_UGQS[1:], config)
+    logits = torch.zeros(n_rows, *SHAPE_UGQS[1:])
+    return routing.mixing_weights(logits, config, seeds=range(n_rows))
 
 
 def test_random_weights_are_the_mask_over_its_sum():

@@ -20,13 +20,13 @@ from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import (
     AdaptConfig,
     BackboneConfig,
+    JsonlTasks,
     OptimConfig,
     ProtocolConfig,
     ScheduleConfig,
     VariantConfig,
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
-from mhr_scale.config.data import JsonlTasks
 from mhr_scale.engine import Engine
 from mhr_scale.jobs.data import TrainRow, round_up
 from mhr_scale.jobs.job import Job

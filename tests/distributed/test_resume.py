@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import read_metrics, succeed
+from processes import succeed, timeless
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -25,7 +25,6 @@ SETTINGS = (
     "tasks.train_examples=20",
 )
 SHARDED = "run.ds_config=ds_configs/cpu.json"
-TIMES = ("seconds", "tokens_per_second")
 
 
 def train(folder: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> None:
@@ -46,13 +45,6 @@ def stop_after(folder: Path, copy: Path, step: int) -> Path:
         if int(later.name) > step:
             shutil.rmtree(later)
     return copy
-
-
-def timeless(folder: Path) -> list[dict]:
-    return [
-        {key: value for key, value in line.items() if key not in TIMES}
-        for line in read_metrics(folder)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ def found(losses: SimpleNamespace) -> TFewLosses:
         choices_BCL.flatten(1),
         blocks_BCL.flatten(1),
         losses.tensors["labels"],
+        n_choices=choices_BCL.shape[1],
         length_norm=losses.meta["length_norm"],
     )
 

@@ -28,7 +28,7 @@ from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, StepValues, Wave
-from mhr_scale.tasks.few_shot_suites import FewShotTask
+from mhr_scale.tasks.suites import FewShotTask
 from mhr_scale.tasks.task import Example, Task
 
 LETTERS = "abcdefghijkl"

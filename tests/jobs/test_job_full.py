@@ -1,160 +1,35 @@
-"""Jobs of kind backbone: full fine-tuning beside an adapter, one job at a time."""
+"""Jobs of kind backbone, by hand: how they train, and the backbone afterwards."""
 
-import json
-import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from full_jobs import (
+    ADAFACTOR,
+    ADAMW,
+    FULL,
+    LORA,
+    PLAIN,
+    RANKED,
+    TIED,
+    TOLD,
+    TOY,
+    Bench,
+    differing,
+    folder_of,
+    fresh_model,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers.optimization import Adafactor
 
-from mhr_scale import backbone, scoring
-from mhr_scale.adapters import AdapterConfig, state
-from mhr_scale.adapters.methods import wrap
-from mhr_scale.config import (
-    AdaptConfig,
-    AdaptRunConfig,
-    BackboneConfig,
-    JsonlTasks,
-    OptimConfig,
-    ProtocolConfig,
-    ScoringConfig,
-    SelectionConfig,
-    ShotsConfig,
-    VariantConfig,
-    WavesConfig,
-)
-from mhr_scale.engine import Engine
-from mhr_scale.errors import ConfigError, DivergenceError
-from mhr_scale.jobs.full import WEIGHTS, FullWave, named_weights
-from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
-from mhr_scale.jobs.plan import Planned
-from mhr_scale.jobs.wave import StepValues, Wave
-from mhr_scale.verbs.adapt import adapt, look_out, open_wave
-
-TOY = BackboneConfig(name="builtin:toy", dtype="float32")
-TIED = BackboneConfig(
-    config={
-        "vocab_size": 384,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_heads": 4,
-        "dropout_rate": 0.0,
-    },
-    dtype="float32",
-)
-LORA = AdapterConfig(n_skills=1, rank=2)
-FULL = VariantConfig(fresh=LORA, kind="backbone", backbone_lr=1e-3)
-PLAIN = VariantConfig(fresh=LORA)
-ADAMW = OptimConfig(name="adamw", lr=5e-3, weight_decay=0.1, clip_norm=1.0, eps=1e-6)
-ADAFACTOR = OptimConfig(lr=3e-3, scale_parameter=True)
-RANKED = ProtocolConfig(steps=12, batch_size=4, loss="t_few", warmup_fraction=0.25)
-TOLD = replace(RANKED, loss="language_model")
-
-
-# --- the bench
-
-
-def write_task(folder: Path, name: str) -> None:
-    """Letters and, among three choices, their reverse."""
-    draw = random.Random(name)
-    (folder / name).mkdir(parents=True)
-    for fold, count in (("train", 12), ("test", 6)):
-        lines = []
-        for _ in range(count):
-            letters = draw.sample("abcdefghijkl", 5)
-            choices = [" ".join(found) for found in (letters[::-1], letters, sorted(letters))]
-            row = {"input": " ".join(letters), "target": choices[0], "choices": choices}
-            lines.append(json.dumps(row) + "\n")
-        (folder / name / f"{fold}.jsonl").write_text("".join(lines))
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., AdaptConfig]:
-    """Makes a recipe: the tasks and the name of the run folder, and what is not as usual."""
-
-    def recipe(tasks: tuple[str, ...] = ("one",), run: str = "run", **changes: Any) -> AdaptConfig:
-        folder = tmp_path / "-".join(tasks)
-        for task in tasks:
-            if not (folder / task).exists():
-                write_task(folder, task)
-        config = AdaptConfig(
-            variants={"f": FULL},
-            tasks=JsonlTasks(suite="jsonl", folder=str(folder), validation_examples=0),
-            shots=ShotsConfig(seeds=(0,)),
-            backbone=TOY,
-            protocol=RANKED,
-            optim=ADAMW,
-            selection=SelectionConfig(on="last"),
-            scoring=ScoringConfig(metric="accuracy"),
-            run=AdaptRunConfig(folder=str(tmp_path / run), log_every=1),
-        )
-        return replace(config, **changes)
-
-    return recipe
-
-
-class Bench:
-    """What the verb opens, for one job after the other by hand."""
-
-    def __init__(self, config: AdaptConfig) -> None:
-        self.opening: Opening = open_jobs(config)
-        self.engine = Engine({}, timeout_seconds=60.0)
-        self.model: Any = self.engine.build(self.opening.backbone, self.opening.blueprint)
-        self.linears = wrap(self.model, all_sites(self.opening, self.model))
-        self.engine.prepare(self.model, self.opening.backbone)
-
-    def open(self, number: int = 0) -> Wave:
-        planned = Planned((look_out(self.opening, self.opening.jobs[number], 0),))
-        return open_wave(self.opening, planned, {}, device=self.engine.device)
-
-    def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:
-        wave.adapter.bind(self.linears)
-        self.model.train()
-        device = self.engine.device
-        return wave.train_step(self.model, device=device, after_backward=after_backward)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: w.detach().cpu().clone() for name, w in named_weights(self.model).items()}
-
-
-def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors that are not equal bit for bit."""
-    assert found.keys() == expected.keys()
-    return [name for name in expected if not torch.equal(found[name], expected[name])]
-
-
-def fresh_model(config: BackboneConfig) -> Any:
-    """The backbone as it was before the job, without adapters."""
-    return Engine({}, timeout_seconds=60.0).build(config, backbone.read_blueprint(config))
-
-
-def result_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, Any]:
-    return json.loads((folder_of(config, task, variant) / "result.json").read_text())
-
-
-def folder_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> Path:
-    return Job(task=task, seed=0, variant=variant).folder(Path(config.run.folder))
-
-
-def left_by(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, torch.Tensor]:
-    """All tensors that a finished job left."""
-    folder = folder_of(config, task, variant)
-    tensors = dict(load_file(folder / "adapter" / state.TENSORS))
-    if (folder / WEIGHTS).exists():
-        tensors |= load_file(folder / WEIGHTS)
-    return tensors
-
+from mhr_scale.adapters import state
+from mhr_scale.config import AdaptConfig, AdaptRunConfig, BackboneConfig, OptimConfig
+from mhr_scale.errors import ConfigError
+from mhr_scale.jobs.wave import Wave
+from mhr_scale.verbs.adapt import adapt
 
 # --- training
 
@@ -325,177 +200,6 @@ def test_a_job_leaves_no_trace_in_the_next_one(recipe: Callable[..., AdaptConfig
                 bench.step(wave)
             trained.append({**bench.weights(), **state.named_tensors(wave.take(0))})
     assert not differing(*trained)
-
-
-# --- through the verb
-
-
-def test_two_jobs_one_after_the_other_equal_each_alone(
-    recipe: Callable[..., AdaptConfig],
-) -> None:
-    together = recipe(("one", "two"), "together")
-    adapt(together)
-    for task in ("one", "two"):
-        alone = recipe((task,), f"alone-{task}")
-        adapt(alone)
-        assert not differing(left_by(together, task), left_by(alone, task))
-        assert result_of(together, task) == result_of(alone, task)
-
-
-@pytest.mark.parametrize("rate", [1e-3, 1e30], ids=["fine", "diverging"])
-def test_ordinary_variants_do_not_notice_it(
-    recipe: Callable[..., AdaptConfig], rate: float
-) -> None:
-    tasks, waves = ("one", "two"), WavesConfig(size=1)
-    beside = recipe(
-        tasks, "beside", waves=waves, variants={"a": replace(FULL, backbone_lr=rate), "b": PLAIN}
-    )
-    if rate == 1e30:
-        with pytest.raises(DivergenceError, match="2 job"):
-            adapt(beside)
-    else:
-        adapt(beside)
-    alone = recipe(tasks, "alone", waves=waves, variants={"b": PLAIN})
-    adapt(alone)
-    for task in tasks:
-        assert not differing(left_by(beside, task, "b"), left_by(alone, task, "b"))
-        assert result_of(beside, task, "b") == result_of(alone, task, "b")
-
-
-def test_ordinary_variants_share_waves_beside_it(recipe: Callable[..., AdaptConfig]) -> None:
-    config = recipe(("one", "two"), variants={"a": FULL, "b": PLAIN})
-    adapt(config)
-    results = [result_of(config, task, name) for task in ("one", "two") for name in "ab"]
-    assert [result["kind"] for result in results] == ["backbone", "full"] * 2
-
-
-def test_the_result_counts_adapter_and_backbone(recipe: Callable[..., AdaptConfig]) -> None:
-    config = recipe(variants={"f": FULL, "lora": PLAIN})
-    adapt(config)
-    adapter = result_of(config, variant="lora")["trained_numbers"]
-    own = sum(parameter.numel() for parameter in fresh_model(TOY).parameters())
-    assert result_of(config)["trained_numbers"] == adapter + own
-
-
-def test_nothing_but_the_best_weights_and_their_adapter_stays(
-    recipe: Callable[..., AdaptConfig],
-) -> None:
-    selection = SelectionConfig(on="test", every_epochs=1)
-    config = recipe(selection=selection, waves=WavesConfig(save_every=2))
-    adapt(config)
-    folder = folder_of(config)
-    expected = {"adapter", WEIGHTS, "metrics.jsonl", "scores.jsonl", "result.json"}
-    assert {path.name for path in folder.iterdir()} == expected
-    assert state.read_card(folder).origin["backbone"] == WEIGHTS
-
-
-def test_better_weights_take_the_place_of_those_before(
-    recipe: Callable[..., AdaptConfig], tmp_path: Path
-) -> None:
-    bench = Bench(recipe())
-    wave = bench.open()
-    with wave.thawed(bench.model):
-        for name in ("000000", "000003"):
-            wave.keep(0, tmp_path / "best" / name, backbone={})
-    assert [path.name for path in (tmp_path / "best").iterdir()] == ["000003"]
-
-
-def selections() -> list[Any]:
-    return [
-        pytest.param(SelectionConfig(on=on, every_epochs=1), id=on)
-        for on in ("test", "shots", "last")
-    ]
-
-
-@pytest.mark.parametrize("selection", selections())
-@pytest.mark.parametrize("own", [TOY, TIED], ids=["untied", "tied"])
-def test_a_fresh_model_with_the_weights_and_the_adapter_gives_the_scores(
-    recipe: Callable[..., AdaptConfig], own: BackboneConfig, selection: SelectionConfig
-) -> None:
-    shots = ShotsConfig(seeds=(0,), set_aside=4)
-    config = recipe(backbone=own, selection=selection, shots=shots)
-    adapt(config)
-    folder, model = folder_of(config), fresh_model(own)
-    parameters, tensors = dict(model.named_parameters()), load_file(folder / WEIGHTS)
-    assert parameters.keys() == tensors.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    adapter = state.load(folder, model=model)
-    (data,) = open_jobs(config).data.values()
-    batch = [replace(row, task=0) for row in data.test.rows]
-    scores = scoring.rank_choices(
-        model, adapter, batch, length_norm=1.0, device=next(model.parameters()).device
-    )
-    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-    for line, expected in zip(lines, scores, strict=True):
-        assert line["choice_scores"] == pytest.approx(expected, abs=1e-5)
-    right = sum(
-        values.index(min(values)) == question.example.label
-        for values, question in zip(scores, data.test.questions, strict=True)
-    )
-    assert result_of(config)["score"] == pytest.approx(100.0 * right / len(batch))
-
-
-def test_the_scores_are_those_of_the_best_step(recipe: Callable[..., AdaptConfig]) -> None:
-    """A job that stops where another one was best leaves what the other one kept."""
-    constant = replace(RANKED, decay="constant", warmup_fraction=0.0, steps=9)
-    selection = SelectionConfig(on="shots", every_epochs=1)
-    shots = ShotsConfig(seeds=(0,), set_aside=4)
-    changes = {"selection": selection, "shots": shots, "protocol": constant}
-    wild = {"f": replace(FULL, backbone_lr=2e-2)}
-    config = recipe(run="long", variants=wild, **changes)
-    adapt(config)
-    best = result_of(config)["best_step"]
-    assert 0 < best < 9
-    changes["selection"] = SelectionConfig(on="last")
-    changes["protocol"] = replace(constant, steps=best)
-    short = recipe(run="short", variants=wild, **changes)
-    adapt(short)
-    assert not differing(left_by(config), left_by(short))
-    assert result_of(config)["score"] == result_of(short)["score"]
-
-
-def test_an_interrupted_job_starts_again(
-    recipe: Callable[..., AdaptConfig], caplog: pytest.LogCaptureFixture
-) -> None:
-    selection = SelectionConfig(on="test", every_epochs=1)
-    config = recipe(selection=selection)
-    adapt(config)
-    folder, before, expected = folder_of(config), left_by(config), result_of(config)
-    (folder / "result.json").unlink()
-    (folder / "best").mkdir()
-    (folder / "adapter").rename(folder / "best" / "000003")
-    with caplog.at_level("INFO", logger="mhr_scale"):
-        adapt(config)
-    assert "starts again" in caplog.text
-    assert not differing(left_by(config), before)
-    assert result_of(config) == expected
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert sorted(map(json.loads, lines), key=str) == sorted(map(json.loads, set(lines)), key=str)
-
-
-def test_a_finished_job_is_left_alone(recipe: Callable[..., AdaptConfig]) -> None:
-    config = recipe()
-    adapt(config)
-    written = (folder_of(config) / WEIGHTS).stat().st_mtime_ns
-    adapt(config)
-    assert (folder_of(config) / WEIGHTS).stat().st_mtime_ns == written
-
-
-def test_it_starts_from_a_trained_inventory(recipe: Callable[..., AdaptConfig]) -> None:
-    first = recipe(run="first", variants={"lora": replace(PLAIN, fresh=AdapterConfig(rank=1))})
-    adapt(first)
-    source = str(folder_of(first, variant="lora") / "adapter")
-    config = recipe(backbone=None, variants={"f": replace(FULL, fresh=None, adapter=source)})
-    bench = Bench(config)
-    wave = bench.open()
-    assert isinstance(wave, FullWave)
-    stored = load_file(Path(source) / state.TENSORS)
-    tensors = state.named_tensors(wave.take(0))
-    different = differing(tensors, stored)
-    assert different
-    assert all(name.endswith("routing_logits") for name in different)
 
 
 # --- what is refused

@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import ROOT
 
-from mhr_scale import backbone
+from mhr_scale import backbone, hub
 from mhr_scale.adapters import attach, find_sites
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import (
@@ -117,7 +117,7 @@ def test_adapters_in_the_model_do_not_count(kitchen, source, tasks):
 def test_a_sentence_encoder_can_stand_in_for_the_backbone(kitchen, tasks):
     """Here it is the encoder of the same backbone, from its folder."""
     silence(kitchen)
-    settings = replace(SETTINGS, encoder=str(backbone.BUILTIN["builtin:toy"]))
+    settings = replace(SETTINGS, encoder=str(hub.BUILTIN["builtin:toy"]))
     own, other = (embed_tasks(tasks, one, kitchen) for one in (SETTINGS, settings))
     for name in tasks:
         assert float(own[name] @ other[name]) > 0.99

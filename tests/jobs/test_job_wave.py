@@ -1,7 +1,7 @@
 """Jobs in a wave against the same jobs one after the other."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -279,4 +279,4 @@ def test_of_equal_scores_the_first_one_is_the_best():
         True,
     ]
     assert (standing.best_step, standing.best_score, standing.worse) == (4, 4.0, 0)
-    assert Standing.read({"standing": standing.to_json()}, place=Path()) == standing
+    assert Standing.read({"standing": asdict(standing)}, place=Path()) == standing

@@ -147,6 +147,18 @@ def test_an_analysis_without_alignment_and_routing_is_reported(tmp_path: Path) -
     assert names == ["summary", "routing", "inventory", "parameters"]
 
 
+def test_skills_without_an_update_have_no_overlap_to_report(tmp_path: Path) -> None:
+    """Those of a fresh adapter, and of a run before its first step."""
+    folder = made_runs.analysis(tmp_path)
+    found = json.loads((folder / "analysis.json").read_text())
+    found["inventory"]["overlap"] = [[None, None], [None, None]]
+    for linear in found["inventory"]["linears"]:
+        linear |= {"norms": [0.0, 0.0], "overlap": None}
+    (folder / "analysis.json").write_text(json.dumps(found))
+    table = tables(page_of(folder), "inventory")["Overlap of skills"]
+    assert [list(row[1:]) for row in table.rows] == [[None, None], [None, None]]
+
+
 def test_settings_that_differ_come_first(tmp_path: Path) -> None:
     one = made_runs.pretraining(tmp_path / "one", "optim.lr=0.25")
     two = made_runs.pretraining(tmp_path / "two")

@@ -65,12 +65,17 @@ def test_every_unit_is_a_valid_recipe_and_comes_after_what_it_needs(
 
 
 def test_toy_rates_are_chosen_on_tasks_that_no_seed_holds_out(tmp_path: Path):
-    facts = open_data(TOY, root=tmp_path, shared=tmp_path).facts
+    data = open_data(TOY, root=tmp_path, shared=tmp_path)
+    fit, searched = (
+        set(json.loads(data.search[verb][1].removeprefix("tasks.tasks=")))
+        for verb in ("pretrain", "adapt")
+    )
     held_out = {name for seed in TOY.seeds for name in toy.split(seed)[0]}
     assert SEARCH_SEED not in TOY.seeds
-    assert not held_out & {*facts["fit"], *facts["search"]}
-    assert not set(facts["fit"]) & set(facts["search"])
-    assert (len(facts["fit"]), len(facts["search"])) == (50, TOY.n_search)
+    assert not held_out & (fit | searched)
+    assert not fit & searched
+    assert searched == set(data.searched)
+    assert (len(fit), len(searched)) == (50, TOY.n_search)
 
 
 def test_superni_rates_are_chosen_on_training_tasks_alone(tmp_path: Path, sample: Path):

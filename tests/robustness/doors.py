@@ -86,7 +86,7 @@ def recipe(schema: Any, verb: Callable[[Any], Any]) -> Callable[[Originals], Non
 
     def door(originals: Originals) -> None:
         folder = next(Path().glob("* recipe"))
-        config = parse(schema, [str(folder / "recipe.yaml")], usage="a verb").config
+        config = parse(schema, [str(folder / "recipe.yaml")], about="a verb RECIPE").config
         printed = Path("printed.yaml")
         printed.write_text(to_yaml(config), encoding="utf-8")
         assert load(schema, printed) == config

@@ -4,15 +4,19 @@ from dataclasses import replace
 import pytest
 from held_out_files import RTE, RTE_TEMPLATES, configure, template, write_rows, write_templates
 
-from mhr_scale.config import JsonlTasks, SuperNITasks, ToyTasks
-from mhr_scale.config.adaptation import ShotsConfig
-from mhr_scale.config.data import HeldOutTasks, IntakeConfig
+from mhr_scale.config import (
+    HeldOutTasks,
+    IntakeConfig,
+    JsonlTasks,
+    ShotsConfig,
+    SuperNITasks,
+    ToyTasks,
+)
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks import held_out, superni, toy
-from mhr_scale.tasks.few_shot_suites import read_few_shot
-from mhr_scale.tasks.fewshot import first_shuffled
+from mhr_scale.tasks import toy
 from mhr_scale.tasks.held_out_rows import TASKS
-from mhr_scale.tasks.suites import read_evaluation
+from mhr_scale.tasks.held_out_shots import first_shuffled
+from mhr_scale.tasks.suites import read_evaluation, read_few_shot
 from mhr_scale.tasks.task import Intake
 
 TOY = ToyTasks(suite="toy", fold="held_out", train_examples=40)
@@ -129,7 +133,7 @@ def write_superni(folder, *, count=20, fold="test"):
 def test_real_superni_tasks_are_the_rows_of_their_seed(sample, seed):
     tasks = read(sample, seed=seed)
     check_promises(tasks, seed=seed)
-    wanted = superni.read_tasks(replace(sample, seed=seed), Intake())
+    wanted = replace(sample, seed=seed).read_tasks(Intake())
     assert [one.task for one in tasks] == wanted
     assert len(tasks) == 20
     for one in tasks:
@@ -270,7 +274,7 @@ def test_real_draws_do_not_depend_on_the_order_they_are_asked_in(t0, t0_tasks):
 def test_real_evaluation_rows_keep_one_template_for_each_seed(t0, t0_tasks):
     config, folder = t0
     tasks, seed = t0_tasks
-    wanted = held_out.read_tasks(replace(config, seed=seed), Intake())
+    wanted = replace(config, seed=seed).read_tasks(Intake())
     for one, task, other in zip(tasks, wanted, read(config, seed=1, folder=folder), strict=True):
         assert one.task.test == task.test
         assert one.task.test != other.task.test
@@ -323,7 +327,7 @@ def test_shots_are_drawn_from_the_train_split_where_there_are_no_files(tmp_path)
 def test_evaluation_templates_are_those_of_the_seed_of_the_shots(tmp_path):
     config = write_rte(tmp_path, seed=99)
     for seed in (1, 2, 3):
-        wanted = held_out.read_tasks(configure(tmp_path, tasks=("rte",), seed=seed), Intake())
+        wanted = configure(tmp_path, tasks=("rte",), seed=seed).read_tasks(Intake())
         assert read(config, seed=seed)[0].task.test == wanted[0].test
 
 

@@ -4,9 +4,9 @@ import logging
 import pytest
 from held_out_files import configure, write_rows
 
-from mhr_scale.config.data import HeldOutTasks
+from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.held_out import Prompts, read_tasks
+from mhr_scale.tasks.held_out_prompts import Prompts
 from mhr_scale.tasks.held_out_rows import TASKS
 from mhr_scale.tasks.task import Intake
 
@@ -53,14 +53,14 @@ def configure_shared(shared, **options):
 
 def read_shared(shared, **options):
     intake = Intake(on_bad="error")
-    return {task.name: task for task in read_tasks(configure_shared(shared, **options), intake)}
+    return {task.name: task for task in configure_shared(shared, **options).read_tasks(intake)}
 
 
 def read_with_shared_templates(shared, folder, task, *rows, **options):
     write_rows(folder / f"{task}.{TASKS[task].evaluation}.jsonl", *rows)
     config = configure_shared(shared, folder=str(folder), tasks=(task,), **options)
     intake = Intake()
-    (made,) = read_tasks(config, intake)
+    (made,) = config.read_tasks(intake)
     return made.test, intake
 
 
@@ -165,7 +165,7 @@ def test_what_real_sets_lack_is_said(shared, caplog):
 def test_missing_tasks_are_all_listed(shared):
     config = configure_shared(shared, anli_split="test", missing="error")
     with pytest.raises(DataError) as caught:
-        read_tasks(config, Intake())
+        config.read_tasks(Intake())
     message = str(caught.value)
     assert "no evaluation rows of 5 task(s): anli-r1 (test_r1 wanted, anli-r1.dev_fi" in message
     assert "wsc (validation wanted, nothing there), copa (validation wanted, noth" in message
@@ -278,12 +278,12 @@ def test_storycloze_lies_among_the_other_files_too(shared, tmp_path):
 
 def test_storycloze_asked_for_by_name_is_missing_like_any_other(tmp_path):
     with pytest.raises(DataError, match=r"1 task\(s\): storycloze \(test wanted, nothing there\)"):
-        read_tasks(configure(tmp_path, tasks=("storycloze",)), Intake())
+        configure(tmp_path, tasks=("storycloze",)).read_tasks(Intake())
 
 
 def test_a_storycloze_path_without_a_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"tasks\.storycloze: .*none\.csv: no such file"):
-        read_tasks(configure(tmp_path, storycloze=str(tmp_path / "none.csv")), Intake())
+        configure(tmp_path, storycloze=str(tmp_path / "none.csv")).read_tasks(Intake())
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])

@@ -12,9 +12,8 @@ from held_out_files import (
     write_templates,
 )
 
-from mhr_scale.config.data import HeldOutTasks
+from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.held_out import read_tasks
 from mhr_scale.tasks.task import Intake
 
 # Rows
@@ -80,7 +79,7 @@ def test_bad_endings_are_refused(tmp_path, endings, reason):
     good = {"ctx": "x", "endings": ["a", "b", "c", "d", "e"], "label": 3}
     write_rows(tmp_path / "hellaswag.dev.jsonl", good, {**good, "endings": endings})
     intake = Intake()
-    (task,) = read_tasks(configure(tmp_path, tasks=("hellaswag",)), intake)
+    (task,) = configure(tmp_path, tasks=("hellaswag",)).read_tasks(intake)
     assert [reject.reason for reject in intake.rejects] == [reason]
     assert task.test[0].choices == ("a", "b", "c", "d", "e")
 
@@ -175,7 +174,7 @@ def test_anli_is_scored_on_the_split_asked_for(tmp_path, split, expected):
     write_templates(tmp_path, "anli", None, *RTE_TEMPLATES)
     for idx, name in enumerate(("train_r1", "test_r1", "dev_r1", "test_r2", "dev_r2")):
         write_rows(tmp_path / "anli-r1" / f"{name}.jsonl", {**RTE, "idx": idx})
-    (task,) = read_tasks(configure(tmp_path, tasks=("anli-r1",), anli_split=split), Intake())
+    (task,) = configure(tmp_path, tasks=("anli-r1",), anli_split=split).read_tasks(Intake())
     assert [example.id for example in task.test] == [expected]
 
 
@@ -196,7 +195,7 @@ def test_hellaswag_goes_by_the_name_of_t_few_too(tmp_path):
     write_templates(tmp_path, "hellaswag", None, text)
     row = {"ctx": "x", "endings": ["a", "b", "c", "d"], "label": "1"}
     write_rows(tmp_path / "h-swag" / "validation.jsonl", row)
-    (task,) = read_tasks(configure(tmp_path, tasks=("hellaswag",)), Intake())
+    (task,) = configure(tmp_path, tasks=("hellaswag",)).read_tasks(Intake())
     assert task.name == "hellaswag"
 
 
@@ -204,32 +203,32 @@ def test_missing_tasks_are_skipped_on_request(tmp_path, caplog):
     write_templates(tmp_path, "super_glue", "rte", *RTE_TEMPLATES)
     write_rows(tmp_path / "rte.validation.jsonl", RTE)
     with caplog.at_level(logging.WARNING, "mhr_scale"):
-        tasks = read_tasks(configure(tmp_path, tasks=("cb", "rte"), missing="skip"), Intake())
+        tasks = configure(tmp_path, tasks=("cb", "rte"), missing="skip").read_tasks(Intake())
     assert [task.name for task in tasks] == ["rte"]
     assert "1 task(s) skipped, no evaluation rows: cb (validation wanted" in caplog.text
 
 
 def test_no_task_at_all_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no evaluation rows of any task asked for"):
-        read_tasks(configure(tmp_path, missing="skip"), Intake())
+        configure(tmp_path, missing="skip").read_tasks(Intake())
 
 
 def test_tasks_keep_the_order_of_the_suite(tmp_path):
     for name in ("cb", "rte"):
         write_templates(tmp_path, "super_glue", name, *RTE_TEMPLATES)
         write_rows(tmp_path / f"{name}.validation.jsonl", RTE)
-    tasks = read_tasks(configure(tmp_path, tasks=("cb", "rte", "cb")), Intake())
+    tasks = configure(tmp_path, tasks=("cb", "rte", "cb")).read_tasks(Intake())
     assert [task.name for task in tasks] == ["rte", "cb"]
 
 
 def test_an_unknown_task_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no held-out task is called 'h-swag'; did you mean 'hel"):
-        read_tasks(configure(tmp_path, tasks=("h-swag",)), Intake())
+        configure(tmp_path, tasks=("h-swag",)).read_tasks(Intake())
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"none: no such folder; set tasks\.folder"):
-        read_tasks(configure(tmp_path, folder=str(tmp_path / "none")), Intake())
+        configure(tmp_path, folder=str(tmp_path / "none")).read_tasks(Intake())
 
 
 def test_local_rows_need_a_folder():
@@ -272,7 +271,7 @@ def test_the_hub_is_asked_for_the_evaluation_splits(tmp_path, monkeypatch, split
     config = configure(
         tmp_path, source="hub", folder=None, tasks=("rte", "anli-r2"), anli_split=split
     )
-    tasks = read_tasks(config, Intake())
+    tasks = config.read_tasks(Intake())
     assert asked == [
         ("aps/super_glue", "rte", "validation"),
         ("facebook/anli", None, f"{split}_r2"),
@@ -292,4 +291,4 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
 def test_the_hub_has_no_storycloze(tmp_path):
     config = configure(tmp_path, source="hub", folder=None, tasks=("storycloze",))
     with pytest.raises(DataError, match=r"the hub: no evaluation rows of 1 task\(s\): storycloze"):
-        read_tasks(config, Intake())
+        config.read_tasks(Intake())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.jsonl import iter_rows, read_tasks
+from mhr_scale.tasks.json_lines import iter_rows
 from mhr_scale.tasks.task import Intake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def rows(count, **fields):
 
 
 def read(folder, into=None, **options):
-    return read_tasks(JsonlTasks(suite="jsonl", folder=str(folder), **options), into or Intake())
+    return JsonlTasks(suite="jsonl", folder=str(folder), **options).read_tasks(into or Intake())
 
 
 def read_one(folder, **options):

@@ -2,7 +2,6 @@ import pytest
 
 from mhr_scale.config import JsonlTasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.jsonl import read_tasks
 from mhr_scale.tasks.task import Intake
 
 PLAIN = '{"input": "x", "target": "y"}\n'
@@ -13,7 +12,7 @@ def read_with(folder, text, rows=PLAIN):
     (folder / "t").mkdir()
     (folder / "t" / "train.jsonl").write_text(rows)
     (folder / "tasks.yaml").write_text(text)
-    (task,) = read_tasks(JsonlTasks(suite="jsonl", folder=str(folder)), Intake())
+    (task,) = JsonlTasks(suite="jsonl", folder=str(folder)).read_tasks(Intake())
     return task
 
 

@@ -61,7 +61,7 @@ def configure(templates, source, *tasks, **settings):
 def read(templates, source, *tasks, intake=None, **settings):
     settings.setdefault("validation_examples", 0)
     config = configure(templates, source, *tasks, **settings)
-    return list(t0.read_tasks(config, Intake() if intake is None else intake))
+    return list(config.read_tasks(Intake() if intake is None else intake))
 
 
 # -- tasks -------------------------------------------------------------------------------------

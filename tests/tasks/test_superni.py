@@ -8,7 +8,6 @@ import pytest
 
 from mhr_scale.config import SuperNITasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.superni import read_tasks
 from mhr_scale.tasks.task import Intake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +46,7 @@ def make_suite(folder, fold="train", listed=None, **tasks):
 
 def read(folder, into=None, **options):
     config = SuperNITasks(suite="superni", folder=str(folder), **options)
-    return read_tasks(config, into or Intake())
+    return config.read_tasks(into or Intake())
 
 
 def read_rows(folder, rows, fold="train", **options):

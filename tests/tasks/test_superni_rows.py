@@ -4,7 +4,6 @@ import pytest
 
 from mhr_scale.config import IntakeConfig, SuperNITasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.superni import read_tasks
 from mhr_scale.tasks.task import Intake
 
 GOOD = {"id": "good", "input": "x", "output": ["y"]}
@@ -20,7 +19,7 @@ def read(folder, content, into=None, **options):
     config = SuperNITasks(
         suite="superni", folder=str(folder), validation_examples=0, train_examples=1000, **options
     )
-    (task,) = read_tasks(config, into or Intake())
+    (task,) = config.read_tasks(into or Intake())
     return task
 
 

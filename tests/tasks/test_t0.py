@@ -40,9 +40,7 @@ def write(folder, names, n_rows=3, choices=None):
 
 
 def read(source, *tasks, **settings):
-    return list(
-        t0.read_tasks(T0Tasks(suite="t0", source=source, tasks=tasks, **settings), Intake())
-    )
+    return list(T0Tasks(suite="t0", source=source, tasks=tasks, **settings).read_tasks(Intake()))
 
 
 # -- the table ---------------------------------------------------------------------------------

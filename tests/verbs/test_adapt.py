@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +42,7 @@ from mhr_scale.jobs.wave import Wave
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.evaluate import evaluate
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")

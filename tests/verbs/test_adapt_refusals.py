@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from small_runs import BARE, LORA, TASKS, make_config, make_source, write_fold, write_rows
 
 from mhr_scale.adapters import state
-from mhr_scale.backbone import BUILTIN
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -22,16 +20,12 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, LayoutError, RunError, UserError
+from mhr_scale.hub import BUILTIN
 from mhr_scale.recipe import load
 from mhr_scale.tasks import toy
 from mhr_scale.verbs.adapt import adapt
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ from mhr_scale.verbs.export import export
 from mhr_scale.verbs.finetune import finetune
 from mhr_scale.verbs.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 ONE_STEP = ProtocolConfig(steps=1)
 SCORING = ScoringConfig(examples=1)
 
@@ -48,19 +50,12 @@ SCORING = ScoringConfig(examples=1)
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A converted backbone, a run over it and that run's average in PEFT's format."""
     place = tmp_path_factory.mktemp("places")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        origin = OriginConfig(name="builtin:toy")
-        folder = convert(ConvertConfig(backbone=origin, folder=str(place / "backbone")))
-        run = make_source(place / "run", f"backbone.name={folder}")
-        exported = export(ExportConfig(adapter=str(run), folder=str(place / "peft")))
+    origin = OriginConfig(name="builtin:toy")
+    folder = convert(ConvertConfig(backbone=origin, folder=str(place / "backbone")))
+    run = make_source(place / "run", f"backbone.name={folder}")
+    exported = export(ExportConfig(adapter=str(run), folder=str(place / "peft")))
     rows = write_rows(place / "rows")
     return {"backbone": folder, "run": run, "peft": exported, "rows": rows}
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def to_pretrain(places: dict[str, Path], out: Path) -> None:

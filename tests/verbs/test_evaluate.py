@@ -7,44 +7,29 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT
+from small_runs import BARE, make_source
 
 from mhr_scale import summary
 from mhr_scale.config import (
     AverageConfig,
-    BackboneConfig,
     EvaluateConfig,
     JsonlTasks,
     PlainRunConfig,
-    PretrainConfig,
     RunConfig,
     ScoringConfig,
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
-from mhr_scale.recipe import load
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.evaluate import evaluate
-from mhr_scale.verbs.pretrain import pretrain
 
-TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
-SHORT = (
-    "schedule.steps=4",
-    "batch.batch_size=8",
-    "batch.micro_batch_size=4",
-    "tasks.n_tasks=4",
-    "tasks.train_examples=10",
-    "tasks.validation_examples=5",
-    "run.validate_every=-1",
-)
 TASKS = ToyTasks(suite="toy", n_tasks=4, train_examples=10, validation_examples=5)
-BARE = BackboneConfig(name="builtin:toy", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "toy"
-    pretrain(load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"]))
-    return folder
+    return make_source(folder, "tasks.validation_examples=5")
 
 
 def settings(folder: Path, source: Path | None = None, **changes: object) -> EvaluateConfig:
@@ -190,7 +175,7 @@ def test_unknown_tasks_under_their_own_routing_are_refused(source: Path, tmp_pat
 
 
 def test_another_job_in_the_same_folder_is_refused(source: Path, ranked: Path) -> None:
-    with pytest.raises(RunError, match=r"scores of another job \(other routing\)"):
+    with pytest.raises(RunError, match=r"scores of other settings \(routing was own, is average\)"):
         evaluate(settings(ranked, source, routing="average"))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from small_runs import make_source
 
 from mhr_scale import summary
 from mhr_scale.adapters import state
@@ -14,30 +14,17 @@ from mhr_scale.adapters.interop import write_peft_lora
 from mhr_scale.config import (
     EvaluateConfig,
     PlainRunConfig,
-    PretrainConfig,
     ScoringConfig,
     SoupConfig,
     SuperNITasks,
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, RunError
-from mhr_scale.recipe import load
 from mhr_scale.tasks.metrics import rouge_l
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.verbs.evaluate import evaluate
-from mhr_scale.verbs.pretrain import pretrain
 
-TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
-SHORT = (
-    "schedule.steps=4",
-    "batch.batch_size=8",
-    "batch.micro_batch_size=4",
-    "tasks.n_tasks=4",
-    "tasks.train_examples=10",
-    "tasks.validation_examples=5",
-    "tasks.instruction=full",
-    "run.validate_every=-1",
-)
+SETTINGS = ("tasks.validation_examples=5", "tasks.instruction=full")
 TASKS = ToyTasks(
     suite="toy", n_tasks=4, train_examples=10, validation_examples=5, instruction="full"
 )
@@ -45,17 +32,14 @@ TASKS = ToyTasks(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "toy"
-    pretrain(load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"]))
-    return folder
+    return make_source(tmp_path_factory.mktemp("runs") / "toy", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("private") / "toy"
-    options = ["adapter={layout: attention, rank: 2, n_skills: 1, private: true}"]
-    pretrain(load(PretrainConfig, TOY, [*SHORT, *options, f"run.folder={folder}"]))
-    return folder
+    adapter = "adapter={layout: attention, rank: 2, n_skills: 1, private: true}"
+    return make_source(folder, *SETTINGS, adapter)
 
 
 def choice_scores(adapter: Path, folder: Path, **changes: object) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from processes import ROOT
 from safetensors.torch import load_file, save_file
 from toy_exports import (
@@ -21,20 +21,20 @@ from toy_exports import (
     TASKS,
     assert_close,
     assert_same,
+    files,
     make,
     native_logits,
     rows,
     run_export,
     save_run,
+    save_runs,
     toy_t5,
 )
 
 from mhr_scale.adapters import Adapter, interop, state
 from mhr_scale.adapters.collapse import average, collapse, soup
-from mhr_scale.config import ExportConfig
-from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
+from mhr_scale.errors import AdapterError
 from mhr_scale.reloading import spread
-from mhr_scale.verbs.export import export
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated",
@@ -52,9 +52,8 @@ TWELVE_LINES = re.search(
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for each kind of adapter, and finished few-shot jobs."""
-    folder = tmp_path_factory.mktemp("runs")
-    for kind in ("MHR", "Poly", "LoRA", "IA3", "MHR-IA3", "private", "shared routing", "uniform"):
-        save_run(folder / kind, make(kind))
+    kinds = ("MHR", "Poly", "LoRA", "IA3", "MHR-IA3", "private", "shared routing", "uniform")
+    folder = save_runs(tmp_path_factory.mktemp("runs"), *kinds)
     for kind in ("MHR", "LoRA", "uniform"):
         job = folder / "few_shot" / "jobs" / "a task" / "0" / kind
         save_run(job, make(kind, tasks=("a task",)), origin={"job": f"a task/0/{kind}"})
@@ -63,10 +62,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(folder: Path | str) -> Adapter:
     return interop.open_adapter(folder)[1]
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # --- what is exported
@@ -197,6 +192,7 @@ for folder in folders:
 assert not [name for name in sys.modules if name.partition(".")[0] == "mhr_scale"]
 save_file(found, "logits.safetensors")
 """
+MERGED = {"format": "merged", "dtype": "float32"}
 #: Run, settings, the original whose logits are expected, and its tasks.
 EXPORTS: dict[str, tuple[str, dict, Any, tuple[int, ...]]] = {
     "peft_average": ("MHR", {}, average, (0,) * N_ROWS),
@@ -208,17 +204,11 @@ EXPORTS: dict[str, tuple[str, dict, Any, tuple[int, ...]]] = {
     "peft_job": ("few_shot/jobs/a task/0/MHR", {}, None, (0,) * N_ROWS),
     "poly_mhr": ("MHR", {"format": "peft_poly"}, None, TASK_IDS),
     "poly": ("Poly", {"format": "peft_poly"}, None, TASK_IDS),
-    "merged_lora": ("LoRA", {"format": "merged", "dtype": "float32"}, None, (0,) * N_ROWS),
-    "merged_ia3": ("IA3", {"format": "merged", "dtype": "float32"}, None, (0,) * N_ROWS),
+    "merged_lora": ("LoRA", MERGED, None, (0,) * N_ROWS),
+    "merged_ia3": ("IA3", MERGED, None, (0,) * N_ROWS),
     "merged_task": (
         "MHR",
-        {
-            "format": "merged",
-            "dtype": "float32",
-            "what": "task",
-            "task": TASK,
-            "max_shard_bytes": 200_000,
-        },
+        {**MERGED, "what": "task", "task": TASK, "max_shard_bytes": 200_000},
         None,
         (1,) * N_ROWS,
     ),
@@ -404,204 +394,4 @@ def test_other_ranks_of_a_launcher_do_nothing(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     run_export(str(runs / "LoRA"), tmp_path / "out")
-    assert files(tmp_path) == []
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"what": "task"}, "task: name the training task for what: task"),
-        ({"task": TASK}, "task: name the training task for what: task, and only for it"),
-        ({"what": "soup"}, "tasks: name training tasks for what: soup"),
-        ({"tasks": SOUP}, "tasks: name training tasks for what: soup, and only for it"),
-        ({"what": "soup", "tasks": (TASK, TASK)}, "names a task twice"),
-        ({"what": "average", "format": "peft_poly"}, "peft_poly cannot hold what: average; set wh"),
-        ({"what": "all_tasks", "format": "merged"}, "merged cannot hold what: all_tasks; set what"),
-        ({"dtype": "bfloat16"}, "dtype: adapters are written in float32"),
-        ({"max_shard_bytes": 0}, "max_shard_bytes: 0 is not at least 1"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(settings: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        ExportConfig(adapter="runs/x", folder="out", **settings)
-
-
-@pytest.mark.parametrize(
-    ("run", "settings", "words"),
-    [
-        ("MHR", {"what": "task", "task": "sort it"}, "MHR: task 'sort it' .*did you mean 'sort/it"),
-        ("private", {"what": "soup", "tasks": ("sort it",)}, "did you mean 'sort/it'"),
-        ("MHR", {"what": "soup", "tasks": SOUP}, "a soup is made of private adapters"),
-        ("MHR", {"what": "whole"}, r"MHR of 3 skill\(s\) .* set what: average or what: task"),
-        ("MHR", {"what": "whole", "format": "merged"}, "is no single adapter; set what: average"),
-        ("uniform", {"what": "all_tasks"}, "has no routing of its own"),
-        ("LoRA", {"what": "task", "task": TASK}, "no routing of its own for task"),
-        (
-            "shared routing",
-            {"format": "peft_poly"},
-            "out as PEFT Poly: .*shared by block, PEFT",
-        ),
-        ("LoRA", {"format": "peft_poly"}, "out as PEFT Poly: there is nothing to route"),
-        ("private", {"format": "peft_poly"}, "PEFT has one inventory for all tasks"),
-    ],
-)
-def test_what_the_adapter_does_not_have_is_refused(
-    run: str, settings: dict, words: str, runs: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(AdapterError, match=words) as caught:
-        run_export(str(runs / run), tmp_path / "out", **settings)
-    assert "\n" not in str(caught.value)
-    assert files(tmp_path) == []
-
-
-def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
-    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2}
-    config = {**sizes, "vocab_size": 384, "feed_forward_proj": "gated-gelu"}
-    run = save_run(tmp_path / "run", make("LoRA"), backbone={"config": config})
-    with pytest.raises(AdapterError, match=r"made for another backbone: .* is \(64, 64\) there"):
-        run_export(run, tmp_path / "out")
-    assert files(tmp_path) == ["run"]
-
-
-def test_a_backbone_that_is_not_there_is_refused(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="no folder"):
-        run_export(str(runs / "LoRA"), tmp_path / "out", backbone_moved_to="/no/such/folder")
-
-
-def test_a_path_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="no adapter here"):
-        run_export(str(tmp_path), tmp_path / "out")
-
-
-def test_a_folder_that_is_not_empty_is_refused(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(RunError, match=r"out is not empty; name another folder, or empty it"):
-        run_export(str(runs / "LoRA"), tmp_path / "out")
-    assert (files(tmp_path), files(tmp_path / "out")) == (["out"], ["mine"])
-
-
-@pytest.mark.parametrize(("name", "words"), [("f", "is a file"), ("f/out", "cannot write in")])
-def test_a_file_in_the_way_is_refused(name: str, words: str, runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "f").write_text("")
-    with pytest.raises(RunError, match=words):
-        run_export(str(runs / "LoRA"), tmp_path / name)
-
-
-def test_a_job_that_trained_the_backbone_is_no_peft_folder(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "job", make("LoRA"), origin={"backbone": "backbone.safetensors"})
-    for form in ("peft", "native"):
-        with pytest.raises(AdapterError, match=r"trained the backbone's weights too .* merged"):
-            run_export(run, tmp_path / "out", format=form)
-
-
-# --- a failed check
-
-
-def spoil(file: Path) -> None:
-    """Change the last tensor a little."""
-    tensors = load_file(file)
-    name = max(name for name in tensors if "logits" not in name)
-    tensors[name] = tensors[name] + 0.03
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("run", "settings", "writer"),
-    [
-        ("MHR", {}, "write_peft_lora"),
-        ("IA3", {}, "write_peft_ia3"),
-        ("MHR", {"format": "peft_poly"}, "write_peft_poly"),
-        ("MHR", {"what": "all_tasks"}, "write_peft_lora"),
-    ],
-)
-def test_a_damaged_peft_folder_is_noticed_and_nothing_is_left(
-    run: str,
-    settings: dict,
-    writer: str,
-    runs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write = getattr(interop, writer)
-
-    def write_and_spoil(adapter: Adapter, folder: Path, **options: Any) -> None:
-        write(adapter, folder, **options)
-        spoil(folder / interop.TENSORS)
-
-    monkeypatch.setattr(interop, writer, write_and_spoil)
-    with pytest.raises(AdapterError, match=r"out: not exported: the logits of what stock"):
-        run_export(str(runs / run), tmp_path / "out", **settings)
-    assert files(tmp_path) == []
-
-
-def test_a_folder_that_peft_cannot_load_is_noticed(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = interop.write_peft_lora
-
-    def write_half(adapter: Adapter, folder: Path, **options: Any) -> None:
-        write(adapter, folder, **options)
-        os.truncate(folder / interop.TENSORS, 100)
-
-    monkeypatch.setattr(interop, "write_peft_lora", write_half)
-    with pytest.raises(AdapterError, match="not exported: stock PEFT does not load it"):
-        run_export(str(runs / "LoRA"), tmp_path / "out")
-    assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("run", "form", "module", "writer"),
-    [("MHR", "native", state, "save"), ("LoRA", "peft", interop, "write_peft_lora")],
-    ids=["native", "peft"],
-)
-def test_one_wrong_bit_is_noticed(
-    run: str,
-    form: Any,
-    module: Any,
-    writer: str,
-    runs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write = getattr(module, writer)
-
-    def write_another(adapter: Adapter, folder: Path, **options: Any) -> Path:
-        tensor = next(iter(state.named_tensors(adapter).values()))
-        before = tensor.clone()
-        tensor.view(torch.int32).flatten()[0] ^= 1
-        write(adapter, folder, **options)
-        tensor.copy_(before)
-        return folder
-
-    monkeypatch.setattr(module, writer, write_another)
-    with pytest.raises(AdapterError, match=r"1 tensor\(s\) of what was written differ"):
-        run_export(str(runs / run), tmp_path / "out", format=form)
-    assert files(tmp_path) == []
-
-
-def test_a_full_disk_leaves_nothing(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(*arguments: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(interop, "write_peft_lora", write)
-    with pytest.raises(RunError, match=r"cannot write to .*out \(.*No space left"):
-        run_export(str(runs / "LoRA"), tmp_path / "out")
-    assert files(tmp_path) == []
-
-
-def test_an_interruption_leaves_nothing(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PeftModel, "from_pretrained", load)
-    with pytest.raises(KeyboardInterrupt):
-        export(ExportConfig(adapter=str(runs / "LoRA"), folder=str(tmp_path / "out")))
     assert files(tmp_path) == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_t5 import stored
 from torch import Tensor, nn
 from toy_exports import (
     BASE,
@@ -19,16 +20,16 @@ from toy_exports import (
     assert_close,
     make,
     native_logits,
-    rows,
     run_export,
     save_run,
+    save_runs,
     stock_logits,
     toy_t5,
 )
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from mhr_scale import backbone, merging
-from mhr_scale.adapters import Adapter, attach, detach, find_sites, state
+from mhr_scale.adapters import Adapter, find_sites, state
 from mhr_scale.adapters.collapse import average, collapse
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, RunError
@@ -41,20 +42,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for kind in ("MHR", "LoRA", "IA3"):
-        save_run(folder / kind, make(kind))
-    return folder
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a backbone's folder."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        assert not found.keys() & tensors.keys()
-        found |= tensors
-    return found
+    return save_runs(tmp_path_factory.mktemp("runs"), "MHR", "LoRA", "IA3")
 
 
 def summed(adapter: Adapter, name: str) -> Tensor:
@@ -226,16 +214,6 @@ def on(model: nn.Module, folder: Path, **facts: Any) -> tuple[str, Adapter]:
     return save_run(folder, adapter, backbone=facts), adapter
 
 
-def logits_on(model: nn.Module, adapter: Adapter) -> Tensor:
-    """What our adapter gives on this backbone."""
-    copied = attach(model.eval(), adapter.config, tasks=adapter.task_names)
-    state.load_tensors(copied, state.named_tensors(adapter), place="the other adapter")
-    with torch.no_grad(), copied.slots([0] * len(rows()["input_ids"])):
-        logits = model(**rows()).logits
-    detach(model)
-    return logits
-
-
 @pytest.mark.parametrize("act", ["relu", "gated-gelu"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_tied_embeddings_are_written_once_and_untied_ones_twice(
@@ -248,7 +226,7 @@ def test_tied_embeddings_are_written_once_and_untied_ones_twice(
     embeddings = {name for name in stored(merged) if "embed" in name or "shared" in name}
     assert embeddings == {"shared.weight"}
     assert ("lm_head.weight" in stored(merged)) == (not tied)
-    assert_close(stock_logits(merged), logits_on(model, adapter))
+    assert_close(stock_logits(merged), native_logits(adapter, model=model.eval()))
 
 
 def test_a_configuration_that_is_wrong_of_ties_changes_nothing(tmp_path: Path) -> None:
@@ -259,7 +237,7 @@ def test_a_configuration_that_is_wrong_of_ties_changes_nothing(tmp_path: Path) -
     model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     run, adapter = on(model, tmp_path / "run", name=str(folder))
     merged = run_export(run, tmp_path / "out", format="merged")
-    assert_close(stock_logits(merged), logits_on(model, adapter))
+    assert_close(stock_logits(merged), native_logits(adapter, model=model.eval()))
 
 
 def test_weights_that_were_never_stored_can_be_merged_too(tmp_path: Path) -> None:
@@ -320,7 +298,7 @@ def test_a_backbone_that_a_job_trained_is_merged_with_its_adapter(
     model.load_state_dict({**model.state_dict(), **weights})
     model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
     assert {tensor.dtype for tensor in stored(folder).values()} == {torch.float32}
-    assert_close(stock_logits(folder), logits_on(model, make("LoRA")))
+    assert_close(stock_logits(folder), native_logits(make("LoRA"), model=model.eval()))
 
 
 def test_a_job_without_the_weights_it_trained_is_refused(

@@ -1,7 +1,6 @@
 """The verb `finetune`: an exported LoRA trains over a backbone in 4, 8 or 32 bits."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from processes import ROOT, read_metrics, succeed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from toy_finetunes import TASK, TOY, base_model, export_lora, make_adapter, toy
 
 from mhr_scale import backbone, summary
-from mhr_scale.adapters import Adapter, AdapterConfig, find_sites, state
+from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.collapse import average
-from mhr_scale.adapters.interop import open_adapter, write_peft_ia3, write_peft_lora
+from mhr_scale.adapters.interop import open_adapter, write_peft_lora
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -30,71 +30,24 @@ from mhr_scale.config import (
     ScoringConfig,
     SelectionConfig,
     ShotsConfig,
-    ToyTasks,
     VariantConfig,
 )
 from mhr_scale.engine import Engine
-from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.jobs.data import JobData
 from mhr_scale.recipe import load
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.finetune import finetune
 
-TOY = BackboneConfig(name="builtin:toy", dtype="float32")
-TASK = "sort.plus4.after"
-MHR = AdapterConfig(layout="full", rank=2, n_skills=4, n_splits=4)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 LORA = AdapterConfig(layout="full", rank=2, n_skills=1)
 PRECISIONS = ("none", "int8", "nf4")
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-
-
-def make_adapter(config: BackboneConfig, settings: AdapterConfig = MHR) -> Adapter:
-    """An adapter of the full layout with small numbers everywhere."""
-    with torch.device("meta"):
-        model = backbone.make_model(backbone.read_blueprint(config))
-    sites = find_sites(model, settings.layout)
-    adapter = Adapter(settings, sites, task_names=("a", "b"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.inventory.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return adapter
-
-
-def base_model(config: BackboneConfig) -> str:
-    return str(backbone.read_blueprint(config).folder)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The averaged adapter of a toy inventory as a PEFT folder."""
-    folder = tmp_path_factory.mktemp("exported") / "toy"
-    return write_peft_lora(average(make_adapter(TOY)), folder, base_model=base_model(TOY))
-
-
-def toy(adapter: Path, folder: Path, **changes: Any) -> FinetuneConfig:
-    config = FinetuneConfig(
-        adapter=str(adapter),
-        backbone=TOY,
-        tasks=ToyTasks(suite="toy", fold="held_out"),
-        task=TASK,
-        shots=FinetuneShotsConfig(seed=0, count=16),
-        protocol=ProtocolConfig(
-            steps=12,
-            loss="language_model",
-            warmup_fraction=0.1,
-            max_input_tokens=32,
-            max_target_tokens=32,
-        ),
-        optim=FinetuneOptimConfig(name="adamw", lr=5e-3),
-        scoring=ScoringConfig(metric="accuracy", examples=6),
-        run=FinetuneRunConfig(folder=str(folder), log_every=1, save_every=4),
-    )
-    return replace(config, **changes)
+    return export_lora(tmp_path_factory.mktemp("exported") / "toy")
 
 
 def losses(folder: Path) -> list[float]:
@@ -345,74 +298,6 @@ def test_generated_answers_are_scored_too(exported: Path, tmp_path: Path) -> Non
     protocol = replace(toy(exported, tmp_path).protocol, steps=1)
     finetune(toy(exported, tmp_path, scoring=scoring, protocol=protocol))
     assert len(summary.read_scores(tmp_path / "scores.jsonl")) == 3
-
-
-# -- at the door -----------------------------------------------------------------------------------
-
-
-def refusal(config: FinetuneConfig, error: type[Exception]) -> str:
-    with pytest.raises(error) as caught:
-        finetune(config)
-    assert len(str(caught.value).splitlines()) == 1
-    assert not (Path(config.run.folder) / "config.yaml").exists()
-    return str(caught.value)
-
-
-def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
-    state.save(make_adapter(TOY), tmp_path / "run" / "adapter")
-    message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
-    assert "no PEFT LoRA folder" in message
-    assert message.endswith("export the adapter first: python launch/export.py")
-
-
-def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
-    settings = AdapterConfig(kind="ia3", n_skills=1)
-    write_peft_ia3(make_adapter(TOY, settings), tmp_path / "ia3", base_model=None)
-    message = refusal(toy(tmp_path / "ia3", tmp_path / "out"), AdapterError)
-    assert "a PEFT IA3, and finetune trains a LoRA" in message
-
-
-def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -> None:
-    shutil.copytree(base_model(TOY), tmp_path / "narrow")
-    card = json.loads((tmp_path / "narrow" / "config.json").read_text())
-    (tmp_path / "narrow" / "config.json").write_text(json.dumps({**card, "d_ff": 96}))
-    other = replace(TOY, name=str(tmp_path / "narrow"))
-    message = refusal(toy(exported, tmp_path / "out", backbone=other), AdapterError)
-    assert "made for another backbone" in message
-    assert "192 wide there, 96 here" in message
-
-
-def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
-    shutil.copytree(exported, tmp_path / "torn")
-    file = tmp_path / "torn" / "adapter_model.safetensors"
-    found = load_file(file)
-    name = min(found)
-    save_file({key: tensor for key, tensor in found.items() if key != name}, file)
-    with pytest.raises(AdapterError, match=f"such as {name}"):
-        finetune(toy(tmp_path / "torn", tmp_path / "out"))
-
-
-def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path) -> None:
-    message = refusal(toy(exported, tmp_path / "out", task="sort.plus4.aftr"), ConfigError)
-    assert "suite toy has no task 'sort.plus4.aftr'; did you mean 'sort.plus4.after'?" in message
-
-
-def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"backbone.name: required"):
-        toy(exported, tmp_path, backbone=BackboneConfig(config={"d_model": 64}))
-
-
-def test_several_processes_are_refused(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "finetune is one process" in refusal(toy(exported, tmp_path / "out"), ConfigError)
-
-
-def test_paged_optimizers_need_a_gpu(exported: Path, tmp_path: Path) -> None:
-    optim = FinetuneOptimConfig(name="paged_adamw_8bit")
-    with pytest.raises(ConfigError, match="use adamw"):
-        finetune(toy(exported, tmp_path, optim=optim))
 
 
 def test_a_folder_of_another_run_is_refused(run: Path, exported: Path) -> None:

@@ -10,7 +10,6 @@ from processes import ROOT
 from mhr_scale.config import AdaptConfig, EvaluateConfig, PretrainConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.planning.kinds import recognise
-from mhr_scale.recipe import read_names
 from mhr_scale.verbs.plan import plan
 
 RECIPES = ROOT / "launch" / "recipes"
@@ -38,7 +37,7 @@ def refused(*words: str) -> str:
         ((TOY, "workload.choices=0"), "workload.choices: 0 is not at least 1"),
         ((TOY, "adapter.rnk=2"), "unknown setting 'adapter.rnk'; did you mean 'rank'?"),
         ((TOY, "hardware.gpu=A100-40G", "hardware.gpus=3"), "64 rows do not divide over 3 ranks"),
-        (("nowhere.yaml",), "cannot read the recipe"),
+        (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
         ((str(RECIPES / "toy_export.yaml"),), "plan reads recipes of pretrain, evaluate and adapt"),
         (
             (str(RECIPES / "t0_few_shot.yaml"), *GPU),
@@ -62,7 +61,7 @@ def test_the_kind_of_every_recipe_is_recognised(path: Path) -> None:
         "adapt": AdaptConfig,
     }
     try:
-        kind = recognise(read_names(path))
+        kind = recognise(path)
     except ConfigError:
         for schema in schemas.values():
             with pytest.raises(ConfigError):

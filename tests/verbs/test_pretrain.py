@@ -210,7 +210,7 @@ def fails(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> 
     old, sys.argv = sys.argv, argv
     try:
         with pytest.raises(SystemExit) as left:
-            main(PretrainConfig, pretrain, usage="pretrain")
+            main(PretrainConfig, pretrain, about="pretrain RECIPE")
     finally:
         sys.argv = old
     assert left.value.code == 2
@@ -260,7 +260,7 @@ def test_a_duplicate_key_is_named_with_both_lines(
     sys_argv, sys.argv = sys.argv, ["pretrain.py", str(recipe)]
     try:
         with pytest.raises(SystemExit):
-            main(PretrainConfig, pretrain, usage="pretrain")
+            main(PretrainConfig, pretrain, about="pretrain RECIPE")
     finally:
         sys.argv = sys_argv
     assert "twice.yaml:2: key 'run' stands twice (first" in capsys.readouterr().err

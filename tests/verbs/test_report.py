@@ -111,7 +111,7 @@ def test_an_interrupted_run_is_reported_as_unfinished(runs: Path, tmp_path: Path
     [
         ([], ConfigError, "no run given; usage: python launch/report.py FOLDER"),
         (["--file"], ConfigError, "--file: no value"),
-        (["--fiel=x", "a"], ConfigError, "unknown option '--fiel'; options: .*did you mean"),
+        (["--fiel=x", "a"], ConfigError, "unknown option --fiel; options: .*did you mean"),
         (["nowhere"], RunError, "'nowhere': no such folder"),
     ],
 )

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach, find_sites, state
-from mhr_scale.backbone import BUILTIN
 from mhr_scale.config import ExportConfig
+from mhr_scale.hub import BUILTIN
 from mhr_scale.verbs.export import export
 
 BASE = BUILTIN["builtin:toy"]
@@ -60,6 +60,17 @@ def save_run(folder: Path, adapter: Adapter, **facts: Any) -> str:
     return str(folder)
 
 
+def save_runs(folder: Path, *kinds: str) -> Path:
+    """A run for each kind of adapter, called by it."""
+    for kind in kinds:
+        save_run(folder / kind, make(kind))
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def rows() -> dict[str, Tensor]:
     """Fixed inputs, some of them padded, and decoder inputs."""
     generator = torch.Generator().manual_seed(3)
@@ -74,9 +85,14 @@ def rows() -> dict[str, Tensor]:
     }
 
 
-def native_logits(adapter: Adapter, task_ids: Sequence[int] = (0,) * N_ROWS) -> Tensor:
-    """What our adapter gives on transformers' own loading of the toy backbone."""
-    model = toy_t5()
+def native_logits(
+    adapter: Adapter,
+    task_ids: Sequence[int] = (0,) * N_ROWS,
+    *,
+    model: T5ForConditionalGeneration | None = None,
+) -> Tensor:
+    """What our adapter gives on a backbone, by default transformers' own loading of the toy's."""
+    model = model or toy_t5()
     copied = attach(model, adapter.config, tasks=adapter.task_names)
     state.load_tensors(copied, state.named_tensors(adapter), place="the other adapter")
     with torch.no_grad(), copied.slots(task_ids):

@@ -21,4 +21,4 @@ def train_until_killed(self, *arguments, **options):
 
 
 Wave.train_step = train_until_killed
-main(AdaptConfig, adapt, usage="adapt_killed.py")
+main(AdaptConfig, adapt, about="adapt_killed.py RECIPE")

@@ -48,4 +48,4 @@ def accumulate_or_fail(trainer, micro_batches):
 
 
 Trainer.accumulate = accumulate_or_fail
-main(PretrainConfig, pretrain, usage="pretrain_failing.py")
+main(PretrainConfig, pretrain, about="pretrain_failing.py RECIPE")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
 from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, attach
@@ -84,6 +85,12 @@ def gradients(adapter: Adapter) -> list[torch.Tensor]:
     return [p.grad.clone() for p in adapter.parameters()]
 
 
+def resident_numel(model: nn.Module) -> int:
+    """Numbers of sharded weights that are whole on this rank at this moment."""
+    parameters = model.parameters()
+    return sum(p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE")
+
+
 def measure(engine: Engine, folder: str, recompute: str, counter: Counter) -> dict[str, Any]:
     """Gather volume, residency and gradients of a sharded backbone against a replicated one."""
     model, module, adapter = build(engine, folder, recompute)
@@ -92,7 +99,7 @@ def measure(engine: Engine, folder: str, recompute: str, counter: Counter) -> di
     peak = [0]
     for inner in model.modules():
         inner.register_forward_hook(
-            lambda *_: peak.__setitem__(0, max(peak[0], engine.resident_numel(model)))
+            lambda *_: peak.__setitem__(0, max(peak[0], resident_numel(model)))
         )
     counter.model, counter.most = model, 0
     for _ in range(3):
@@ -112,7 +119,7 @@ def measure(engine: Engine, folder: str, recompute: str, counter: Counter) -> di
         "peak": peak[0],
         "peak_bound": MAX_LIVE + 2 * largest,
         "total": total,
-        "resident_after_backward": engine.resident_numel(model),
+        "resident_after_backward": resident_numel(model),
         "gradient_error": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs),
         "zero_gradients": sum(not bool(g.any()) for g in gradients(adapter)),
         "adapters_known_to_deepspeed": sum(hasattr(p, "ds_id") for p in adapter.parameters()),

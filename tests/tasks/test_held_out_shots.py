@@ -12,19 +12,19 @@ from held_out_files import (
     write_templates,
 )
 
-from mhr_scale.config.data import HeldOutTasks
+from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.fewshot import (
+from mhr_scale.tasks.held_out_prompts import Prompts
+from mhr_scale.tasks.held_out_rows import TASKS
+from mhr_scale.tasks.held_out_shots import (
     check_shots,
-    draw_shots,
+    draw_rows,
     first_shuffled,
     has_shots,
     list_seeds,
     read_shots,
     train_examples,
 )
-from mhr_scale.tasks.held_out import Prompts
-from mhr_scale.tasks.held_out_rows import TASKS
 
 TRAIN_ROWS = {
     "rte": 2490,
@@ -221,9 +221,9 @@ def test_a_seed_that_numpy_does_not_take_is_an_error():
 def test_shots_are_drawn_from_the_train_split(tmp_path):
     write_rows(tmp_path / "rte.train.jsonl", *rte_rows(100))
     write_rows(tmp_path / "rte.validation.jsonl", RTE)
-    rows = draw_shots(configure(tmp_path), "rte", seed=5)
+    rows = draw_rows(configure(tmp_path), "rte", seed=5)
     assert [row.idx for row in rows] == first_shuffled(range(100), seed=5, count=32)
-    assert draw_shots(configure(tmp_path), "rte", seed=5, shots=3) == rows[:3]
+    assert draw_rows(configure(tmp_path), "rte", seed=5, shots=3) == rows[:3]
 
 
 def test_a_bad_row_of_the_train_split_counts_only_if_it_is_drawn(tmp_path):
@@ -231,10 +231,10 @@ def test_a_bad_row_of_the_train_split_counts_only_if_it_is_drawn(tmp_path):
     rows = rte_rows(20)
     rows[order[4]]["label"] = -1
     write_rows(tmp_path / "rte.train.jsonl", *rows)
-    drawn = draw_shots(configure(tmp_path), "rte", seed=5, shots=4)
+    drawn = draw_rows(configure(tmp_path), "rte", seed=5, shots=4)
     assert [row.idx for row in drawn] == order[:4]
     with pytest.raises(DataError, match="hidden label"):
-        draw_shots(configure(tmp_path), "rte", seed=5, shots=5)
+        draw_rows(configure(tmp_path), "rte", seed=5, shots=5)
 
 
 def test_a_broken_line_of_the_train_split_is_an_error(tmp_path):
@@ -242,18 +242,18 @@ def test_a_broken_line_of_the_train_split_is_an_error(tmp_path):
     with (tmp_path / "rte.train.jsonl").open("a") as lines:
         lines.write("oops\n")
     with pytest.raises(DataError, match=r"train\.jsonl:21: malformed JSON"):
-        draw_shots(configure(tmp_path), "rte", seed=5, shots=1)
+        draw_rows(configure(tmp_path), "rte", seed=5, shots=1)
 
 
 def test_too_small_a_train_split_is_an_error(tmp_path):
     write_rows(tmp_path / "rte.train.jsonl", *rte_rows(31))
     with pytest.raises(DataError, match="rte: 31 rows cannot fill 32 shots"):
-        draw_shots(configure(tmp_path), "rte", seed=5)
+        draw_rows(configure(tmp_path), "rte", seed=5)
 
 
 def test_no_train_split_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no rows of rte to draw shots from; add its split 'train'"):
-        draw_shots(configure(tmp_path), "rte", seed=5)
+        draw_rows(configure(tmp_path), "rte", seed=5)
 
 
 # Epochs

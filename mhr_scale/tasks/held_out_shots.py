@@ -12,13 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mhr_scale.config.data import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.held_out import Prompts
+from mhr_scale.tasks.held_out_prompts import Prompts
 from mhr_scale.tasks.held_out_rows import (
     HeldOut,
     RawRow,
@@ -27,9 +26,12 @@ from mhr_scale.tasks.held_out_rows import (
     find_task,
     read_rows,
 )
-from mhr_scale.tasks.jsonl import Line, iter_rows
+from mhr_scale.tasks.json_lines import Line, iter_rows
 from mhr_scale.tasks.prompts import Template
 from mhr_scale.tasks.task import Example, Intake
+
+if TYPE_CHECKING:
+    from mhr_scale.tasks.held_out import HeldOutTasks
 
 T = TypeVar("T")
 
@@ -76,8 +78,8 @@ def list_seeds(folder: Path, task: str) -> list[int]:
     return sorted({seed for folder in folders for seed in _list_seeds(folder)})
 
 
-def draw_shots(
-    config: HeldOutTasks, task: str, *, seed: int, shots: int | None = None
+def draw_rows(
+    config: "HeldOutTasks", task: str, *, seed: int, shots: int | None = None
 ) -> list[RawRow]:
     """Draw few-shot rows from the train split, which lies where the evaluation rows do.
 

@@ -1,0 +1,142 @@
+"""Damaged and foreign backbone folders are refused with the file and the tensor."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from small_backbones import message_of, one_line, stored
+from small_t5 import CARD, WO
+from torch import nn
+
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop(WO), f"1 fault(s): missing {WO}"),
+        (lambda tensors: tensors.pop("shared.weight"), "1 fault(s): missing shared.weight"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "1 fault(s): unknown extra"),
+        (
+            lambda tensors: tensors.update({WO: torch.zeros(24, 16)}),
+            f"1 fault(s): {WO} is [24, 16], the model wants [16, 24]",
+        ),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(380, 16)}),
+            "1 fault(s): lm_head.weight is [380, 16], the model wants [384, 16]",
+        ),
+        (lambda tensors: tensors.clear(), "holds no tensor; fetch it again"),
+    ],
+    ids=["missing", "no embedding", "unknown", "shape", "head shape", "nothing"],
+)
+def test_a_checkpoint_that_does_not_fit_names_the_tensor(
+    make, build, original, kind, change, expected
+):
+    tensors = stored(original)
+    change(tensors)
+    folder = make(tensors, kind=kind)
+    with pytest.raises(BackboneError) as caught:
+        build(name=str(folder))
+    assert expected in one_line(caught)
+
+
+def test_a_long_list_of_faults_is_cut(make, build, original):
+    tensors = {name: torch.zeros(1) for name in stored(original)}
+    folder = make(tensors)
+    with pytest.raises(BackboneError) as caught:
+        build(name=str(folder))
+    message = one_line(caught)
+    assert f"{len(tensors)} fault(s): " in message
+    assert message.count("the model wants") == 5
+
+
+def cut(n_bytes):
+    return lambda file: file.write_bytes(file.read_bytes()[:-n_bytes])
+
+
+def content(data):
+    return lambda file: file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut(100), lambda file: file.write_bytes(file.read_bytes()[:50]), content(b""), content(b"x")],
+    ids=["end cut off", "header cut off", "empty", "one byte"],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_damaged_file_of_weights_is_named(make, original, kind, damage):
+    folder = make(stored(original), kind=kind)
+    (file,) = (path for path in folder.iterdir() if path.name != "config.json")
+    damage(file)
+    assert message_of(BackboneConfig(name=str(folder))).startswith(f"{file}: not a ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        pickle.dumps(len, protocol=2),
+    ],
+    ids=["pointer to a large file", "pickled code"],
+)
+def test_a_file_that_is_no_checkpoint_is_named(make, name, data):
+    folder = make({}, kind="none")
+    (folder / name).write_bytes(data)
+    assert message_of(BackboneConfig(name=str(folder))).startswith(f"{folder / name}: not a ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([torch.zeros(1)], "holds a list, not named tensors; save its"),
+        (torch.zeros(1), "holds a Tensor, not named tensors; save its"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "'state_dict' is no tensor; save its"),
+        ({"a": nn.Linear(1, 1)}, "not a checkpoint of tensors alone; save its"),
+    ],
+)
+def test_a_bin_file_of_something_else_is_named(make, content, expected):
+    folder = make(content, kind="bin")
+    file = folder / "pytorch_model.bin"
+    assert message_of(BackboneConfig(name=str(folder))) == (
+        f"{file}: {expected} state_dict as safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ('{\n"d_model": ', "config.json:2: not JSON (Expecting value)"),
+        (b"\xff\xfe", "config.json: not UTF-8 text (invalid start byte)"),
+        ("[]", "config.json: not a JSON object"),
+        ("{}", ": a backbone of type 'None'; known: t5, mt5"),
+        ('{"model_type": "bert"}', ": a backbone of type 'bert'; known: t5, mt5"),
+        ({**CARD, "num_layers": "two"}, "config.json: Validation error for field 'num_layers'"),
+        ({**CARD, "num_heads": 0}, "config.json: num_heads 0 is not at least 1"),
+        ({**CARD, "feed_forward_proj": "x"}, "config.json: feed_forward_proj: no activation 'x'"),
+        ({**CARD, "feed_forward_proj": "a-b-c"}, "config.json: "),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_names_its_file(folder, data, expected):
+    text = json.dumps(data) if isinstance(data, dict) else data
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = message_of(BackboneConfig(name=str(folder)))
+    assert message.startswith(str(folder))
+    assert expected in message
+
+
+def test_a_folder_without_a_configuration_is_no_backbone(folder):
+    (folder / "config.json").unlink()
+    assert message_of(BackboneConfig(name=str(folder))) == (
+        f"{folder}: not a backbone folder (no config.json here)"
+    )
+
+
+def test_a_folder_without_weights_says_what_is_looked_for(folder):
+    (folder / "model.safetensors").unlink()
+    assert message_of(BackboneConfig(name=str(folder))) == (
+        f"{folder}: no *.safetensors and no pytorch_model*.bin here; fetch them"
+    )

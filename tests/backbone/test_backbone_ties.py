@@ -1,0 +1,97 @@
+"""The checkpoint decides whether the head is tied to the embedding."""
+
+import pytest
+import torch
+from small_backbones import logits, stored
+from small_t5 import CARD, SIZES, small_t5
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from mhr_scale.backbone import EMBEDDING_ALIASES, read_blueprint
+from mhr_scale.config import BackboneConfig
+
+TIES = [
+    # the configuration says tied | lm_head in the checkpoint | so it is tied
+    pytest.param(False, "own", False, id="said untied, own head"),
+    pytest.param(False, "copy", False, id="said untied, equal head"),
+    pytest.param(False, "none", True, id="said untied, no head"),
+    pytest.param(True, "own", False, id="said tied, own head"),
+    pytest.param(True, "copy", True, id="said tied, equal head"),
+    pytest.param(True, "none", True, id="said tied, no head"),
+    pytest.param(None, "own", False, id="nothing said, own head"),
+    pytest.param(None, "none", True, id="nothing said, no head"),
+]
+
+
+def tensors_and_card(original, says_tied, head):
+    tensors, card = stored(original), dict(CARD)
+    card.pop("tie_word_embeddings")
+    if says_tied is not None:
+        card["tie_word_embeddings"] = says_tied
+    if head == "copy":
+        tensors["lm_head.weight"] = tensors["shared.weight"].clone()
+    elif head == "none":
+        del tensors["lm_head.weight"]
+    return tensors, card
+
+
+@pytest.mark.parametrize(("says_tied", "head", "is_tied"), TIES)
+def test_the_checkpoint_decides_whether_the_head_is_tied(
+    make, build, original, says_tied, head, is_tied
+):
+    model = build(name=str(make(*tensors_and_card(original, says_tied, head))))
+    assert (model.lm_head.weight is model.shared.weight) == is_tied
+
+
+@pytest.mark.parametrize(("says_tied", "head", "is_tied"), TIES)
+def test_a_tie_does_not_change_what_is_computed(make, build, original, says_tied, head, is_tied):
+    tensors, card = tensors_and_card(original, says_tied, head)
+    fields = {name: value for name, value in card.items() if name != "model_type"}
+    expected = T5ForConditionalGeneration(T5Config(**fields)).eval()
+    head_weight = tensors.get("lm_head.weight", tensors["shared.weight"])
+    expected.lm_head.weight = nn.Parameter(head_weight.clone())
+    aliases = dict.fromkeys(EMBEDDING_ALIASES, tensors["shared.weight"])
+    expected.load_state_dict({"lm_head.weight": head_weight, **tensors, **aliases})
+    assert torch.equal(logits(build(name=str(make(tensors, card)))), logits(expected))
+
+
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_an_own_head_gives_the_logits_of_a_plain_load_by_transformers(
+    make, build, original, says_tied
+):
+    folder = make(*tensors_and_card(original, says_tied, "own"))
+    plain = T5ForConditionalGeneration.from_pretrained(folder).eval()
+    assert torch.equal(logits(build(name=str(folder))), logits(plain))
+
+
+def test_a_head_that_differs_in_its_last_number_only_is_untied(make):
+    sizes = {"vocab_size": 2500, "d_model": 4}
+    tensors = stored(small_t5(**sizes))
+    tensors["lm_head.weight"] = tensors["shared.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1.0
+    folder = make(tensors, {**CARD, **sizes, "tie_word_embeddings": True})
+    assert not read_blueprint(BackboneConfig(name=str(folder))).is_lm_head_tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_encoder_and_decoder_read_one_embedding(build, tied):
+    model = build(config={**SIZES, "tie_word_embeddings": tied})
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert model.decoder.embed_tokens.weight is model.shared.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_models_own_configuration_tells_the_tie(build, tied):
+    assert build(config={**SIZES, "tie_word_embeddings": tied}).config.tie_word_embeddings == tied
+
+
+def test_copies_of_the_embedding_in_a_checkpoint_are_ignored(make, build, original):
+    copies = {name: torch.zeros(384, 16) for name in EMBEDDING_ALIASES}
+    folder = make({**stored(original), **copies})
+    assert torch.equal(logits(build(name=str(folder))), logits(original))
+
+
+def test_the_unused_position_bias_of_old_checkpoints_is_ignored(make, build, original):
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    folder = make({**stored(original), name: torch.zeros(32, 2)})
+    assert torch.equal(logits(build(name=str(folder))), logits(original))

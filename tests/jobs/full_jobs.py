@@ -1,0 +1,111 @@
+"""Jobs that train the backbone too: their rows, recipes, what they leave, and a bench."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mhr_scale import backbone
+from mhr_scale.adapters import AdapterConfig, state
+from mhr_scale.adapters.methods import wrap
+from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
+from mhr_scale.engine import Engine
+from mhr_scale.jobs.full import WEIGHTS, named_weights
+from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
+from mhr_scale.jobs.plan import Planned
+from mhr_scale.jobs.wave import StepValues, Wave
+from mhr_scale.verbs.adapt import look_out, open_wave
+
+TOY = BackboneConfig(name="builtin:toy", dtype="float32")
+TIED = BackboneConfig(
+    config={
+        "vocab_size": 384,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    },
+    dtype="float32",
+)
+LORA = AdapterConfig(n_skills=1, rank=2)
+FULL = VariantConfig(fresh=LORA, kind="backbone", backbone_lr=1e-3)
+PLAIN = VariantConfig(fresh=LORA)
+ADAMW = OptimConfig(name="adamw", lr=5e-3, weight_decay=0.1, clip_norm=1.0, eps=1e-6)
+ADAFACTOR = OptimConfig(lr=3e-3, scale_parameter=True)
+RANKED = ProtocolConfig(steps=12, batch_size=4, loss="t_few", warmup_fraction=0.25)
+TOLD = replace(RANKED, loss="language_model")
+
+
+def write_task(folder: Path, name: str) -> None:
+    """Letters and, among three choices, their reverse."""
+    draw = random.Random(name)
+    (folder / name).mkdir(parents=True)
+    for fold, count in (("train", 12), ("test", 6)):
+        lines = []
+        for _ in range(count):
+            letters = draw.sample("abcdefghijkl", 5)
+            choices = [" ".join(found) for found in (letters[::-1], letters, sorted(letters))]
+            row = {"input": " ".join(letters), "target": choices[0], "choices": choices}
+            lines.append(json.dumps(row) + "\n")
+        (folder / name / f"{fold}.jsonl").write_text("".join(lines))
+
+
+class Bench:
+    """What the verb opens, for one job after the other by hand."""
+
+    def __init__(self, config: AdaptConfig) -> None:
+        self.opening: Opening = open_jobs(config)
+        self.engine = Engine({}, timeout_seconds=60.0)
+        self.model: Any = self.engine.build(self.opening.backbone, self.opening.blueprint)
+        self.linears = wrap(self.model, all_sites(self.opening, self.model))
+        self.engine.prepare(self.model, self.opening.backbone)
+
+    def open(self, number: int = 0) -> Wave:
+        planned = Planned((look_out(self.opening, self.opening.jobs[number], 0),))
+        return open_wave(self.opening, planned, {}, device=self.engine.device)
+
+    def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:
+        wave.adapter.bind(self.linears)
+        self.model.train()
+        device = self.engine.device
+        return wave.train_step(self.model, device=device, after_backward=after_backward)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: w.detach().cpu().clone() for name, w in named_weights(self.model).items()}
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors that are not equal bit for bit."""
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def fresh_model(config: BackboneConfig) -> Any:
+    """The backbone as it was before the job, without adapters."""
+    return Engine({}, timeout_seconds=60.0).build(config, backbone.read_blueprint(config))
+
+
+def result_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, Any]:
+    return json.loads((folder_of(config, task, variant) / "result.json").read_text())
+
+
+def folder_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> Path:
+    return Job(task=task, seed=0, variant=variant).folder(Path(config.run.folder))
+
+
+def left_by(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, torch.Tensor]:
+    """All tensors that a finished job left."""
+    folder = folder_of(config, task, variant)
+    tensors = dict(load_file(folder / "adapter" / state.TENSORS))
+    if (folder / WEIGHTS).exists():
+        tensors |= load_file(folder / WEIGHTS)
+    return tensors

@@ -1,0 +1,33 @@
+"""Small backbones, converted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_t5 import small_t5, tensors_of, write_folder
+
+from mhr_scale.config import ConvertConfig, OriginConfig
+from mhr_scale.manifest import MANIFEST
+from mhr_scale.verbs.convert import convert
+
+BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+SHARED = "shared.weight"
+
+
+def run_convert(source: Path | str, folder: Path, **settings: Any) -> Path:
+    config = ConvertConfig(backbone=OriginConfig(name=str(source)), folder=str(folder))
+    return convert(replace(config, **settings))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return found
+
+
+def convert_small(place: Path) -> Path:
+    """A folder converted from three `.bin` shards, in several files."""
+    tensors = {**tensors_of(small_t5()), BIAS: torch.zeros(32, 2)}
+    source = write_folder(place / "source", tensors, shards=3)
+    return run_convert(source, place / "out", max_shard_bytes=8_000, dtype="float32")

@@ -1,0 +1,89 @@
+"""The verb `finetune` on what it cannot train: one line with the way out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from toy_finetunes import TOY, base_model, export_lora, make_adapter, toy
+
+from mhr_scale.adapters import AdapterConfig, state
+from mhr_scale.adapters.interop import write_peft_ia3
+from mhr_scale.config import BackboneConfig, FinetuneConfig, FinetuneOptimConfig
+from mhr_scale.errors import AdapterError, ConfigError
+from mhr_scale.verbs.finetune import finetune
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The averaged adapter of a toy inventory as a PEFT folder."""
+    return export_lora(tmp_path_factory.mktemp("exported") / "toy")
+
+
+def refusal(config: FinetuneConfig, error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        finetune(config)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (Path(config.run.folder) / "config.yaml").exists()
+    return str(caught.value)
+
+
+def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
+    state.save(make_adapter(TOY), tmp_path / "run" / "adapter")
+    message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
+    assert "no PEFT LoRA folder" in message
+    assert message.endswith("export the adapter first: python launch/export.py")
+
+
+def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    settings = AdapterConfig(kind="ia3", n_skills=1)
+    write_peft_ia3(make_adapter(TOY, settings), tmp_path / "ia3", base_model=None)
+    message = refusal(toy(tmp_path / "ia3", tmp_path / "out"), AdapterError)
+    assert "a PEFT IA3, and finetune trains a LoRA" in message
+
+
+def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_model(TOY), tmp_path / "narrow")
+    card = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps({**card, "d_ff": 96}))
+    other = replace(TOY, name=str(tmp_path / "narrow"))
+    message = refusal(toy(exported, tmp_path / "out", backbone=other), AdapterError)
+    assert "made for another backbone" in message
+    assert "192 wide there, 96 here" in message
+
+
+def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "torn")
+    file = tmp_path / "torn" / "adapter_model.safetensors"
+    found = load_file(file)
+    name = min(found)
+    save_file({key: tensor for key, tensor in found.items() if key != name}, file)
+    with pytest.raises(AdapterError, match=f"such as {name}"):
+        finetune(toy(tmp_path / "torn", tmp_path / "out"))
+
+
+def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path) -> None:
+    message = refusal(toy(exported, tmp_path / "out", task="sort.plus4.aftr"), ConfigError)
+    assert "suite toy has no task 'sort.plus4.aftr'; did you mean 'sort.plus4.after'?" in message
+
+
+def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backbone.name: required"):
+        toy(exported, tmp_path, backbone=BackboneConfig(config={"d_model": 64}))
+
+
+def test_several_processes_are_refused(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "finetune is one process" in refusal(toy(exported, tmp_path / "out"), ConfigError)
+
+
+def test_paged_optimizers_need_a_gpu(exported: Path, tmp_path: Path) -> None:
+    optim = FinetuneOptimConfig(name="paged_adamw_8bit")
+    with pytest.raises(ConfigError, match="use adamw"):
+        finetune(toy(exported, tmp_path, optim=optim))
