@@ -107,10 +107,14 @@ def _save_resume(folder: Path, optimizer: OptimizerState, progress: Mapping[str,
 def not_saved(run: Path, folder: Path, error: Exception) -> RunError:
     """What to say when a step could not be written."""
     last = find_resume(run)
-    number = failures.file_error(error)
-    what = repr(error) if number is None else failures.describe_file_error(error, number)
     good = "nothing is saved yet" if last is None else f"step {last} is saved and whole"
-    return RunError(f"{folder}: not saved: {what}; {good}; the same command goes on")
+    return RunError(f"{folder}: not saved: {_said(error)}; {good}; the same command goes on")
+
+
+def _said(error: Exception) -> str:
+    """What happened to a file, and the way out if there is a known one."""
+    number = failures.file_error(error)
+    return repr(error) if number is None else failures.describe_file_error(error, number)
 
 
 def remove_old(run: Path, *, keep: int, spare: Collection[int | None] = ()) -> None:
@@ -150,7 +154,7 @@ def find_whole(run: Path, *, or_anew: bool = False) -> int | None:
     try:
         recover(run / "steps")
     except OSError as error:
-        raise RunError(f"{run / 'steps'}: cannot be put right ({error})") from error
+        raise RunError(f"{run / 'steps'}: cannot be put right: {_said(error)}") from error
     faults: dict[int, str] = {}
     for step in reversed(complete_steps(run)):
         try:
@@ -178,7 +182,7 @@ def publish(run: Path, step: int) -> None:
     try:
         state.copy(source, target)
     except OSError as error:
-        raise RunError(f"{target}: cannot be written ({error})") from error
+        raise RunError(f"{target}: cannot be written: {_said(error)}") from error
 
 
 def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
@@ -191,7 +195,7 @@ def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
                 unseal(aside)
             os.replace(folder, aside)
         except OSError as error:
-            raise RunError(f"{fault}; it cannot be moved to {aside} ({error})") from error
+            raise RunError(f"{fault}; it cannot be moved to {aside}: {_said(error)}") from error
 
 
 def read(run: Path, step: int) -> Saved:

@@ -95,6 +95,12 @@ class Encoder:
                 rows.append(row)
         return rows
 
+    def inputs(self, examples: Sequence[Example]) -> list[Ids]:
+        """The inputs of examples alone; none of them is dropped."""
+        self.cuts.rows += len(examples)
+        inputs = self._ids([example.input for example in examples])
+        return [self._input(example, ids) for example, ids in zip(examples, inputs, strict=True)]
+
     def answers(self, texts: Sequence[str]) -> list[Ids]:
         """Texts as answers: cut like targets, closed with the end-of-sequence token."""
         limit = self._config.max_target_tokens - 1
@@ -103,19 +109,25 @@ class Encoder:
     def _row(self, example: Example, input_ids: list[int], targets: list[list[int]]) -> Row | None:
         cuts, limit = self.cuts, self._config.max_target_tokens
         cuts.rows += 1
-        is_long_input = len(input_ids) + 1 > self._limit
         is_long_target = any(len(target) + 1 > limit for target in targets)
-        if self._config.too_long == "drop" and (is_long_input or is_long_target):
+        if self._config.too_long == "drop" and (self._is_long(input_ids) or is_long_target):
             cuts.dropped += 1
             return None
-        cuts.inputs += is_long_input
         cuts.targets += is_long_target
-        if is_long_input:
-            body = input_ids
-            if self._suffix:
-                (body,) = self._ids([example.input.removesuffix(self._suffix_text)])
-            input_ids = body[: self._limit - 1 - len(self._suffix)] + self._suffix
-        return Row(self._close(input_ids), tuple(self._close(t[: limit - 1]) for t in targets))
+        closed = tuple(self._close(target[: limit - 1]) for target in targets)
+        return Row(self._input(example, input_ids), closed)
+
+    def _is_long(self, input_ids: list[int]) -> bool:
+        return len(input_ids) + 1 > self._limit
+
+    def _input(self, example: Example, ids: list[int]) -> Ids:
+        """An input closed, and cut where it is too long."""
+        if not self._is_long(ids):
+            return self._close(ids)
+        self.cuts.inputs += 1
+        if self._suffix:
+            (ids,) = self._ids([example.input.removesuffix(self._suffix_text)])
+        return self._close(ids[: self._limit - 1 - len(self._suffix)] + self._suffix)
 
     def _close(self, ids: list[int]) -> Ids:
         return np.asarray([*ids, self._tokenizer.eos_token_id], dtype=np.int32)

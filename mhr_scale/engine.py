@@ -25,7 +25,7 @@ from mhr_scale import backbone, nvme, quantise, stopping
 from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.backbone import Blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.errors import EngineError, did_you_mean
+from mhr_scale.errors import EngineError, describe_fault, did_you_mean
 from mhr_scale.files import read_object
 from mhr_scale.filling import fill
 from mhr_scale.runlog import log, rank, ranks_here, world_size
@@ -110,15 +110,13 @@ def _check_zero(zero: dict[str, Any], path: Path) -> None:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        name = ".".join(str(step) for step in fault["loc"])
         if fault["type"] == "extra_forbidden":
+            name = ".".join(str(step) for step in fault["loc"])
             known = DeepSpeedZeroConfig.model_fields if len(fault["loc"]) == 1 else ()
             hint = did_you_mean(name, known)
             raise EngineError(f"{path}: unknown key 'zero_optimization.{name}'{hint}") from error
-        message = fault["msg"][0].lower() + fault["msg"][1:]
-        raise EngineError(
-            f"{path}: zero_optimization.{name}: {message}, got {fault['input']!r}"
-        ) from error
+        place = ("zero_optimization", *fault["loc"])
+        raise EngineError(f"{path}: {describe_fault(fault, place)}") from error
 
 
 def _refuse_auto(value: Any, path: Path, keys: tuple[str, ...]) -> None:
@@ -272,8 +270,9 @@ class Engine:
         self._sequence = None
         if len({value for value in self.gather_objects(mine)}) > 1:
             raise EngineError(
-                "ranks ran different modules in the first step; under ZeRO-3 every rank must run "
-                "the same sequence of modules"
+                "ranks ran different modules in the first step, and under ZeRO-3 all must run the "
+                "same ones; have the same versions and backbone on every machine, or leave "
+                "run.ds_config out"
             )
 
     def free_bytes(self) -> float:

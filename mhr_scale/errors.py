@@ -4,9 +4,11 @@ Every `UserError` ends a launched verb with exit code 2 and one line: what is wr
 way out. Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from enum import IntEnum
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -19,6 +21,7 @@ __all__ = [
     "LayoutError",
     "RunError",
     "UserError",
+    "describe_fault",
     "did_you_mean",
     "first_line",
     "one_line",
@@ -29,6 +32,8 @@ __all__ = [
 
 #: Characters of an error's text: the place stands at its beginning, the way out at its end.
 LONGEST_TEXT = 900
+#: Characters of a user's text that an error quotes.
+LONGEST_QUOTE = 40
 
 
 class ExitCode(IntEnum):
@@ -109,9 +114,21 @@ def some(names: Iterable[str], *, shown: int = 10) -> str:
     return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def shortened(text: str, *, shown: int = 40) -> str:
+def shortened(text: str) -> str:
     """The text in quotes, or its beginning."""
-    return repr(text if len(text) <= shown else text[:shown] + "...")
+    return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
+
+
+def describe_fault(fault: Mapping[str, Any], place: Iterable[object]) -> str:
+    """The name that a place is called by, what pydantic says is wrong there, and what stands there.
+
+    Where something is missing, that is all there is to say.
+    """
+    name = ".".join(str(step) for step in place)
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    if fault["type"].startswith("missing"):
+        return f"{name}: {message}"
+    return f"{name}: {message}, got {json.dumps(fault['input'], default=str)}"
 
 
 def first_line(error: Exception) -> str:

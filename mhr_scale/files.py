@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.write_text(text, encoding="utf-8")
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Flush a file to disk and make it `path` in one move."""
+    flush(partial)
+    os.replace(partial, path)
+
+
+def to_json_lines(rows: Iterable[Mapping[str, Any]], *, ensure_ascii: bool = True) -> str:
+    """Rows as JSON lines; without `ensure_ascii` only what is no valid text is escaped."""
+    lines = "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows)
+    return lines.encode("utf-8", errors="backslashreplace").decode("utf-8")

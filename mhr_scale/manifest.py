@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import BackboneError, describe_fault
 from mhr_scale.files import hash_file, read_object, write_json
 from mhr_scale.runlog import ByteProgress
 from mhr_scale.shards import FileFacts, first_cut
@@ -79,9 +79,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return TypeAdapter(Manifest).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        name = ".".join(str(step) for step in fault["loc"])
-        message = fault["msg"][0].lower() + fault["msg"][1:]
-        raise BackboneError(f"{file}: {name}: {message}; {WAY_OUT}") from error
+        said = describe_fault(fault, fault["loc"])
+        raise BackboneError(f"{file}: {said}; {WAY_OUT}") from error
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -80,11 +80,11 @@ def encode(
     rows: list[ChoiceRow] = []
     for task in tasks:
         encoder = Encoder(task, tokenizer, lengths)
-        for encoded in encoder.rows(task.test):
+        for input_ids in encoder.inputs(task.test):
             question = questions[len(rows)]
             ranked = question.example.choices if question.metric == "accuracy" else ()
             choices = tuple(encoder.answers(ranked))
-            rows.append(ChoiceRow(len(rows), numbers[task.name], encoded.input_ids, choices))
+            rows.append(ChoiceRow(len(rows), numbers[task.name], input_ids, choices))
         if encoder.cuts.inputs:
             log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
     return rows

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mhr_scale import strict_yaml
-from mhr_scale.errors import ConfigError, did_you_mean
+from mhr_scale.errors import ConfigError, describe_fault, did_you_mean
 
 T = TypeVar("T")
 
@@ -251,8 +251,7 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         expected = fault["ctx"]["expected"]
         hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
         return ConfigError(f"{place}: {name}: '{fault['input']}' is not {expected}{hint}")
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return ConfigError(f"{place}: {name}: {message}, got {json.dumps(fault['input'])}")
+    return ConfigError(f"{place}: {describe_fault(fault, path)}")
 
 
 def _listed(known: Sequence[str]) -> str:

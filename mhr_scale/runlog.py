@@ -164,6 +164,11 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def as_time(seconds: float) -> str:
+    """Seconds as log lines tell how much time is left: `0:05:00`, `1 day, 2:03:04`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 class Progress:
     """A progress bar on rank 0 of a terminal; elsewhere a log line now and then."""
 
@@ -197,8 +202,7 @@ class Progress:
         now = time.monotonic()
         if not self._is_terminal and self._is_due(now):
             left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
-            time_left = timedelta(seconds=round(left))
-            log.info("%s %s  %s  %s left", self._what, self._count(), text, time_left)
+            log.info("%s %s  %s  %s left", self._what, self._count(), text, as_time(left))
             self._last = now
 
     def _is_due(self, now: float) -> bool:

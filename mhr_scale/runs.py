@@ -22,11 +22,10 @@ from mhr_scale.batching import StepBatches
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig
 from mhr_scale.engine import Engine, deepspeed_config, is_sharded, read_ds_config
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
-from mhr_scale.files import write_json, write_text
+from mhr_scale.files import to_json_lines, write_json, write_text
 from mhr_scale.recipe import as_written, load, to_yaml
 from mhr_scale.runlog import record_provenance, world_size
 from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.tasks.task import to_json_lines
 from mhr_scale.tokens import TokenSet, open_tokens
 from mhr_scale.trainer import Trainer
 
@@ -232,7 +231,7 @@ def read_recipe(schema: type[T], path: Path) -> T:
 
 def differences(before: Any, now: Any) -> list[tuple[str, str]]:
     """The settings in which two recipes differ, by their dotted names, and what to say of each."""
-    old, new = (flatten(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
+    old, new = (dotted(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
     return [
         (key, f"{key} was {as_written(old.get(key))}, is {as_written(new.get(key))}")
         for key in sorted(old.keys() | new.keys())
@@ -265,12 +264,12 @@ def check_writable(path: Path) -> None:
         raise RunError(f"run.folder: {path} is a file; name a folder")
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -295,4 +294,5 @@ def rank0_open_folder(trainer: Trainer) -> None:
             **trainer.tokens.cuts.facts(),
         },
     )
-    write_text(folder / "rejects.jsonl", to_json_lines(trainer.tokens.rejects))
+    rejects = to_json_lines(trainer.tokens.rejects, ensure_ascii=False)
+    write_text(folder / "rejects.jsonl", rejects)

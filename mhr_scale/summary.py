@@ -53,6 +53,11 @@ def _check_score(score: Any) -> None:
         raise ValueError(f"points are {score['points']}")
 
 
+def mean_points(scores: Sequence[Mapping[str, Any]]) -> float:
+    """Mean points of some scores, of which there is one at least."""
+    return sum(score["points"] for score in scores) / len(scores)
+
+
 def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means per task and prompt, spread over prompts, and means over tasks and examples.
 
@@ -80,7 +85,7 @@ def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {
         "metric": scores[0]["metric"],
         "examples": len(scores),
-        "mean": _mean([score["points"] for score in scores]),
+        "mean": mean_points(scores),
     }
     if len(prompts) > 1:
         means = [mean for mean in prompts.values() if mean is not None]

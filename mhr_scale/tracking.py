@@ -111,7 +111,7 @@ def opened(
     guarded = {name: Guarded(name, folder, resume_step=resume_step) for name in names}
 
     def take(values: Mapping[str, Any]) -> None:
-        numbers = flatten(values)
+        numbers = numbers_of(values)
         step = numbers.pop("step")
         for tracker in guarded.values():
             tracker.log(int(step), numbers)
@@ -159,12 +159,12 @@ class Guarded:
         )
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a line, those of objects inside as `outer/inner`; what is no number stays."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}/")
+            flat |= numbers_of(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             flat[f"{prefix}{key}"] = value
     return flat

@@ -232,7 +232,7 @@ class Trainer:
         }
         found = sorted(set().union(*self.engine.gather_objects(mine)))
         saved = checkpoint.find_resume(self.folder)
-        way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm"
+        way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm, in another run.folder"
         last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
         if not found:
             tasks = ", ".join(names[task] for task in self._tasks_of_step())

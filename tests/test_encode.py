@@ -60,6 +60,15 @@ def test_every_reference_is_kept():
     assert [words(ids) for ids in row.targets] == ["yes$", "no$", "$"]
 
 
+def test_inputs_alone_are_those_of_rows():
+    made = task(example("abc=>"), example("abcdefghijkl=>"), suffix="=>")
+    encoder = Encoder(made, BYTES, BatchConfig(max_input_tokens=8))
+    assert [words(ids) for ids in encoder.inputs(made.train)] == ["abc=>$", "abcde=>$"]
+    assert encoder.cuts == Cuts(rows=2, inputs=1)
+    rows = [words(row.input_ids) for row in encoder.rows(made.train)]
+    assert rows == ["abc=>$", "abcde=>$"]
+
+
 def test_an_empty_input_is_an_ending():
     (row,) = train_rows(task(example("")))
     assert words(row.input_ids) == "$"

@@ -8,7 +8,7 @@ import pytest
 from mhr_scale import runlog
 from mhr_scale.errors import RunError
 from mhr_scale.files import write_json, write_text
-from mhr_scale.runlog import Metrics, Progress, record_provenance
+from mhr_scale.runlog import Metrics, Progress, as_time, record_provenance
 
 
 @pytest.fixture
@@ -282,6 +282,10 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, lines):
         ["pretrain 3/4", "loss 3"],
         ["pretrain 4/4", "loss 4"],
     ]
+
+
+def test_time_left_beyond_a_day_is_told_in_days():
+    assert [as_time(299.6), as_time(93784.0)] == ["0:05:00", "1 day, 2:03:04"]
 
 
 def test_a_short_run_has_one_line_at_its_end(monkeypatch, lines):

@@ -81,7 +81,7 @@ def expected(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The numbers of metrics.jsonl by name."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in read_metrics(folder):
-        for name, value in tracking.flatten(line).items():
+        for name, value in tracking.numbers_of(line).items():
             if name != "step":
                 found.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-5)))
     return found
@@ -243,7 +243,7 @@ def test_a_run_that_fails_closes_its_trackers(
 
 def test_objects_inside_a_line_become_paths() -> None:
     line = {"step": 1, "a": {"b": 2.0, "c": {"d": 3}}, "name": "x", "none": None}
-    assert tracking.flatten(line) == {"step": 1, "a/b": 2.0, "a/c/d": 3}
+    assert tracking.numbers_of(line) == {"step": 1, "a/b": 2.0, "a/c/d": 3}
 
 
 def test_the_id_of_a_run_folder_moves_with_it(tmp_path: Path) -> None:

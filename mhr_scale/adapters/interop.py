@@ -9,9 +9,7 @@ tasks, the policy, the backbone's width) stands beside them in `mhr_scale.json`,
 read and our readers do without.
 """
 
-import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from mhr_scale.adapters.published import (
     widths_of,
 )
 from mhr_scale.errors import AdapterError
-from mhr_scale.files import read_object
+from mhr_scale.files import put_in_place, read_object, write_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -180,7 +178,7 @@ def _write(
     partial = folder / f".{TENSORS}.tmp"
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / TENSORS)
+    put_in_place(partial, folder / TENSORS)
     readers = [site for site in adapter.sites if not site.name.endswith((".o", ".wo"))]
     note = {
         "task_names": list(adapter.task_names),
@@ -193,10 +191,8 @@ def _write(
         "inference_mode": True,
         "target_modules": [site.name for site in adapter.sites],
     }
-    for name, content in ((NOTE, note), (CONFIG, config)):
-        partial = folder / f".{name}.tmp"
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_json(folder / NOTE, note)
+    write_json(folder / CONFIG, config)
     return folder
 
 

@@ -6,8 +6,6 @@ adapter without the recipe, and the hash of the tensor file, so that a torn pair
 """
 
 import filecmp
-import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +22,7 @@ from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layout import Site, find_sites
 from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
 from mhr_scale.errors import AdapterError, UserError
-from mhr_scale.files import flush, hash_file, read_object
+from mhr_scale.files import hash_file, put_in_place, read_object, write_json
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
@@ -74,7 +72,7 @@ def save(
     partial = folder / f".{TENSORS}.tmp"
     save_file(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
     digest = hash_file(partial)
-    _replace(partial, folder / TENSORS)
+    put_in_place(partial, folder / TENSORS)
     card = {
         "schema": SCHEMA,
         "method": adapter.config.method,
@@ -87,9 +85,7 @@ def save(
         "tensors": {name: list(tensor.shape) for name, tensor in sorted(tensors.items())},
         "sha256": digest,
     }
-    partial = folder / f".{CARD}.tmp"
-    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    _replace(partial, folder / CARD)
+    write_json(folder / CARD, card)
     return folder
 
 
@@ -102,7 +98,7 @@ def copy(source: Path, target: Path) -> None:
     for name in names:
         partial = target / f".{name}.tmp"
         shutil.copyfile(source / name, partial)
-        _replace(partial, target / name)
+        put_in_place(partial, target / name)
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -262,9 +258,3 @@ def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
         f"{folder}: made for another backbone: layout '{card.adapter.layout}' has "
         f"{len(card.sites)} linears there, {len(sites)} here"
     )
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Flush `partial` to disk and put it in place of `target` in one move."""
-    flush(partial)
-    os.replace(partial, target)

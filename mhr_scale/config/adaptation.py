@@ -178,6 +178,11 @@ class AdaptConfig:
     run: AdaptRunConfig
     """Where to write."""
 
+    @property
+    def backbone_variants(self) -> list[str]:
+        """The variants that train the backbone too: a job of theirs runs alone."""
+        return [name for name, variant in self.variants.items() if variant.kind == "backbone"]
+
     def __post_init__(self) -> None:
         if not self.variants or "" in self.variants:
             raise ConfigError("variants: name at least one, and each of them")

@@ -1,6 +1,6 @@
 """What a job trains and is scored on, as token ids: a pure function of (task, seed, step)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,10 +40,6 @@ class Exam:
 
     questions: tuple[Question, ...]
     rows: tuple[ChoiceRow, ...]
-
-    def mean(self, points: Mapping[str, float]) -> float:
-        """Mean points of the questions, by their ids."""
-        return sum(points[question.id] for question in self.questions) / len(self.questions)
 
 
 def round_up(length: int) -> int:
@@ -124,8 +120,8 @@ class JobData:
     def _encode(self, example: Example, choices: tuple[str, ...]) -> TrainRow:
         key = (example.input, choices)
         if key not in self._rows:
-            (row,) = self._encoder.rows([example])
-            self._rows[key] = TrainRow(row.input_ids, tuple(self._encoder.answers(choices)), 0)
+            (input_ids,) = self._encoder.inputs([example])
+            self._rows[key] = TrainRow(input_ids, tuple(self._encoder.answers(choices)), 0)
         return self._rows[key]
 
 

@@ -23,7 +23,7 @@ from mhr_scale.adapters import Adapter
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig
 from mhr_scale.engine import is_sharded
 from mhr_scale.errors import ConfigError
-from mhr_scale.files import flush
+from mhr_scale.files import put_in_place
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.runlog import log
 
@@ -35,10 +35,9 @@ def check_backbone_jobs(
     config: AdaptConfig, backbone: BackboneConfig, ds_content: dict[str, Any]
 ) -> None:
     """Raise `ConfigError` if a variant is to train a backbone that is sharded or not float32."""
-    names = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
-    if not names:
+    if not config.backbone_variants:
         return
-    place = f"variants.{names[0]}.kind: backbone"
+    place = f"variants.{config.backbone_variants[0]}.kind: backbone"
     if is_sharded(ds_content):
         raise ConfigError(
             f"{place} trains weights that are whole on every rank, and {config.run.ds_config} "
@@ -180,5 +179,4 @@ def write_weights(weights: dict[str, nn.Parameter], file: Path) -> None:
     """Write named weights whole or not at all."""
     partial = file.with_name(f".{file.name}.tmp")
     save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
-    flush(partial)
-    os.replace(partial, file)
+    put_in_place(partial, file)

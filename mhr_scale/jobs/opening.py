@@ -18,6 +18,7 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.plan import Outlook
 from mhr_scale.jobs.start import check_variant
 from mhr_scale.runs import backbone_of, blueprint_of, check_adapter, check_fit
 from mhr_scale.tasks.suites import read_few_shot
@@ -46,6 +47,21 @@ class Opening:
     def steps(self, job: Job) -> int:
         """Optimizer steps of a job."""
         return self.config.variants[job.variant].steps or self.config.protocol.steps
+
+    def outlook(self, job: Job, *, step: int) -> Outlook:
+        """What a job that stands at `step` will take."""
+        data = self.data[job.task, job.seed]
+        width, depth = data.shape
+        scored = sum(len(row.input_ids) + row.n_choice_tokens for row in data.test.rows)
+        return Outlook(
+            job=job,
+            step=step,
+            steps=self.steps(job),
+            batch_size=data.batch_size,
+            width=width,
+            depth=depth,
+            scored_tokens=scored,
+        )
 
 
 def open_jobs(config: AdaptConfig) -> Opening:
@@ -138,11 +154,10 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
         dtype=config.backbone_dtype or chosen.dtype,
         quantise=config.backbone_quantise or chosen.quantise,
     )
-    trained = [name for name, variant in config.variants.items() if variant.kind == "backbone"]
-    if trained and chosen.quantise != "none":
+    if config.backbone_variants and chosen.quantise != "none":
         raise ConfigError(
-            f"variants.{trained[0]}.kind: backbone trains weights, which {chosen.quantise} ones "
-            "cannot be; set backbone_quantise: none for all variants"
+            f"variants.{config.backbone_variants[0]}.kind: backbone trains weights, which "
+            f"{chosen.quantise} ones cannot be; set backbone_quantise: none for all variants"
         )
     return chosen
 

@@ -1,6 +1,5 @@
 """A rank's waves from their first step to the results of their jobs."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +15,9 @@ from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine
 from mhr_scale.errors import DivergenceError, RunError
-from mhr_scale.files import write_text
+from mhr_scale.files import to_json_lines, write_text
 from mhr_scale.jobs.data import Exam
-from mhr_scale.jobs.job import Job, Standing, clean, write_result
+from mhr_scale.jobs.job import Job, clean, write_result
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.questions import Question, answerers, judge
@@ -188,7 +187,7 @@ class Runner:
             if lines is None:
                 lost.append(number)
                 continue
-            score = sum(line["points"] for line in lines) / len(lines)
+            score = summary.mean_points(lines)
             logs[member.job].write({"step": wave.step, "score": score})
             if member.standing.take(wave.step, score):
                 self._keep(wave, number, lines if selects_on_test else [])
@@ -201,7 +200,7 @@ class Runner:
         folder = member.job.folder(self.folder) / "best" / f"{wave.step:06d}"
         wave.keep(number, folder, backbone=self.backbone_facts)
         if lines:
-            write_text(folder / summary.SCORES, _to_lines(lines))
+            write_text(folder / summary.SCORES, to_json_lines(lines))
         return folder
 
     def score(
@@ -299,7 +298,7 @@ class Runner:
             if lines is None:
                 lost.append(number)
             else:
-                write_text(folder / summary.SCORES, _to_lines(lines))
+                write_text(folder / summary.SCORES, to_json_lines(lines))
         wave.adapter.bind(self.linears)
         return lost
 
@@ -312,15 +311,14 @@ class Runner:
         lines = summary.read_scores(best / summary.SCORES)
         if len(lines) != len(member.data.test.rows):
             raise RunError(f"{best}: not the scores of all its rows; delete {folder} and run again")
-        write_text(folder / summary.SCORES, _to_lines(lines))
-        points = [line["points"] for line in lines]
+        write_text(folder / summary.SCORES, to_json_lines(lines))
         write_result(
             member.job,
             self.folder,
             {
-                "score": sum(points) / len(points),
+                "score": summary.mean_points(lines),
                 "metric": lines[0]["metric"],
-                "examples": len(points),
+                "examples": len(lines),
                 "best_step": standing.best_step,
                 "evaluations": standing.evaluations,
                 **facts,
@@ -369,20 +367,8 @@ class Runner:
                 linear.is_off = is_off
 
 
-def _to_lines(lines: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 def _drop_older(folder: Path, best: int) -> None:
     """Remove the kept adapters of steps before the best one."""
     for old in folder.glob("*"):
         if old.name.isdecimal() and int(old.name) < best:
             shutil.rmtree(old)
-
-
-def saved_of(member: Member, run: Path, step: int) -> checkpoint.Saved:
-    """A job's saved step, its standing put back into the member."""
-    folder = member.job.folder(run)
-    saved = checkpoint.read(folder, step)
-    member.standing = Standing.read(saved.progress, place=checkpoint.step_folder(folder, step))
-    return saved

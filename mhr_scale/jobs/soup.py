@@ -115,9 +115,9 @@ def embed_tasks(tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen)
     rows: list[ChoiceRow] = []
     counts = []
     for task in tasks.values():
-        encoded = Encoder(task, kitchen.tokenizer, lengths).rows(task.train)
-        rows += [ChoiceRow(len(rows) + n, 0, row.input_ids) for n, row in enumerate(encoded)]
-        counts.append(len(encoded))
+        inputs = Encoder(task, kitchen.tokenizer, lengths).inputs(task.train)
+        rows += [ChoiceRow(len(rows) + n, 0, input_ids) for n, input_ids in enumerate(inputs)]
+        counts.append(len(inputs))
     model.eval()
     found: dict[int, list[float]] = {}
     run: Callable[[list[ChoiceRow]], list[list[float]]] = partial(

@@ -20,7 +20,7 @@ from mhr_scale.adapters import Adapter, state
 from mhr_scale.adapters.collapse import average, soup
 from mhr_scale.adapters.layout import Site
 from mhr_scale.config import AdapterConfig, VariantConfig
-from mhr_scale.errors import AdapterError, ConfigError
+from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.job import Job
 
 #: The ways to adapt that a paper's table compares.
@@ -115,8 +115,7 @@ def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bo
     """
     first = adapters[0]
     config = replace(first.config, private=not routing_only)
-    if any(adapter.config != first.config for adapter in adapters):
-        raise AdapterError("jobs of one wave need adapters of the same settings")
+    assert all(adapter.config == first.config for adapter in adapters)
     wave = Adapter(config, first.sites, task_names=names)
     with torch.no_grad():
         for number, adapter in enumerate(adapters):

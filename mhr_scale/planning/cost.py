@@ -107,7 +107,7 @@ class Estimate:
     passes: int
     tokens_per_second: float
     is_same_precision: bool
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_preferred(self) -> bool:

@@ -92,10 +92,12 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
         tried = [case.estimate(n, passes=per_rank // n, tokens=tokens) for n in micros]
         best = min(tried, key=lambda one: one.step_seconds)
         hours = best.step_seconds * config.schedule.steps / 3600.0
-        best.extra.update(
-            {"micro_batch_size": best.rows, "hours": hours, "gpu_hours": hours * machines.ranks}
-        )
-        estimates.append(best)
+        extra = {
+            "micro_batch_size": best.rows,
+            "hours": hours,
+            "gpu_hours": hours * machines.ranks,
+        }
+        estimates.append(replace(best, extra=extra))
     return Plan(
         kind="pretrain",
         machines=machines,
@@ -146,13 +148,11 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         rows = max(1, min(case.largest, asked))
         tokens = float(machines.ranks * replace(shape, rows=rows).tokens)
         one = case.estimate(rows, passes=1, tokens=tokens)
-        one.extra.update(
-            {
-                "examples_per_second": machines.ranks * rows / one.step_seconds,
-                "scoring.max_tokens at most": case.largest * shape.tokens,
-            }
-        )
-        estimates.append(one)
+        extra = {
+            "examples_per_second": machines.ranks * rows / one.step_seconds,
+            "scoring.max_tokens at most": case.largest * shape.tokens,
+        }
+        estimates.append(replace(one, extra=extra))
     answers = f"answers of {shape.depth} tokens" if generates else f"{shape.n_choices} choices"
     return Plan(
         kind="evaluate",
@@ -210,10 +210,8 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
         tokens = float(machines.ranks * jobs * shape.tokens)
         one = case.estimate(jobs, passes=1, tokens=tokens)
         seconds = one.step_seconds * (variant.steps or protocol.steps)
-        one.extra.update(
-            {"waves.size": jobs, "jobs_per_hour": machines.ranks * jobs * 3600.0 / seconds}
-        )
-        estimates.append(one)
+        extra = {"waves.size": jobs, "jobs_per_hour": machines.ranks * jobs * 3600.0 / seconds}
+        estimates.append(replace(one, extra=extra))
     return Plan(
         kind="adapt",
         machines=machines,

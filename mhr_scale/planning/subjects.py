@@ -93,7 +93,7 @@ def variants(
         frozen = one_backbone(config, cards)
     settings = {}
     for name, variant in config.variants.items():
-        if variant.kind == "backbone":
+        if name in config.backbone_variants:
             continue
         source = sources.get(variant.adapter or "")
         if source is None and variant.adapter is not None:

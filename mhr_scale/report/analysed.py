@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mhr_scale.analysis import ANALYSIS
 from mhr_scale.errors import RunError
 from mhr_scale.report.folders import Run
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
@@ -47,7 +48,7 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
                 blocks += make(run.analysis)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise RunError(
-                    f"{run.folder / 'analysis.json'}: no {name} that a report can show "
+                    f"{run.folder / ANALYSIS}: no {name} that a report can show "
                     f"({error!r}); analyse again"
                 ) from error
         if len(having) > 1:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mhr_scale import checkpoint, strict_yaml, summary, typed
 from mhr_scale.adapters.state import CARD
+from mhr_scale.analysis import ANALYSIS, SCHEMA
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import ConfigError, RunError, shortened, some
 from mhr_scale.files import read_json, read_object
@@ -24,7 +25,7 @@ MOVE = "move it away"
 TRACES = (
     "config.yaml",
     "average.yaml",
-    "analysis.json",
+    ANALYSIS,
     "metrics.jsonl",
     "scores.jsonl",
     "result.json",
@@ -101,7 +102,7 @@ def open_run(folder: Path) -> Run:
     if (folder / RESULT).is_file():
         run.result = read_object(folder / RESULT, RunError, way_out=MOVE)
     if run.kind == "analysis":
-        run.analysis = read_analysis(folder / "analysis.json")
+        run.analysis = read_analysis(folder / ANALYSIS)
     run.is_finished, run.state = STATES[run.kind](run)
     return run
 
@@ -131,7 +132,7 @@ def holds_jobs(folder: Path) -> bool:
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> Kind:
     """The kind of a run, by its files and by the parts of its recipe."""
-    if (folder / "analysis.json").is_file() or "alignment" in config:
+    if (folder / ANALYSIS).is_file() or "alignment" in config:
         return "analysis"
     if (folder / "average.yaml").is_file():
         return "average"
@@ -223,9 +224,9 @@ def read_analysis(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     found = read_object(file, RunError, way_out=MOVE)
-    if found.get("schema") != 1:
+    if found.get("schema") != SCHEMA:
         raise RunError(
-            f"{file}: schema {found.get('schema')!r}, this version reads 1; analyse again"
+            f"{file}: schema {found.get('schema')!r}, this version reads {SCHEMA}; analyse again"
         )
     for name in ("alignment", "routing", "inventory", "parameters"):
         values = found.get(name)

@@ -7,7 +7,7 @@ from typing import Any
 from mhr_scale import strict_yaml
 from mhr_scale.report.folders import Run, part
 from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
-from mhr_scale.runs import flatten
+from mhr_scale.runs import dotted
 
 #: Runs side by side in one table.
 MOST_COLUMNS = 12
@@ -31,7 +31,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
 def differences(runs: Sequence[Run]) -> Table:
     """The settings in which runs of one kind differ, one column for each run."""
     flat = [
-        flatten({**{f"average.{key}": value for key, value in run.average.items()}, **run.config})
+        dotted({**{f"average.{key}": value for key, value in run.average.items()}, **run.config})
         for run in runs
     ]
     keys = list(dict.fromkeys(key for values in flat for key in values))

@@ -18,7 +18,7 @@ from mhr_scale import stopping
 from mhr_scale.errors import ExitCode
 from mhr_scale.reproduction.plan import Unit
 from mhr_scale.reproduction.units import log_file, read_record, work, write_record
-from mhr_scale.runlog import log
+from mhr_scale.runlog import as_time, log
 
 Fate = Literal["done", "diverged", "failed", "left out"]
 
@@ -69,7 +69,7 @@ class Clock:
         """The time left, by what units have taken so far."""
         pace = self.took / self.expected if self.expected else 1.0
         seconds = max(0.0, self.total - self.settled) * pace / self.workers
-        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+        return as_time(seconds)
 
 
 @dataclass(slots=True)

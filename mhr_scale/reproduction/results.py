@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mhr_scale.analysis import ANALYSIS
 from mhr_scale.comparison import compare
 from mhr_scale.errors import RunError
 from mhr_scale.files import read_object
@@ -112,7 +113,7 @@ def zero_shot_score(folder: Path) -> float:
 
 def alignment(folder: Path) -> float:
     """Mean cosine of an analysis; raises `RunError` where it has none."""
-    found = read_object(folder / "analysis.json", RunError, way_out=WAY_OUT)["alignment"]
+    found = read_object(folder / ANALYSIS, RunError, way_out=WAY_OUT)["alignment"]
     if found is None:
-        raise RunError(f"{folder / 'analysis.json'}: holds no gradient alignment; delete {folder}")
+        raise RunError(f"{folder / ANALYSIS}: holds no gradient alignment; delete {folder}")
     return float(found["mean"])

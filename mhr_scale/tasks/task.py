@@ -4,13 +4,13 @@ Every reader (toy, SuperNI, JSONL, P3) turns its own format into these values an
 that mixtures, collators and evaluators never know where a row came from.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mhr_scale.errors import DataError
+from mhr_scale.files import to_json_lines
 from mhr_scale.part import part
 
 
@@ -128,7 +128,7 @@ class Intake:
 
     def write(self, path: Path) -> None:
         """Write the refused rows as JSON lines."""
-        path.write_text(to_json_lines(self.rows()), encoding="utf-8")
+        path.write_text(to_json_lines(self.rows(), ensure_ascii=False), encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +143,6 @@ class TaskStream:
 
     def __iter__(self) -> Iterator[Task]:
         return self.read()
-
-
-def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as JSON lines; what is no valid text (unpaired surrogates) is escaped."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return lines.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def check_not_empty(task: Task) -> None:

@@ -14,7 +14,7 @@ from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.interop import open_adapter
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.adapters.state import Card
-from mhr_scale.analysis import alignment
+from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
 from mhr_scale.analysis.alignment import Alignment, TaskRows
 from mhr_scale.analysis.clustering import clustered_order
 from mhr_scale.analysis.inventory_statistics import describe_inventory
@@ -39,9 +39,6 @@ from mhr_scale.runs import (
 )
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tokens import TokenSet, open_tokens
-
-SCHEMA = 1
-ANALYSIS = "analysis.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,33 +18,28 @@ SHOWN_REJECTS = 10
 def check_data(config: PretrainConfig) -> None:
     """Print counts, lengths, cuts and refused rows per task.
 
-    Leaves with code 1 if a run of this recipe would stop at its data.
+    Raises `DataError` if a run of this recipe would stop at its data.
     """
     blueprint = backbone.read_blueprint(config.backbone)
     tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
     policy = getattr(config.tasks, "intake", None)
-    try:
-        tokens = open_tokens(
-            config.tasks, tokenizer, config.batch, cache=config.run.token_cache, on_bad="skip"
-        )
-        fault = would_stop(tokens, on_bad=policy.on_bad if policy else "reject")
-    except DataError as error:
-        sys.stdout.write(f"error: {error}\n")
-        raise SystemExit(1) from None
-    sys.stdout.write(report(tokens) + (f"error: {fault}\n" if fault else ""))
-    if fault:
-        raise SystemExit(1)
+    tokens = open_tokens(
+        config.tasks, tokenizer, config.batch, cache=config.run.token_cache, on_bad="skip"
+    )
+    sys.stdout.write(report(tokens))
+    check_refused(tokens, on_bad=policy.on_bad if policy else "reject")
 
 
-def would_stop(tokens: TokenSet, *, on_bad: str) -> str | None:
-    """Why a run would refuse this data under `on_bad`, or None."""
+def check_refused(tokens: TokenSet, *, on_bad: str) -> None:
+    """Raise `DataError` if a run would refuse this data under `on_bad`."""
     refused = len(tokens.rejects)
-    if on_bad == "error" and refused:
-        return f"{refused} rows refused and on_bad is 'error'"
-    taken = sum(card.n_train + card.n_validation for card in tokens.cards)
-    if on_bad == "reject" and Intake.is_too_much(refused, taken + refused):
-        return f"{refused} of {taken + refused} rows refused, more than on_bad 'reject' allows"
-    return None
+    total = refused + sum(card.n_train + card.n_validation for card in tokens.cards)
+    is_too_much = on_bad == "reject" and Intake.is_too_much(refused, total)
+    if is_too_much or (on_bad == "error" and refused):
+        raise DataError(
+            f"{refused} of {total} rows refused, more than on_bad: {on_bad} allows; mend the data "
+            "or set on_bad: skip"
+        )
 
 
 def report(tokens: TokenSet) -> str:

@@ -4,7 +4,6 @@
                summary.json   per task, per prompt, means; made from scores.jsonl alone
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from mhr_scale.adapters.state import Card
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.files import write_json, write_text
+from mhr_scale.files import to_json_lines, write_json, write_text
 from mhr_scale.jobs.soup import Kitchen, find_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
@@ -137,7 +136,7 @@ def run_job(
             if engine.rank == 0:
                 lines = [judge(questions[n], value) for n, value in sorted(results.items())]
                 with path.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(line) + "\n" for line in lines))
+                    file.write(to_json_lines(lines))
                 for line in lines:
                     progress.advance(line["task"])
     progress.close()

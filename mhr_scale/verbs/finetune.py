@@ -9,7 +9,6 @@ losses and scores are those of `adapt`. One process, on one GPU or on CPU.
                steps/000100/  the LoRA and its optimizer, to go on from
 """
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
-from mhr_scale.files import write_json, write_text
+from mhr_scale.files import to_json_lines, write_json, write_text
 from mhr_scale.jobs import passes
 from mhr_scale.jobs.data import JobData, TrainRow, open_data
 from mhr_scale.jobs.job import RESULT
@@ -336,9 +335,12 @@ def examine(config: FinetuneConfig, opening: Opening, loaded: Loaded, file: Path
                     found[row.number] = judge(exam.questions[row.number], value)
                     progress.advance(config.task)
         progress.close()
-        lines = [json.dumps(found[number]) + "\n" for number in range(len(exam.rows))]
-        write_text(file, "".join(lines))
-    return exam.mean({score["id"]: score["points"] for score in summary.read_scores(file)})
+        lines = [found[number] for number in range(len(exam.rows))]
+        write_text(file, to_json_lines(lines))
+    scores = summary.read_scores(file)
+    if len(scores) != len(exam.rows):
+        raise RunError(f"{file}: not the scores of all its rows; delete it and run again")
+    return summary.mean_points(scores)
 
 
 def close(

@@ -1,6 +1,6 @@
 """One recipe on one process, two replicated and two sharded ones: the same numbers.
 
-Real tasks and a real backbone, 20 steps, through the real launcher.
+Real tasks and a real backbone, eight steps, through the real launcher.
 """
 
 import json
@@ -42,7 +42,7 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             f"tasks.folder={shared / 'data' / 'superni_sample'}",
             f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
             f"run.folder={folder / name}",
-            "schedule.steps=20",
+            "schedule.steps=8",
             "run.log_every=1",
             "tasks.validation_examples=1",
             "batch.max_input_tokens=64",
@@ -70,14 +70,12 @@ CLOSE = ("alone_accumulating", "two_recomputing")
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_losses_of_twenty_steps_are_equal_bit_for_bit(runs: dict[str, Path], name: str) -> None:
+def test_losses_of_all_steps_are_equal_bit_for_bit(runs: dict[str, Path], name: str) -> None:
     assert losses(runs[name]) == losses(runs["alone"])
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_adapters_after_twenty_steps_are_equal_bit_for_bit(
-    runs: dict[str, Path], name: str
-) -> None:
+def test_adapters_in_the_end_are_equal_bit_for_bit(runs: dict[str, Path], name: str) -> None:
     assert adapter_bytes(runs[name]) == adapter_bytes(runs["alone"])
 
 
@@ -93,8 +91,8 @@ def test_accumulation_and_recomputation_do_not_change_the_losses(
     assert losses(runs[name]) == pytest.approx(losses(runs["alone"]), rel=1e-5)
 
 
-def test_twenty_steps_were_logged(runs: dict[str, Path]) -> None:
-    assert len(losses(runs["alone"])) == 20
+def test_all_steps_were_logged(runs: dict[str, Path]) -> None:
+    assert len(losses(runs["alone"])) == 8
 
 
 def test_training_moved_the_adapter(runs: dict[str, Path]) -> None:

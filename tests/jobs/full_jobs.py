@@ -15,12 +15,12 @@ from mhr_scale.adapters import AdapterConfig, state
 from mhr_scale.adapters.methods import wrap
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
 from mhr_scale.engine import Engine
+from mhr_scale.jobs.begin import open_wave
 from mhr_scale.jobs.full import WEIGHTS, named_weights
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
 from mhr_scale.jobs.plan import Planned
 from mhr_scale.jobs.wave import StepValues, Wave
-from mhr_scale.verbs.adapt import look_out, open_wave
 
 TOY = BackboneConfig(name="builtin:toy", dtype="float32")
 TIED = BackboneConfig(
@@ -70,7 +70,7 @@ class Bench:
         self.engine.prepare(self.model, self.opening.backbone)
 
     def open(self, number: int = 0) -> Wave:
-        planned = Planned((look_out(self.opening, self.opening.jobs[number], 0),))
+        planned = Planned((self.opening.outlook(self.opening.jobs[number], step=0),))
         return open_wave(self.opening, planned, {}, device=self.engine.device)
 
     def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:

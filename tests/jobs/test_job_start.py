@@ -14,7 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.adapters.collapse import average
 from mhr_scale.config import SoupConfig, VariantConfig
-from mhr_scale.errors import AdapterError, ConfigError
+from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import (
     check_variant,
@@ -294,11 +294,6 @@ def test_a_job_taken_out_shares_no_memory_with_its_wave():
     for parameter in unstack(wave, 1, "new").parameters():
         torch.nn.init.zeros_(parameter)
     assert_same(tensors_of(wave), before)
-
-
-def test_adapters_of_other_settings_make_no_wave():
-    with pytest.raises(AdapterError, match="same settings"):
-        stack(["a", "b"], [make_source(MHR), make_source(LORA)], routing_only=False)
 
 
 # --- parameter counts

@@ -7,6 +7,7 @@ import pytest
 from processes import ROOT
 
 from mhr_scale.config import PretrainConfig
+from mhr_scale.errors import DataError
 from mhr_scale.recipe import load
 from mhr_scale.verbs.data import check_data
 
@@ -46,29 +47,23 @@ def test_refused_rows_are_listed_with_their_place(
     assert "train.jsonl:22: " in out
 
 
-def test_data_that_would_stop_a_run_is_exit_code_one(
+def test_data_that_would_stop_a_run_is_an_error_below_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(DataError, match=r"^12 of 32 rows refused, more than on_bad: reject allows"):
         check(write_rows(tmp_path / "t", good=20, bad=12))
-    assert left.value.code == 1
-    assert "error: 12 of 32 rows refused" in capsys.readouterr().out
+    assert "train.jsonl:21: " in capsys.readouterr().out
 
 
 def test_the_strict_policy_counts_every_refused_row(tmp_path: Path) -> None:
     settings = write_rows(tmp_path / "t", good=20, bad=1)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(DataError, match=r"^1 of 21 rows refused, more than on_bad: error allows"):
         check(settings, "tasks.intake.on_bad=error")
-    assert left.value.code == 1
 
 
-def test_a_folder_without_data_is_exit_code_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_a_folder_without_data_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none"):
         check(f"tasks={{suite: jsonl, folder: {tmp_path / 'none'}}}")
-    assert left.value.code == 1
-    assert "none" in capsys.readouterr().out
 
 
 def test_the_cache_is_filled_for_later_runs(tmp_path: Path) -> None:

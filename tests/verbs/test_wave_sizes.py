@@ -13,7 +13,6 @@ from mhr_scale.jobs.opening import Opening, open_jobs
 from mhr_scale.jobs.plan import LARGEST, Outlook, wave_size
 from mhr_scale.planning.steps import Shape
 from mhr_scale.planning.waves import job_bytes
-from mhr_scale.verbs.adapt import look_out
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +28,7 @@ def opening(tmp_path_factory: pytest.TempPathFactory) -> Opening:
 
 @pytest.fixture(scope="module")
 def outlooks(opening: Opening) -> list[Outlook]:
-    return [look_out(opening, job, 0) for job in opening.jobs]
+    return [opening.outlook(job, step=0) for job in opening.jobs]
 
 
 def counted(opening: Opening, outlooks: Sequence[Outlook], **changes: Any) -> float:
