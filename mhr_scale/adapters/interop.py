@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mhr_scale.adapters import state
+from mhr_scale.adapters.layout import backbone_width
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.adapters.published import (
     PICKLED,
@@ -179,12 +180,11 @@ def _write(
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, partial, metadata={"format": "pt"})
     put_in_place(partial, folder / TENSORS)
-    readers = [site for site in adapter.sites if not site.name.endswith((".o", ".wo"))]
     note = {
         "task_names": list(adapter.task_names),
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
-        "d_model": readers[0].in_features,
+        "d_model": backbone_width(adapter.sites),
     }
     config = {
         **settings,

@@ -1,92 +1,134 @@
 """Which linears of a backbone are adapted, and which of them share one routing table.
 
-A backbone family is one row of `FAMILIES`: how its models are recognised, how the name of a linear
-tells where it sits, and what each layout wraps. A new family with other names is one more row.
+A backbone family is one row of `FAMILIES`: how its models are recognised, how their linears are
+called, and what each layout wraps. A new family with other names is one more row.
 """
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from mhr_scale.errors import LayoutError, did_you_mean
 
-ATTENTION = ("q", "k", "v", "o")
+
+class Place(NamedTuple):
+    """Where a linear sits."""
+
+    stack: str
+    block: int
+    sublayer: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """The blocks of a stack: the module that lists them, and what lies in each.
+
+    `depth` is what the configuration calls their number. `sublayers` are the linears of each
+    sub-layer by their names below the block, in the model's own order.
+    """
+
+    name: str
+    depth: str
+    sublayers: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """A row of the table of backbone families.
 
-    `site` matches the full name of a linear with groups stack, block, sublayer, kind and linear.
-    `layouts` maps a layout to the last name parts it wraps, `sublayers` a stack to the kinds of
-    the sub-layers that each of its blocks has.
+    `layouts` maps a layout to the last name parts it wraps, `inputs` those that do not read the
+    backbone's width to the one whose outputs they read.
     """
 
     name: str
     model_types: tuple[str, ...]
-    gated: bool
-    site: re.Pattern[str]
-    sublayers: dict[str, tuple[str, ...]]
+    gated: bool = False
+    stacks: dict[str, Blocks]
     layouts: dict[str, tuple[str, ...]]
+    inputs: dict[str, str]
 
-    def expected_sites(self, layout: str, config: Any) -> int:
-        """Number of linears `layout` must match in a model with this configuration."""
-        attention = sum(name in ATTENTION for name in self.layouts[layout])
-        feed_forward = len(self.layouts[layout]) - attention
-        encoder, decoder = config.num_layers, config.num_decoder_layers
-        return encoder * (attention + feed_forward) + decoder * (2 * attention + feed_forward)
+    def depths(self, config: Any) -> dict[str, int]:
+        """Number of blocks per stack of a model with this configuration."""
+        return {stack: getattr(config, blocks.depth) for stack, blocks in self.stacks.items()}
 
-    def linear_names(self, layout: str, n_blocks: Mapping[str, int]) -> list[str]:
-        """Names of the linears of `layout` in a model's own order; `n_blocks` is per stack."""
+    def linear_names(self, layout: str, depths: Mapping[str, int]) -> list[str]:
+        """Names of the linears of `layout` in a model's own order."""
         return [
-            f"{stack}.block.{block}.layer.{number}.{kind}.{linear}"
-            for stack, kinds in self.sublayers.items()
-            for block in range(n_blocks[stack])
-            for number, kind in enumerate(kinds)
-            for linear in self.layouts[layout]
-            if (linear in ATTENTION) == kind.endswith("Attention")
+            f"{blocks.name}.{number}.{linear}"
+            for stack, blocks in self.stacks.items()
+            for number in range(depths[stack])
+            for linears in blocks.sublayers
+            for linear in linears
+            if _last(linear) in self.layouts[layout]
         ]
 
+    def find_place(self, name: str) -> Place | None:
+        """Where the linear of this name sits, if it is one of the family's."""
+        for stack, blocks in self.stacks.items():
+            number, _, linear = name.removeprefix(f"{blocks.name}.").partition(".")
+            for sublayer, linears in enumerate(blocks.sublayers):
+                if linear in linears and name == f"{blocks.name}.{number}.{linear}":
+                    return Place(stack, int(number), sublayer) if number.isdecimal() else None
+        return None
 
-T5_SITE = re.compile(
-    r"(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.(?P<sublayer>\d+)"
-    r"\.(?P<kind>SelfAttention|EncDecAttention|DenseReluDense)\.(?P<linear>\w+)"
-)
 
-T5_SUBLAYERS = {
-    "encoder": ("SelfAttention", "DenseReluDense"),
-    "decoder": ("SelfAttention", "EncDecAttention", "DenseReluDense"),
-}
+def below(module: str, linears: Sequence[str]) -> tuple[str, ...]:
+    """Names of the linears of a module, as a row lists them."""
+    return tuple(f"{module}.{linear}" for linear in linears)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def t5_family(
+    *, name: str, model_types: tuple[str, ...], gated: bool, wide: Sequence[str]
+) -> Family:
+    """A family of T5s whose feed-forward has the linears `wide`, then wo."""
+    attention, feed_forward = ("q", "k", "v", "o"), (*wide, "wo")
+    return Family(
+        name=name,
+        model_types=model_types,
+        gated=gated,
+        stacks={
+            "encoder": Blocks(
+                name="encoder.block",
+                depth="num_layers",
+                sublayers=(
+                    below("layer.0.SelfAttention", attention),
+                    below("layer.1.DenseReluDense", feed_forward),
+                ),
+            ),
+            "decoder": Blocks(
+                name="decoder.block",
+                depth="num_decoder_layers",
+                sublayers=(
+                    below("layer.0.SelfAttention", attention),
+                    below("layer.1.EncDecAttention", attention),
+                    below("layer.2.DenseReluDense", feed_forward),
+                ),
+            ),
+        },
+        layouts={
+            "full": (*attention, *feed_forward),
+            "light": ("k", "v", wide[-1]),
+            "attention": attention,
+        },
+        inputs={"o": "v", "wo": wide[-1]},
+    )
+
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
+    t5_family(
         name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
         model_types=("t5", "mt5"),
         gated=True,
-        site=T5_SITE,
-        sublayers=T5_SUBLAYERS,
-        layouts={
-            "full": (*ATTENTION, "wi_0", "wi_1", "wo"),
-            "light": ("k", "v", "wi_1"),
-            "attention": ATTENTION,
-        },
+        wide=("wi_0", "wi_1"),
     ),
-    Family(
-        name="T5 v1.0 (ungated)",
-        model_types=("t5",),
-        gated=False,
-        site=T5_SITE,
-        sublayers=T5_SUBLAYERS,
-        layouts={
-            "full": (*ATTENTION, "wi", "wo"),
-            "light": ("k", "v", "wi"),
-            "attention": ATTENTION,
-        },
-    ),
+    t5_family(name="T5 v1.0 (ungated)", model_types=("t5",), gated=False, wide=("wi",)),
 )
 
 
@@ -113,16 +155,8 @@ class Site:
         }[granularity]
 
 
-def _make_site(name: str, place: re.Match[str], in_features: int, out_features: int) -> Site:
-    """The site of a linear whose name matches its family's pattern as `place`."""
-    return Site(
-        name=name,
-        in_features=in_features,
-        out_features=out_features,
-        stack=place["stack"],
-        block=int(place["block"]),
-        sublayer=int(place["sublayer"]),
-    )
+def _make_site(name: str, place: Place, in_features: int, out_features: int) -> Site:
+    return Site(name=name, in_features=in_features, out_features=out_features, **place._asdict())
 
 
 def find_family(config: Any) -> Family:
@@ -155,15 +189,16 @@ def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
     children = family.layouts[layout]
     sites = []
     for name, module in model.named_modules():
-        place = family.site.fullmatch(name)
-        if place and place["linear"] in children and isinstance(module, nn.Linear):
+        place = family.find_place(name)
+        if place and _last(name) in children and isinstance(module, nn.Linear):
             sites.append(_make_site(name, place, module.in_features, module.out_features))
-    expected = family.expected_sites(layout, config)
+    depths = family.depths(config)
+    expected = len(family.linear_names(layout, depths))
     if not sites or len(sites) != expected:
-        counts = Counter(site.name.rsplit(".", 1)[1] for site in sites)
+        counts = Counter(_last(site.name) for site in sites)
         raise LayoutError(
             f"layout '{layout}' matches {len(sites)} linears of a {family.name} model with "
-            f"{config.num_layers}+{config.num_decoder_layers} blocks, expected {expected} "
+            f"{'+'.join(map(str, depths.values()))} blocks, expected {expected} "
             f"(found {dict(counts)}); known layouts: {known}"
         )
     return tuple(sites)
@@ -177,14 +212,14 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
     """
     nearest: tuple[str, list[str]] | None = None
     for family in FAMILIES:
-        places = {name: place for name in widths if (place := family.site.fullmatch(name))}
-        blocks = {(place["stack"], int(place["block"])) for place in places.values()}
-        n_blocks = {
+        places = {name: place for name in widths if (place := family.find_place(name))}
+        blocks = {(place.stack, place.block) for place in places.values()}
+        depths = {
             stack: _likeliest_depth([block for s, block in blocks if s == stack])
-            for stack in family.sublayers
+            for stack in family.stacks
         }
         for layout in family.layouts:
-            names = family.linear_names(layout, n_blocks)
+            names = family.linear_names(layout, depths)
             odd = [f"missing {name}" for name in names if name not in widths]
             odd += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
             if not odd:
@@ -199,6 +234,19 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
         f"the {len(widths)} linears are those of no layout; nearest is '{layout}', with "
         f"{len(odd)} odd: {'; '.join(odd[:5])}"
     )
+
+
+def backbone_width(sites: Sequence[Site]) -> int:
+    """The width that most linears read: that of the first which does not read another's outputs."""
+    inputs = inputs_of(site.name for site in sites)
+    return next(site.in_features for site in sites if _last(site.name) not in inputs)
+
+
+def inputs_of(names: Iterable[str]) -> dict[str, str]:
+    """`inputs` of the family that knows most of these linears."""
+    names = tuple(names)
+    known = [sum(family.find_place(name) is not None for name in names) for family in FAMILIES]
+    return FAMILIES[known.index(max(known))].inputs
 
 
 def _likeliest_depth(blocks: Sequence[int]) -> int:

@@ -37,7 +37,12 @@ def products(
 def update(
     x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], ys: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Add (x A[slot]) B[slot] to each y in place: for frozen products that are not plain ones."""
+    """Add (x A[slot]) B[slot] to each y in place: for frozen products that are not plain ones.
+
+    A y that is a view (what a linear with a bias gives) is copied: of a function that changes a
+    view, autograd takes the first input's gradient, here that of x, for the view's own.
+    """
+    ys = [y.clone() if y._is_view() else y for y in ys]
     with torch.autocast(x.device.type, enabled=False):
         return _Update.apply(x.to(a_UIX.dtype), a_UIX, len(ys), *ys, *b_URO)
 

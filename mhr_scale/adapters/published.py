@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mhr_scale.adapters import state
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.layout import Site, recognise_sites
+from mhr_scale.adapters.layout import Site, inputs_of, recognise_sites
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
 
@@ -107,8 +107,8 @@ def widths_of(
 ) -> dict[str, tuple[int, int]]:
     """Full (in, out) widths of each linear of tensors under our names: its namesakes' commonest.
 
-    (IA)3 vectors know the out side alone; T5's linears read `d_model` features, but `o` what `v`
-    writes, and `wo` what `wi_1` (or `wi`) writes.
+    (IA)3 vectors know the out side alone; linears read `d_model` features, but for the family's
+    `inputs`, which write as many.
     """
     votes: dict[tuple[str, str], Counter[int]] = {}
     linears: dict[str, str] = {}
@@ -122,13 +122,13 @@ def widths_of(
             votes.setdefault((kind, way), Counter())[tensor.shape[dim] * n_splits] += 1
     common = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
     if any(name.endswith(".l") for name in tensors):
-        d_model = common.get(("o", "out"), common.get(("wo", "out"), d_model))
+        inputs = inputs_of(linears)
+        d_model = next((common[r, "out"] for r in inputs if (r, "out") in common), d_model)
         if d_model is None:
             raise AdapterError(
                 f"{place}: (IA)3 vectors do not tell the width of the backbone; pass d_model"
             )
-        hidden = common.get(("wi_1", "out"), common.get(("wi", "out"), d_model))
-        own = {"o": common.get(("v", "out"), d_model), "wo": hidden}
+        own = {reader: common.get((writer, "out"), d_model) for reader, writer in inputs.items()}
         common |= {(kind, "in"): own.get(kind, d_model) for kind in linears.values()}
     return {
         linear: (common.get((kind, "in"), n_splits), common.get((kind, "out"), n_splits))

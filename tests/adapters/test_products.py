@@ -62,6 +62,12 @@ def added(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) 
     return update(x, a_UIX, pairs, [F.linear(x, weight) for weight in weights])
 
 
+def biased(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
+    """With a bias, a frozen product is a view."""
+    zeros = x.new_zeros(N_OUT)
+    return update(x, a_UIX, pairs, [F.linear(x, weight, zeros) for weight in weights])
+
+
 def plain(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
     """The same, one operation after the other."""
     slots = a_UIX if a_UIX.dim() == 3 else a_UIX.unsqueeze(0)
@@ -77,7 +83,7 @@ def plain(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) 
     return tuple(ys)
 
 
-WAYS = {"products": fused, "update": added}
+WAYS = {"products": fused, "update": added, "update of views": biased}
 
 
 @pytest.fixture(params=WAYS)
