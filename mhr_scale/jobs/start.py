@@ -19,6 +19,7 @@ import torch
 from mhr_scale.adapters import Adapter, state
 from mhr_scale.adapters.collapse import average, soup
 from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters.routing import POLICIES
 from mhr_scale.config import AdapterConfig, VariantConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.job import Job
@@ -65,7 +66,9 @@ def config_of(variant: VariantConfig, source: Adapter | None) -> AdapterConfig:
         return replace(variant.fresh, private=False)
     config = source.config
     if variant.kind in ("full", "routing", "backbone"):
-        return replace(config, policy="learned") if config.policy == "fixed" else config
+        return (
+            config if POLICIES[config.policy].trains_logits else replace(config, policy="learned")
+        )
     if variant.kind == "average" and variant.trainable == "inventory" and config.is_routed:
         return replace(config, policy="uniform")
     return replace(

@@ -25,7 +25,6 @@ metric is accuracy where every row of a task has choices, rougeL elsewhere.
 
 import logging
 import math
-import random
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from mhr_scale.part import part
 from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
-from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task, hold_out
 
 log = logging.getLogger("mhr_scale")
 
@@ -102,10 +101,6 @@ class JsonlTasks(Suite):
             _make_task(name, folds, options=options.get(name, {}), config=self)
             for name, folds in sorted(rows.items())
         ]
-
-    def folders(self) -> tuple[str, ...]:
-        """The folder of rows."""
-        return (self.folder,)
 
     def more_test_rows(self) -> str:
         """Test rows are the user's to give."""
@@ -264,19 +259,17 @@ def _make_example(line: Line, *, default_id: str) -> Example:
 def _make_task(
     name: str, folds: dict[str, list[Example]], *, options: dict[str, Any], config: JsonlTasks
 ) -> Task:
-    train, validation = folds["train"], folds["validation"]
+    train, validation = tuple(folds["train"]), tuple(folds["validation"])
     every = [*train, *validation, *folds["test"]]
     if not validation:
-        count = min(config.validation_examples, len(train) // 10)
-        shuffler = random.Random(f"{config.seed}/{name}")
-        chosen = set(shuffler.sample(range(len(train)), count))
-        validation = [row for number, row in enumerate(train) if number in chosen]
-        train = [row for number, row in enumerate(train) if number not in chosen]
+        train, validation = hold_out(
+            train, most=config.validation_examples, seed=config.seed, name=name
+        )
     metric = "accuracy" if all(example.choices for example in every) else "rougeL"
     return Task(
         name=name,
-        train=tuple(train),
-        validation=tuple(validation),
+        train=train,
+        validation=validation,
         test=tuple(folds["test"]),
         **{"metric": metric, **options},
     )

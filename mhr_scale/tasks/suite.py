@@ -76,8 +76,9 @@ class Suite:
         raise NotImplementedError
 
     def folders(self) -> tuple[str, ...]:
-        """Names of the local folders that it may be read from."""
-        return ()
+        """Names of the local folders that it may be read from: its `folder`, if it has one."""
+        folder = getattr(self, "folder", None)
+        return () if folder is None else (folder,)
 
     def more_test_rows(self) -> str:
         """How a task gets more rows to evaluate on."""

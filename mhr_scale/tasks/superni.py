@@ -111,10 +111,6 @@ class SuperNITasks(Suite):
             )
         return tasks
 
-    def folders(self) -> tuple[str, ...]:
-        """The folder of tasks and splits."""
-        return (self.folder,)
-
     def more_test_rows(self) -> str:
         """A test task has test rows, a training task held-out ones."""
         return f"raise tasks.{'test' if self.fold == 'test' else 'validation'}_examples"

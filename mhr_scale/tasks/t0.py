@@ -19,7 +19,6 @@ Validation rows are set aside from the training rows that were read, at most a t
 """
 
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from mhr_scale.runlog import log
 from mhr_scale.tasks import p3, prompted
 from mhr_scale.tasks.prompts import config_name
 from mhr_scale.tasks.suite import Suite
-from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream
+from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream, hold_out
 
 TABLE = Path(__file__).parent / "t0_mixture.json"
 MIXTURES = ("T0", "T0+", "T0++")
@@ -238,12 +237,11 @@ def _read_task(
         caps += [] if cap is None else [cap]
         max_rows = cap if config.max_rows == "cap" else config.max_rows
         rows += source.read(prompt.name, max_rows=max_rows, policy=config.intake, intake=intake)
-    count = min(config.validation_examples, len(rows) // 10)
-    chosen = set(random.Random(f"{config.seed}/{name}").sample(range(len(rows)), count))
+    train, validation = hold_out(rows, most=config.validation_examples, seed=config.seed, name=name)
     return Task(
         name=name,
-        train=tuple(row for number, row in enumerate(rows) if number not in chosen),
-        validation=tuple(rows[number] for number in sorted(chosen)),
+        train=train,
+        validation=validation,
         metric="accuracy" if all(row.choices for row in rows) else "rougeL",
         cap=sum(caps) if caps else None,
     )

@@ -4,7 +4,8 @@ Every reader (toy, SuperNI, JSONL, P3) turns its own format into these values an
 that mixtures, collators and evaluators never know where a row came from.
 """
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -143,6 +144,16 @@ class TaskStream:
 
     def __iter__(self) -> Iterator[Task]:
         return self.read()
+
+
+def hold_out(
+    rows: Sequence[Example], *, most: int, seed: int, name: str
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Training rows, and those set aside for validation: `most`, and at most a tenth of all."""
+    count = min(most, len(rows) // 10)
+    chosen = set(random.Random(f"{seed}/{name}").sample(range(len(rows)), count))
+    train = tuple(row for number, row in enumerate(rows) if number not in chosen)
+    return train, tuple(rows[number] for number in sorted(chosen))
 
 
 def check_not_empty(task: Task) -> None:
