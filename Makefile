@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-LAUNCHING := tests/distributed tests/robustness tests/planning
+LAUNCHING := tests/distributed tests/robustness
 
 .PHONY: demo test lint install clean
 

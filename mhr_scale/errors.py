@@ -93,8 +93,10 @@ class DivergenceError(UserError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the closest known word, or an empty string."""
-    matches = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """Return `; did you mean 'x'?` for the known word that begins so or is closest, or nothing."""
+    known = list(known)
+    begun = [one for one in known if len(word) > 1 and one.startswith(word)]
+    matches = begun or get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 

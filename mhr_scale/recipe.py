@@ -242,6 +242,9 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
     known = [item.name for item in fields(part)] if is_dataclass(part) else []
     if fault["type"] in UNKNOWN:
         hint = did_you_mean(path[-1], known)
+        inner = [f"{item}.{path[-1]}" for item in known if path[-1] in _names_below(part, item)]
+        if inner and not hint:
+            hint = f"; did you mean '{'.'.join((*path[:-1], inner[0]))}'?"
         return ConfigError(f"{place}: unknown setting '{name}'{hint or _listed(known)}")
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return ConfigError(f"{place}: setting '{name}' is required")
@@ -261,6 +264,12 @@ def _listed(known: Sequence[str]) -> str:
 def _parts(kind: Any) -> tuple[Any, ...]:
     """The dataclasses among the members of a type."""
     return tuple(member for member in _members(kind) if is_dataclass(member))
+
+
+def _names_below(part: Any, name: str) -> list[str]:
+    """The settings of the parts that a field may hold."""
+    kinds = _parts(typing.get_type_hints(part)[name])
+    return [item.name for kind in kinds for item in fields(kind)]
 
 
 def _named_part(kind: Any) -> Any:

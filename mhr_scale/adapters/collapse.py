@@ -60,23 +60,11 @@ def collapse(adapter: Adapter, task: str) -> Adapter:
     return _collapse(adapter, weights, name=task)
 
 
-def _single(adapter: Adapter, name: str) -> Adapter:
-    config = replace(
-        adapter.config,
-        n_skills=1,
-        n_splits=1,
-        policy="learned",
-        granularity="linear",
-        block_span=1,
-        private=False,
-    )
-    return Adapter(config, adapter.sites, task_names=[name])
-
-
 @torch.no_grad()
 def _collapse(adapter: Adapter, weights_1GQS: Tensor, *, name: str) -> Adapter:
     like = next(adapter.inventory.parameters())
-    single = _single(adapter, name).to(like.device, like.dtype)
+    single = Adapter(adapter.config.single(), adapter.sites, task_names=[name])
+    single = single.to(like.device, like.dtype)
     mixed = adapter.mix(weights_1GQS.to(like) if adapter.config.is_routed else None)
     for stack, sides in zip(adapter.inventory.stacks, mixed, strict=True):
         _store(single, stack, sides, scale=adapter.config.scale)

@@ -1,5 +1,6 @@
 """What a recipe says of the adapter."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mhr_scale.adapters.routing import POLICIES
@@ -83,6 +84,18 @@ class AdapterConfig:
     def has_logits(self) -> bool:
         """Whether a table of routing logits exists."""
         return self.is_routed and POLICIES[self.policy].has_logits
+
+    def single(self) -> "AdapterConfig":
+        """The settings of one skill of this kind: of an average, a soup, a collapsed adapter."""
+        return replace(
+            self,
+            n_skills=1,
+            n_splits=1,
+            policy="learned",
+            granularity="linear",
+            block_span=1,
+            private=False,
+        )
 
     @property
     def method(self) -> str:

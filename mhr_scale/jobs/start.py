@@ -66,20 +66,11 @@ def config_of(variant: VariantConfig, source: Adapter | None) -> AdapterConfig:
         return replace(variant.fresh, private=False)
     config = source.config
     if variant.kind in ("full", "routing", "backbone"):
-        return (
-            config if POLICIES[config.policy].trains_logits else replace(config, policy="learned")
-        )
+        is_frozen = not POLICIES[config.policy].trains_logits
+        return replace(config, policy="learned") if is_frozen else config
     if variant.kind == "average" and variant.trainable == "inventory" and config.is_routed:
         return replace(config, policy="uniform")
-    return replace(
-        config,
-        n_skills=1,
-        n_splits=1,
-        policy="learned",
-        granularity="linear",
-        block_span=1,
-        private=False,
-    )
+    return config.single()
 
 
 def start(

@@ -44,6 +44,7 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             f"run.folder={folder / name}",
             "schedule.steps=8",
             "run.log_every=1",
+            "tasks.train_examples=10",
             "tasks.validation_examples=1",
             "batch.max_input_tokens=64",
             *(override.format(offload=offload) for override in overrides),

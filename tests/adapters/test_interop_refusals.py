@@ -1,0 +1,226 @@
+"""PEFT folders: what is not written, and what is refused when one is read."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft_folders import IA3, LORA, MHR, POLY, QUERY, STORED, WITHOUT_OTHERS, edit, make, write
+from safetensors.torch import load_file, save_file
+from stock_peft import make_stock
+
+from mhr_scale.adapters import interop
+from mhr_scale.errors import AdapterError
+
+pytestmark = WITHOUT_OTHERS
+
+
+def rewrite(folder, change):
+    """Change stored tensors in place."""
+    tensors = load_file(folder / interop.TENSORS)
+    change(tensors)
+    save_file(tensors, folder / interop.TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("config", "writer", "words"),
+    [
+        (MHR, interop.write_peft_lora, "MHR .* PEFT LoRA: it is no single adapter; average it or"),
+        (POLY, interop.write_peft_ia3, "Poly .* PEFT IA3: it is no single adapter; average it or"),
+        (replace(LORA, private=True), interop.write_peft_lora, "no single adapter; average it or"),
+        (replace(MHR, policy="uniform"), interop.write_peft_lora, "no single adapter; average it"),
+        (IA3, interop.write_peft_lora, r"\(IA\)3 .* write_peft_ia3 writes this kind"),
+        (LORA, interop.write_peft_ia3, "LoRA .* write_peft_lora writes this kind"),
+        (LORA, interop.write_peft_poly, "LoRA .* as PEFT Poly: there is nothing to route"),
+        (replace(POLY, private=True), interop.write_peft_poly, "one inventory for all tasks"),
+        (replace(IA3, n_skills=3), interop.write_peft_poly, "mixes low-rank pairs only; average"),
+        (replace(POLY, granularity="block"), interop.write_peft_poly, "shared by block, PEFT has"),
+        *(
+            (replace(POLY, policy=policy), interop.write_peft_poly, f"no policy '{policy}'; aver")
+            for policy in ("uniform", "random", "fixed", "straight_through")
+        ),
+    ],
+)
+def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path):
+    with pytest.raises(AdapterError, match=words) as error:
+        writer(make(config), tmp_path / "peft", base_model=None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank_pattern": {"q": 4}}, "rank_pattern: {'q': 4}: no adapter of ours can express"),
+        ({"alpha_pattern": {"q": 4}}, "alpha_pattern"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias: lora_only"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication"),
+        ({"some_future_setting": 0.5}, "some_future_setting: 0.5"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the backbone"),
+        ({"r": "2"}, "r is '2', not a number"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+        ({"r": 0}, "adapter.rank: 0 is not at least 1"),
+    ],
+)
+def test_settings_of_a_lora_that_we_cannot_express_are_refused(fields, words, lora_folder):
+    edit(lora_folder, **fields)
+    with pytest.raises(AdapterError, match=words):
+        interop.read_peft_lora(lora_folder)
+
+
+@pytest.mark.parametrize(
+    ("reader", "found"),
+    [(interop.read_peft_ia3, "IA3"), (interop.read_peft_poly, "POLY")],
+    ids=["ia3", "poly"],
+)
+def test_a_folder_of_another_type_is_refused(reader, found, lora_folder):
+    with pytest.raises(AdapterError, match=f"peft_type is 'LORA', not '{found}'"):
+        reader(lora_folder)
+
+
+@pytest.mark.parametrize("inputs", [None, ["wo"], r".*\.wo"])
+def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
+    folder = write(make(replace(IA3, layout="full")), tmp_path)
+    edit(folder, feedforward_modules=inputs)
+    with pytest.raises(AdapterError, match=r"feedforward_modules .* which scales inputs .*wo"):
+        interop.read_peft_ia3(folder)
+
+
+def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
+    folder = write(make(IA3), tmp_path)
+    (folder / interop.NOTE).unlink()
+    with pytest.raises(AdapterError, match="do not tell the width of the backbone; pass d_model"):
+        interop.read_peft_ia3(folder)
+
+
+def test_another_router_than_polys_is_refused(tmp_path):
+    folder = write(make(POLY), tmp_path)
+    edit(folder, poly_type="clustered")
+    with pytest.raises(AdapterError, match="poly_type 'clustered'"):
+        interop.read_peft_poly(folder)
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ({"task_names": ["a"]}, "1 task names for 4 routing rows"),
+        ({"task_names": "abcd"}, "task_names is 'abcd'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+    ],
+)
+def test_a_note_that_does_not_fit_is_refused(note, words, tmp_path):
+    folder = write(make(POLY), tmp_path)
+    (folder / interop.NOTE).write_text(json.dumps(note))
+    with pytest.raises(AdapterError, match=words):
+        interop.read_peft_poly(folder)
+
+
+def drop(tensors):
+    del tensors[f"{STORED}.lora_A.weight"]
+
+
+def drop_linear(tensors):
+    for side in "AB":
+        del tensors[f"{STORED}.lora_{side}.weight"]
+
+
+def add(tensors):
+    tensors[f"{STORED}.lora_magnitude_vector"] = torch.zeros(32)
+
+
+def add_linear(tensors):
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(2, 32)
+
+
+def reshape(tensors):
+    tensors[f"{STORED}.lora_A.weight"] = torch.zeros(2, 31)
+
+
+def rerank(tensors):
+    tensors[f"{STORED}.lora_B.weight"] = torch.zeros(32, 3)
+
+
+def flatten(tensors):
+    tensors[f"{STORED}.lora_B.weight"] = torch.zeros(64)
+
+
+def poison(tensors):
+    tensors[f"{STORED}.lora_B.weight"][0, 0] = float("nan")
+
+
+def poison_all(tensors):
+    for tensor in tensors.values():
+        tensor.fill_(float("inf"))
+
+
+def rename(tensors):
+    for name in list(tensors):
+        tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, f"missing {QUERY}.A"),
+        (drop_linear, f"nearest is 'full', with 1 odd: missing {QUERY}"),
+        (add, f"unknown {STORED}.lora_magnitude_vector"),
+        (add_linear, "nearest is 'full', with 1 odd: unknown lm_head"),
+        (reshape, rf"{QUERY}.A is \[1, 1, 31, 2\], not \[1, 1, 32, 2\]"),
+        (rerank, rf"{QUERY}.B is \[1, 1, 3, 32\], not \[1, 1, 2, 32\]"),
+        (flatten, rf"{QUERY}.B is \[64\], not \[1, 1, 2, 32\]"),
+        (poison, f"{QUERY}.B holds NaN or infinity"),
+        (poison_all, r"72 tensor\(s\) do not fit: .* holds NaN or infinity; .* holds NaN"),
+        (rename, "none of its 72 tensors is named"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(change, words, lora_folder):
+    rewrite(lora_folder, change)
+    with pytest.raises(AdapterError, match=words):
+        interop.read_peft_lora(lora_folder)
+
+
+def test_routing_tables_of_another_shape_are_listed(tmp_path):
+    folder = write(make(POLY), tmp_path)
+    table = f"{STORED}.poly_router.module_logits"
+    rewrite(folder, lambda tensors: tensors.update({table: torch.zeros(4, 5)}))
+    with pytest.raises(AdapterError, match=rf"{QUERY}.routing_logits is \[4, 5\], not \[4, 1, 3\]"):
+        interop.read_peft_poly(folder)
+
+
+def test_linears_of_no_layout_are_named(tmp_path):
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
+    make_stock(config, tmp_path)
+    words = "12 linears are those of no layout; nearest is 'attention', with 12 odd: missing"
+    with pytest.raises(AdapterError, match=words):
+        interop.read_peft_lora(tmp_path)
+
+
+def test_pickled_tensors_are_refused(lora_folder):
+    tensors = load_file(lora_folder / interop.TENSORS)
+    torch.save(tensors, lora_folder / "adapter_model.bin")
+    (lora_folder / interop.TENSORS).unlink()
+    with pytest.raises(AdapterError, match=r"only adapter_model.bin, .* save it as safetensors"):
+        interop.read_peft_lora(lora_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (interop.TENSORS, b"", "not a safetensors file"),
+        (interop.TENSORS, None, "not a safetensors file"),
+        (interop.CONFIG, b"{", "not JSON"),
+        (interop.CONFIG, b"[]", "not a JSON object"),
+        (interop.CONFIG, None, "cannot be read"),
+    ],
+)
+def test_a_missing_or_broken_file_is_refused(name, content, words, lora_folder):
+    (lora_folder / name).unlink()
+    if content is not None:
+        (lora_folder / name).write_bytes(content)
+    with pytest.raises(AdapterError, match=words):
+        interop.read_peft_lora(lora_folder)

@@ -1,0 +1,229 @@
+"""Mistakes in a recipe and in overrides: each is named with its place and the way out."""
+
+import dataclasses
+
+import pytest
+from recipe_parts import GOOD
+
+from mhr_scale import config, recipe
+from mhr_scale.config import PretrainConfig, ToyTasks
+from mhr_scale.errors import ConfigError
+
+
+@pytest.fixture
+def message(load):
+    """The error of a recipe with `old` replaced by `new`, and of overrides."""
+
+    def message(old, new, *overrides):
+        assert old in GOOD
+        with pytest.raises(ConfigError) as caught:
+            load(GOOD.replace(old, new, 1), *overrides)
+        return str(caught.value)
+
+    return message
+
+
+# -- mistakes in the recipe ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        # unknown keys
+        ("adapter:", "adaptor:", "r.yaml:2: unknown setting 'adaptor'; did you mean 'adapter'?"),
+        ("rank", "rnk", "r.yaml:2: unknown setting 'adapter.rnk'; did you mean 'rank'?"),
+        ("adapter:", "lr: 1\nadapter:", "r.yaml:2: unknown setting 'lr'; did you mean 'optim.lr'?"),
+        ("rank", "n_sk", "r.yaml:2: unknown setting 'adapter.n_sk'; did you mean 'n_skills'?"),
+        ("folder: ", "floder: ", "r.yaml:6: unknown setting 'run.floder'; did you mean 'folder'?"),
+        ("suite: toy", "suite: toy, sed: 1", "r.yaml:3: unknown setting 'tasks.sed'; did you mean"),
+        (
+            "suite: toy",
+            "suite: superni, folder: d, intake: {onbad: skip}",
+            "r.yaml:3: unknown setting 'tasks.intake.onbad'; did you mean 'on_bad'?",
+        ),
+        # wrong types
+        (
+            "rank: 2",
+            "rank: 1.5",
+            "r.yaml:2: adapter.rank: input should be a valid integer, got 1.5",
+        ),
+        (
+            "rank: 2",
+            "rank: 1.0",
+            "r.yaml:2: adapter.rank: input should be a valid integer, got 1.0",
+        ),
+        ("rank: 2", "rank: true", "r.yaml:2: adapter.rank: input should be a valid integer, got t"),
+        ("rank: 2", "rank: '2'", 'r.yaml:2: adapter.rank: input should be a valid integer, got "2'),
+        ("rank: 2", "rank: ", "r.yaml:2: adapter.rank: input should be a valid integer, got null"),
+        ("rank: 2", "rank: [2]", "r.yaml:2: adapter.rank: input should be a valid integer, got [2"),
+        ("rank: 2", "rank: 0x2", 'r.yaml:2: adapter.rank: input should be a valid integer, got "0'),
+        ("rank: 2", "alpha: many", "r.yaml:2: adapter.alpha: input should be a valid number, got"),
+        ("rank: 2", "alpha: true", "r.yaml:2: adapter.alpha: input should be a valid number, got"),
+        ("runs/x", "7", "r.yaml:6: run.folder: input should be a valid string, got 7"),
+        ("runs/x", "", "r.yaml:6: run.folder: input should be a valid string, got null"),
+        ("{steps: 10}", "10", "r.yaml:4: schedule: input should be an object, got 10"),
+        ("{steps: 10}", "", "r.yaml:4: schedule: input should be an object, got null"),
+        (
+            "run:",
+            "mixture: {first_rows: yes}\nrun:",
+            'r.yaml:5: mixture.first_rows: input should be a valid boolean, got "yes"',
+        ),
+        (
+            "suite: toy",
+            "suite: superni, folder: d, tasks: [a, 5]",
+            "r.yaml:3: tasks.tasks.1: input should be a valid string, got 5",
+        ),
+        # wrong choices
+        (
+            "rank: 2",
+            "kind: lorra",
+            "adapter.kind: 'lorra' is not 'lora' or 'ia3'; did you mean 'lora'",
+        ),
+        (
+            "suite: toy",
+            "suite: superni, folder: d, fold: trian",
+            "r.yaml:3: tasks.fold: 'trian' is not 'train' or 'test'; did you mean 'train'?",
+        ),
+        # missing
+        ("schedule: {steps: 10}\n", "", "r.yaml: setting 'schedule' is required"),
+        ("steps: 10", "", "r.yaml:4: setting 'schedule.steps' is required"),
+        (GOOD, "", "r.yaml: setting 'backbone' is required"),
+        # no numbers
+        ("steps: 10", "steps: .nan", "r.yaml:4: schedule.steps: nan is no setting"),
+        ("rank: 2", "alpha: -.inf", "r.yaml:2: adapter.alpha: -inf is no setting"),
+        ("rank: 2", "alpha: 1e999", "r.yaml:2: adapter.alpha: inf is no setting"),
+        ("suite: toy", "suite: toy, x: [1, .inf]", "r.yaml:3: tasks.x.1: inf is no setting"),
+        # documents
+        (
+            "rank: 2",
+            "rank: 2, rank: 3",
+            "r.yaml:2: key 'adapter.rank' stands twice (first r.yaml:2)",
+        ),
+        ("run:", "adapter: {}\nrun:", "r.yaml:5: key 'adapter' stands twice (first r.yaml:2)"),
+        (GOOD, "- a\n", "r.yaml: expected a mapping, got list"),
+        ("{rank: 2}", "{rank: 2", "r.yaml:3: not YAML: "),
+        ("{rank: 2}", "&a {rank: *a}", "r.yaml:2: not YAML: 'adapter.rank' refers to what it is"),
+        ("rank: 2", "[x]: 2", "r.yaml:2: a key must be a word"),
+        # suites
+        ("suite: toy", "", "r.yaml:3: setting 'tasks.suite' is required; one of toy, "),
+        ("suite: toy", "seed: 1", "r.yaml:3: setting 'tasks.suite' is required; one of toy, "),
+        ("{suite: toy}", "toy", "r.yaml:3: setting 'tasks.suite' is required; one of toy, "),
+        ("suite: toy", "suite: tody", "r.yaml:3: tasks.suite: 'tody' is not one of toy, "),
+        ("suite: toy", "suite: [toy]", "r.yaml:3: tasks.suite: '['toy']' is not one of toy, "),
+        # settings that do not go together
+        ("rank: 2", "rank: 0", "r.yaml:2: adapter.rank: 0 is not at least 1"),
+        (
+            "rank: 2",
+            "block_span: 2",
+            "r.yaml:2: adapter.block_span: only granularity 'blocks' reads",
+        ),
+        (
+            'name: "builtin:toy"',
+            "dropout: 0",
+            "r.yaml:1: backbone: give a name (hub id or folder) or",
+        ),
+        (
+            "steps: 10",
+            "steps: 10, warmup_steps: 1, warmup_fraction: 0.1",
+            "r.yaml:4: schedule: give warmup_steps or warmup_fraction, not both",
+        ),
+        (
+            "suite: toy",
+            "suite: superni, folder: d, positive_examples: 3",
+            "r.yaml:3: tasks.positive_examples: 3 is not in 0..2",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_the_way_out(message, old, new, expected):
+    assert expected in message(old, new)
+
+
+def test_an_unknown_suite_comes_with_a_suggestion(message):
+    assert message("suite: toy", "suite: superny").endswith("; did you mean 'superni'?")
+
+
+def test_an_unknown_key_unlike_any_other_comes_with_the_known_ones(message):
+    assert message("rank: 2", "zzz: 2").endswith(
+        "unknown setting 'adapter.zzz'; known here: "
+        + ", ".join(field.name for field in dataclasses.fields(config.AdapterConfig))
+    )
+
+
+def test_a_misspelt_required_setting_is_called_unknown_rather_than_missing(message):
+    assert message("steps", "stesp") == (
+        "r.yaml:4: unknown setting 'schedule.stesp'; did you mean 'steps'?"
+    )
+
+
+def test_a_mistake_in_a_part_of_a_union_names_that_parts_fields_only(message):
+    assert message("suite: toy", "suite: toy, zzz: 1") == (
+        "r.yaml:3: unknown setting 'tasks.zzz'; known here: "
+        + ", ".join(field.name for field in dataclasses.fields(ToyTasks))
+    )
+
+
+def test_another_suites_required_field_is_not_asked_for(message):
+    assert message("suite: toy", "suite: superni") == "r.yaml:3: setting 'tasks.folder' is required"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff\xfe\x00", "r.yaml: not UTF-8 text (invalid start byte)"),
+        (b"a: 1\nb: \x00\n", "r.yaml:2: not YAML: special characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(load, content, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(content)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("nowhere.yaml", "No such file or directory"), (".", "Is a directory")]
+)
+def test_a_recipe_that_cannot_be_read_says_why(tmp_path, path, reason):
+    with pytest.raises(ConfigError) as caught:
+        recipe.load(PretrainConfig, tmp_path / path)
+    assert str(caught.value).endswith(f"cannot be read ({reason})")
+
+
+# -- mistakes in overrides ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.rnk=1", "'adapter.rnk=1': unknown setting 'adapter.rnk'; did you mean 'rank'?"),
+        ("adaptor.rank=1", "'adaptor.rank=1': unknown setting 'adaptor'; did you mean 'adapter'?"),
+        ("adapter.rank=1.5", "'adapter.rank=1.5': adapter.rank: input should be a valid integer"),
+        ("adapter.rank=no", "'adapter.rank=no': adapter.rank: input should be a valid integer"),
+        ("adapter.rank=", "'adapter.rank=': adapter.rank: input should be a valid integer"),
+        ("adapter.rank.x=1", "'adapter.rank.x=1': adapter.rank: input should be a valid integer"),
+        ("adapter.rank=0", "'adapter.rank=0': adapter.rank: 0 is not at least 1"),
+        ("optim.lr=nan", "'optim.lr=nan': optim.lr: input should be a valid number, got \"nan\""),
+        ("optim.lr=.nan", "'optim.lr=.nan': optim.lr: nan is no setting"),
+        ("adapter", "'adapter': overrides read a.b=value"),
+        ("=1", "'=1': overrides read a.b=value"),
+        (".rank=1", "'.rank=1': overrides read a.b=value"),
+        ("adapter..rank=1", "'adapter..rank=1': overrides read a.b=value"),
+        ("run.folder=[a", "'run.folder=[a':1: not YAML: "),
+        ("run.folder=a: b", "'run.folder=a: b':1: not YAML: "),
+        ("tasks.suite=superni", "'tasks.suite=superni': setting 'tasks.folder' is required"),
+        ("tasks.suite=jsnl", "'tasks.suite=jsnl': tasks.suite: 'jsnl' is not one of"),
+        ("tasks={suite: toy, seed: x}", "'tasks={suite: toy, seed: x}': tasks.seed: input should"),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override(message, override, expected):
+    assert message("suite: toy", "suite: toy, seed: 1", override).startswith(expected)
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_an_override(message):
+    assert message("rank: 2", "rank: x, alpha: 1", "adapter.alpha=2").startswith(
+        "r.yaml:2: adapter.r"
+    )
+
+
+@pytest.mark.parametrize("override", ["run.folder=[a", "adapter.rnk=1", "adapter.rank=a\nb"])
+def test_an_error_is_one_line(message, override):
+    assert len(message("rank", "rank", override).splitlines()) == 1
