@@ -46,7 +46,7 @@ QUICK_STUDY = "python launch/reproduce.py toy --quick --workers 2"
 
 RESULTS = ("analysis.json", "summary.json", "result.json", "claims.json", "results.json")
 #: Parts of the names of values that belong to a machine, a moment or a place.
-PASSING = ("second", "time", "memory", "mib", "rate", "eta", "commit", "bytes")
+PASSING = ("second", "time", "memory", "mib", "rate", "eta", "commit", "bytes", "provenance")
 
 
 ROOT = Path(__file__).parents[2]
