@@ -5,6 +5,7 @@ A suite is the `tasks` part of a recipe: a class below, in the file that reads i
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
@@ -55,7 +56,7 @@ class FewShotTask:
     selection: tuple[Example, ...]
 
 
-class Suite:
+class Suite(ABC):
     """The `tasks` part of a recipe, of one suite."""
 
     __slots__ = ()
@@ -71,9 +72,9 @@ class Suite:
     lends_validation: ClassVar[bool] = False
     """Whether a few-shot task without test rows is tested on its validation rows."""
 
+    @abstractmethod
     def read_tasks(self, intake: Intake) -> Sequence[Task] | TaskStream:
         """The tasks in the order of their numbers; refused rows go to `intake`."""
-        raise NotImplementedError
 
     def folders(self) -> tuple[str, ...]:
         """Names of the local folders that it may be read from: its `folder`, if it has one."""

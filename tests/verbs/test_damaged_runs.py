@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import TOY
 from stopped_runs import SETTINGS, check_same, lora, recipe, stopped
-from toy_finetunes import export_lora
 
 from mhr_scale import checkpoint, sealing
 from mhr_scale.adapters.interop import open_adapter
@@ -28,19 +27,6 @@ from mhr_scale.verbs.finetune import finetune
 from mhr_scale.verbs.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has stopped."""
-    folder = tmp_path_factory.mktemp("stopped") / "whole"
-    pretrain(recipe(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_lora(tmp_path_factory.mktemp("exported") / "lora")
 
 
 # -- damage and full disks -----------------------------------------------------------------------

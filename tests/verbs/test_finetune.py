@@ -10,7 +10,7 @@ import torch
 from processes import ROOT, read_metrics, succeed
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_finetunes import TASK, TOY, base_model, export_lora, make_adapter, toy
+from toy_finetunes import TASK, TOY, base_model, make_adapter, toy
 
 from mhr_scale import backbone, summary
 from mhr_scale.adapters import Adapter, AdapterConfig
@@ -42,12 +42,6 @@ from mhr_scale.verbs.finetune import finetune
 pytestmark = pytest.mark.usefixtures("on_cpu")
 LORA = AdapterConfig(layout="full", rank=2, n_skills=1)
 PRECISIONS = ("none", "int8", "nf4")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The averaged adapter of a toy inventory as a PEFT folder."""
-    return export_lora(tmp_path_factory.mktemp("exported") / "toy")
 
 
 def losses(folder: Path) -> list[float]:

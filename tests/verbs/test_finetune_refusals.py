@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from toy_finetunes import TOY, base_model, export_lora, make_adapter, toy
+from toy_finetunes import TOY, base_model, make_adapter, toy
 
 from mhr_scale.adapters import AdapterConfig, state
 from mhr_scale.adapters.interop import write_peft_ia3
@@ -16,12 +16,6 @@ from mhr_scale.errors import AdapterError, ConfigError
 from mhr_scale.verbs.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The averaged adapter of a toy inventory as a PEFT folder."""
-    return export_lora(tmp_path_factory.mktemp("exported") / "toy")
 
 
 def refusal(config: FinetuneConfig, error: type[Exception]) -> str:

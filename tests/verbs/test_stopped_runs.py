@@ -18,7 +18,6 @@ from small_runs import (
     write_rows,
 )
 from stopped_runs import check_same, lora, recipe, stopped
-from toy_finetunes import export_lora
 
 from mhr_scale import checkpoint, stopping
 from mhr_scale.config import (
@@ -46,19 +45,6 @@ from mhr_scale.verbs.finetune import finetune
 from mhr_scale.verbs.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has stopped."""
-    folder = tmp_path_factory.mktemp("stopped") / "whole"
-    pretrain(recipe(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_lora(tmp_path_factory.mktemp("exported") / "lora")
 
 
 # -- pretrain and average ------------------------------------------------------------------------
