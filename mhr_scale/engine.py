@@ -180,7 +180,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join = partial(dist.init_process_group, backend, timeout=self.timeout)
-        if "RANK" not in os.environ:
+        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:  # no launcher
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             join(store=dist.HashStore(), rank=0, world_size=1)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

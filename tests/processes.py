@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(
-    script: str, *arguments: str, ranks: int = 0, launcher: tuple[str, ...] = ()
+    script: str,
+    *arguments: str,
+    ranks: int = 0,
+    launcher: tuple[str, ...] = (),
+    folder: Path = ROOT,
 ) -> subprocess.Popen[str]:
     """Start a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0.
 
-    `launcher` is another launcher and its options.
+    `launcher` is another launcher and its options, `folder` another working directory.
     """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -36,7 +41,7 @@ def start(
         environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
         [*command, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,10 +67,12 @@ def run(
     *arguments: str,
     ranks: int = 0,
     launcher: tuple[str, ...] = (),
+    folder: Path = ROOT,
     timeout: float = 240.0,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as `start` starts it."""
-    return finish(start(script, *arguments, ranks=ranks, launcher=launcher), timeout)
+    process = start(script, *arguments, ranks=ranks, launcher=launcher, folder=folder)
+    return finish(process, timeout)
 
 
 def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0) -> str:
@@ -73,6 +80,19 @@ def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0
     result = run(script, *arguments, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, f"exit code {result.returncode}:\n{result.stdout[-6000:]}"
     return result.stdout
+
+
+def succeed_together(
+    commands: Sequence[Sequence[str]], folder: Path, *, ranks: int = 0, timeout: float = 240.0
+) -> str:
+    """Run commands one after the other in one launch, each a script and its arguments.
+
+    Starting a launch takes longer than most of what is tested. Returns what they printed; `folder`
+    is for the list of them.
+    """
+    file = folder / f"commands_of_{ranks}.json"
+    file.write_text(json.dumps([(free_port(), command) for command in commands]))
+    return succeed("tests/distributed/programs/several.py", str(file), ranks=ranks, timeout=timeout)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import succeed
+from processes import succeed_together
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
+METRICS = "accuracy", "exact_match"
 #: 7 examples of each of 3 tasks in small batches: the shares of two ranks differ.
 SETTINGS = (
     "tasks={suite: toy, n_tasks: 3, train_examples: 10, validation_examples: 7}",
@@ -18,7 +19,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("evaluate")
-    succeed(
+    trained = (
         "launch/pretrain.py",
         "launch/recipes/toy.yaml",
         f"run.folder={folder / 'toy'}",
@@ -29,19 +30,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "batch.batch_size=8",
         "batch.micro_batch_size=4",
     )
-    for name, ranks, placement in (("one", 0, "null"), ("two", 2, "ds_configs/cpu.json")):
-        for metric in ("accuracy", "exact_match"):
-            succeed(
-                "launch/evaluate.py",
-                "launch/recipes/toy_evaluate.yaml",
-                f"adapter={folder / 'toy'}",
-                f"run.folder={folder / f'{name}_{metric}'}",
-                f"run.ds_config={placement}",
-                f"scoring.metric={metric}",
-                "scoring.max_new_tokens=6",
-                *SETTINGS,
-                ranks=ranks,
-            )
+
+    def evaluated(name: str, placement: str, metric: str) -> tuple[str, ...]:
+        return (
+            "launch/evaluate.py",
+            "launch/recipes/toy_evaluate.yaml",
+            f"adapter={folder / 'toy'}",
+            f"run.folder={folder / f'{name}_{metric}'}",
+            f"run.ds_config={placement}",
+            f"scoring.metric={metric}",
+            "scoring.max_new_tokens=6",
+            *SETTINGS,
+        )
+
+    one = [evaluated("one", "null", metric) for metric in METRICS]
+    two = [evaluated("two", "ds_configs/cpu.json", metric) for metric in METRICS]
+    succeed_together([trained, *one], folder)
+    succeed_together(two, folder, ranks=2)
     return folder / "one", folder / "two"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import succeed
+from processes import succeed, succeed_together
 from safetensors.torch import load_file
 from small_t5 import small_t5, tensors_of, write_folder
 
@@ -75,14 +75,20 @@ def test_a_run_over_a_converted_and_sharded_backbone_is_the_run_over_the_origina
     config = ConvertConfig(backbone=origin, dtype="float32", folder=str(tmp_path / "converted"))
     settings = ["schedule.steps=2", "batch.batch_size=8", "batch.micro_batch_size=4"]
     settings += ["backbone.dtype=float32", "run.save_every=0", "tasks.validation_examples=1"]
-    recipe, found = "launch/recipes/toy.yaml", []
-    for name in (str(convert(config)), "builtin:toy"):
-        run = tmp_path / f"run{len(found)}"
-        arguments = [f"backbone.name={name}", f"run.folder={run}"]
-        arguments += ["run.ds_config=ds_configs/cpu.json", *settings]
-        output = succeed("launch/pretrain.py", recipe, *arguments)
-        assert ("its stored logits to" in output) == (not found)
-        found.append(load_file(run / "adapter" / "adapter.safetensors"))
-    converted, original = found
+    settings += ["run.ds_config=ds_configs/cpu.json"]
+    backbones = {"converted": str(convert(config)), "original": "builtin:toy"}
+    start = ("launch/pretrain.py", "launch/recipes/toy.yaml", *settings)
+    output = succeed_together(
+        [
+            (*start, f"backbone.name={backbone}", f"run.folder={tmp_path / 'runs' / name}")
+            for name, backbone in backbones.items()
+        ],
+        tmp_path,
+    )
+    assert output.count("its stored logits to") == 1
+    converted, original = (
+        load_file(tmp_path / "runs" / name / "adapter" / "adapter.safetensors")
+        for name in backbones
+    )
     assert converted.keys() == original.keys()
     assert all(converted[name].equal(original[name]) for name in original)

@@ -1,13 +1,13 @@
 """One recipe on one process, two replicated and two sharded ones: the same numbers.
 
-Real tasks and a real backbone, eight steps, through the real launcher.
+Real tasks and a real backbone, eight steps, through the real launcher, which starts once.
 """
 
 import json
 from pathlib import Path
 
 import pytest
-from processes import ROOT, read_metrics, succeed
+from processes import ROOT, read_metrics, succeed_together
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -35,21 +35,22 @@ def write_offload(path: Path) -> Path:
 def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("placements")
     offload = write_offload(folder / "zero3_offload.json")
+    settings = (
+        f"tasks.folder={shared / 'data' / 'superni_sample'}",
+        f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
+        "schedule.steps=8",
+        "run.log_every=1",
+        "tasks.train_examples=10",
+        "tasks.validation_examples=1",
+        "batch.max_input_tokens=64",
+    )
+    commands: dict[int, list[tuple[str, ...]]] = {0: [], 2: []}
     for name, (ranks, overrides) in RUNS.items():
-        succeed(
-            "launch/pretrain.py",
-            "launch/recipes/superni_tiny.yaml",
-            f"tasks.folder={shared / 'data' / 'superni_sample'}",
-            f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
-            f"run.folder={folder / name}",
-            "schedule.steps=8",
-            "run.log_every=1",
-            "tasks.train_examples=10",
-            "tasks.validation_examples=1",
-            "batch.max_input_tokens=64",
-            *(override.format(offload=offload) for override in overrides),
-            ranks=ranks,
-        )
+        changes = (override.format(offload=offload) for override in overrides)
+        words = (*settings, f"run.folder={folder / name}", *changes)
+        commands[ranks].append(("launch/pretrain.py", "launch/recipes/superni_tiny.yaml", *words))
+    for ranks, together in commands.items():
+        succeed_together(together, folder, ranks=ranks)
     return {name: folder / name for name in RUNS}
 
 

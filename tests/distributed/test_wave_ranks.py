@@ -1,10 +1,11 @@
 """Few-shot jobs through the launchers: however they are batched and spread, the same bits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from processes import read_metrics, run, succeed
+from processes import read_metrics, run, succeed, succeed_together
 from safetensors.torch import load_file
 
 from mhr_scale.tasks import toy
@@ -20,11 +21,17 @@ BACKBONE = (
 )
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An inventory that has been trained for some steps."""
-    folder = tmp_path_factory.mktemp("source") / "mhr"
-    succeed(
+#: In waves: on how many ranks, in which placement, how many jobs at a time.
+WAVES = {
+    "waves_of_5": (0, "null", 5),
+    "two_replicated_ranks": (2, "null", 2),
+    "two_sharded_ranks": (2, "ds_configs/cpu.json", 3),
+}
+
+
+def train_source(folder: Path) -> tuple[str, ...]:
+    """The command that trains an inventory for some steps."""
+    return (
         "launch/pretrain.py",
         "launch/recipes/toy.yaml",
         BACKBONE,
@@ -36,7 +43,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch.batch_size=16",
         "batch.micro_batch_size=16",
     )
-    return folder
 
 
 def settings(source: Path, folder: Path) -> list[str]:
@@ -63,11 +69,27 @@ def settings(source: Path, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every job by itself, one after the other."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    succeed("launch/adapt.py", *settings(source, folder), "waves.size=1")
-    return folder
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
+    """The folder of all runs, and what the launches on so many ranks printed.
+
+    `alone` has every job by itself, one after the other.
+    """
+    folder = tmp_path_factory.mktemp("waves")
+    source = folder / "source"
+    commands = {0: [train_source(source)], 2: []}
+    for name, (ranks, placement, size) in {"alone": (0, "null", 1), **WAVES}.items():
+        options = f"waves.size={size}", f"run.ds_config={placement}"
+        words = settings(source, folder / name)
+        commands[ranks].append(("launch/adapt.py", *words, *options))
+    return folder, {
+        ranks: succeed_together(together, folder, ranks=ranks)
+        for ranks, together in commands.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(printed: tuple[Path, dict[int, str]]) -> Path:
+    return printed[0]
 
 
 def jobs(folder: Path) -> dict[str, Path]:
@@ -99,34 +121,35 @@ def check_same(folder: Path, alone: Path) -> None:
             assert found == pytest.approx(expected[identity], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "placement", "size"),
-    [(0, "null", 5), (2, "null", 2), (2, "ds_configs/cpu.json", 3)],
-    ids=["waves-of-5", "two-replicated-ranks", "two-sharded-ranks"],
-)
-def test_jobs_in_waves_equal_separate_runs(
-    source: Path, alone: Path, tmp_path: Path, ranks: int, placement: str, size: int
-) -> None:
-    options = [f"waves.size={size}", f"run.ds_config={placement}"]
-    printed = succeed("launch/adapt.py", *settings(source, tmp_path), *options, ranks=ranks)
-    check_same(tmp_path, alone)
-    assert all(name in printed for name in VARIANTS)
+@pytest.mark.parametrize("name", WAVES)
+def test_jobs_in_waves_equal_separate_runs(folder: Path, name: str) -> None:
+    check_same(folder / name, folder / "alone")
 
 
-def test_jobs_of_one_variant_stop_at_steps_of_their_own(alone: Path) -> None:
-    found = [json.loads((job / "result.json").read_text()) for job in jobs(alone).values()]
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_every_variant_is_in_the_table(printed: tuple[Path, dict[int, str]], ranks: int) -> None:
+    n_runs = sum(of[0] == ranks for of in WAVES.values()) + (ranks == 0)
+    for name in VARIANTS:
+        assert len(re.findall(rf"^ *{name} ", printed[1][ranks], flags=re.MULTILINE)) == n_runs
+
+
+def test_jobs_of_one_variant_stop_at_steps_of_their_own(folder: Path) -> None:
+    found = [
+        json.loads((job / "result.json").read_text()) for job in jobs(folder / "alone").values()
+    ]
     steps = {result["steps"] for result in found if result["variant"] == "MHR"}
     assert len(steps) > 1
     assert max(steps) > 36
 
 
 def test_an_interrupted_run_goes_on_with_other_ranks_and_waves(
-    source: Path, alone: Path, tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
+    words = settings(folder / "source", tmp_path)
     options = ["waves.save_every=7", "run.ds_config=ds_configs/cpu.json", "waves.size=5"]
     programme = "tests/distributed/programs/adapt_killed.py"
-    result = run(programme, "23", *settings(source, tmp_path), *options, ranks=2)
+    result = run(programme, "23", *words, *options, ranks=2)
     assert result.returncode != 0
     assert any(tmp_path.rglob("steps/*/DONE"))
-    succeed("launch/adapt.py", *settings(source, tmp_path), "waves.size=2", "waves.save_every=7")
-    check_same(tmp_path, alone)
+    succeed("launch/adapt.py", *words, "waves.size=2", "waves.save_every=7")
+    check_same(tmp_path, folder / "alone")
