@@ -21,7 +21,7 @@ from mhr_scale.jobs.wave import Member, Wave
 Soups = Mapping[Job, Sequence[str]]
 
 
-def find_soups(
+def gather_soups(
     opening: Opening,
     engine: Engine,
     model: Any,
@@ -42,7 +42,7 @@ def find_soups(
         source = opening.source(name)
         if variant.kind != "soup" or source is None or name not in pending:
             continue
-        similar = soup.find_similar(
+        similar = soup.gather_similar(
             str(variant.adapter), source.task_names, new, variant.soup, kitchen
         )
         for (task, seed), names in similar.items():

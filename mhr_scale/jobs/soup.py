@@ -43,7 +43,7 @@ class Kitchen:
     max_input_tokens: int
 
 
-def find_similar(
+def gather_similar(
     source: str,
     names: Sequence[str],
     tasks: Mapping[K, Task],
@@ -57,11 +57,11 @@ def find_similar(
     """
     for linear in kitchen.linears.values():
         linear.is_off = True
-    known = embed_tasks(source_tasks(source, names, settings.examples), settings, kitchen)
+    known = gather_embeddings(source_tasks(source, names, settings.examples), settings, kitchen)
     new = {key: _first(task, task.train, settings.examples) for key, task in tasks.items()}
     return {
         key: most_similar(vector, known, settings.adapters)
-        for key, vector in embed_tasks(new, settings, kitchen).items()
+        for key, vector in gather_embeddings(new, settings, kitchen).items()
     }
 
 
@@ -99,7 +99,9 @@ def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
     )
 
 
-def embed_tasks(tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen) -> dict[K, Tensor]:
+def gather_embeddings(
+    tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen
+) -> dict[K, Tensor]:
     """Mean embedding of each task's training inputs, of length 1. Collective.
 
     The adapters in the model must be off.

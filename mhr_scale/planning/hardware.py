@@ -25,7 +25,7 @@ FRAGMENTED = 0.04
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Device:
     """A row of the table: memory in GiB as the driver gives it, TFLOP/s, GB/s."""
 
     memory_gib: float
@@ -38,15 +38,15 @@ class Card:
 
 #: Links are the bus bandwidth that all-gathers reach: NVSwitch of its generation, else PCIe.
 CARDS = {
-    "V100-16G": Card(15.8, 15.7, 15.7, 900, 130, 12),
-    "V100-32G": Card(31.7, 15.7, 15.7, 900, 130, 12),
-    "RTX-3090": Card(23.6, 71, 35.6, 936, 20, 25),
-    "RTX-4090": Card(23.5, 165, 82.6, 1008, 20, 25),
-    "L4": Card(22.0, 121, 30.3, 300, 20, 25),
-    "A100-40G": Card(39.4, 312, 19.5, 1555, 230, 25),
-    "A100-80G": Card(79.2, 312, 19.5, 2039, 230, 25),
-    "H100": Card(79.1, 989, 67, 3350, 360, 50),
-    "H200": Card(139.8, 989, 67, 4800, 360, 50),
+    "V100-16G": Device(15.8, 15.7, 15.7, 900, 130, 12),
+    "V100-32G": Device(31.7, 15.7, 15.7, 900, 130, 12),
+    "RTX-3090": Device(23.6, 71, 35.6, 936, 20, 25),
+    "RTX-4090": Device(23.5, 165, 82.6, 1008, 20, 25),
+    "L4": Device(22.0, 121, 30.3, 300, 20, 25),
+    "A100-40G": Device(39.4, 312, 19.5, 1555, 230, 25),
+    "A100-80G": Device(79.2, 312, 19.5, 2039, 230, 25),
+    "H100": Device(79.1, 989, 67, 3350, 360, 50),
+    "H200": Device(139.8, 989, 67, 4800, 360, 50),
 }
 CPU = "cpu"
 
@@ -138,7 +138,7 @@ def find_machines(config: HardwareConfig) -> Machines:
     )
 
 
-def _card(name: str) -> Card:
+def _card(name: str) -> Device:
     if name not in CARDS:
         raise ConfigError(
             f"hardware.gpu: no card '{name}' in the table{did_you_mean(name, CARDS)}; known: "
@@ -165,7 +165,7 @@ def _detect() -> tuple[str, int, float | None]:
     return nearest, count, float(found.total_memory)
 
 
-def _measure_cpu(processes: int) -> Card:
+def _measure_cpu(processes: int) -> Device:
     """What one of so many processes of this machine reaches, from a fraction of a second."""
     a, big = torch.ones(512, 512), torch.ones(2**22)
     rates = {}
@@ -182,4 +182,4 @@ def _measure_cpu(processes: int) -> Card:
         big.clone()
     moved = 5 * 2 * big.numel() * 4 / (time.perf_counter() - begun) / 1e9 / processes
     host = psutil.virtual_memory().available / 2**30 / processes
-    return Card(host, rates[torch.bfloat16], rates[torch.float32], moved, moved / 2, moved)
+    return Device(host, rates[torch.bfloat16], rates[torch.float32], moved, moved / 2, moved)

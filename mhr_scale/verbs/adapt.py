@@ -18,7 +18,7 @@ from mhr_scale.config import AdaptConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import DivergenceError
 from mhr_scale.files import write_json
-from mhr_scale.jobs.begin import facts_of, find_soups, open_wave
+from mhr_scale.jobs.begin import facts_of, gather_soups, open_wave
 from mhr_scale.jobs.folder import check_folder, rank0_open_folder
 from mhr_scale.jobs.full import check_backbone_jobs
 from mhr_scale.jobs.job import Job, Stage, read_results, stage
@@ -85,7 +85,7 @@ def run_jobs(
         if not stages[job].is_finished
     ]
     pending = {outlook.job.variant for outlook in outlooks}
-    soups = find_soups(opening, engine, model, linears, pending)
+    soups = gather_soups(opening, engine, model, linears, pending)
     size = config.waves.size or gather_wave_size(opening, outlooks, engine)
     alone = config.backbone_variants
     waves = plan_waves(outlooks, size=size, world_size=engine.world_size, alone=alone)

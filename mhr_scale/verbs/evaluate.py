@@ -22,7 +22,7 @@ from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.files import to_json_lines, write_json, write_text
-from mhr_scale.jobs.soup import Kitchen, find_similar
+from mhr_scale.jobs.soup import Kitchen, gather_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.questions import Question, answerers, ask, encode, judge
 from mhr_scale.runlog import Progress, log, record_provenance
@@ -163,7 +163,7 @@ def soup_of_every_task(
 ) -> Adapter:
     """One adapter with a soup for each task, made of training tasks with similar inputs."""
     by_input = {task.name: replace(task, train=task.test) for task in tasks}
-    similar = find_similar(str(config.adapter), stored.task_names, by_input, config.soup, kitchen)
+    similar = gather_similar(str(config.adapter), stored.task_names, by_input, config.soup, kitchen)
     for task, names in similar.items():
         log.info("soup of %s: %s", task, ", ".join(names))
     soups = [soup(stored, names) for names in similar.values()]

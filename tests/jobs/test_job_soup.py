@@ -21,7 +21,13 @@ from mhr_scale.config import (
 from mhr_scale.encode import Encoder
 from mhr_scale.engine import Engine, read_ds_config
 from mhr_scale.errors import BackboneError, RunError
-from mhr_scale.jobs.soup import Kitchen, embed_tasks, find_similar, most_similar, source_tasks
+from mhr_scale.jobs.soup import (
+    Kitchen,
+    gather_embeddings,
+    gather_similar,
+    most_similar,
+    source_tasks,
+)
 from mhr_scale.recipe import load, to_yaml
 from mhr_scale.tasks import toy
 
@@ -87,7 +93,7 @@ def embed_plainly(kitchen: Kitchen, task) -> torch.Tensor:
 
 def test_an_embedding_is_the_mean_state_of_the_backbone_s_own_encoder(kitchen, tasks):
     silence(kitchen)
-    found = embed_tasks(tasks, SETTINGS, kitchen)
+    found = gather_embeddings(tasks, SETTINGS, kitchen)
     assert found.keys() == tasks.keys()
     for name, vector in found.items():
         expected = embed_plainly(kitchen, tasks[name])
@@ -97,9 +103,9 @@ def test_an_embedding_is_the_mean_state_of_the_backbone_s_own_encoder(kitchen, t
 
 def test_an_embedding_does_not_depend_on_the_tasks_beside_it(kitchen, tasks):
     silence(kitchen)
-    together = embed_tasks(tasks, SETTINGS, kitchen)
+    together = gather_embeddings(tasks, SETTINGS, kitchen)
     for name, task in tasks.items():
-        alone = embed_tasks({name: task}, SETTINGS, kitchen)[name]
+        alone = gather_embeddings({name: task}, SETTINGS, kitchen)[name]
         torch.testing.assert_close(alone, together[name], rtol=1e-5, atol=1e-6)
 
 
@@ -110,15 +116,15 @@ def test_adapters_in_the_model_do_not_count(kitchen, source, tasks):
         torch.nn.init.normal_(parameter)
     linears = {linear.name: linear for linear in adapter.linears}
     adapted = replace(kitchen, model=model, linears=linears)
-    found = find_similar(str(source), list(tasks), tasks, SETTINGS, adapted)
-    assert found == find_similar(str(source), list(tasks), tasks, SETTINGS, kitchen)
+    found = gather_similar(str(source), list(tasks), tasks, SETTINGS, adapted)
+    assert found == gather_similar(str(source), list(tasks), tasks, SETTINGS, kitchen)
 
 
 def test_a_sentence_encoder_can_stand_in_for_the_backbone(kitchen, tasks):
     """Here it is the encoder of the same backbone, from its folder."""
     silence(kitchen)
     settings = replace(SETTINGS, encoder=str(hub.BUILTIN["builtin:toy"]))
-    own, other = (embed_tasks(tasks, one, kitchen) for one in (SETTINGS, settings))
+    own, other = (gather_embeddings(tasks, one, kitchen) for one in (SETTINGS, settings))
     for name in tasks:
         assert float(own[name] @ other[name]) > 0.99
 
@@ -126,7 +132,7 @@ def test_a_sentence_encoder_can_stand_in_for_the_backbone(kitchen, tasks):
 def test_a_sentence_encoder_that_is_not_there_is_named(kitchen, tasks, tmp_path):
     settings = replace(SETTINGS, encoder=str(tmp_path))
     with pytest.raises(BackboneError, match=r"soup\.encoder: .*not a readable encoder"):
-        embed_tasks(tasks, settings, kitchen)
+        gather_embeddings(tasks, settings, kitchen)
 
 
 # --- similar tasks
@@ -135,7 +141,7 @@ def test_a_sentence_encoder_that_is_not_there_is_named(kitchen, tasks, tmp_path)
 def test_a_task_is_most_similar_to_itself(kitchen, source, tasks):
     """Told from other rows than those the training task is known by."""
     new = {name: replace(task, train=task.validation) for name, task in tasks.items()}
-    found = find_similar(str(source), list(tasks), new, SETTINGS, kitchen)
+    found = gather_similar(str(source), list(tasks), new, SETTINGS, kitchen)
     assert {name: similar[0] for name, similar in found.items()} == {name: name for name in tasks}
     assert all(len(set(similar)) == 3 for similar in found.values())
 
@@ -143,16 +149,16 @@ def test_a_task_is_most_similar_to_itself(kitchen, source, tasks):
 def test_a_task_may_come_in_several_draws_of_rows(kitchen, source, tasks):
     (name, task), *_ = tasks.items()
     new = {(name, seed): replace(task, train=task.train[seed::2]) for seed in (0, 1)}
-    found = find_similar(str(source), list(tasks), new, SETTINGS, kitchen)
+    found = gather_similar(str(source), list(tasks), new, SETTINGS, kitchen)
     assert found.keys() == new.keys()
     assert [similar[0] for similar in found.values()] == [name, name]
 
 
 def test_similar_tasks_are_the_same_every_time(kitchen, source, tasks):
     names = list(tasks)
-    first = find_similar(str(source), names, tasks, SETTINGS, kitchen)
+    first = gather_similar(str(source), names, tasks, SETTINGS, kitchen)
     shuffled = random.Random(1).sample(names, len(names))
-    again = find_similar(
+    again = gather_similar(
         str(source), shuffled, {name: tasks[name] for name in shuffled}, SETTINGS, kitchen
     )
     assert first == again
@@ -160,7 +166,7 @@ def test_similar_tasks_are_the_same_every_time(kitchen, source, tasks):
 
 def test_only_tasks_that_the_adapter_has_are_chosen(kitchen, source, tasks):
     names = list(tasks)[:4]
-    found = find_similar(str(source), names, tasks, SETTINGS, kitchen)
+    found = gather_similar(str(source), names, tasks, SETTINGS, kitchen)
     assert {name for similar in found.values() for name in similar} <= set(names)
 
 
@@ -177,8 +183,8 @@ def test_a_task_s_embedding_takes_its_first_examples_up_to_a_number(kitchen, sou
     long = dict(tasks)
     name, other = list(tasks)[:2]
     long[name] = replace(tasks[name], train=(*tasks[name].train[:2], *tasks[other].train))
-    found = find_similar(str(source), list(tasks), long, settings, kitchen)
-    assert found == find_similar(str(source), list(tasks), tasks, settings, kitchen)
+    found = gather_similar(str(source), list(tasks), long, settings, kitchen)
+    assert found == gather_similar(str(source), list(tasks), tasks, settings, kitchen)
 
 
 # --- the run they come from
