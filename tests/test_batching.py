@@ -1,3 +1,5 @@
+"""Rows as batches: references drawn, micro batches cut, tokens padded."""
+
 import random
 from itertools import chain, pairwise
 

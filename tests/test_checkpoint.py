@@ -1,3 +1,5 @@
+"""Saved steps of a run: what goes in comes back, and what is damaged is told."""
+
 import json
 import shutil
 

@@ -1,3 +1,5 @@
+"""Examples as rows of token ids: endings, cuts, dropped rows."""
+
 from types import SimpleNamespace
 
 import numpy as np

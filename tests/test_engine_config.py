@@ -1,3 +1,5 @@
+"""DeepSpeed files: what the engine takes, what it owns, what it refuses."""
+
 import copy
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""What a run writes about itself as it goes: metrics, provenance, progress."""
+
 import json
 import logging
 import sys

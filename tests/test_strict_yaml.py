@@ -1,3 +1,5 @@
+"""YAML as recipes mean it: words stay words, and nothing stands twice."""
+
 import pytest
 import yaml
 from hypothesis import given, settings

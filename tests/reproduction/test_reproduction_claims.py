@@ -1,3 +1,5 @@
+"""How a claim gets its verdict."""
+
 import pytest
 
 from mhr_scale.reproduction import claims

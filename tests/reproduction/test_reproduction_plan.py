@@ -1,3 +1,5 @@
+"""The study's units: valid recipes, in order, rates chosen on training tasks alone."""
+
 import dataclasses
 import json
 from pathlib import Path

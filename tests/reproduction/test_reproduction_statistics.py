@@ -1,3 +1,5 @@
+"""Paired comparisons and Holm's correction against the textbook."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""T0's held-out tasks on real sets: templates, shots, one example per row."""
+
 import json
 import logging
 

@@ -1,3 +1,5 @@
+"""Rows of T0's held-out sets as examples under their templates."""
+
 import logging
 
 import datasets

@@ -1,3 +1,5 @@
+"""T-Few's few-shot files: read whole, drawn again, refused where they differ."""
+
 import json
 from collections import Counter
 

@@ -1,3 +1,5 @@
+"""Tasks of JSONL files: which task a row belongs to, and rows that cannot be used."""
+
 import json
 import logging
 import os

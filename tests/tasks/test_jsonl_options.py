@@ -1,3 +1,5 @@
+"""`tasks.yaml` beside JSONL files: what it sets, and what is refused."""
+
 import pytest
 
 from mhr_scale.config import JsonlTasks

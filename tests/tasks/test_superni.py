@@ -1,3 +1,5 @@
+"""SuperNI: the prompts of the papers, its splits, and the draws of examples."""
+
 import json
 import logging
 import os

@@ -1,3 +1,5 @@
+"""Rows of SuperNI files: what is read of them, and what is refused with its place."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Places of rows, how many refused rows are borne, and tasks that lack something."""
+
 import json
 
 import pytest
