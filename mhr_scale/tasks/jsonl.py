@@ -213,12 +213,7 @@ def _text_problem(row: dict[str, Any], *, has_task: bool, policy: IntakeConfig) 
         return "missing field 'task' (the file lies in no task's folder)"
     if row.get("task") == "":
         return "empty task"
-    if policy.empty_input == "reject" and not row["input"].strip():
-        return "empty input"
-    references = [row["target"], *(row.get("targets") or ())]
-    if policy.empty_target == "reject" and not all(text.strip() for text in references):
-        return "empty target"
-    return None
+    return policy.find_empty(row["input"], [row["target"], *(row.get("targets") or ())])
 
 
 def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:

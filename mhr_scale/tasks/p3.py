@@ -373,7 +373,5 @@ def _choices(row: Row) -> tuple[str, ...]:
 
 
 def _check_not_empty(text: str, targets: Iterable[str], policy: IntakeConfig) -> None:
-    if policy.empty_input == "reject" and not text:
-        raise ValueError("empty input")
-    if policy.empty_target == "reject" and not all(targets):
-        raise ValueError("empty target")
+    if problem := policy.find_empty(text, targets):
+        raise ValueError(problem)

@@ -210,8 +210,8 @@ def _readable(lines: Iterator[Line], data_set: str) -> Iterator[Line]:
 def _make_example(rendered: Rendered, *, id: str, place: Place, policy: IntakeConfig) -> Example:
     """Make an example of a rendered row; the `ValueError` it raises says why it is of no use."""
     text, target, choices = rendered.input, rendered.target, rendered.choices
-    if policy.empty_input == "reject" and not text:
-        raise ValueError("empty input")
+    if problem := policy.find_empty(text, ()):
+        raise ValueError(problem)
     if not choices or target == NO_LABEL:
         return Example(id=id, input=text, targets=(target,), place=place)
     if len(choices) < 2:

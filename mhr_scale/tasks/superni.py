@@ -313,11 +313,7 @@ def _problem(instance: object, taken: set[str], policy: IntakeConfig) -> str | N
         return "no reference in 'output'"
     if instance["id"] in taken:
         return f"duplicate id {instance['id']!a}"
-    if policy.empty_input == "reject" and not instance["input"].strip():
-        return "empty input"
-    if policy.empty_target == "reject" and not all(text.strip() for text in references):
-        return "empty target"
-    return None
+    return policy.find_empty(instance["input"], references)
 
 
 def _make_example(instance: dict[str, Any], *, head: str, ending: str, place: Place) -> Example:

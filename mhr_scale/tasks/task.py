@@ -5,7 +5,7 @@ that mixtures, collators and evaluators never know where a row came from.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -72,6 +72,14 @@ class IntakeConfig:
     """Whether a row with an empty target is refused or trains the end-of-sequence token."""
     empty_input: Literal["reject", "keep"] = "reject"
     """Whether a row with an empty input is refused."""
+
+    def find_empty(self, text: str, targets: Iterable[str]) -> str | None:
+        """Why a row of these texts is refused, if it is; white space alone is empty."""
+        if self.empty_input == "reject" and not text.strip():
+            return "empty input"
+        if self.empty_target == "reject" and not all(target.strip() for target in targets):
+            return "empty target"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
