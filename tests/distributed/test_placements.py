@@ -1,6 +1,6 @@
 """One recipe on one process, two replicated and two sharded ones: the same numbers.
 
-Real tasks and a real backbone, eight steps, through the real launcher, which starts once.
+Real tasks and a real backbone, six steps, through the real launcher, which starts once.
 """
 
 import json
@@ -38,11 +38,11 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     settings = (
         f"tasks.folder={shared / 'data' / 'superni_sample'}",
         f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
-        "schedule.steps=8",
+        "schedule.steps=6",
         "run.log_every=1",
         "tasks.train_examples=10",
         "tasks.validation_examples=1",
-        "batch.max_input_tokens=64",
+        "batch.max_input_tokens=32",
     )
     commands: dict[int, list[tuple[str, ...]]] = {0: [], 2: []}
     for name, (ranks, overrides) in RUNS.items():
@@ -94,7 +94,7 @@ def test_accumulation_and_recomputation_do_not_change_the_losses(
 
 
 def test_all_steps_were_logged(runs: dict[str, Path]) -> None:
-    assert len(losses(runs["alone"])) == 8
+    assert len(losses(runs["alone"])) == 6
 
 
 def test_training_moved_the_adapter(runs: dict[str, Path]) -> None:

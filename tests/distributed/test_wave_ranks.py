@@ -25,7 +25,7 @@ BACKBONE = (
 WAVES = {
     "waves_of_5": (0, "null", 5),
     "two_replicated_ranks": (2, "null", 2),
-    "two_sharded_ranks": (2, "ds_configs/cpu.json", 3),
+    "two_sharded_ranks": (2, "ds_configs/cpu.json", 4),
 }
 
 

@@ -302,13 +302,18 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "rows", "n_tasks"),
-    [("superni_tiny.yaml", "superni_sample", 100), ("t0_open_tiny.yaml", "t0_open_sample", 111)],
+    ("recipe", "rows", "n_tasks", "fewer"),
+    [
+        ("superni_tiny.yaml", "superni_sample", 100, ["tasks.train_examples=10"]),
+        ("t0_open_tiny.yaml", "t0_open_sample", 111, []),
+    ],
+    ids=["SuperNI", "T0"],
 )
 def test_a_recipe_without_a_backbone_trains_random_weights_on_real_rows(
-    shared: Path, tmp_path: Path, recipe: str, rows: str, n_tasks: int
+    shared: Path, tmp_path: Path, recipe: str, rows: str, n_tasks: int, fewer: list[str]
 ) -> None:
     overrides = [
+        *fewer,
         f"tasks.folder={shared / 'data' / rows}",
         f"run.folder={tmp_path / 'run'}",
         "run.ds_config=null",
