@@ -40,6 +40,7 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         f"backbone.name={shared / 'backbones' / 't5_mini_text'}",
         "schedule.steps=6",
         "run.log_every=1",
+        "tasks.fold=test",
         "tasks.train_examples=10",
         "tasks.validation_examples=1",
         "batch.max_input_tokens=32",

@@ -300,22 +300,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Pa
 # -- recipes on real rows ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "rows", "n_tasks", "fewer"),
-    [
-        ("superni_tiny.yaml", "superni_sample", 100, ["tasks.train_examples=10"]),
-        ("t0_open_tiny.yaml", "t0_open_sample", 111, []),
-    ],
-    ids=["SuperNI", "T0"],
-)
-def test_a_recipe_without_a_backbone_trains_random_weights_on_real_rows(
-    shared: Path, tmp_path: Path, recipe: str, rows: str, n_tasks: int, fewer: list[str]
-) -> None:
-    overrides = [
-        *fewer,
-        f"tasks.folder={shared / 'data' / rows}",
-        f"run.folder={tmp_path / 'run'}",
+def check_random_weights(folder: Path, recipe: str, n_tasks: int, *overrides: str) -> None:
+    """Two steps of a recipe without a name for its backbone."""
+    short = [
+        f"run.folder={folder}",
         "run.ds_config=null",
         "schedule.steps=2",
         "run.log_every=1",
@@ -325,10 +313,29 @@ def test_a_recipe_without_a_backbone_trains_random_weights_on_real_rows(
         "batch.max_target_tokens=8",
     ]
     path = ROOT / "launch" / "recipes" / recipe
-    pretrain(load(PretrainConfig, path, overrides))
-    card = state.read_card(tmp_path / "run")
+    pretrain(load(PretrainConfig, path, [*short, *overrides]))
+    card = state.read_card(folder)
     assert (len(card.task_names), card.backbone["name"]) == (n_tasks, None)
-    assert len(read_metrics(tmp_path / "run")) == 2
+    assert len(read_metrics(folder)) == 2
+
+
+def test_superni_trains_random_weights_without_a_backbone(shared: Path, tmp_path: Path) -> None:
+    rows = f"tasks.folder={shared / 'data' / 'superni_sample'}"
+    check_random_weights(tmp_path, "superni_tiny.yaml", 100, rows, "tasks.train_examples=10")
+
+
+def test_prompted_rows_train_random_weights_without_a_backbone(
+    shared: Path, tmp_path: Path
+) -> None:
+    """Every fifteenth row of the real tasks."""
+    sample = shared / "data" / "t0_open_sample"
+    for file in sample.rglob("*.jsonl"):
+        short = tmp_path / "rows" / file.relative_to(sample)
+        short.parent.mkdir(parents=True, exist_ok=True)
+        short.write_text("\n".join(file.read_text(encoding="utf-8").split("\n")[::15]))
+    check_random_weights(
+        tmp_path / "run", "t0_open_tiny.yaml", 111, f"tasks.folder={tmp_path / 'rows'}"
+    )
 
 
 def gradients(folder: Path, micro_batch_size: int) -> dict[str, torch.Tensor]:
