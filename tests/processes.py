@@ -82,9 +82,7 @@ def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0
     return result.stdout
 
 
-def succeed_together(
-    commands: Sequence[Sequence[str]], folder: Path, *, ranks: int = 0, timeout: float = 240.0
-) -> str:
+def succeed_together(commands: Sequence[Sequence[str]], folder: Path, *, ranks: int = 0) -> str:
     """Run commands one after the other in one launch, each a script and its arguments.
 
     Starting a launch takes longer than most of what is tested. Returns what they printed; `folder`
@@ -92,7 +90,25 @@ def succeed_together(
     """
     file = folder / f"commands_of_{ranks}.json"
     file.write_text(json.dumps([(free_port(), command) for command in commands]))
-    return succeed("tests/distributed/programs/several.py", str(file), ranks=ranks, timeout=timeout)
+    return succeed("tests/distributed/programs/several.py", str(file), ranks=ranks, timeout=480.0)
+
+
+def run_code(code: str, *arguments: str, folder: Path) -> str:
+    """Run code that must end well, in a process of its own that knows nothing of this one's paths;
+    returns what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, run
+from processes import ROOT, run, run_code
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -50,7 +48,7 @@ def commands() -> list[str]:
 
 def tree() -> set[str]:
     """Paths of the files under `mhr_scale/` that the README's tree names."""
-    section = README.split("## The tree")[1].split("An arrow")[0]
+    section = README.split("## The tree")[1].split("Each module imports only")[0]
     found, folders = set(), [""]
     for line in section.splitlines():
         entry = re.match(r"^( +)(\S+)", line)
@@ -148,10 +146,7 @@ def test_the_commands_of_the_readme_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [code for code in blocks("python") if "mhr_scale import" in code])
 def test_the_python_example_of_the_readme_runs(code: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    run_code(code, folder=tmp_path)
     assert (tmp_path / "averaged_adapter" / "adapter.safetensors").is_file()
 
 

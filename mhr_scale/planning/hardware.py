@@ -26,7 +26,7 @@ FRAGMENTED = 0.04
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A row of the table: memory in GiB as the driver gives it, TFLOP/s, GB/s."""
+    """A card of the table, memory in GiB as the driver gives it, or a CPU; TFLOP/s, GB/s."""
 
     memory_gib: float
     bf16_tflops: float

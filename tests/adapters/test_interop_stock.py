@@ -1,7 +1,5 @@
 """PEFT folders, ours and its own: stock PEFT computes what the native adapter does."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from peft import IA3Config, LoraConfig, PolyConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_folders import GATED, LORA, MHR, UNGATED, WITHOUT_OTHERS, edit, make, write
+from processes import run_code
 from safetensors.torch import load_file, save_file
 from stock_peft import TASK_IDS, load_stock, make_stock, native_logits, stock_logits
 from tiny import TASKS, make_batch, make_t5
@@ -91,15 +90,7 @@ with torch.no_grad():
 assert not [name for name in sys.modules if name.partition(".")[0] == "mhr_scale"]
 save_file({"logits": logits}, "logits.safetensors")
 """
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_code(code, folder=tmp_path)
     assert folder.name == "peft"
     found = load_file(tmp_path / "logits.safetensors")["logits"]
     assert_close(found, native_logits(adapter), 1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ BACKBONE = (
 )
 
 
-#: In waves: on how many ranks, in which placement, how many jobs at a time.
-WAVES = {
+#: On how many ranks, in which placement, how many jobs at a time.
+RUNS = {
+    "alone": (0, "null", 1),
     "waves_of_5": (0, "null", 5),
     "two_replicated_ranks": (2, "null", 2),
     "two_sharded_ranks": (2, "ds_configs/cpu.json", 4),
@@ -69,27 +71,19 @@ def settings(source: Path, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
-    """The folder of all runs, and what the launches on so many ranks printed.
-
-    `alone` has every job by itself, one after the other.
-    """
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, and what the launches on so many ranks printed: `printed_2.txt`."""
     folder = tmp_path_factory.mktemp("waves")
     source = folder / "source"
-    commands = {0: [train_source(source)], 2: []}
-    for name, (ranks, placement, size) in {"alone": (0, "null", 1), **WAVES}.items():
+    commands: dict[int, list[Sequence[str]]] = {0: [train_source(source)], 2: []}
+    for name, (ranks, placement, size) in RUNS.items():
         options = f"waves.size={size}", f"run.ds_config={placement}"
         words = settings(source, folder / name)
         commands[ranks].append(("launch/adapt.py", *words, *options))
-    return folder, {
-        ranks: succeed_together(together, folder, ranks=ranks)
-        for ranks, together in commands.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def folder(printed: tuple[Path, dict[int, str]]) -> Path:
-    return printed[0]
+    for ranks, together in commands.items():
+        printed = succeed_together(together, folder, ranks=ranks)
+        (folder / f"printed_{ranks}.txt").write_text(printed)
+    return folder
 
 
 def jobs(folder: Path) -> dict[str, Path]:
@@ -121,16 +115,17 @@ def check_same(folder: Path, alone: Path) -> None:
             assert found == pytest.approx(expected[identity], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", WAVES)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "alone"])
 def test_jobs_in_waves_equal_separate_runs(folder: Path, name: str) -> None:
     check_same(folder / name, folder / "alone")
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_every_variant_is_in_the_table(printed: tuple[Path, dict[int, str]], ranks: int) -> None:
-    n_runs = sum(of[0] == ranks for of in WAVES.values()) + (ranks == 0)
+def test_every_variant_is_in_the_table(folder: Path, ranks: int) -> None:
+    printed = (folder / f"printed_{ranks}.txt").read_text()
+    n_runs = sum(of == ranks for of, _, _ in RUNS.values())
     for name in VARIANTS:
-        assert len(re.findall(rf"^ *{name} ", printed[1][ranks], flags=re.MULTILINE)) == n_runs
+        assert len(re.findall(rf"^ *{name} ", printed, flags=re.MULTILINE)) == n_runs
 
 
 def test_jobs_of_one_variant_stop_at_steps_of_their_own(folder: Path) -> None:

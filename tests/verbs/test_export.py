@@ -3,17 +3,14 @@
 import ast
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from processes import ROOT
+from processes import ROOT, run_code
 from safetensors.torch import load_file, save_file
 from toy_exports import (
     BASE,
@@ -222,25 +219,8 @@ def fresh(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tor
     for name, (run, settings, _, _) in EXPORTS.items():
         run_export(str(runs / run), here / name, **settings)
     save_file(rows(), here / "rows.safetensors")
-    start(FRESH, str(BASE), *EXPORTS, cwd=here)
+    run_code(FRESH, str(BASE), *EXPORTS, folder=here)
     return load_file(here / "logits.safetensors")
-
-
-def start(code: str, *arguments: str, cwd: Path) -> str:
-    """Run code in a process of its own, in a folder that has nothing of this package."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.slow
@@ -270,7 +250,7 @@ def test_twelve_lines_load_and_generate(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "mhr_scale" / "tasks" / "toy_backbone").symlink_to(BASE)
     code = f"{TWELVE_LINES}\nimport sys\nassert 'mhr_scale' not in sys.modules\n"
     assert len(TWELVE_LINES.strip().splitlines()) <= 12
-    answers = start(code, cwd=tmp_path).strip().splitlines()[-1]
+    answers = run_code(code, folder=tmp_path).strip().splitlines()[-1]
     assert len(ast.literal_eval(answers)) == 2
 
 
@@ -284,7 +264,7 @@ def test_the_launch_script_exports_without_deepspeed(runs: Path, tmp_path: Path)
         "assert 'deepspeed' not in sys.modules\n"
     )
     settings = (f"adapter={runs / 'MHR'}", f"folder={tmp_path / 'out'}")
-    start(code, str(script), str(recipe), *settings, cwd=tmp_path)
+    run_code(code, str(script), str(recipe), *settings, folder=tmp_path)
     assert_same(read(tmp_path / "out"), average(make("MHR")))
 
 

@@ -16,12 +16,12 @@ from mhr_scale import launching
 leave = launching.leave
 
 
-def note(code):
-    """What the end of a process is to a script that is not the last one."""
+def end_script(code):
+    """Instead of the process, which other scripts still need."""
     raise SystemExit(code)
 
 
-launching.leave = note
+launching.leave = end_script
 file = next(word for word in sys.argv[1:] if not word.startswith("--local_rank"))
 for port, command in json.loads(Path(file).read_text()):
     os.environ["MASTER_PORT"] = str(port)
