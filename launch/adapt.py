@@ -5,8 +5,8 @@ deepspeed --num_gpus N launch/adapt.py RECIPE [a.b=value ...]      N processes
 """
 
 from mhr_scale.config import AdaptConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.adapt import adapt
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(AdaptConfig, adapt, about=__doc__)

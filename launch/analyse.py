@@ -5,8 +5,8 @@ deepspeed --num_gpus N launch/analyse.py RECIPE [a.b=value ...]      N processes
 """
 
 from mhr_scale.config import AnalyseConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.analyse import analyse
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(AnalyseConfig, analyse, about=__doc__)

@@ -5,8 +5,8 @@ deepspeed --num_gpus N launch/average.py RECIPE [a.b=value ...]      N processes
 """
 
 from mhr_scale.config import AverageConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.average import average
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(AverageConfig, average, about=__doc__)

@@ -4,8 +4,8 @@ python launch/convert.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import ConvertConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.convert import convert
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(ConvertConfig, convert, about=__doc__)

@@ -4,8 +4,8 @@ python launch/data.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.data import check_data
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(PretrainConfig, check_data, about=__doc__)

@@ -5,8 +5,8 @@ deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processe
 """
 
 from mhr_scale.config import EvaluateConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(EvaluateConfig, evaluate, about=__doc__)

@@ -4,8 +4,8 @@ python launch/finetune.py RECIPE [a.b=value ...] [--print]
 """
 
 from mhr_scale.config import FinetuneConfig
-from mhr_scale.launching import main
 from mhr_scale.verbs.finetune import finetune
+from mhr_scale.verbs.launching import main
 
 if __name__ == "__main__":
     main(FinetuneConfig, finetune, about=__doc__)

@@ -3,7 +3,7 @@
 python launch/plan.py RECIPE [hardware.gpu=A100-80G hardware.gpus=8] [a.b=value ...] [--json]
 """
 
-from mhr_scale.launching import main_of_words
+from mhr_scale.verbs.launching import main_of_words
 from mhr_scale.verbs.plan import plan
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ deepspeed --num_gpus N launch/pretrain.py RECIPE [a.b=value ...]     N processes
 """
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.launching import main
+from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]
 """
 
-from mhr_scale.launching import main_of_words
+from mhr_scale.verbs.launching import main_of_words
 from mhr_scale.verbs.report import report
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python launch/summarise.py RUN [RUN ...]
 """
 
-from mhr_scale.launching import main_of_words
+from mhr_scale.verbs.launching import main_of_words
 from mhr_scale.verbs.summarise import summarise_runs
 
 if __name__ == "__main__":

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mhr_scale import optim, scoring
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.backbone import Blueprint, read_blueprint
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.config import AdaptConfig, AdapterConfig, BackboneConfig, PretrainConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.passes import scoring
+from mhr_scale.passes.scoring import ChoiceRow
 from mhr_scale.planning import steps
 from mhr_scale.planning.steps import Shape
-from mhr_scale.scoring import ChoiceRow
-from mhr_scale.trainer import Trainer
+from mhr_scale.training import optim
+from mhr_scale.training.trainer import Trainer
 
 NOTHING: Any = None
 

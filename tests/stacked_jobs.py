@@ -7,10 +7,10 @@ from adapters.tiny import randomise, tensors_of
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, AdapterConfig
-from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters.sites import Site
 from mhr_scale.config import OptimConfig
-from mhr_scale.job_optim import clip_jobs, make_job_optimizer, set_job_rates
-from mhr_scale.optim import clip_gradients, gradient_norm, make_optimizer
+from mhr_scale.jobs.job_optim import clip_jobs, make_job_optimizer, set_job_rates
+from mhr_scale.training.optim import clip_gradients, gradient_norm, make_optimizer
 
 N_JOBS, STEPS, CLIP_NORM = 3, 12, 1.0
 PLACES = [f"job {number}" for number in range(N_JOBS)]

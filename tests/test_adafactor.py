@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor as Oracle
 
-from mhr_scale import optim
-from mhr_scale.optim import Adafactor, clip_gradients, gradient_norm
+from mhr_scale.training import optim
+from mhr_scale.training.optim import Adafactor, clip_gradients, gradient_norm
 
 STEPS = 20
 #: What inventories look like, and how many leading dimensions index separate tensors.

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhr_scale.batching import Pick, StepBatches, collate, cut_micro_batches, number_rows, pick
 from mhr_scale.config import BatchConfig, MixtureConfig
-from mhr_scale.encode import Row
-from mhr_scale.losses import IGNORE
+from mhr_scale.passes.losses import IGNORE
+from mhr_scale.rows.batching import Pick, StepBatches, collate, cut_micro_batches, number_rows, pick
+from mhr_scale.rows.encode import Row
 from mhr_scale.tasks.mixture import MixturePlan, Sample, Share
 
 # -- choosing -------------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from mhr_scale import checkpoint
-from mhr_scale.adapters import attach, state
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.adapters import artefact, attach
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig, OptimConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.optim import make_optimizer
+from mhr_scale.training import checkpoint
+from mhr_scale.training.optim import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -71,7 +71,7 @@ def trained(optimizer="adafactor", **settings):
 
 
 def bits(adapter):
-    return {name: tensor.clone() for name, tensor in state.named_tensors(adapter).items()}
+    return {name: tensor.clone() for name, tensor in artefact.named_tensors(adapter).items()}
 
 
 def assert_same_bits(left, right):
@@ -164,11 +164,11 @@ def test_progress_comes_back_with_the_step(tmp_path):
 def test_a_saved_step_is_an_adapter_of_its_own(tmp_path):
     run = trained()
     folder = run.save(tmp_path)
-    assert_same_bits(bits(state.load(folder)), bits(run.adapter))
+    assert_same_bits(bits(artefact.load(folder)), bits(run.adapter))
 
 
 def test_a_saved_step_says_where_it_is_from(tmp_path):
-    card = state.read_card(trained().save(tmp_path, 7))
+    card = artefact.read_card(trained().save(tmp_path, 7))
     assert (card.step, card.backbone, card.origin) == (7, {"name": None}, {"verb": "pretrain"})
 
 
@@ -200,8 +200,8 @@ def test_the_runs_adapter_is_the_newest(tmp_path):
     run = trained()
     run.save(tmp_path, 2)
     run.step("c", "a").save(tmp_path, 3)
-    assert_same_bits(bits(state.load(tmp_path)), bits(run.adapter))
-    assert state.read_card(tmp_path).step == 3
+    assert_same_bits(bits(artefact.load(tmp_path)), bits(run.adapter))
+    assert artefact.read_card(tmp_path).step == 3
 
 
 @pytest.mark.parametrize("left", ["adapter.json", "adapter.safetensors"])
@@ -242,7 +242,7 @@ def test_a_folder_without_done_is_written_anew(tmp_path):
     (folder / "DONE").unlink()
     (folder / "adapter.json").write_text("{")
     run.save(tmp_path, 2)
-    assert_same_bits(bits(state.load(folder)), bits(run.adapter))
+    assert_same_bits(bits(artefact.load(folder)), bits(run.adapter))
 
 
 def test_a_copy_of_a_step_beside_it_is_no_step(tmp_path):
@@ -259,7 +259,7 @@ def test_the_rest_of_a_broken_save_does_no_harm(tmp_path):
     run = trained()
     folder = run.save(tmp_path, 2)
     assert not partial.exists()
-    assert_same_bits(bits(state.load(folder)), bits(run.adapter))
+    assert_same_bits(bits(artefact.load(folder)), bits(run.adapter))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from mhr_scale.comparison import compare, table
+from mhr_scale.scores.comparison import compare, table
 
 #: Scores by variant, seed and task.
 SCORES = {

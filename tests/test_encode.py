@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import BatchConfig
-from mhr_scale.encode import Cuts, Encoder, check_rows_left
 from mhr_scale.errors import DataError
-from mhr_scale.hub import BUILTIN
+from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
 from mhr_scale.tasks.task import Example, Task
 
 BYTES = ByT5Tokenizer()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mhr_scale import engine
-from mhr_scale.engine import ALLOWED, OWNED, deepspeed_config, read_ds_config
+from mhr_scale.engine import engine
+from mhr_scale.engine.ds_config import ALLOWED, OWNED, deepspeed_config, read_ds_config
 from mhr_scale.errors import EngineError
 
 ROOT = Path(__file__).resolve().parent.parent

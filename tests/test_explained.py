@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mhr_scale import failures, launching, stopping
 from mhr_scale.errors import ExitCode, RunError
+from mhr_scale.run import failures, stopping
+from mhr_scale.verbs import launching
 
 GLOO = "[/w/gloo/transport/tcp/"
 CASES = [

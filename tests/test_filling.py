@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from small_t5 import CARD, small_t5, tensors_of
 from torch import Tensor, nn
 
-from mhr_scale import backbone
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import BackboneConfig
+from mhr_scale.engine.filling import fill, shards_of, share
 from mhr_scale.errors import EngineError
-from mhr_scale.filling import fill, shards_of, share
 
 CPU = torch.device("cpu")
 TENSORS = tensors_of(small_t5(), aliases=False)
@@ -55,9 +55,9 @@ class CountingSource:
 def skeleton() -> nn.Module:
     """The small model without its weights."""
     fields = {name: value for name, value in CARD.items() if name != "model_type"}
-    blueprint = backbone.read_blueprint(BackboneConfig(config=fields))
+    blueprint = read_blueprint(BackboneConfig(config=fields))
     with torch.device("meta"):
-        return backbone.make_model(blueprint)
+        return make_model(blueprint)
 
 
 def sharded(n_ranks: int) -> nn.Module:
@@ -152,7 +152,7 @@ def test_quantised_shards_are_refused() -> None:
 def test_reading_shows_its_bytes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mhr_scale.runlog.ByteProgress._is_due", lambda self, now: True)
+    monkeypatch.setattr("mhr_scale.run.runlog.ByteProgress._is_due", lambda self, now: True)
     caplog.set_level(logging.INFO, logger="mhr_scale")
     fill(small_t5(), CountingSource(TENSORS), kind="none", rank=None, device=CPU)
     assert caplog.messages[-1].startswith("read backbone 0.0/0.0 GB  ")

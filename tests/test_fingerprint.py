@@ -11,13 +11,13 @@ import torch
 from small_t5 import HEAD, WO, small_t5, tensors_of, write_folder
 from torch import nn
 
-from mhr_scale import backbone, fingerprint
 from mhr_scale.adapters import attach
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
+from mhr_scale.backbone.manifest import MANIFEST, Fingerprint
 from mhr_scale.config import AdapterConfig, BackboneConfig, ConvertConfig, OriginConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
-from mhr_scale.manifest import MANIFEST, Fingerprint
 from mhr_scale.verbs.convert import convert
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -41,12 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(folder: Path, **settings: str) -> tuple[nn.Module, Blueprint, BackboneConfig, Engine]:
     """A backbone as a verb places it."""
     config = BackboneConfig(name=str(folder), **{"dtype": "float32", **settings})
-    blueprint, engine = backbone.read_blueprint(config), Engine({}, timeout_seconds=60)
+    blueprint, engine = read_blueprint(config), Engine({}, timeout_seconds=60)
     return engine.build(config, blueprint), blueprint, config, engine
 
 
 def stored(folder: Path) -> Fingerprint:
-    manifest = backbone.read_blueprint(BackboneConfig(name=str(folder))).manifest
+    manifest = read_blueprint(BackboneConfig(name=str(folder))).manifest
     assert manifest is not None
     return manifest.fingerprint
 
@@ -154,7 +154,7 @@ def test_a_folder_without_a_fingerprint_is_not_asked(folder: Path) -> None:
 
 
 def test_the_checkpoint_is_read_without_building_the_model(folder: Path) -> None:
-    blueprint = backbone.read_blueprint(BackboneConfig(name=str(folder)))
+    blueprint = read_blueprint(BackboneConfig(name=str(folder)))
     assert fingerprint.ask_source(blueprint, stored(folder)).logits == stored(folder).logits
 
 
@@ -176,7 +176,7 @@ def test_rounding_to_bfloat16_is_what_was_measured_at_conversion(folder: Path) -
 
 def questions(prompts: Sequence[Sequence[int]] = ()) -> Fingerprint:
     config = BackboneConfig(config={"vocab_size": 384, "num_layers": 1})
-    return fingerprint.make_questions(backbone.read_blueprint(config), prompts)
+    return fingerprint.make_questions(read_blueprint(config), prompts)
 
 
 def test_questions_are_the_same_every_time() -> None:
@@ -231,5 +231,5 @@ def test_a_fingerprint_without_its_numbers_is_as_far_as_can_be(folder: Path, nam
 
 
 def test_the_head_of_the_converted_folder_is_its_own(folder: Path) -> None:
-    source = backbone.read_blueprint(BackboneConfig(name=str(folder))).source
+    source = read_blueprint(BackboneConfig(name=str(folder))).source
     assert HEAD in source.names()

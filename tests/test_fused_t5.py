@@ -14,8 +14,11 @@ from transformers import T5ForConditionalGeneration as T5
 from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from mhr_scale import backbone, fused_t5, scoring
+from mhr_scale.backbone import modes
+from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import BackboneConfig
+from mhr_scale.families import t5_fused
+from mhr_scale.passes import scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 
@@ -64,7 +67,7 @@ def stock(family: str = "t5 v1.1", dtype: str = "float32", **changes: Any) -> An
 def fuse(model: Any, *names: str) -> Any:
     """A copy of the model with the named parts fused."""
     fused = copy.deepcopy(model)
-    backbone.fuse(fused, switches(*names))
+    modes.fuse(fused, switches(*names))
     return fused
 
 
@@ -121,10 +124,10 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_every_family_is_exchanged(family: str) -> None:
     model = fuse(stock(family), "attention", "gelu", "norm")
-    parts = (fused_t5.SelfAttention, fused_t5.CrossAttention, fused_t5.Norm)
+    parts = (t5_fused.SelfAttention, t5_fused.CrossAttention, t5_fused.Norm)
     found = [sum(isinstance(m, part) for m in model.modules()) for part in parts]
     assert found == [4, 2, 2 * 2 + 2 * 3 + 2]
-    gated = [m for m in model.modules() if isinstance(m, fused_t5.GatedFeedForward)]
+    gated = [m for m in model.modules() if isinstance(m, t5_fused.GatedFeedForward)]
     assert len(gated) == (0 if family == "t5 v1.0" else 4)
     assert {m.is_fused_gelu for m in gated} <= {family in ("t5 v1.1", "mt5")}
 
@@ -138,7 +141,7 @@ def test_names_and_weights_stay() -> None:
 
 def test_switched_off_parts_stay_transformers_own() -> None:
     model = fuse(stock())
-    fused = (fused_t5.Attention, fused_t5.Norm)
+    fused = (t5_fused.Attention, t5_fused.Norm)
     assert not any(isinstance(module, fused) for module in model.modules())
 
 
@@ -245,14 +248,14 @@ def with_gradients(gelu: Any, gate: Tensor, linear: Tensor) -> dict[str, Tensor]
 
 def test_gelu_and_its_gradients_are_transformers_own_up_to_float32_rounding() -> None:
     given = numbers(64, 48), numbers(64, 48, seed=1)
-    ours = with_gradients(fused_t5.gated_gelu, *given)
+    ours = with_gradients(t5_fused.gated_gelu, *given)
     assert_near(ours, with_gradients(stock_gelu, *given), 1e-6)
 
 
 def test_in_bfloat16_gelu_is_nearer_to_the_truth_than_transformers_own() -> None:
     given = numbers(64, 48).bfloat16(), numbers(64, 48, seed=1).bfloat16()
     truth = with_gradients(stock_gelu, *(t.double() for t in given))
-    ours, theirs = (with_gradients(gelu, *given) for gelu in (fused_t5.gated_gelu, stock_gelu))
+    ours, theirs = (with_gradients(gelu, *given) for gelu in (t5_fused.gated_gelu, stock_gelu))
     errors = {
         name: (error(ours[name], truth[name]), error(theirs[name], truth[name])) for name in truth
     }
@@ -261,7 +264,7 @@ def test_in_bfloat16_gelu_is_nearer_to_the_truth_than_transformers_own() -> None
 
 def test_gradients_of_gelu_are_those_of_finite_differences() -> None:
     given = [numbers(5, 4, seed=seed).double().requires_grad_() for seed in range(2)]
-    assert torch.autograd.gradcheck(fused_t5.gated_gelu, given)
+    assert torch.autograd.gradcheck(t5_fused.gated_gelu, given)
 
 
 def test_gelu_keeps_its_two_inputs_and_nothing_else() -> None:
@@ -270,7 +273,7 @@ def test_gelu_keeps_its_two_inputs_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     ):
-        fused_t5.gated_gelu(*given)
+        t5_fused.gated_gelu(*given)
     assert kept == [64 * 48, 64 * 48]
 
 
@@ -281,7 +284,7 @@ def test_in_bfloat16_the_norm_is_no_further_from_the_truth_than_transformers_own
     x = numbers(64, 48).bfloat16()
     with torch.no_grad():
         truth = copy.deepcopy(norm).double()(x.double())
-        ours, theirs = fused_t5.Norm.forward(norm, x), norm(x)
+        ours, theirs = t5_fused.Norm.forward(norm, x), norm(x)
     assert error(ours, truth) <= error(theirs, truth)
 
 
@@ -336,7 +339,7 @@ def test_recomputation_changes_no_gradient_and_wants_none_of_the_position_bias(
     bare = stock()
     expected = gradients(fuse(bare, "attention", "gelu", "norm"))
     model = fuse(bare, "attention", "gelu", "norm")
-    backbone.set_recompute(model, mode)
+    set_recompute(model, mode)
     masks.clear()
     # the reentrant kind adds up the residual stream in another order
     assert_near(gradients(model), expected, 1e-6 if mode == "reentrant" else 0.0)
@@ -358,7 +361,7 @@ def test_bias_and_mask_are_merged_once_per_stack(masks: list[Mask]) -> None:
 def test_a_backbone_that_trains_gets_all_its_gradients(family: str, mode: str) -> None:
     bare = stock(family)
     model = fuse(bare, "attention", "gelu", "norm")
-    backbone.set_recompute(model, mode)
+    set_recompute(model, mode)
     for one in (bare, model):
         one.requires_grad_(True)
     found, expected = gradients(model), gradients(bare)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mhr_scale.hub import TOKENIZER_FILES, find_folder
+from mhr_scale.backbone.hub import TOKENIZER_FILES, find_folder
 
 BOTH = ["config.json", "spiece.model", "README.md", "onnx/model.safetensors", "optimizer.bin"]
 BIN = [*BOTH, "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"]

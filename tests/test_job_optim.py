@@ -25,11 +25,10 @@ from stacked_jobs import (
 )
 from transformers.optimization import Adafactor as Oracle
 
-from mhr_scale import checkpoint
 from mhr_scale.adapters import Adapter, attach
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
-from mhr_scale.job_optim import (
+from mhr_scale.jobs.job_optim import (
     clip_jobs,
     job_state,
     load_job_states,
@@ -37,8 +36,9 @@ from mhr_scale.job_optim import (
     set_job_rates,
     take_jobs,
 )
-from mhr_scale.losses import language_model
-from mhr_scale.optim import clip_gradients, gradient_norm, make_optimizer
+from mhr_scale.passes.losses import language_model
+from mhr_scale.training import checkpoint
+from mhr_scale.training.optim import clip_gradients, gradient_norm, make_optimizer
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(",", "").replace(" ", "-"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mhr_scale import losses as loss_functions
-from mhr_scale.losses import IGNORE, language_model
+from mhr_scale.passes import losses as loss_functions
+from mhr_scale.passes.losses import IGNORE, language_model
 
 N_ROWS, N_TOKENS, VOCABULARY = 3, 5, 11
 

@@ -8,13 +8,14 @@ import torch
 from small_t5 import CARD, small_t5, tensors_of
 from torch import Tensor, nn
 
-from mhr_scale import backbone, nvme
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import BackboneConfig
+from mhr_scale.engine import nvme
+from mhr_scale.engine.filling import fill
 from mhr_scale.errors import EngineError
-from mhr_scale.filling import fill
 
 FIELDS = {name: value for name, value in CARD.items() if name != "model_type"}
-BLUEPRINT = backbone.read_blueprint(BackboneConfig(config=FIELDS))
+BLUEPRINT = read_blueprint(BackboneConfig(config=FIELDS))
 TENSORS = tensors_of(small_t5(), aliases=False)
 #: Elements of the smallest shard that goes to NVMe.
 SWAPPED = 100
@@ -57,7 +58,7 @@ class Swapper:
 def sharded(n_ranks: int) -> tuple[nn.Module, Swapper]:
     """A model as `zero.Init` leaves it: large shards on NVMe, the others in memory."""
     with torch.device("meta"):
-        model = backbone.make_model(BLUEPRINT)
+        model = make_model(BLUEPRINT)
     swapper = Swapper()
     for number, parameter in enumerate(model.parameters()):
         whole: Any = parameter

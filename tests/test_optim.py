@@ -7,11 +7,17 @@ import torch
 from torch import nn
 
 from mhr_scale.adapters import Adapter, AdapterConfig
-from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.sites import Site
 from mhr_scale.config import OptimConfig, ScheduleConfig
 from mhr_scale.errors import RunError
-from mhr_scale.optim import check_states, make_optimizer, rate_factor, set_rates, uniform_share
+from mhr_scale.training.optim import (
+    check_states,
+    make_optimizer,
+    rate_factor,
+    set_rates,
+    uniform_share,
+)
 
 TASKS = ("copy", "reverse", "sort", "count", "swap")
 

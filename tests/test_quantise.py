@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import quantise
 from mhr_scale.adapters import Adapter, attach, find_sites
 from mhr_scale.adapters.linear import Siblings
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone import quantise
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
 
 SIZES = {

@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT, run
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 
 PACKAGE = sorted((ROOT / "mhr_scale").rglob("*.py"))
 

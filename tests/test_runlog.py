@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mhr_scale import runlog
 from mhr_scale.errors import RunError
-from mhr_scale.files import write_json, write_text
-from mhr_scale.runlog import Metrics, Progress, as_time, record_provenance
+from mhr_scale.run import runlog
+from mhr_scale.run.files import write_json, write_text
+from mhr_scale.run.runlog import Metrics, Progress, as_time, record_provenance
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from mhr_scale.adapters import AdapterConfig
 from mhr_scale.errors import DataError, DivergenceError
-from mhr_scale.losses import tfew
-from mhr_scale.scoring import (
+from mhr_scale.passes.losses import tfew
+from mhr_scale.passes.scoring import (
     ChoiceRow,
     deal,
     fill_batches,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mhr_scale.errors import RunError
-from mhr_scale.sealing import DONE, check, recover, sealed, unseal
+from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
 
 
 def seal(folder: Path, text: str = "some text") -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mhr_scale import stopping
+from mhr_scale.run import stopping
 
 
 @pytest.fixture(autouse=True)

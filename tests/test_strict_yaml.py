@@ -5,8 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhr_scale import strict_yaml
 from mhr_scale.errors import ConfigError, DataError
+from mhr_scale.recipe import strict_yaml
 
 SELF_REFERENCES = ("a: &x\n  b: *x\n", "a: &x [*x]\n", "&x a: {b: &y {c: *y}}\n", "&x {a: *x}\n")
 

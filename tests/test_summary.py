@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mhr_scale import summary
 from mhr_scale.errors import RunError
+from mhr_scale.scores import summary
 from mhr_scale.verbs.summarise import summarise_runs
 
 

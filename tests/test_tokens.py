@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from mhr_scale import tokens
+from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import BatchConfig, JsonlTasks
 from mhr_scale.errors import DataError
-from mhr_scale.hub import BUILTIN
-from mhr_scale.tokens import TokenSet, open_tokens
+from mhr_scale.rows import tokens
+from mhr_scale.rows.tokens import TokenSet, open_tokens
 
 BYTES = ByT5Tokenizer()
 WORDS = AutoTokenizer.from_pretrained(BUILTIN["builtin:toy"])

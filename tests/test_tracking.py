@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from processes import ROOT, read_metrics
 
-from mhr_scale import tracking
 from mhr_scale.config import FinetuneRunConfig, PretrainConfig, RunConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe import load
-from mhr_scale.runlog import Metrics
+from mhr_scale.recipe.reading import load
+from mhr_scale.run import tracking
+from mhr_scale.run.runlog import Metrics
 from mhr_scale.verbs.pretrain import pretrain
 
 SHORT = (

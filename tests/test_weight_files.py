@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from small_t5 import INDICES, save, write_folder
 
+from mhr_scale.backbone.shards import Weight, first_cut, plan_shards, write_shard
+from mhr_scale.backbone.weights import open_weights
 from mhr_scale.errors import BackboneError
-from mhr_scale.shards import Weight, first_cut, plan_shards, write_shard
-from mhr_scale.weights import open_weights
 
 KINDS = ("safetensors", "bin")
 TENSORS = {name: torch.full((4, 3), float(n)) for n, name in enumerate("abcdef")}
@@ -146,7 +146,7 @@ def test_a_large_file_in_torchs_old_format_is_told_to_fill_memory(
     folder = write_folder(tmp_path / "folder", {})
     file = folder / "pytorch_model.bin"
     torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
-    monkeypatch.setattr("mhr_scale.weights.LARGE", 100)
+    monkeypatch.setattr("mhr_scale.backbone.weights.LARGE", 100)
     open_weights(folder)
     assert caplog.messages == [
         f"{file}: torch's old format cannot be memory-mapped; 0.0 GB go into memory"
@@ -196,7 +196,7 @@ def write(file: Path, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def test_the_library_reads_what_was_streamed(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("mhr_scale.shards.CHUNK", 5)
+    monkeypatch.setattr("mhr_scale.backbone.shards.CHUNK", 5)
     tensors = {
         "wide": torch.randn(3, 7),
         "vector": torch.randn(4),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from mhr_scale.errors import RunError
-from mhr_scale.writer import Writer
+from mhr_scale.run.writer import Writer
 
 
 def fail() -> None:

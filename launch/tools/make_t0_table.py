@@ -1,4 +1,4 @@
-"""Write `mhr_scale/tasks/t0_mixture.json`: the data sets, sizes and prompts of T0's mixtures.
+"""Write `mhr_scale/tasks/t0/t0_mixture.json`: the data sets, sizes and prompts of T0's mixtures.
 
     git clone --branch v0.2.3 https://github.com/bigscience-workshop/promptsource
     git clone https://github.com/bigscience-workshop/t-zero
@@ -14,8 +14,8 @@ import csv
 import json
 from pathlib import Path
 
-from mhr_scale.tasks import t0
-from mhr_scale.tasks.prompts import load_templates
+from mhr_scale.tasks.t0 import mixtures
+from mhr_scale.tasks.t0.prompts import load_templates
 
 SOURCE = (
     "promptsource v0.2.3, template files (github.com/bigscience-workshop/promptsource, "
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("templates", type=Path, help="promptsource's folder of templates")
     parser.add_argument("sizes", type=Path, help="t-zero's datasets.csv")
-    parser.add_argument("--out", type=Path, default=t0.TABLE, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=mixtures.TABLE, help="default: %(default)s")
     args = parser.parse_args()
     entries = make_entries(args.templates, args.sizes)
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)

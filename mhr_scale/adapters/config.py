@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mhr_scale.adapters.routing import POLICIES
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 #: Ranks, skills and splits that no backbone is wide enough for are mistakes.
 LARGEST_SIZE = 1 << 20

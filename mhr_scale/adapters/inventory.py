@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters.sites import Site
 from mhr_scale.seeds import seed_from
 
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
-from mhr_scale.adapters.layout import Site, check_splits, find_sites
 from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, base_of, siblings_name
+from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.errors import AdapterError, did_you_mean
 from mhr_scale.seeds import seed_from

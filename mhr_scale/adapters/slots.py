@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import (
-    AdaptedLinear,
-    LowRankSlots,
-    RowMap,
-    ScalingSlots,
-    Siblings,
-)
+from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, RowMap, ScalingSlots, Siblings
 from mhr_scale.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -25,15 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mhr_scale import backbone
 from mhr_scale.adapters import Adapter
-from mhr_scale.batching import Pick, collate, cut_micro_batches
-from mhr_scale.engine import Engine
+from mhr_scale.backbone.modes import evaluate
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, RunError, some
-from mhr_scale.runlog import log
+from mhr_scale.passes.validation import dealt, forward
+from mhr_scale.rows.batching import Pick, collate, cut_micro_batches
+from mhr_scale.rows.tokens import TokenSet
+from mhr_scale.run.runlog import log
 from mhr_scale.seeds import seed_from
-from mhr_scale.tokens import TokenSet
-from mhr_scale.validation import dealt, forward
 
 Matrix = NDArray[np.float64]
 
@@ -186,7 +186,7 @@ def gather_alignment(
     engine, adapter = subject.engine, subject.adapter
     check_shared(adapter)
     _check_room(engine, adapter, len(tasks))
-    backbone.evaluate(subject.model)
+    evaluate(subject.model)
     names: list[str] = []
     kept: list[Tensor] = []
     left_out: dict[str, str] = {}

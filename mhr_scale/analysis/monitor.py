@@ -12,9 +12,9 @@ from torch import nn
 from mhr_scale.adapters import Adapter
 from mhr_scale.analysis import alignment
 from mhr_scale.config import PretrainConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import ConfigError
-from mhr_scale.tokens import TokenSet
+from mhr_scale.rows.tokens import TokenSet
 
 
 class Monitor:

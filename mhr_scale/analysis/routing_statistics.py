@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, routing
-from mhr_scale.analysis.clustering import clustered_order
 
 #: Weights are float32: a task this much nearer to the mean task than its own size is the mean.
 SAME = 1e-5
@@ -94,3 +95,16 @@ def task_similarity(w_TGQS: Tensor) -> NDArray[np.float64]:
     cosines[is_mean[:, None] & is_mean] = 1.0
     found: NDArray[np.float64] = cosines.fill_diagonal_(1.0).numpy()
     return found
+
+
+def clustered_order(cosines: NDArray[np.float64]) -> list[int]:
+    """Leaves of an average-linkage clustering by 1 - cosine, neighbours as near as they can be.
+
+    One or two tasks keep their order.
+    """
+    if len(cosines) < 3:
+        return list(range(len(cosines)))
+    distances = np.clip(1.0 - cosines, 0.0, 2.0)
+    np.fill_diagonal(distances, 0.0)
+    tree = linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
+    return [int(leaf) for leaf in leaves_list(tree)]

@@ -35,19 +35,14 @@ from mhr_scale.config.training import (
     RunConfig,
     ScheduleConfig,
 )
-from mhr_scale.config.verbs import (
-    AverageConfig,
-    EvaluateConfig,
-    PretrainConfig,
-    ScoringConfig,
-)
-from mhr_scale.tasks.held_out import HeldOutTasks
+from mhr_scale.config.verbs import AverageConfig, EvaluateConfig, PretrainConfig, ScoringConfig
 from mhr_scale.tasks.jsonl import JsonlTasks
 from mhr_scale.tasks.mixture import MixtureConfig
 from mhr_scale.tasks.suite import ShotsConfig
 from mhr_scale.tasks.suites import EvalTasksConfig, TasksConfig
 from mhr_scale.tasks.superni import SuperNITasks
-from mhr_scale.tasks.t0 import T0Tasks
+from mhr_scale.tasks.t0.held_out import HeldOutTasks
+from mhr_scale.tasks.t0.mixtures import T0Tasks
 from mhr_scale.tasks.task import IntakeConfig
 from mhr_scale.tasks.toy import ToyTasks
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mhr_scale.config.training import PlainRunConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.suites import TasksConfig
 
 

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 
 @part

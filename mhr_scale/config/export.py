@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 #: What each format can hold of what is asked for; None is the adapter's own natural choice.
 SINGLES = (None, "average", "task", "soup", "whole")

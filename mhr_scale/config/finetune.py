@@ -8,7 +8,7 @@ from mhr_scale.config.model import BackboneConfig
 from mhr_scale.config.training import Tracker, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.suites import EvalTasksConfig
 
 

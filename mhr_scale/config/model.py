@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 
 @part

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 #: Where the lines of metrics.jsonl can go besides; each needs the extra of its name.
 Tracker = Literal["tensorboard", "wandb"]

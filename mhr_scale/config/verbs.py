@@ -15,7 +15,7 @@ from mhr_scale.config.training import (
     ScheduleConfig,
 )
 from mhr_scale.errors import ConfigError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.mixture import MixtureConfig
 from mhr_scale.tasks.suites import EvalTasksConfig, TasksConfig
 

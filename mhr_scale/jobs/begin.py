@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from mhr_scale import checkpoint
 from mhr_scale.adapters.linear import AdaptedLinear
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.full import FullWave
 from mhr_scale.jobs.job import Job, Standing
-from mhr_scale.jobs.opening import Opening
-from mhr_scale.jobs.plan import Planned
+from mhr_scale.jobs.opened_jobs import Opening
+from mhr_scale.jobs.scheduling import Planned
 from mhr_scale.jobs.start import source_numbers, start
 from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.training import checkpoint
 
 #: The similar training tasks of jobs of kind soup.
 Soups = Mapping[Job, Sequence[str]]

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.config import AdaptConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import RunError
 from mhr_scale.jobs.job import as_folder
-from mhr_scale.runlog import record_provenance
-from mhr_scale.runs import check_writable, differences, listed, read_recipe, write_recipe
+from mhr_scale.run.run_folder import check_writable, differences, listed, read_recipe, write_recipe
+from mhr_scale.run.runlog import record_provenance
 from mhr_scale.tasks.task import Intake
 
 #: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale import job_optim, optim
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig
-from mhr_scale.engine import is_sharded
+from mhr_scale.engine.ds_config import is_sharded
 from mhr_scale.errors import ConfigError
-from mhr_scale.files import put_in_place
+from mhr_scale.jobs import job_optim
 from mhr_scale.jobs.wave import Wave
-from mhr_scale.runlog import log
+from mhr_scale.run.files import put_in_place
+from mhr_scale.run.runlog import log
+from mhr_scale.training import optim
 
 #: The trained weights of a job, in the result's folder and beside the best adapter.
 WEIGHTS = "backbone.safetensors"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mhr_scale import checkpoint
 from mhr_scale.errors import RunError
-from mhr_scale.files import read_object, write_json
-from mhr_scale.typed import check_fields
+from mhr_scale.recipe.typed import check_fields
+from mhr_scale.run.files import read_object, write_json
+from mhr_scale.training import checkpoint
 
 RESULT = "result.json"
 #: What tables and reports read of a result.

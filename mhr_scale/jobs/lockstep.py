@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from mhr_scale import stopping
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
+from mhr_scale.run import stopping
 
 #: Kinds of passes, the first first.
 KINDS = ("train", "rank", "generate")

@@ -9,21 +9,24 @@ from typing import Any
 
 import torch
 
-from mhr_scale import checkpoint, scoring, stopping, summary
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import AdaptConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import DivergenceError, RunError
-from mhr_scale.files import to_json_lines, write_text
-from mhr_scale.jobs.data import Exam
 from mhr_scale.jobs.job import Job, clean, write_result
+from mhr_scale.jobs.job_data import Exam
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
-from mhr_scale.questions import Question, answerers, judge
-from mhr_scale.runlog import Metrics, Progress, log
-from mhr_scale.scoring import Batch, ChoiceRow
-from mhr_scale.writer import Writer
+from mhr_scale.passes import scoring
+from mhr_scale.passes.scoring import Batch, ChoiceRow
+from mhr_scale.run import stopping
+from mhr_scale.run.files import to_json_lines, write_text
+from mhr_scale.run.runlog import Metrics, Progress, log
+from mhr_scale.run.writer import Writer
+from mhr_scale.scores import summary
+from mhr_scale.scores.questions import Question, answerers, judge
+from mhr_scale.training import checkpoint
 
 
 class Runner:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhr_scale import backbone, scoring
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
-from mhr_scale.encode import Encoder
-from mhr_scale.engine import Engine
-from mhr_scale.errors import RunError
-from mhr_scale.recipe import load
-from mhr_scale.runlog import Progress
-from mhr_scale.scoring import ChoiceRow
+from mhr_scale.engine.engine import Engine
+from mhr_scale.errors import BackboneError, RunError, first_line
+from mhr_scale.passes import scoring
+from mhr_scale.passes.scoring import ChoiceRow
+from mhr_scale.recipe.reading import load
+from mhr_scale.rows.encode import Encoder
+from mhr_scale.run.runlog import Progress
 from mhr_scale.tasks.suites import open_suite
 from mhr_scale.tasks.task import Example, Task
 
@@ -108,7 +108,7 @@ def gather_embeddings(
     """
     engine, model = kitchen.engine, kitchen.model
     if settings.encoder is not None:
-        encode = backbone.load_sentence_encoder(settings.encoder, engine.device)
+        encode = load_sentence_encoder(settings.encoder, engine.device)
         return {
             key: _unit(encode([example.input for example in task.train]))
             for key, task in tasks.items()
@@ -140,7 +140,7 @@ def _embed(model: Any, batch: list[ChoiceRow], *, device: torch.device) -> list[
     inputs = scoring.pad_inputs(
         [row.input_ids for row in batch], pad_id=model.config.pad_token_id, device=device
     )
-    found: list[list[float]] = backbone.mean_states(model.get_encoder(), inputs).tolist()
+    found: list[list[float]] = mean_states(model.get_encoder(), inputs).tolist()
     return found
 
 
@@ -152,3 +152,42 @@ def most_similar(vector: Tensor, others: Mapping[str, Tensor], count: int) -> li
     """The names of the most similar tasks, the most similar first; of equals the first by name."""
     similarity = {name: float(vector @ other) for name, other in others.items()}
     return sorted(similarity, key=lambda name: (-similarity[name], name))[:count]
+
+
+def mean_states(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The states of an encoder averaged over the tokens of each text: (B, H)."""
+    states_BLH = encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).last_hidden_state.float()
+    mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
+    mean_BH: Tensor = (states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+    return mean_BH
+
+
+def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str]], Tensor]:
+    """A function from texts to vectors (texts, H): the mean states of a hub id or a folder.
+
+    Raises `BackboneError` if it cannot be read.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model = AutoModel.from_pretrained(name).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise BackboneError(
+            f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "
+            "folder or a hub id"
+        ) from error
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        found = []
+        for start in range(0, len(texts), 32):
+            part = texts[start : start + 32]
+            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            found.append(mean_states(encoder, inputs.to(device)).cpu())
+        return torch.cat(found)
+
+    return encode

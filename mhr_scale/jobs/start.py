@@ -16,10 +16,10 @@ from typing import Literal
 
 import torch
 
-from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.collapse import average, soup
-from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.routing import POLICIES
+from mhr_scale.adapters.sites import Site
 from mhr_scale.config import AdapterConfig, VariantConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.job import Job
@@ -95,9 +95,9 @@ def start(
     elif variant.kind == "average" and not (variant.trainable == "inventory" and config.is_routed):
         given = average(source)
     tensors = dict(given.inventory.named_tensors())
-    own = state.named_tensors(made)
+    own = artefact.named_tensors(made)
     fresh = {name: own[name].clone() for name in own.keys() - tensors.keys()}
-    state.load_tensors(made, {**tensors, **fresh}, place=str(variant.adapter))
+    artefact.load_tensors(made, {**tensors, **fresh}, place=str(variant.adapter))
     return made
 
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhr_scale import checkpoint, job_optim, optim
-from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.config import AdaptConfig, OptimConfig, ScheduleConfig, VariantConfig
-from mhr_scale.jobs import passes
-from mhr_scale.jobs.data import JobData, TrainRow
+from mhr_scale.jobs import job_optim
 from mhr_scale.jobs.job import Job, Standing
+from mhr_scale.jobs.job_data import JobData, TrainRow
 from mhr_scale.jobs.start import stack, trained_numbers, unstack
-from mhr_scale.losses import Loss
+from mhr_scale.passes import few_shot
+from mhr_scale.passes.losses import Loss
 from mhr_scale.seeds import seed_from
+from mhr_scale.training import checkpoint, optim
 
 
 @dataclass(slots=True)
@@ -130,7 +131,7 @@ class Wave:
         owners = [number for number, batch in enumerate(batches) for _ in batch]
         factors = self._set_rates()
         with self.adapter.slots(owners, seeds=self._seeds(batches)) as slots:
-            parts = passes.forward(
+            parts = few_shot.forward(
                 self.config.protocol,
                 model,
                 rows,
@@ -185,7 +186,7 @@ class Wave:
 
     def keep(self, number: int, folder: Path, *, backbone: dict[str, Any]) -> None:
         """Write what one job has trained so far, its best yet, into `folder`."""
-        state.save(
+        artefact.save(
             self.take(number),
             folder,
             step=self.step,
@@ -197,14 +198,14 @@ class Wave:
         """The adapters that some jobs have kept, side by side, ready to be scored."""
         return stack(
             [self.members[number].job.name for number in numbers],
-            [state.load(folder) for folder in folders],
+            [artefact.load(folder) for folder in folders],
             routing_only=self.variant.kind == "routing",
         )
 
     def publish(self, number: int, kept: Path, folder: Path, *, backbone: dict[str, Any]) -> None:
         """Put what one job has kept where readers of the run look for it."""
-        state.save(
-            state.load(kept),
+        artefact.save(
+            artefact.load(kept),
             folder / "adapter",
             step=self.members[number].standing.best_step,
             backbone=backbone,

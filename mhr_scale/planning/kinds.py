@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone
 from mhr_scale.adapters import Adapter
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -20,11 +19,12 @@ from mhr_scale.config import (
     WorkloadConfig,
 )
 from mhr_scale.errors import ConfigError
-from mhr_scale.jobs.plan import LARGEST
+from mhr_scale.jobs.scheduling import LARGEST
 from mhr_scale.jobs.start import count_trained
 from mhr_scale.planning.cost import Case, Estimate, Passes, choose
 from mhr_scale.planning.hardware import Machines
 from mhr_scale.planning.placements import Placement, list_placements, load_of, weigh
+from mhr_scale.planning.recipes import n_tasks, subject, variants
 from mhr_scale.planning.sizes import read_sizes
 from mhr_scale.planning.steps import (
     Shape,
@@ -34,9 +34,8 @@ from mhr_scale.planning.steps import (
     trace_scoring,
     trace_wave,
 )
-from mhr_scale.planning.subjects import n_tasks, subject, variants
 from mhr_scale.planning.tracing import Trace, combine
-from mhr_scale.recipe import read_names
+from mhr_scale.recipe.reading import read_names
 
 #: Tokens of the two short answers whose counts give those of a longer one.
 SHORT, LONGER = 2, 4
@@ -276,7 +275,7 @@ def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) ->
 def _drawn(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> Adapter:
     """The adapter of some settings for the whole backbone, on the meta device."""
     with torch.device("meta"):
-        return fresh(config, n_tasks)(backbone.make_model(blueprint))
+        return fresh(config, n_tasks)(make_model(blueprint))
 
 
 def _numbers(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> int:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhr_scale import backbone
-from mhr_scale.backbone import Blueprint
-from mhr_scale.engine import read_ds_config
-from mhr_scale.nvme import PREFETCHED
+from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.quantise import BLOCK, IN_BLOCK
+from mhr_scale.engine.ds_config import read_ds_config
+from mhr_scale.engine.nvme import PREFETCHED
 from mhr_scale.planning.hardware import Machines
-from mhr_scale.quantise import BLOCK, IN_BLOCK
 
 #: How often a pass gathers each weight: forward, and backward (recomputing) once more. Measured
 #: under DeepSpeed 0.19: non-reentrant recomputation gathers for a forward pass of its own.
@@ -39,7 +38,7 @@ class Weights:
 def weigh(blueprint: Blueprint) -> Weights:
     """Count a backbone's numbers, without memory for them."""
     with torch.device("meta"):
-        model = backbone.make_model(blueprint)
+        model = make_model(blueprint)
     linears = [
         module
         for name, module in model.named_modules()

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import backbone, hub, t5_config
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone import hub
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
-from mhr_scale.runlog import log
-from mhr_scale.t5_config import SIZES
+from mhr_scale.families import t5_config
+from mhr_scale.families.t5_config import SIZES
+from mhr_scale.run.runlog import log
 
 #: What of a config.json is read.
 FIELDS = (
@@ -56,7 +57,7 @@ def read_sizes(config: BackboneConfig) -> Blueprint:
     Raises `BackboneError` if the backbone is neither found nor in the table.
     """
     if config.name is None:
-        return backbone.read_blueprint(config)
+        return read_blueprint(config)
     if config.name in KNOWN and not Path(config.name).is_dir():
         log.info("%s: sizes from the table of known backbones", config.name)
         fields = KNOWN[config.name]
@@ -69,4 +70,4 @@ def read_sizes(config: BackboneConfig) -> Blueprint:
             ) from error
         _, raw = t5_config.read_config(folder)
         fields = {name: raw[name] for name in FIELDS if raw.get(name) is not None}
-    return backbone.read_blueprint(replace(config, name=None, config=fields))
+    return read_blueprint(replace(config, name=None, config=fields))

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale import optim, scoring
 from mhr_scale.adapters import Adapter, find_sites
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.backbone import Blueprint
-from mhr_scale.batching import Batch
+from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -26,14 +24,17 @@ from mhr_scale.config import (
     ScoringConfig,
     VariantConfig,
 )
-from mhr_scale.engine import Engine
-from mhr_scale.jobs.data import TrainRow
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job_data import TrainRow
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.passes import scoring
+from mhr_scale.passes.scoring import ChoiceRow
 from mhr_scale.planning.tracing import GpuKernels, Trace, Tracker, combine, imagination, imagine
-from mhr_scale.scoring import ChoiceRow
-from mhr_scale.trainer import Trainer
+from mhr_scale.rows.batching import Batch
+from mhr_scale.training import optim
+from mhr_scale.training.trainer import Trainer
 
 #: Blocks per stack of the two models whose counts give those of a deeper one: a first block, a last
 #: one and some in between.

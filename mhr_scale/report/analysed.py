@@ -7,9 +7,9 @@ from typing import Any
 
 from mhr_scale.analysis import ANALYSIS
 from mhr_scale.errors import RunError
-from mhr_scale.report.folders import Run
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
+from mhr_scale.report.runs import Run
 
 SKILL = "skill {}"
 #: Statistics of routing from 0 to 1, of a group and over all; effective skills are a count.

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from mhr_scale.report import analysed, evaluations, few_shot, overview, settings, training
-from mhr_scale.report.folders import Run
+from mhr_scale.report import analysed, evaluations, few_shot, learning_curves, overview, settings
 from mhr_scale.report.page import Page, Section
+from mhr_scale.report.runs import Run
 
 
 def build(runs: Sequence[Run], *, title: str | None = None) -> Page:
@@ -15,8 +15,8 @@ def build(runs: Sequence[Run], *, title: str | None = None) -> Page:
         few_shot.few_shot(runs),
         evaluations.evaluations(runs),
         evaluations.extra_steps(runs),
-        training.learning(runs),
-        training.by_task(runs),
+        learning_curves.learning(runs),
+        learning_curves.by_task(runs),
         *analysed.analysed(runs),
         settings.settings(runs),
         settings.provenance(runs),

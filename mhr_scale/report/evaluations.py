@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mhr_scale.report.drawing import MOST_SERIES, short
-from mhr_scale.report.folders import Run
 from mhr_scale.report.page import LONGEST, Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Curve, Series, by_name, curves
-from mhr_scale.report.subjects import Subject, subject_of, told_apart
-from mhr_scale.summary import aggregate
+from mhr_scale.report.runs import Run
+from mhr_scale.report.scored_adapters import Subject, subject_of, told_apart
+from mhr_scale.scores.summary import aggregate
 
 
 def scored(runs: Sequence[Run]) -> list[Run]:

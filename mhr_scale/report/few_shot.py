@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhr_scale.comparison import compare
 from mhr_scale.errors import some
 from mhr_scale.report.drawing import MOST_SERIES, count
-from mhr_scale.report.folders import Run
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
 from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
-from mhr_scale.report.subjects import seedless
+from mhr_scale.report.runs import Run
+from mhr_scale.report.scored_adapters import seedless
+from mhr_scale.scores.comparison import compare
 
 #: Names of runs in a heading.
 MOST_LABELS = 4

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mhr_scale.adapters.state import CARD
+from mhr_scale.adapters.artefact import CARD
 from mhr_scale.errors import RunError
-from mhr_scale.files import read_object
-from mhr_scale.report.folders import Run
 from mhr_scale.report.page import LONGEST, Block, Cell, Prose, Section, Table
+from mhr_scale.report.runs import Run
 from mhr_scale.report.thinning import values_of
+from mhr_scale.run.files import read_object
 
 
 def overview(runs: Sequence[Run]) -> Section:

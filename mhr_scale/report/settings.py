@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhr_scale import strict_yaml
-from mhr_scale.report.folders import Run, part
+from mhr_scale.recipe import strict_yaml
 from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
-from mhr_scale.runs import dotted
+from mhr_scale.report.runs import Run, part
+from mhr_scale.run.run_folder import dotted
 
 #: Runs side by side in one table.
 MOST_COLUMNS = 12

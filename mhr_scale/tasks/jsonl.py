@@ -31,9 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale import strict_yaml
 from mhr_scale.errors import DataError, did_you_mean, shortened
-from mhr_scale.part import part
+from mhr_scale.recipe import strict_yaml
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite

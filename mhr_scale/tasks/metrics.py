@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from mhr_scale.runlog import log
+from mhr_scale.run.runlog import log
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _COUNTED = re.compile("[a-z0-9]")

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 
 __all__ = ["MixtureConfig", "MixturePlan", "Sample", "Share"]
 

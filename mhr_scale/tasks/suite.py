@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream, check_not_empty
 
 T = TypeVar("T")

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.held_out import HeldOutTasks
 from mhr_scale.tasks.jsonl import JsonlTasks
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
 from mhr_scale.tasks.superni import SuperNITasks
-from mhr_scale.tasks.t0 import T0Tasks
+from mhr_scale.tasks.t0.held_out import HeldOutTasks
+from mhr_scale.tasks.t0.mixtures import T0Tasks
 from mhr_scale.tasks.task import Intake, Task, check_not_empty
 from mhr_scale.tasks.toy import ToyTasks
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.json_lines import kind_of
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from mhr_scale.errors import DataError
-from mhr_scale.files import to_json_lines
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
+from mhr_scale.run.files import to_json_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

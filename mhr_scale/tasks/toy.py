@@ -14,7 +14,7 @@ from itertools import product
 from typing import Literal
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean
-from mhr_scale.part import part
+from mhr_scale.recipe.part import part
 from mhr_scale.tasks.suite import ShotsConfig, Suite
 from mhr_scale.tasks.task import Example, Intake, Task
 

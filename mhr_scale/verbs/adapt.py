@@ -11,23 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import comparison, fingerprint
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.methods import wrap
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.of_adapter import backbone_facts
 from mhr_scale.config import AdaptConfig
-from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.engine.ds_config import check_quantise, read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import DivergenceError
-from mhr_scale.files import write_json
 from mhr_scale.jobs.begin import facts_of, gather_soups, open_wave
 from mhr_scale.jobs.folder import check_folder, rank0_open_folder
 from mhr_scale.jobs.full import check_backbone_jobs
 from mhr_scale.jobs.job import Job, Stage, read_results, stage
-from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
-from mhr_scale.jobs.plan import deal, plan_waves
+from mhr_scale.jobs.opened_jobs import Opening, all_sites, open_jobs
 from mhr_scale.jobs.runner import Runner
-from mhr_scale.planning.waves import gather_wave_size
-from mhr_scale.runlog import log
-from mhr_scale.runs import backbone_facts, check_quantise
+from mhr_scale.jobs.scheduling import deal, plan_waves
+from mhr_scale.planning.wave_size import gather_wave_size
+from mhr_scale.run.files import write_json
+from mhr_scale.run.runlog import log
+from mhr_scale.scores import comparison
 
 
 def adapt(config: AdaptConfig) -> Path:

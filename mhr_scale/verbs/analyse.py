@@ -9,36 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import backbone, fingerprint
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.adapters.state import Card
+from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
 from mhr_scale.analysis.alignment import Alignment, TaskRows
-from mhr_scale.analysis.clustering import clustered_order
 from mhr_scale.analysis.inventory_statistics import describe_inventory
-from mhr_scale.analysis.routing_statistics import describe_routing
-from mhr_scale.analysis.table import table
+from mhr_scale.analysis.printed import table
+from mhr_scale.analysis.routing_statistics import clustered_order, describe_routing
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.of_adapter import backbone_facts, backbone_of, blueprint_of, check_fit
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
-from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.engine.ds_config import check_quantise, read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
-from mhr_scale.files import write_json
 from mhr_scale.jobs.start import source_numbers, variant_numbers
-from mhr_scale.recipe import load
-from mhr_scale.runlog import Progress, log, rank, record_provenance
-from mhr_scale.runs import (
-    backbone_facts,
-    backbone_of,
-    blueprint_of,
-    check_fit,
-    check_quantise,
-    check_writable,
-    read_recipe,
-    write_recipe,
-)
+from mhr_scale.recipe.reading import load
+from mhr_scale.rows.tokens import TokenSet, open_tokens
+from mhr_scale.run.files import write_json
+from mhr_scale.run.run_folder import check_writable, read_recipe, write_recipe
+from mhr_scale.run.runlog import Progress, log, rank, record_provenance
 from mhr_scale.tasks.suite import Suite
-from mhr_scale.tokens import TokenSet, open_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +124,7 @@ def align(config: AnalyseConfig, card: Card, adapter: Adapter, sources: Sources)
     blueprint = blueprint_of(config.adapter, own)
     check_quantise(own, blueprint, ds_content, config.run.ds_config)
     check_fit(config.adapter, card, blueprint)
-    tokenizer = backbone.load_tokenizer(own, blueprint)
+    tokenizer = load_tokenizer(own, blueprint)
     tokens = open_tokens(sources.tasks, tokenizer, sources.batch, cache=sources.token_cache)
     tasks = choose_tasks(config.adapter, adapter, tokens, asked)
     engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import checkpoint
-from mhr_scale.adapters import Adapter, state
+from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError
-from mhr_scale.recipe import load
-from mhr_scale.runlog import log, rank
-from mhr_scale.runs import prepare, rank0_open_folder, write_recipe
+from mhr_scale.recipe.reading import load
+from mhr_scale.run.run_folder import write_recipe
+from mhr_scale.run.runlog import log, rank
+from mhr_scale.training import checkpoint
+from mhr_scale.training.opening import prepare, rank0_open_folder
 
 
 def average(config: AverageConfig) -> Path:
@@ -25,8 +26,8 @@ def average(config: AverageConfig) -> Path:
     Collective where there are extra steps; without them rank 0 alone works, and neither a backbone
     nor DeepSpeed is needed.
     """
-    source = state.load(config.source)
-    card = state.read_card(config.source)
+    source = artefact.load(config.source)
+    card = artefact.read_card(config.source)
     folder = Path(config.run.folder)
     if (folder / "config.yaml").exists() and config.steps[-1] == 0:
         raise RunError(f"{folder}: holds a run already; use another run.folder")
@@ -35,7 +36,7 @@ def average(config: AverageConfig) -> Path:
     if rank() == 0:
         write_recipe(folder / "average.yaml", config)
         for steps in config.steps:
-            trained = source if steps == 0 else state.load(checkpoint.step_folder(folder, steps))
+            trained = source if steps == 0 else artefact.load(checkpoint.step_folder(folder, steps))
             facts: dict[str, Any] = {
                 "averaged_from": str(config.source),
                 "extra_steps": steps,
@@ -45,7 +46,7 @@ def average(config: AverageConfig) -> Path:
             targets += [folder / "adapter"] if steps == config.steps[-1] else []
             mean = mean_of(trained)
             for target in targets:
-                state.save(mean, target, step=steps, backbone=card.backbone, origin=facts)
+                artefact.save(mean, target, step=steps, backbone=card.backbone, origin=facts)
         log.info("averaged adapters of %s extra steps in %s", list(config.steps), folder)
     return folder / "adapter"
 
@@ -89,5 +90,5 @@ def under_uniform_routing(source: Adapter) -> Adapter:
         replace(source.config, policy="uniform"), source.sites, task_names=source.task_names
     )
     tensors = dict(source.inventory.named_tensors())
-    state.load_tensors(uniform, tensors, place="the inventory")
+    artefact.load_tensors(uniform, tensors, place="the inventory")
     return uniform

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone, conversion, fingerprint, hub, merging, stock
-from mhr_scale.backbone import Blueprint
-from mhr_scale.config import BackboneConfig, ConvertConfig
-from mhr_scale.errors import BackboneError, RunError
-from mhr_scale.manifest import (
+from mhr_scale.backbone import conversion, fingerprint, hub, merging
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint, tied_names
+from mhr_scale.backbone.manifest import (
     MANIFEST,
     SCHEMA,
     Fingerprint,
@@ -23,9 +21,13 @@ from mhr_scale.manifest import (
     verify_hashes,
     write_manifest,
 )
-from mhr_scale.runlog import log, rank
-from mhr_scale.shards import FileFacts, Weight, check_free_space
-from mhr_scale.target import check_target, moved_into_place, nearest_folder
+from mhr_scale.backbone.shards import FileFacts, Weight, check_free_space
+from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.config import BackboneConfig, ConvertConfig
+from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.exchange import stock
+from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
+from mhr_scale.run.runlog import log, rank
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -44,13 +46,13 @@ def convert(config: ConvertConfig) -> Path:
     settings = BackboneConfig(
         name=config.backbone.name, revision=config.backbone.revision, dtype=config.dtype
     )
-    blueprint = backbone.read_blueprint(settings)
+    blueprint = read_blueprint(settings)
     weights, left_out = conversion.plan(blueprint, config.dtype)
     questions = ask_what(config, settings, blueprint)
     check_free_space(nearest_folder(target), weights, what="the converted backbone")
     with moved_into_place(target) as folder:
         files = write(config, settings, blueprint, weights, folder)
-        written = backbone.read_blueprint(BackboneConfig(name=str(folder)))
+        written = read_blueprint(BackboneConfig(name=str(folder)))
         answers = fingerprint.make(written, questions)
         found = compare(config, settings, blueprint, weights, answers)
         write_manifest(
@@ -59,13 +61,13 @@ def convert(config: ConvertConfig) -> Path:
                 schema=SCHEMA,
                 source=source_of(blueprint),
                 dtype=config.dtype,
-                tied=backbone.tied_names(blueprint),
+                tied=tied_names(blueprint),
                 left_out=left_out,
                 files=files,
                 fingerprint=answers,
             ),
         )
-        backbone.read_blueprint(BackboneConfig(name=str(folder)))
+        read_blueprint(BackboneConfig(name=str(folder)))
     log.info("%s", closing(config, weights, left_out, n_files=len(files), found=found))
     return target
 
@@ -85,7 +87,7 @@ def ask_what(config: ConvertConfig, settings: BackboneConfig, blueprint: Bluepri
     """The token rows of the fingerprint; raises `BackboneError` if prompts cannot be tokenised."""
     prompts: list[list[int]] = []
     if config.fingerprint.prompts:
-        tokenizer = backbone.load_tokenizer(settings, blueprint)
+        tokenizer = load_tokenizer(settings, blueprint)
         prompts = tokenizer(list(config.fingerprint.prompts))["input_ids"]
     return fingerprint.make_questions(blueprint, prompts)
 
@@ -156,7 +158,7 @@ def verify(target: Path) -> None:
     manifest = read_manifest(target)
     if manifest is None:
         raise BackboneError(f"{target / MANIFEST}: missing; only converted folders can be verified")
-    blueprint = backbone.read_blueprint(BackboneConfig(name=str(target.absolute())))
+    blueprint = read_blueprint(BackboneConfig(name=str(target.absolute())))
     verify_hashes(target, manifest)
     try:
         found = conversion.check_answer(

@@ -6,11 +6,12 @@ With `run.token_cache` it fills the cache that later runs of the recipe take the
 import sys
 from collections import Counter
 
-from mhr_scale import backbone
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import DataError
+from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.tasks.task import Intake
-from mhr_scale.tokens import TokenSet, open_tokens
 
 SHOWN_REJECTS = 10
 
@@ -20,8 +21,8 @@ def check_data(config: PretrainConfig) -> None:
 
     Raises `DataError` if a run of this recipe would stop at its data.
     """
-    blueprint = backbone.read_blueprint(config.backbone)
-    tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
+    blueprint = read_blueprint(config.backbone)
+    tokenizer = load_tokenizer(config.backbone, blueprint)
     policy = getattr(config.tasks, "intake", None)
     tokens = open_tokens(
         config.tasks, tokenizer, config.batch, cache=config.run.token_cache, on_bad="skip"

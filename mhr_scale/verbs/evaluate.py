@@ -11,34 +11,29 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone, fingerprint, scoring, stopping, summary
 from mhr_scale.adapters import Adapter
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
-from mhr_scale.adapters.interop import open_adapter
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.adapters.state import Card
+from mhr_scale.adapters.peft_folders import open_adapter
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.of_adapter import backbone_facts, backbone_of, blueprint_of, check_fit
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig, EvaluateConfig
-from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.engine.ds_config import check_quantise, read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.files import to_json_lines, write_json, write_text
 from mhr_scale.jobs.soup import Kitchen, gather_similar
 from mhr_scale.jobs.start import stack
-from mhr_scale.questions import Question, answerers, ask, encode, judge
-from mhr_scale.runlog import Progress, log, record_provenance
-from mhr_scale.runs import (
-    backbone_facts,
-    backbone_of,
-    blueprint_of,
-    check_fit,
-    check_quantise,
-    check_writable,
-    differences,
-    listed,
-    read_recipe,
-    write_recipe,
-)
-from mhr_scale.scoring import ChoiceRow
+from mhr_scale.passes import scoring
+from mhr_scale.passes.scoring import ChoiceRow
+from mhr_scale.run import stopping
+from mhr_scale.run.files import to_json_lines, write_json, write_text
+from mhr_scale.run.run_folder import check_writable, differences, listed, read_recipe, write_recipe
+from mhr_scale.run.runlog import Progress, log, record_provenance
+from mhr_scale.scores import summary
+from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
 
@@ -69,7 +64,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     check_quantise(backbone_config, blueprint, ds_content, config.run.ds_config)
     if card is not None:
         check_fit(str(config.adapter), card, blueprint)
-    tokenizer = backbone.load_tokenizer(backbone_config, blueprint)
+    tokenizer = load_tokenizer(backbone_config, blueprint)
     tasks, intake = read_evaluation(config.tasks, examples=config.scoring.examples)
     questions = [question for task in tasks for question in ask(task, config.scoring)]
     numbers = adapter_tasks(stored, tasks, config)

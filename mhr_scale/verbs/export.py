@@ -9,17 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhr_scale import hub, merging
-from mhr_scale.adapters import Adapter, interop, state
+from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone import hub, merging
+from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit
+from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import AdapterError
-from mhr_scale.files import write_json, write_text
-from mhr_scale.jobs.job import as_folder
-from mhr_scale.recipe import to_yaml
-from mhr_scale.reloading import (
+from mhr_scale.exchange.reloading import (
     N_ROWS,
     Bench,
     Part,
@@ -28,17 +27,18 @@ from mhr_scale.reloading import (
     check_peft,
     spread,
 )
-from mhr_scale.runlog import Progress, log, rank
-from mhr_scale.runs import backbone_of, blueprint_of, check_fit
-from mhr_scale.shards import Weight, check_free_space
-from mhr_scale.target import check_target, moved_into_place, nearest_folder
+from mhr_scale.jobs.job import as_folder
+from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run.files import write_json, write_text
+from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
+from mhr_scale.run.runlog import Progress, log, rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """What is exported from: the stored adapter, and its backbone where one is needed."""
 
-    card: state.Card
+    card: artefact.Card
     stored: Adapter
     settings: BackboneConfig | None
     blueprint: Blueprint | None
@@ -72,7 +72,7 @@ def open_source(config: ExportConfig) -> Source:
 
     Raises `AdapterError` if the adapter is of another backbone, or is half of a trained backbone.
     """
-    card, stored = interop.open_adapter(config.adapter)
+    card, stored = peft_folders.open_adapter(config.adapter)
     facts = dict(card.backbone)
     if config.backbone_moved_to is not None:
         facts["name"] = config.backbone_moved_to
@@ -91,7 +91,7 @@ def open_source(config: ExportConfig) -> Source:
     if config.format == "merged":
         assert blueprint is not None
         if trained:
-            file = state.find(config.adapter) / trained
+            file = artefact.find(config.adapter) / trained
             file = file if file.is_file() else file.parent.parent / trained
             blueprint = merging.with_weights(blueprint, file)
         weights = merging.plan_weights(blueprint, config.dtype)
@@ -106,7 +106,7 @@ def open_source(config: ExportConfig) -> Source:
     )
 
 
-def open_backbone(config: ExportConfig, card: state.Card) -> BackboneConfig:
+def open_backbone(config: ExportConfig, card: artefact.Card) -> BackboneConfig:
     """The backbone as it was before any job; `AdapterError` if the adapter does not tell."""
     try:
         return backbone_of(config.adapter, replace(card, origin={}), config.backbone_moved_to)
@@ -196,9 +196,9 @@ def write_part(config: ExportConfig, source: Source, part: Part, folder: Path) -
     adapter, name = part.make(), base_name(source.facts)
     if config.format == "native":
         origin = {"exported_from": config.adapter, "what": part.what}
-        state.save(adapter, folder, step=source.card.step, backbone=source.facts, origin=origin)
+        artefact.save(adapter, folder, step=source.card.step, backbone=source.facts, origin=origin)
     elif config.format == "peft_poly":
-        interop.write_peft_poly(adapter, folder, base_model=name)
+        peft_folders.write_peft_poly(adapter, folder, base_model=name)
     elif config.format == "merged":
         assert source.blueprint is not None
         assert source.settings is not None
@@ -213,9 +213,9 @@ def write_part(config: ExportConfig, source: Source, part: Part, folder: Path) -
             folder, blueprint=source.blueprint, settings=source.settings, weights=source.weights
         )
     elif adapter.config.kind == "ia3":
-        interop.write_peft_ia3(adapter, folder, base_model=name)
+        peft_folders.write_peft_ia3(adapter, folder, base_model=name)
     else:
-        interop.write_peft_lora(adapter, folder, base_model=name)
+        peft_folders.write_peft_lora(adapter, folder, base_model=name)
 
 
 def base_name(facts: dict[str, Any]) -> str | None:

@@ -21,19 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale import (
-    backbone,
-    checkpoint,
-    fingerprint,
-    optim,
-    quantise,
-    scoring,
-    stock,
-    stopping,
-    summary,
-    tracking,
-)
-from mhr_scale.backbone import Blueprint
+from mhr_scale.backbone import fingerprint, quantise
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
+from mhr_scale.backbone.of_adapter import backbone_facts
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -43,26 +34,24 @@ from mhr_scale.config import (
     ShotsConfig,
     VariantConfig,
 )
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
-from mhr_scale.files import to_json_lines, write_json, write_text
-from mhr_scale.jobs import passes
-from mhr_scale.jobs.data import JobData, TrainRow, open_data
+from mhr_scale.exchange import stock
 from mhr_scale.jobs.job import RESULT
-from mhr_scale.questions import answerers, judge
-from mhr_scale.runlog import Metrics, Progress, log, record_provenance, world_size
-from mhr_scale.runs import (
-    backbone_facts,
-    check_writable,
-    differences,
-    listed,
-    read_recipe,
-    write_recipe,
-)
+from mhr_scale.jobs.job_data import JobData, TrainRow, open_data
+from mhr_scale.passes import few_shot as passes
+from mhr_scale.passes import scoring
+from mhr_scale.run import stopping, tracking
+from mhr_scale.run.files import to_json_lines, write_json, write_text
+from mhr_scale.run.run_folder import check_writable, differences, listed, read_recipe, write_recipe
+from mhr_scale.run.runlog import Metrics, Progress, log, record_provenance, world_size
+from mhr_scale.run.writer import Writer
+from mhr_scale.scores import summary
+from mhr_scale.scores.questions import answerers, judge
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
-from mhr_scale.writer import Writer
+from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may differ when a run goes on: where and how fast, not what.
@@ -139,10 +128,10 @@ def finetune(config: FinetuneConfig) -> Path:
 def open_run(config: FinetuneConfig) -> Opening:
     """Read and check the adapter, the backbone's configuration and the task."""
     source = stock.find_peft_lora(config.adapter)
-    blueprint = backbone.read_blueprint(config.backbone)
+    blueprint = read_blueprint(config.backbone)
     quantise.check(config.backbone, blueprint.model_config)
     stock.check_fit(source, blueprint, config.backbone)
-    tokenizer = backbone.load_tokenizer(config.backbone, blueprint)
+    tokenizer = load_tokenizer(config.backbone, blueprint)
     data, intake = read_data(config, tokenizer)
     return Opening(
         source=source, blueprint=blueprint, tokenizer=tokenizer, data=data, intake=intake

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.runlog import log, read_metric
-from mhr_scale.runs import prepare, rank0_open_folder
-from mhr_scale.trainer import Trainer
+from mhr_scale.run.runlog import log, read_metric
+from mhr_scale.training.opening import prepare, rank0_open_folder
+from mhr_scale.training.trainer import Trainer
 
 
 def pretrain(config: PretrainConfig) -> Path:

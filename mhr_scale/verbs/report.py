@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhr_scale.errors import ConfigError, RunError, did_you_mean
-from mhr_scale.files import write_text
 from mhr_scale.report.build import build
-from mhr_scale.report.folders import open_runs
 from mhr_scale.report.page import render
+from mhr_scale.report.runs import open_runs
+from mhr_scale.run.files import write_text
 
 USAGE = "python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]"
 OPTIONS = ("--file", "--title")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mhr_scale import summary
 from mhr_scale.errors import ConfigError, RunError
-from mhr_scale.recipe import split_words
+from mhr_scale.recipe.reading import split_words
+from mhr_scale.scores import summary
 
 USAGE = "python launch/summarise.py RUN [RUN ...]"
 

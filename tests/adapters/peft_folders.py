@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_adapted
 
-from mhr_scale.adapters import AdapterConfig, interop, state
+from mhr_scale.adapters import AdapterConfig, artefact, peft_folders
 from mhr_scale.adapters.collapse import average, collapse
 
 # of transformers and torch, whatever adapter is loaded
@@ -51,23 +51,23 @@ def make(config, change=None, **backbone):
 def write(adapter, folder, base_model=None):
     """Write with the function that fits the adapter."""
     if adapter.config.is_routed:
-        return interop.write_peft_poly(adapter, folder, base_model=base_model)
-    kinds = {"lora": interop.write_peft_lora, "ia3": interop.write_peft_ia3}
+        return peft_folders.write_peft_poly(adapter, folder, base_model=base_model)
+    kinds = {"lora": peft_folders.write_peft_lora, "ia3": peft_folders.write_peft_ia3}
     return kinds[adapter.config.kind](adapter, folder, base_model=base_model)
 
 
 def read(folder):
-    return interop.open_adapter(folder)[1]
+    return peft_folders.open_adapter(folder)[1]
 
 
 def assert_same(found, expected):
     """Bit for bit the same tensors under the same names."""
-    found, expected = state.named_tensors(found), state.named_tensors(expected)
+    found, expected = artefact.named_tensors(found), artefact.named_tensors(expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def edit(folder, **fields):
     """Change fields of the configuration."""
-    config = json.loads((folder / interop.CONFIG).read_text())
-    (folder / interop.CONFIG).write_text(json.dumps({**config, **fields}))
+    config = json.loads((folder / peft_folders.CONFIG).read_text())
+    (folder / peft_folders.CONFIG).write_text(json.dumps({**config, **fields}))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TASKS, logits, make_adapted, make_t5, tensors_of
 
-from mhr_scale.adapters import AdapterConfig, attach, state
+from mhr_scale.adapters import AdapterConfig, artefact, attach
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.errors import AdapterError
 
@@ -23,7 +23,7 @@ CONFIGS = {
     "ia3": AdapterConfig(kind="ia3", layout="light", n_skills=3),
 }
 QUERY = "encoder.block.0.layer.0.SelfAttention.q"
-FILES = (state.TENSORS, state.CARD)
+FILES = (artefact.TENSORS, artefact.CARD)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -34,7 +34,7 @@ def config(request):
 @pytest.fixture
 def saved(tmp_path):
     """Folder of a saved MHR adapter."""
-    return state.save(make(CONFIGS["MHR"])[1], tmp_path / "adapter", step=7)
+    return artefact.save(make(CONFIGS["MHR"])[1], tmp_path / "adapter", step=7)
 
 
 def make(config):
@@ -44,16 +44,16 @@ def make(config):
 
 def rewrite(folder, change):
     """Store changed tensors as another program would: with the hash of the new file."""
-    tensors = load_file(folder / state.TENSORS)
+    tensors = load_file(folder / artefact.TENSORS)
     change(tensors)
-    save_file(tensors, folder / state.TENSORS)
-    digest = hashlib.sha256((folder / state.TENSORS).read_bytes()).hexdigest()
+    save_file(tensors, folder / artefact.TENSORS)
+    digest = hashlib.sha256((folder / artefact.TENSORS).read_bytes()).hexdigest()
     edit_card(folder, sha256=digest)
 
 
 def edit_card(folder, **fields):
-    card = json.loads((folder / state.CARD).read_text())
-    (folder / state.CARD).write_text(json.dumps({**card, **fields}))
+    card = json.loads((folder / artefact.CARD).read_text())
+    (folder / artefact.CARD).write_text(json.dumps({**card, **fields}))
 
 
 def drop(tensors):
@@ -91,20 +91,22 @@ FAULT_IDS = ["missing", "extra", "mis-shaped", "nan", "infinity"]
 
 def test_save_load_save_is_byte_identical(config, tmp_path):
     _, adapter = make(config)
-    first = state.save(adapter, tmp_path / "first", step=3, backbone={"name": "x"})
-    second = state.save(state.load(first), tmp_path / "second", step=3, backbone={"name": "x"})
+    first = artefact.save(adapter, tmp_path / "first", step=3, backbone={"name": "x"})
+    second = artefact.save(
+        artefact.load(first), tmp_path / "second", step=3, backbone={"name": "x"}
+    )
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in FILES)
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path):
     _, adapter = make(CONFIGS["MHR"])
-    folders = [state.save(adapter, tmp_path / str(number)) for number in range(8)]
-    assert len({(folder / state.TENSORS).read_bytes() for folder in folders}) == 1
+    folders = [artefact.save(adapter, tmp_path / str(number)) for number in range(8)]
+    assert len({(folder / artefact.TENSORS).read_bytes() for folder in folders}) == 1
 
 
 def test_a_loaded_adapter_has_the_same_tensors_and_setting(config, tmp_path):
     _, adapter = make(config)
-    loaded = state.load(state.save(adapter, tmp_path))
+    loaded = artefact.load(artefact.save(adapter, tmp_path))
     assert (loaded.config, loaded.sites) == (adapter.config, adapter.sites)
     assert loaded.task_names == adapter.task_names
     torch.testing.assert_close(tensors_of(loaded), tensors_of(adapter), rtol=0, atol=0)
@@ -112,34 +114,34 @@ def test_a_loaded_adapter_has_the_same_tensors_and_setting(config, tmp_path):
 
 def test_an_adapter_loaded_into_a_model_gives_the_same_logits(config, tmp_path):
     model, adapter = make(config)
-    folder = state.save(adapter, tmp_path)
+    folder = artefact.save(adapter, tmp_path)
     fresh = make_t5().eval()
-    loaded = state.load(folder, model=fresh)
+    loaded = artefact.load(folder, model=fresh)
     found = logits(fresh, loaded, ["sort", "copy", "count"])
     assert torch.equal(found, logits(model, adapter, ["sort", "copy", "count"]))
 
 
 def test_a_loaded_adapter_can_be_trained(saved):
     model = make_t5()
-    loaded = state.load(saved, model=model)
+    loaded = artefact.load(saved, model=model)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_fixed_routing_stays_fixed(tmp_path):
-    loaded = state.load(state.save(make(CONFIGS["fixed"])[1], tmp_path))
+    loaded = artefact.load(artefact.save(make(CONFIGS["fixed"])[1], tmp_path))
     assert not loaded.routing_logits.requires_grad
 
 
 def test_an_adapter_of_another_precision_is_stored_as_float32(tmp_path):
     _, adapter = make_adapted(CONFIGS["MHR"], dtype=torch.float64)
-    tensors = load_file(state.save(adapter, tmp_path) / state.TENSORS)
+    tensors = load_file(artefact.save(adapter, tmp_path) / artefact.TENSORS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_tensors_are_stored_per_linear_and_per_routing_group(tmp_path):
     _, adapter = make(CONFIGS["by block"])
-    tensors = load_file(state.save(adapter, tmp_path) / state.TENSORS)
+    tensors = load_file(artefact.save(adapter, tmp_path) / artefact.TENSORS)
     assert tensors[f"{QUERY}.A"].shape == (1, 3, 32, 1)
     assert tensors[f"{QUERY}.B"].shape == (1, 3, 1, 32)
     assert tensors["encoder.block.0.routing_logits"].shape == (len(TASKS), 1, 3)
@@ -147,17 +149,17 @@ def test_tensors_are_stored_per_linear_and_per_routing_group(tmp_path):
 
 def test_the_card_keeps_step_backbone_and_origin(tmp_path):
     facts = {"step": 12, "backbone": {"name": "t5"}, "origin": {"run": "x"}}
-    card = state.read_card(state.save(make(CONFIGS["LoRA"])[1], tmp_path, **facts))
+    card = artefact.read_card(artefact.save(make(CONFIGS["LoRA"])[1], tmp_path, **facts))
     assert {name: getattr(card, name) for name in facts} == facts
 
 
 def test_saving_over_an_adapter_leaves_no_other_files(saved):
-    state.save(make(CONFIGS["LoRA"])[1], saved)
+    artefact.save(make(CONFIGS["LoRA"])[1], saved)
     assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
 
 
 def test_a_run_folder_stands_for_the_adapter_in_it(saved):
-    assert state.load(saved.parent).task_names == TASKS
+    assert artefact.load(saved.parent).task_names == TASKS
 
 
 # --- refusals
@@ -167,7 +169,7 @@ def test_a_run_folder_stands_for_the_adapter_in_it(saved):
 def test_tensors_that_do_not_fit_are_named(saved, change, message):
     rewrite(saved, change)
     with pytest.raises(AdapterError) as caught:
-        state.load(saved)
+        artefact.load(saved)
     assert f"1 tensor(s) do not fit: {message}" in str(caught.value)
 
 
@@ -176,7 +178,7 @@ def test_a_refused_file_leaves_the_model_bare(saved, change):
     rewrite(saved, change)
     model = make_t5()
     with pytest.raises(AdapterError):
-        state.load(saved, model=model)
+        artefact.load(saved, model=model)
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
 
 
@@ -186,50 +188,50 @@ def test_refused_tensors_change_nothing(saved, change):
     adapter.inventory.requires_grad_(False)
     for parameter in adapter.parameters():
         parameter.data.fill_(5.0)
-    tensors = load_file(saved / state.TENSORS)
+    tensors = load_file(saved / artefact.TENSORS)
     change(tensors)
     with pytest.raises(AdapterError):
-        state.load_tensors(adapter, tensors, place="there")
+        artefact.load_tensors(adapter, tensors, place="there")
     assert all(bool((tensor == 5.0).all()) for tensor in tensors_of(adapter).values())
 
 
 def test_a_damaged_tensor_file_is_refused(saved):
-    data = bytearray((saved / state.TENSORS).read_bytes())
+    data = bytearray((saved / artefact.TENSORS).read_bytes())
     data[-1] ^= 1
-    (saved / state.TENSORS).write_bytes(data)
+    (saved / artefact.TENSORS).write_bytes(data)
     with pytest.raises(AdapterError, match=r"its hash is not the one in adapter\.json"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 def test_files_of_two_saves_are_refused(saved, tmp_path):
-    other = state.save(make(CONFIGS["LoRA"])[1], tmp_path / "other")
-    (saved / state.TENSORS).write_bytes((other / state.TENSORS).read_bytes())
+    other = artefact.save(make(CONFIGS["LoRA"])[1], tmp_path / "other")
+    (saved / artefact.TENSORS).write_bytes((other / artefact.TENSORS).read_bytes())
     with pytest.raises(AdapterError, match=r"its hash is not the one in adapter\.json"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 def test_a_tensor_file_of_another_format_is_refused(saved):
-    (saved / state.TENSORS).write_bytes(b"tensors")
+    (saved / artefact.TENSORS).write_bytes(b"tensors")
     edit_card(saved, sha256=hashlib.sha256(b"tensors").hexdigest())
     with pytest.raises(AdapterError, match="not a safetensors file"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 def test_a_missing_tensor_file_is_refused(saved):
-    (saved / state.TENSORS).unlink()
+    (saved / artefact.TENSORS).unlink()
     with pytest.raises(AdapterError, match=r"adapter\.safetensors: missing"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"no adapter\.json here or in"):
-        state.load(tmp_path)
+        artefact.load(tmp_path)
 
 
 def test_a_card_of_another_schema_is_refused(saved):
     edit_card(saved, schema=2)
     with pytest.raises(AdapterError, match="schema 2, this version reads 1"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -245,16 +247,16 @@ def test_a_card_of_another_schema_is_refused(saved):
     ids=["empty", "no-fields", "list", "only-schema", "text", "bytes"],
 )
 def test_an_unreadable_card_is_refused(saved, text, fault):
-    (saved / state.CARD).write_bytes(text)
+    (saved / artefact.CARD).write_bytes(text)
     with pytest.raises(AdapterError, match=rf"adapter\.json.*{fault}"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 def test_a_card_with_an_unknown_setting_is_refused(saved):
-    card = json.loads((saved / state.CARD).read_text())
+    card = json.loads((saved / artefact.CARD).read_text())
     edit_card(saved, adapter={**card["adapter"], "gates": 3})
     with pytest.raises(AdapterError, match="gates"):
-        state.load(saved)
+        artefact.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_a_card_with_an_unknown_setting_is_refused(saved):
 )
 def test_an_adapter_for_another_backbone_names_a_linear_that_differs(saved, changes, message):
     with pytest.raises(AdapterError) as caught:
-        state.load(saved, model=make_t5(**changes))
+        artefact.load(saved, model=make_t5(**changes))
     assert "made for another backbone" in str(caught.value)
     assert message in str(caught.value)
 
@@ -277,4 +279,4 @@ def test_a_model_that_has_adapters_is_refused(saved):
     model = make_t5()
     attach(model, CONFIGS["LoRA"], tasks=TASKS)
     with pytest.raises(AdapterError, match="has adapters already"):
-        state.load(saved, model=model)
+        artefact.load(saved, model=model)

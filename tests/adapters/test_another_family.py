@@ -9,8 +9,9 @@ from tiny import TASKS, attach_copy, logits, make_batch, randomise, tensors_of
 from torch.func import functional_call
 
 from mhr_scale import AdapterConfig, attach, average, collapse, load_adapter, save_adapter
-from mhr_scale.adapters import detach, find_sites, interop, layout
-from mhr_scale.adapters.layout import Blocks, Family, below
+from mhr_scale.adapters import detach, find_sites, peft_folders
+from mhr_scale.adapters import sites as layout
+from mhr_scale.adapters.sites import Blocks, Family, below
 from mhr_scale.errors import AdapterError, LayoutError
 
 ATTENTION = ("query", "key", "value", "out")
@@ -205,9 +206,9 @@ def test_peft_folders_are_written_and_read_back(tmp_path, name, kind):
     single = {"n_skills": 1, "n_splits": 1, "rank": 2 if kind == "lora" else 1}
     config = config_of(name, **({} if kind == "poly" else {"kind": kind, **single}))
     adapter = randomise(attach(make_mine(), config, tasks=TASKS))
-    write = getattr(interop, f"write_peft_{kind}")
+    write = getattr(peft_folders, f"write_peft_{kind}")
     write(adapter, tmp_path, base_model=None)
-    card, found = interop.open_adapter(tmp_path)
+    card, found = peft_folders.open_adapter(tmp_path)
     assert card.sites == adapter.sites
     assert found.config == config
     ours = tensors_of(adapter)

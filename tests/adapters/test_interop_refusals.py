@@ -10,7 +10,7 @@ from peft_folders import IA3, LORA, MHR, POLY, QUERY, STORED, WITHOUT_OTHERS, ed
 from safetensors.torch import load_file, save_file
 from stock_peft import make_stock
 
-from mhr_scale.adapters import interop
+from mhr_scale.adapters import peft_folders
 from mhr_scale.errors import AdapterError
 
 pytestmark = WITHOUT_OTHERS
@@ -18,26 +18,54 @@ pytestmark = WITHOUT_OTHERS
 
 def rewrite(folder, change):
     """Change stored tensors in place."""
-    tensors = load_file(folder / interop.TENSORS)
+    tensors = load_file(folder / peft_folders.TENSORS)
     change(tensors)
-    save_file(tensors, folder / interop.TENSORS)
+    save_file(tensors, folder / peft_folders.TENSORS)
 
 
 @pytest.mark.parametrize(
     ("config", "writer", "words"),
     [
-        (MHR, interop.write_peft_lora, "MHR .* PEFT LoRA: it is no single adapter; average it or"),
-        (POLY, interop.write_peft_ia3, "Poly .* PEFT IA3: it is no single adapter; average it or"),
-        (replace(LORA, private=True), interop.write_peft_lora, "no single adapter; average it or"),
-        (replace(MHR, policy="uniform"), interop.write_peft_lora, "no single adapter; average it"),
-        (IA3, interop.write_peft_lora, r"\(IA\)3 .* write_peft_ia3 writes this kind"),
-        (LORA, interop.write_peft_ia3, "LoRA .* write_peft_lora writes this kind"),
-        (LORA, interop.write_peft_poly, "LoRA .* as PEFT Poly: there is nothing to route"),
-        (replace(POLY, private=True), interop.write_peft_poly, "one inventory for all tasks"),
-        (replace(IA3, n_skills=3), interop.write_peft_poly, "mixes low-rank pairs only; average"),
-        (replace(POLY, granularity="block"), interop.write_peft_poly, "shared by block, PEFT has"),
+        (
+            MHR,
+            peft_folders.write_peft_lora,
+            "MHR .* PEFT LoRA: it is no single adapter; average it or",
+        ),
+        (
+            POLY,
+            peft_folders.write_peft_ia3,
+            "Poly .* PEFT IA3: it is no single adapter; average it or",
+        ),
+        (
+            replace(LORA, private=True),
+            peft_folders.write_peft_lora,
+            "no single adapter; average it or",
+        ),
+        (
+            replace(MHR, policy="uniform"),
+            peft_folders.write_peft_lora,
+            "no single adapter; average it",
+        ),
+        (IA3, peft_folders.write_peft_lora, r"\(IA\)3 .* write_peft_ia3 writes this kind"),
+        (LORA, peft_folders.write_peft_ia3, "LoRA .* write_peft_lora writes this kind"),
+        (LORA, peft_folders.write_peft_poly, "LoRA .* as PEFT Poly: there is nothing to route"),
+        (replace(POLY, private=True), peft_folders.write_peft_poly, "one inventory for all tasks"),
+        (
+            replace(IA3, n_skills=3),
+            peft_folders.write_peft_poly,
+            "mixes low-rank pairs only; average",
+        ),
+        (
+            replace(POLY, granularity="block"),
+            peft_folders.write_peft_poly,
+            "shared by block, PEFT has",
+        ),
         *(
-            (replace(POLY, policy=policy), interop.write_peft_poly, f"no policy '{policy}'; aver")
+            (
+                replace(POLY, policy=policy),
+                peft_folders.write_peft_poly,
+                f"no policy '{policy}'; aver",
+            )
             for policy in ("uniform", "random", "fixed", "straight_through")
         ),
     ],
@@ -70,12 +98,12 @@ def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path
 def test_settings_of_a_lora_that_we_cannot_express_are_refused(fields, words, lora_folder):
     edit(lora_folder, **fields)
     with pytest.raises(AdapterError, match=words):
-        interop.read_peft_lora(lora_folder)
+        peft_folders.read_peft_lora(lora_folder)
 
 
 @pytest.mark.parametrize(
     ("reader", "found"),
-    [(interop.read_peft_ia3, "IA3"), (interop.read_peft_poly, "POLY")],
+    [(peft_folders.read_peft_ia3, "IA3"), (peft_folders.read_peft_poly, "POLY")],
     ids=["ia3", "poly"],
 )
 def test_a_folder_of_another_type_is_refused(reader, found, lora_folder):
@@ -88,21 +116,21 @@ def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
     folder = write(make(replace(IA3, layout="full")), tmp_path)
     edit(folder, feedforward_modules=inputs)
     with pytest.raises(AdapterError, match=r"feedforward_modules .* which scales inputs .*wo"):
-        interop.read_peft_ia3(folder)
+        peft_folders.read_peft_ia3(folder)
 
 
 def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
     folder = write(make(IA3), tmp_path)
-    (folder / interop.NOTE).unlink()
+    (folder / peft_folders.NOTE).unlink()
     with pytest.raises(AdapterError, match="do not tell the width of the backbone; pass d_model"):
-        interop.read_peft_ia3(folder)
+        peft_folders.read_peft_ia3(folder)
 
 
 def test_another_router_than_polys_is_refused(tmp_path):
     folder = write(make(POLY), tmp_path)
     edit(folder, poly_type="clustered")
     with pytest.raises(AdapterError, match="poly_type 'clustered'"):
-        interop.read_peft_poly(folder)
+        peft_folders.read_peft_poly(folder)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +143,9 @@ def test_another_router_than_polys_is_refused(tmp_path):
 )
 def test_a_note_that_does_not_fit_is_refused(note, words, tmp_path):
     folder = write(make(POLY), tmp_path)
-    (folder / interop.NOTE).write_text(json.dumps(note))
+    (folder / peft_folders.NOTE).write_text(json.dumps(note))
     with pytest.raises(AdapterError, match=words):
-        interop.read_peft_poly(folder)
+        peft_folders.read_peft_poly(folder)
 
 
 def drop(tensors):
@@ -181,7 +209,7 @@ def rename(tensors):
 def test_tensors_that_do_not_fit_are_listed(change, words, lora_folder):
     rewrite(lora_folder, change)
     with pytest.raises(AdapterError, match=words):
-        interop.read_peft_lora(lora_folder)
+        peft_folders.read_peft_lora(lora_folder)
 
 
 def test_routing_tables_of_another_shape_are_listed(tmp_path):
@@ -189,7 +217,7 @@ def test_routing_tables_of_another_shape_are_listed(tmp_path):
     table = f"{STORED}.poly_router.module_logits"
     rewrite(folder, lambda tensors: tensors.update({table: torch.zeros(4, 5)}))
     with pytest.raises(AdapterError, match=rf"{QUERY}.routing_logits is \[4, 5\], not \[4, 1, 3\]"):
-        interop.read_peft_poly(folder)
+        peft_folders.read_peft_poly(folder)
 
 
 def test_linears_of_no_layout_are_named(tmp_path):
@@ -197,25 +225,25 @@ def test_linears_of_no_layout_are_named(tmp_path):
     make_stock(config, tmp_path)
     words = "12 linears are those of no layout; nearest is 'attention', with 12 odd: missing"
     with pytest.raises(AdapterError, match=words):
-        interop.read_peft_lora(tmp_path)
+        peft_folders.read_peft_lora(tmp_path)
 
 
 def test_pickled_tensors_are_refused(lora_folder):
-    tensors = load_file(lora_folder / interop.TENSORS)
+    tensors = load_file(lora_folder / peft_folders.TENSORS)
     torch.save(tensors, lora_folder / "adapter_model.bin")
-    (lora_folder / interop.TENSORS).unlink()
+    (lora_folder / peft_folders.TENSORS).unlink()
     with pytest.raises(AdapterError, match=r"only adapter_model.bin, .* save it as safetensors"):
-        interop.read_peft_lora(lora_folder)
+        peft_folders.read_peft_lora(lora_folder)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        (interop.TENSORS, b"", "not a safetensors file"),
-        (interop.TENSORS, None, "not a safetensors file"),
-        (interop.CONFIG, b"{", "not JSON"),
-        (interop.CONFIG, b"[]", "not a JSON object"),
-        (interop.CONFIG, None, "cannot be read"),
+        (peft_folders.TENSORS, b"", "not a safetensors file"),
+        (peft_folders.TENSORS, None, "not a safetensors file"),
+        (peft_folders.CONFIG, b"{", "not JSON"),
+        (peft_folders.CONFIG, b"[]", "not a JSON object"),
+        (peft_folders.CONFIG, None, "cannot be read"),
     ],
 )
 def test_a_missing_or_broken_file_is_refused(name, content, words, lora_folder):
@@ -223,4 +251,4 @@ def test_a_missing_or_broken_file_is_refused(name, content, words, lora_folder):
     if content is not None:
         (lora_folder / name).write_bytes(content)
     with pytest.raises(AdapterError, match=words):
-        interop.read_peft_lora(lora_folder)
+        peft_folders.read_peft_lora(lora_folder)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stock_peft import TASK_IDS, load_stock, make_stock, native_logits, stock_logits
 from tiny import TASKS, make_batch, make_t5
 
-from mhr_scale.adapters import find_sites, interop
+from mhr_scale.adapters import find_sites, peft_folders
 from mhr_scale.adapters.collapse import average
 
 pytestmark = WITHOUT_OTHERS
@@ -106,7 +106,7 @@ def test_a_stock_lora_gives_the_same_logits_here(targets, backbone, tmp_path):
         task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=5, lora_dropout=0.1, target_modules=targets
     )
     expected = make_stock(config, tmp_path, **backbone)
-    adapter = interop.read_peft_lora(tmp_path)
+    adapter = peft_folders.read_peft_lora(tmp_path)
     assert (adapter.config.alpha, adapter.config.rank) == (5.0, 2)
     assert_close(native_logits(adapter, **backbone), expected, 1e-5)
 
@@ -120,7 +120,7 @@ def test_a_rank_stabilised_lora_has_its_scale_in_alpha(tmp_path):
         target_modules=["q", "k", "v", "o"],
     )
     expected = make_stock(config, tmp_path)
-    adapter = interop.read_peft_lora(tmp_path)
+    adapter = peft_folders.read_peft_lora(tmp_path)
     assert adapter.config.scale == pytest.approx(2 / 3**0.5, rel=1e-15)
     assert_close(native_logits(adapter), expected, 1e-5)
 
@@ -136,9 +136,9 @@ def test_a_stock_ia3_gives_the_same_logits_here(known_by, tmp_path):
     edit(tmp_path / "peft", base_model_name_or_path=str(tmp_path / "t5"))
     if known_by == "d_model":
         edit(tmp_path / "peft", base_model_name_or_path="somewhere/else")
-        adapter = interop.read_peft_ia3(tmp_path / "peft", d_model=32)
+        adapter = peft_folders.read_peft_ia3(tmp_path / "peft", d_model=32)
     else:
-        adapter = interop.read_peft_ia3(tmp_path / "peft")
+        adapter = peft_folders.read_peft_ia3(tmp_path / "peft")
     assert adapter.sites == find_sites(make_t5(**backbone), "light")
     assert_close(native_logits(adapter, **backbone), expected, 1e-5)
 
@@ -153,7 +153,7 @@ def test_a_stock_poly_gives_the_same_logits_here(tmp_path):
         target_modules=["q", "k", "v", "o"],
     )
     expected = make_stock(config, tmp_path)
-    adapter = interop.read_peft_poly(tmp_path)
+    adapter = peft_folders.read_peft_poly(tmp_path)
     assert (adapter.config.layout, adapter.config.policy) == ("attention", "noisy")
     assert adapter.task_names == ("task_0", "task_1", "task_2", "task_3")
     assert_close(native_logits(adapter), expected, 1e-5)

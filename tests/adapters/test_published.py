@@ -11,8 +11,8 @@ from tiny import TASKS, attach_copy, make_adapted
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.adapters import AdapterConfig, interop, state
-from mhr_scale.adapters.published import GRANULARITIES, read_published
+from mhr_scale.adapters import AdapterConfig, artefact, peft_folders
+from mhr_scale.adapters.reference_checkpoints import GRANULARITIES, read_published
 from mhr_scale.errors import AdapterError
 
 MHR = AdapterConfig(n_skills=3, n_splits=4, rank=2)
@@ -31,7 +31,7 @@ def publish(adapter, *, everywhere=False):
 
     A table shared by several linears stands under the first, or under each of them.
     """
-    stored = state.named_tensors(adapter)
+    stored = artefact.named_tensors(adapter)
     found = {}
     for name, tensor in stored.items():
         linear, _, side = name.rpartition(".")
@@ -56,7 +56,7 @@ def store(tensors, folder, *, prefix="model.", **settings):
 
 
 def assert_same(found, expected):
-    found, expected = state.named_tensors(found), state.named_tensors(expected)
+    found, expected = artefact.named_tensors(found), artefact.named_tensors(expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -178,7 +178,7 @@ def test_bare_tensors_stored_by_torch_are_read(suffix, tmp_path):
     adapter = make(MHR)
     path = tmp_path / f"adapter{suffix}"
     torch.save(publish(adapter), path)
-    card, found = interop.open_adapter(path)
+    card, found = peft_folders.open_adapter(path)
     assert_same(found, adapter)
     assert (card.backbone, card.origin["format"]) == ({}, "published checkpoint")
 

@@ -5,7 +5,7 @@ from peft_folders import GATED, UNGATED
 from tiny import make_t5
 
 from mhr_scale.adapters import find_sites
-from mhr_scale.adapters.layout import recognise_sites
+from mhr_scale.adapters.sites import recognise_sites
 from mhr_scale.errors import LayoutError
 
 

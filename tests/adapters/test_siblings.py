@@ -18,7 +18,7 @@ from tiny import (
 from mhr_scale.adapters import AdapterConfig, attach, detach
 from mhr_scale.adapters.linear import Siblings
 from mhr_scale.config import BackboneConfig
-from mhr_scale.fused_t5 import install
+from mhr_scale.families.t5_fused import install
 
 METHODS = {
     "LoRA": {"n_skills": 1, "rank": 3},

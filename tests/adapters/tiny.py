@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.adapters import Adapter, AdapterConfig, attach, state
-from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact, attach
 from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.sites import Site
 
 TASKS = ("copy", "reverse", "sort", "count")
 
@@ -98,7 +98,7 @@ def attach_copy(model: nn.Module, adapter: Adapter) -> Adapter:
     """Attach a new adapter with the tensors of `adapter` to `model`."""
     like = next(adapter.parameters())
     copied = attach(model, adapter.config, tasks=adapter.task_names).to(like.dtype)
-    state.load_tensors(copied, state.named_tensors(adapter), place="the other adapter")
+    artefact.load_tensors(copied, artefact.named_tensors(adapter), place="the other adapter")
     return copied
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from mhr_scale.adapters import Adapter, attach
 from mhr_scale.analysis.alignment import Subject, TaskRows
-from mhr_scale.batching import Pick
 from mhr_scale.config import AdapterConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
+from mhr_scale.rows.batching import Pick
 
 NAMES = ("add", "copy", "drop", "echo")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_subjects import CONFIGS, NAMES, direct_cosines, make_setup
 
-from mhr_scale import backbone
 from mhr_scale.analysis import alignment
 from mhr_scale.analysis.alignment import cosines, fixed_rows, gather_alignment, mean_of_pairs
+from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import AdapterConfig, BatchConfig, JsonlTasks
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.tokens import open_tokens
+from mhr_scale.rows.tokens import open_tokens
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -160,7 +160,7 @@ def test_dropout_and_routing_noise_are_off() -> None:
 def test_blocks_that_recompute_give_the_same_cosines_and_do_recompute(mode: str) -> None:
     setup, other = make_setup(CONFIGS["MHR"]), make_setup(CONFIGS["MHR"])
     model = other.subject.model
-    backbone.set_recompute(model, mode)
+    set_recompute(model, mode)
     calls = []
     block = model.get_submodule("encoder.block.0.layer.0")
     block.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))

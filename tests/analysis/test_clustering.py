@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mhr_scale.analysis.clustering import clustered_order
+from mhr_scale.analysis.routing_statistics import clustered_order
 
 
 def test_similar_tasks_stand_side_by_side() -> None:

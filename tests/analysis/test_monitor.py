@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from processes import ROOT, read_metrics
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.planning.steps import Shape, trace_pretraining
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.pretrain import pretrain
 
 TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
@@ -95,7 +95,7 @@ def test_a_resumed_run_has_the_same_adapter_and_the_same_lines(
 ) -> None:
     folder = tmp_path / "resumed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhr_scale.trainer.Trainer._log_validation", _stop_at_the_end)
+        patch.setattr("mhr_scale.training.trainer.Trainer._log_validation", _stop_at_the_end)
         with pytest.raises(InterruptedError):
             train(folder, "adapter.policy=learned", *WATCHED)
     assert [path.name for path in (folder / "steps").iterdir()] == ["000003"]
@@ -116,7 +116,7 @@ def _stop_at_the_end(trainer: object) -> None:
 def test_a_run_that_goes_on_may_be_watched_from_there(tmp_path: Path) -> None:
     folder = tmp_path / "later"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhr_scale.trainer.Trainer._log_validation", _stop_at_the_end)
+        patch.setattr("mhr_scale.training.trainer.Trainer._log_validation", _stop_at_the_end)
         with pytest.raises(InterruptedError):
             train(folder)
     train(folder, *WATCHED)

@@ -6,9 +6,9 @@ import pytest
 from small_backbones import stored, write_weights
 from small_t5 import CARD, small_t5
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 from small_t5 import HEAD, SIZES, tensors_of
 from transformers import T5Config
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.weights import RandomSource
 from mhr_scale.errors import BackboneError
-from mhr_scale.weights import RandomSource
 
 KINDS = ("safetensors", "safetensors shards", "bin", "bin shards", "bin in the old format")
 

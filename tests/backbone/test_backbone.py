@@ -8,11 +8,11 @@ from small_t5 import CARD, SIZES, WO, small_t5
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
-from mhr_scale import backbone
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.hub import BUILTIN
+from mhr_scale.backbone.modes import order_gradients
+from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
-from mhr_scale.hub import BUILTIN
-from mhr_scale.weights import PickledSource, SafetensorsSource
 
 # -- weights from a folder ------------------------------------------------------------------------
 
@@ -191,13 +191,13 @@ def input_gradient(model, train=False):
 
 def test_ordering_gradients_leaves_the_output_as_it_is(original):
     model = small_t5()
-    backbone.order_gradients(model)
+    order_gradients(model)
     assert torch.equal(logits(model), logits(original))
 
 
 def test_ordering_gradients_changes_them_by_rounding_only(original):
     model = small_t5()
-    backbone.order_gradients(model)
+    order_gradients(model)
     torch.testing.assert_close(
         input_gradient(model)[1], input_gradient(original)[1], rtol=1e-5, atol=1e-7
     )

@@ -7,7 +7,7 @@ from small_t5 import CARD, SIZES, small_t5
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.backbone import EMBEDDING_ALIASES, read_blueprint
+from mhr_scale.backbone.blueprint import EMBEDDING_ALIASES, read_blueprint
 from mhr_scale.config import BackboneConfig
 
 TIES = [

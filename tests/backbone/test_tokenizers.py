@@ -7,10 +7,11 @@ import pytest
 from small_backbones import one_line
 from small_t5 import SIZES
 
-from mhr_scale.backbone import load_tokenizer, read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.hub import BUILTIN
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
-from mhr_scale.hub import BUILTIN
 
 
 def tokenizer_of(**settings):

@@ -14,10 +14,11 @@ from few_shot_counts import CHIPS, Counter, Counts, count, like_a_gpu
 from few_shot_peft import Method, PeftLoop
 from few_shot_ways import Bench, Setting, Waves, Way
 
-from mhr_scale import backbone
 from mhr_scale.adapters import find_sites
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.runlog import Progress
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
+from mhr_scale.backbone.modes import order_gradients, set_dropout
+from mhr_scale.run.runlog import Progress
 
 
 def _v1_1(d_model: int, d_ff: int, heads: int, layers: int) -> Setting:
@@ -80,16 +81,16 @@ def counted_ways(name: str, length: int) -> tuple[dict[str, tuple[Counts, int]],
         tokens=length,
         vocabulary=given.vocabulary,
     )
-    blueprint = backbone.read_blueprint(setting.backbone(dtype="bfloat16"))
+    blueprint = read_blueprint(setting.backbone(dtype="bfloat16"))
     found = {}
     with like_a_gpu():
         with META, Counter("meta"):
-            ours, bare = (backbone.make_model(blueprint).to(torch.bfloat16) for _ in range(2))
-            backbone.set_dropout(bare, 0.0)
-            backbone.set_dropout(ours, 0.0)
+            ours, bare = (make_model(blueprint).to(torch.bfloat16) for _ in range(2))
+            set_dropout(bare, 0.0)
+            set_dropout(ours, 0.0)
             sites = find_sites(ours, "full")
             linears = wrap(ours, sites)
-            backbone.order_gradients(ours)
+            order_gradients(ours)
             bench = Bench(setting, "full", "adamw", sites)
             first = bench.start(0)
             bench.start = lambda number: first

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.collapse import average
-from mhr_scale.jobs.data import TrainRow
-from mhr_scale.optim import rate_factor
+from mhr_scale.jobs.job_data import TrainRow
+from mhr_scale.training.optim import rate_factor
 
 Method = Literal["lora", "poly"]
 LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]

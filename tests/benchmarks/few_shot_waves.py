@@ -36,10 +36,11 @@ from few_shot_ways import (
     build_bare,
 )
 
-from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.engine.ds_config import read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs.lockstep import KINDS as PASSES
 from mhr_scale.jobs.lockstep import Lockstep
-from mhr_scale.runlog import Progress, rank, start_logging
+from mhr_scale.run.runlog import Progress, rank, start_logging
 
 SETTINGS = {
     "d64-2x16": Setting(d_model=64, layers=2, rows=2, tokens=16),

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
-from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.sites import Site
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import (
     AdaptConfig,
     BackboneConfig,
@@ -27,9 +27,9 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
-from mhr_scale.engine import Engine
-from mhr_scale.jobs.data import TrainRow, round_up
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job_data import TrainRow, round_up
 from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, Wave
 
@@ -179,9 +179,9 @@ class Hall:
     def build(cls, setting: Setting, engine: Engine) -> "Hall":
         """Build and place the backbone of a setting as `adapt` does. Collective."""
         config = setting.backbone()
-        blueprint = backbone.read_blueprint(config)
+        blueprint = read_blueprint(config)
         with torch.device("meta"):
-            sites = find_sites(backbone.make_model(blueprint), "full")
+            sites = find_sites(make_model(blueprint), "full")
         model = engine.build(config, blueprint)
         linears = wrap(model, sites)
         return cls(engine, engine.prepare(model, config, always_backward=True), linears, sites)
@@ -202,7 +202,7 @@ class Hall:
 def build_bare(setting: Setting, engine: Engine) -> Any:
     """The same backbone without our linears."""
     config = setting.backbone()
-    return engine.build(config, backbone.read_blueprint(config))
+    return engine.build(config, read_blueprint(config))
 
 
 class Way(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.scoring import ChoiceRow, rank_choices
+from mhr_scale.passes.scoring import ChoiceRow, rank_choices
 
 N_ROWS, N_CHOICES, N_INPUTS, MAX_CHOICE = 8, 4, 256, 6
 VOCABULARY = 32128

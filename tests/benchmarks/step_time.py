@@ -33,7 +33,7 @@ from step_time_ranks import start_up, throughput
 from step_time_ways import BASES, SHAPES, SWITCHES, Setting, Way, all_ways, build_t5, fuse
 from torch import Tensor
 
-from mhr_scale.runlog import Progress, start_logging
+from mhr_scale.run.runlog import Progress, start_logging
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("steps", "optimizer", "logits", "ranks", "start")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.config import OptimConfig
-from mhr_scale.optim import Adafactor, make_optimizer
+from mhr_scale.training.optim import Adafactor, make_optimizer
 
 CONFIG = OptimConfig(name="adafactor", lr=1e-3, routing_lr=0.1)
 

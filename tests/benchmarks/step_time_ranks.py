@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.runlog import log
+from mhr_scale.run.runlog import log
 
 ROOT = Path(__file__).parents[2]
 #: First steps, which do not count: DeepSpeed learns the order of the modules.

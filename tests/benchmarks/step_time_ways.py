@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhr_scale import backbone, fused_t5
 from mhr_scale.adapters import AdapterConfig, attach, linear
+from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import BackboneConfig
+from mhr_scale.families import t5_fused
 
 LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 SWITCHES = ("attention", "gelu", "norm")
@@ -111,7 +112,7 @@ def fuse(model: Any, *names: str) -> Any:
     """The same weights with the named parts fused."""
     fused = same_weights(model)
     parts: dict[str, Any] = {f"fused_{name}": name in names for name in SWITCHES}
-    fused_t5.install(fused, BackboneConfig(name="x", **parts))
+    t5_fused.install(fused, BackboneConfig(name="x", **parts))
     return fused
 
 
@@ -139,7 +140,7 @@ class Way:
 
 def frozen(name: str, model: Any, setting: Setting, *, recompute: str = "none") -> Way:
     """The backbone alone; gradients pass through it to the embedded inputs of both stacks."""
-    backbone.set_recompute(model, recompute)
+    set_recompute(model, recompute)
     batch = setting.batch()
     embed = model.get_input_embeddings()
     inputs = embed(batch["input_ids"]).requires_grad_()

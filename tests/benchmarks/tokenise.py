@@ -17,8 +17,8 @@ os.environ["RAYON_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from mhr_scale.config import BatchConfig, JsonlTasks
+from mhr_scale.rows.tokens import open_tokens
 from mhr_scale.tasks.suites import open_suite
-from mhr_scale.tokens import open_tokens
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 from processes import ROOT, succeed
 
 from mhr_scale.config import AnalyseConfig, PretrainConfig
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.analyse import analyse
 from mhr_scale.verbs.pretrain import pretrain
 

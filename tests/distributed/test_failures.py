@@ -12,7 +12,7 @@ import psutil
 import pytest
 from processes import finish, free_port, read_metrics, run, start, succeed
 
-from mhr_scale import checkpoint
+from mhr_scale.training import checkpoint
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from processes import succeed, succeed_together
 from safetensors.torch import load_file
 from small_t5 import small_t5, tensors_of, write_folder
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig, ConvertConfig, OriginConfig
 from mhr_scale.verbs.convert import convert
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig, HardwareConfig
 from mhr_scale.planning.hardware import find_machines
 from mhr_scale.planning.placements import Load, Placement, load_of, weigh

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter, routing
 from mhr_scale.adapters.collapse import average
-from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.sites import Site
 from mhr_scale.config import AdapterConfig
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mhr_scale.losses import TFewLosses, tfew
+from mhr_scale.passes.losses import TFewLosses, tfew
 
 
 @pytest.fixture

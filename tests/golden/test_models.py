@@ -12,8 +12,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from mhr_scale.adapters import Adapter, attach
 from mhr_scale.adapters.collapse import average
 from mhr_scale.config import AdapterConfig, OptimConfig, ScheduleConfig
-from mhr_scale.losses import language_model
-from mhr_scale.optim import (
+from mhr_scale.passes.losses import language_model
+from mhr_scale.training.optim import (
     clip_gradients,
     gradient_norm,
     make_optimizer,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import ROOT
 
-from mhr_scale.tasks.prompts import Prompter, Template, load_templates
+from mhr_scale.tasks.t0.prompts import Prompter, Template, load_templates
 
 SHARED = Path(os.environ.get("MHR_SHARED", ROOT.parent / "shared"))
 FOLDER = Path(os.environ.get("MHR_GOLDEN", SHARED / "golden"))

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mhr_scale import backbone
-from mhr_scale.adapters import AdapterConfig, state
+from mhr_scale.adapters import AdapterConfig, artefact
 from mhr_scale.adapters.methods import wrap
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.jobs.begin import open_wave
 from mhr_scale.jobs.full import WEIGHTS, named_weights
 from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.opening import Opening, all_sites, open_jobs
-from mhr_scale.jobs.plan import Planned
+from mhr_scale.jobs.opened_jobs import Opening, all_sites, open_jobs
+from mhr_scale.jobs.scheduling import Planned
 from mhr_scale.jobs.wave import StepValues, Wave
 
 TOY = BackboneConfig(name="builtin:toy", dtype="float32")
@@ -91,7 +91,7 @@ def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 def fresh_model(config: BackboneConfig) -> Any:
     """The backbone as it was before the job, without adapters."""
-    return Engine({}, timeout_seconds=60.0).build(config, backbone.read_blueprint(config))
+    return Engine({}, timeout_seconds=60.0).build(config, read_blueprint(config))
 
 
 def result_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, Any]:
@@ -105,7 +105,7 @@ def folder_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> Pat
 def left_by(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, torch.Tensor]:
     """All tensors that a finished job left."""
     folder = folder_of(config, task, variant)
-    tensors = dict(load_file(folder / "adapter" / state.TENSORS))
+    tensors = dict(load_file(folder / "adapter" / artefact.TENSORS))
     if (folder / WEIGHTS).exists():
         tensors |= load_file(folder / WEIGHTS)
     return tensors

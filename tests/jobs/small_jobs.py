@@ -10,10 +10,12 @@ import torch
 from adapters.tiny import make_t5, randomise
 from torch import Tensor
 
-from mhr_scale import backbone
-from mhr_scale.adapters import Adapter, AdapterConfig, find_sites, state
-from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact, find_sites
 from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.sites import Site
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.modes import order_gradients
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -24,8 +26,8 @@ from mhr_scale.config import (
     ToyTasks,
     VariantConfig,
 )
-from mhr_scale.jobs.data import JobData, open_data
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, StepValues, Wave
 from mhr_scale.tasks.suites import FewShotTask
@@ -45,7 +47,7 @@ ADAFACTOR = OptimConfig(lr=3e-3, routing_lr=0.1, scale_parameter=True)
 @cache
 def tokenizer() -> Any:
     config = BackboneConfig(name="builtin:toy", dtype="float32")
-    return backbone.load_tokenizer(config, backbone.read_blueprint(config))
+    return load_tokenizer(config, read_blueprint(config))
 
 
 # --- rows
@@ -128,7 +130,7 @@ def make_source(config: AdapterConfig = MHR, *, tasks: Sequence[str] = SOURCE_TA
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in state.named_tensors(adapter).items()}
+    return {name: tensor.clone() for name, tensor in artefact.named_tensors(adapter).items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -155,7 +157,7 @@ class Bench:
     def __init__(self, layout: str = "full") -> None:
         self.model = make_t5(**SMALL)
         self.linears = wrap(self.model, find_sites(self.model, layout))
-        backbone.order_gradients(self.model)
+        order_gradients(self.model)
 
     def step(self, wave: Wave) -> StepValues:
         wave.adapter.bind(self.linears)

@@ -10,7 +10,7 @@ from small_jobs import make_config, make_data, make_examples, make_few_shot, mak
 
 from mhr_scale.config import SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.jobs.data import JobData, TrainRow, open_data, round_up
+from mhr_scale.jobs.job_data import JobData, TrainRow, open_data, round_up
 
 CONFIG = make_config()
 

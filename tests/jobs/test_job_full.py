@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.optimization import Adafactor
 
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.config import AdaptConfig, AdaptRunConfig, BackboneConfig, OptimConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.wave import Wave
@@ -50,7 +50,7 @@ def plain_loop(
     wave: Wave, model: Any, optim: OptimConfig, *, steps: int
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Full fine-tuning and LoRA as one would write it down; losses, norms, trained tensors."""
-    tensors = {k: v.clone() for k, v in state.named_tensors(wave.take(0)).items()}
+    tensors = {k: v.clone() for k, v in artefact.named_tensors(wave.take(0)).items()}
     device = next(model.parameters()).device
     sides = {name: nn.Parameter(tensors[name].to(device)) for name in tensors}
     for site in wave.adapter.sites:
@@ -109,7 +109,7 @@ def test_a_job_equals_a_plain_loop_over_all_parameters(
     losses, norms, expected = plain_loop(wave, fresh_model(own), optim, steps=TOLD.steps)
     with wave.thawed(bench.model):
         values = [bench.step(wave).values for _ in range(TOLD.steps)]
-        found = {**state.named_tensors(wave.take(0)), **bench.weights()}
+        found = {**artefact.named_tensors(wave.take(0)), **bench.weights()}
     assert [v["loss"][0] for v in values] == pytest.approx(losses, abs=1e-5)
     assert [v["grad_norm"][0] for v in values] == pytest.approx(norms, rel=1e-5)
     assert max(norms) > 1.0
@@ -198,7 +198,7 @@ def test_a_job_leaves_no_trace_in_the_next_one(recipe: Callable[..., AdaptConfig
         with wave.thawed(bench.model):
             for _ in range(4):
                 bench.step(wave)
-            trained.append({**bench.weights(), **state.named_tensors(wave.take(0))})
+            trained.append({**bench.weights(), **artefact.named_tensors(wave.take(0))})
     assert not differing(*trained)
 
 
@@ -226,4 +226,4 @@ def test_half_precision_that_comes_with_an_adapter_can_be_overruled(
     with pytest.raises(ConfigError, match="set backbone_dtype: float32"):
         adapt(config)
     adapt(replace(config, backbone_dtype="float32"))
-    assert state.read_card(folder_of(config)).backbone["dtype"] == "float32"
+    assert artefact.read_card(folder_of(config)).backbone["dtype"] == "float32"

@@ -23,12 +23,12 @@ from full_jobs import (
 )
 from safetensors.torch import load_file
 
-from mhr_scale import scoring
-from mhr_scale.adapters import AdapterConfig, state
+from mhr_scale.adapters import AdapterConfig, artefact
 from mhr_scale.config import AdaptConfig, BackboneConfig, SelectionConfig, ShotsConfig, WavesConfig
 from mhr_scale.errors import DivergenceError
 from mhr_scale.jobs.full import WEIGHTS, FullWave
-from mhr_scale.jobs.opening import open_jobs
+from mhr_scale.jobs.opened_jobs import open_jobs
+from mhr_scale.passes import scoring
 from mhr_scale.verbs.adapt import adapt
 
 
@@ -88,7 +88,7 @@ def test_nothing_but_the_best_weights_and_their_adapter_stays(
     folder = folder_of(config)
     expected = {"adapter", WEIGHTS, "metrics.jsonl", "scores.jsonl", "result.json"}
     assert {path.name for path in folder.iterdir()} == expected
-    assert state.read_card(folder).origin["backbone"] == WEIGHTS
+    assert artefact.read_card(folder).origin["backbone"] == WEIGHTS
 
 
 def test_better_weights_take_the_place_of_those_before(
@@ -123,7 +123,7 @@ def test_a_fresh_model_with_the_weights_and_the_adapter_gives_the_scores(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    adapter = state.load(folder, model=model)
+    adapter = artefact.load(folder, model=model)
     (data,) = open_jobs(config).data.values()
     batch = [replace(row, task=0) for row in data.test.rows]
     scores = scoring.rank_choices(
@@ -193,8 +193,8 @@ def test_it_starts_from_a_trained_inventory(recipe: Callable[..., AdaptConfig]) 
     bench = Bench(config)
     wave = bench.open()
     assert isinstance(wave, FullWave)
-    stored = load_file(Path(source) / state.TENSORS)
-    tensors = state.named_tensors(wave.take(0))
+    stored = load_file(Path(source) / artefact.TENSORS)
+    tensors = artefact.named_tensors(wave.take(0))
     different = differing(tensors, stored)
     assert different
     assert all(name.endswith("routing_logits") for name in different)

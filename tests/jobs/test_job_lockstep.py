@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhr_scale import stopping
 from mhr_scale.jobs.lockstep import KINDS, Lockstep
+from mhr_scale.run import stopping
 
 scripts = st.lists(st.sampled_from(KINDS), max_size=6)
 

@@ -21,8 +21,8 @@ from small_jobs import (
 from torch.nn import functional as F
 
 from mhr_scale.config import VariantConfig
-from mhr_scale.jobs.data import TrainRow, open_data
 from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job_data import TrainRow, open_data
 from mhr_scale.jobs.wave import Member
 
 #: The first step of a constant schedule changes the adapter only after the losses are measured.

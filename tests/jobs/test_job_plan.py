@@ -9,14 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhr_scale.jobs.job import Job, as_folder
-from mhr_scale.jobs.plan import (
-    LARGEST,
-    Outlook,
-    Planned,
-    deal,
-    plan_waves,
-    wave_size,
-)
+from mhr_scale.jobs.scheduling import LARGEST, Outlook, Planned, deal, plan_waves, wave_size
 
 few = settings(max_examples=100, deadline=None)
 

@@ -8,18 +8,14 @@ import pytest
 import torch
 from processes import ROOT
 
-from mhr_scale import backbone, hub
 from mhr_scale.adapters import attach, find_sites
 from mhr_scale.adapters.methods import wrap
-from mhr_scale.config import (
-    AdapterConfig,
-    BackboneConfig,
-    PretrainConfig,
-    SoupConfig,
-    ToyTasks,
-)
-from mhr_scale.encode import Encoder
-from mhr_scale.engine import Engine, read_ds_config
+from mhr_scale.backbone import hub
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SoupConfig, ToyTasks
+from mhr_scale.engine.ds_config import read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.jobs.soup import (
     Kitchen,
@@ -28,7 +24,8 @@ from mhr_scale.jobs.soup import (
     most_similar,
     source_tasks,
 )
-from mhr_scale.recipe import load, to_yaml
+from mhr_scale.recipe.reading import load, to_yaml
+from mhr_scale.rows.encode import Encoder
 from mhr_scale.tasks import toy
 
 TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
@@ -45,13 +42,13 @@ def kitchen() -> Kitchen:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         engine = Engine(read_ds_config(None), timeout_seconds=60.0)
-    blueprint = backbone.read_blueprint(BARE)
+    blueprint = read_blueprint(BARE)
     model = engine.build(BARE, blueprint)
     return Kitchen(
         engine=engine,
         model=model,
         linears=wrap(model, find_sites(model, "attention")),
-        tokenizer=backbone.load_tokenizer(BARE, blueprint),
+        tokenizer=load_tokenizer(BARE, blueprint),
         max_input_tokens=64,
     )
 
@@ -110,7 +107,7 @@ def test_an_embedding_does_not_depend_on_the_tasks_beside_it(kitchen, tasks):
 
 
 def test_adapters_in_the_model_do_not_count(kitchen, source, tasks):
-    model = kitchen.engine.build(BARE, backbone.read_blueprint(BARE))
+    model = kitchen.engine.build(BARE, read_blueprint(BARE))
     adapter = attach(model, AdapterConfig(layout="attention", n_skills=1), tasks=["one"])
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)

@@ -188,7 +188,7 @@ def test_a_job_that_is_no_number_is_given_up_and_the_others_do_not_notice(
 
 
 def test_an_infinite_gradient_alone_gives_a_job_up(benches, monkeypatch):
-    from mhr_scale import job_optim
+    from mhr_scale.jobs import job_optim
 
     case = make("average")
     clip = job_optim.clip_jobs

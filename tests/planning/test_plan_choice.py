@@ -5,18 +5,12 @@ from typing import Any
 
 import pytest
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig, HardwareConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.planning.cost import Case, Estimate, Passes, choose
 from mhr_scale.planning.hardware import CARDS, Machines, find_machines
-from mhr_scale.planning.placements import (
-    Placement,
-    Weights,
-    list_placements,
-    load_of,
-    weigh,
-)
+from mhr_scale.planning.placements import Placement, Weights, list_placements, load_of, weigh
 from mhr_scale.planning.sizes import KNOWN, read_sizes
 from mhr_scale.planning.tracing import Trace
 
@@ -234,7 +228,7 @@ def test_slow_links_limit_a_sharded_step(xxl: Weights) -> None:
 
 
 def test_every_placement_names_a_file_that_is_read() -> None:
-    from mhr_scale.engine import read_ds_config
+    from mhr_scale.engine.ds_config import read_ds_config
 
     everywhere = machines(gpus=16, nodes=2)
     files = {one.ds_config for one in list_placements(everywhere, "bfloat16")}

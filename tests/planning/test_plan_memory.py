@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from measured_steps import pretraining_peak, scoring_peak, wave_peak
 
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -25,13 +25,7 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.planning.cost import Passes
-from mhr_scale.planning.steps import (
-    Shape,
-    at_depth,
-    trace_pretraining,
-    trace_scoring,
-    trace_wave,
-)
+from mhr_scale.planning.steps import Shape, at_depth, trace_pretraining, trace_scoring, trace_wave
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from recipe_parts import GOOD
 
-from mhr_scale import recipe
 from mhr_scale.config import PretrainConfig
+from mhr_scale.recipe import reading
 
 
 @pytest.fixture
@@ -24,6 +24,6 @@ def write(tmp_path, monkeypatch):
 @pytest.fixture
 def load(write):
     def load(text=GOOD, *overrides, schema=PretrainConfig):
-        return recipe.load(schema, write(text), overrides)
+        return reading.load(schema, write(text), overrides)
 
     return load

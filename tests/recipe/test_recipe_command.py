@@ -6,9 +6,9 @@ import typing
 import pytest
 from recipe_parts import GOOD, PARTS, VERBS, parts_in
 
-from mhr_scale import recipe
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.recipe import reading
 
 #: What a launch stub says of itself.
 ABOUT = "Trains.\n\npretrain RECIPE [a.b=value ...]     one process"
@@ -18,7 +18,7 @@ ABOUT = "Trains.\n\npretrain RECIPE [a.b=value ...]     one process"
 def parse(write):
     """Parses a command line that may name the good recipe as r.yaml."""
     write(GOOD)
-    return lambda words: recipe.parse(PretrainConfig, shlex.split(words), about=ABOUT)
+    return lambda words: reading.parse(PretrainConfig, shlex.split(words), about=ABOUT)
 
 
 def test_a_command_is_a_recipe_and_overrides(parse):
@@ -78,7 +78,7 @@ def settings_of(kind, prefix=""):
 
 def help_of(kind):
     """Each entry of a help page: name, and the line below it."""
-    page = recipe.help_text(kind).splitlines()
+    page = reading.help_text(kind).splitlines()
     return [(above.split(":")[0], below.strip()) for above, below in zip(page[::2], page[1::2])]
 
 
@@ -101,7 +101,7 @@ def test_the_help_page_says_how_to_call_and_what_to_set(parse, capsys):
         parse("--help")
     page = capsys.readouterr().out
     assert page.startswith(ABOUT)
-    assert page.endswith(recipe.help_text(PretrainConfig))
+    assert page.endswith(reading.help_text(PretrainConfig))
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_the_help_page_says_how_to_call_and_what_to_set(parse, capsys):
     ],
 )
 def test_the_help_page_shows_type_and_default(line):
-    assert line in recipe.help_text(PretrainConfig).splitlines()
+    assert line in reading.help_text(PretrainConfig).splitlines()

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from recipe_parts import GOOD
 
-from mhr_scale import config, recipe
+from mhr_scale import config
 from mhr_scale.config import PretrainConfig, ToyTasks
 from mhr_scale.errors import ConfigError
+from mhr_scale.recipe import reading
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_a_file_that_is_no_text_is_refused(load, content, expected):
 )
 def test_a_recipe_that_cannot_be_read_says_why(tmp_path, path, reason):
     with pytest.raises(ConfigError) as caught:
-        recipe.load(PretrainConfig, tmp_path / path)
+        reading.load(PretrainConfig, tmp_path / path)
     assert str(caught.value).endswith(f"cannot be read ({reason})")
 
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from processes import ROOT
 from recipe_parts import GOOD, VERBS
 
-from mhr_scale import config, recipe, strict_yaml
+from mhr_scale import config
 from mhr_scale.config import PretrainConfig, ToyTasks
-from mhr_scale.engine import read_ds_config
+from mhr_scale.engine.ds_config import read_ds_config
 from mhr_scale.errors import ConfigError
+from mhr_scale.recipe import reading, strict_yaml
 
 RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
 
@@ -22,7 +23,7 @@ def schemas_of(path):
     found, errors = [], []
     for kind in VERBS:
         try:
-            found.append((kind, recipe.load(kind, path)))
+            found.append((kind, reading.load(kind, path)))
         except ConfigError as error:
             errors.append(f"{kind.__name__}: {error}")
     return found, errors
@@ -41,8 +42,8 @@ def test_there_are_shipped_recipes():
 
 def test_a_shipped_recipe_written_in_full_loads_to_the_same_values(shipped, tmp_path):
     for kind, loaded in shipped:
-        (tmp_path / "full.yaml").write_text(recipe.to_yaml(loaded), encoding="utf-8")
-        assert recipe.load(kind, tmp_path / "full.yaml") == loaded
+        (tmp_path / "full.yaml").write_text(reading.to_yaml(loaded), encoding="utf-8")
+        assert reading.load(kind, tmp_path / "full.yaml") == loaded
 
 
 def test_a_shipped_recipe_names_a_deepspeed_file_that_is_there(shipped):
@@ -66,7 +67,7 @@ def test_a_shipped_recipe_writes_numbers_that_every_reader_of_yaml_takes_for_num
 
 
 def test_a_written_recipe_holds_every_setting(load):
-    tree = yaml.safe_load(recipe.to_yaml(load()))
+    tree = yaml.safe_load(reading.to_yaml(load()))
     assert set(tree["adapter"]) == {
         field.name for field in dataclasses.fields(config.AdapterConfig)
     }
@@ -92,5 +93,5 @@ def test_any_words_and_numbers_survive_being_written(tmp_path_factory, folder, w
         run=config.RunConfig(folder=folder),
     )
     path = tmp_path_factory.mktemp("full") / "r.yaml"
-    path.write_text(recipe.to_yaml(made), encoding="utf-8", newline="")
-    assert recipe.load(PretrainConfig, path) == made
+    path.write_text(reading.to_yaml(made), encoding="utf-8", newline="")
+    assert reading.load(PretrainConfig, path) == made

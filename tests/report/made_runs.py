@@ -9,8 +9,8 @@ from typing import Any
 from processes import ROOT
 
 from mhr_scale.config import PretrainConfig
-from mhr_scale.recipe import load, to_yaml
-from mhr_scale.runlog import record_provenance
+from mhr_scale.recipe.reading import load, to_yaml
+from mhr_scale.run.runlog import record_provenance
 
 TOY = ROOT / "launch" / "recipes" / "toy.yaml"
 LORA = ("adapter.n_skills=1", "adapter.n_splits=1")

@@ -13,8 +13,8 @@ import made_runs
 import pytest
 
 from mhr_scale.report.build import build
-from mhr_scale.report.folders import open_runs
 from mhr_scale.report.page import render
+from mhr_scale.report.runs import open_runs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

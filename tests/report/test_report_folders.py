@@ -8,8 +8,8 @@ import pytest
 
 from mhr_scale.errors import RunError
 from mhr_scale.report.build import build
-from mhr_scale.report.folders import labels, open_run, open_runs
-from mhr_scale.report.subjects import subject_of
+from mhr_scale.report.runs import labels, open_run, open_runs
+from mhr_scale.report.scored_adapters import subject_of
 
 
 def test_every_kind_is_recognised(tmp_path: Path) -> None:

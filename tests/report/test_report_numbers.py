@@ -8,9 +8,9 @@ import made_runs
 import pytest
 
 from mhr_scale.report.build import build
-from mhr_scale.report.folders import open_runs
 from mhr_scale.report.page import Page, Picture, Table
 from mhr_scale.report.pictures import Spot, pareto, trade_off
+from mhr_scale.report.runs import open_runs
 from mhr_scale.report.settings import settings
 from mhr_scale.report.thinning import thin
 

@@ -12,8 +12,8 @@ import pytest
 from processes import succeed
 
 from mhr_scale.report.build import build
-from mhr_scale.report.folders import open_runs
 from mhr_scale.report.page import Table, render, show
+from mhr_scale.report.runs import open_runs
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from mhr_scale.reproduction import claims
-from mhr_scale.reproduction.claims import Claim, Finding, claims_of, judge
-from mhr_scale.reproduction.results import Measured
-from mhr_scale.reproduction.suites import SUITES, TOY
+from reproduction import claims
+from reproduction.claims import Claim, Finding, claims_of, judge
+from reproduction.results import Measured
+from reproduction.study_suites import SUITES, TOY
 
 SEEDS = (1, 2, 3, 4, 5)
 

@@ -8,14 +8,14 @@ import pytest
 from processes import ROOT
 
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.recipe import load
-from mhr_scale.reproduction.command import parse
-from mhr_scale.reproduction.data import open_data
-from mhr_scale.reproduction.plan import Rate, Rates, Unit, candidates, search_units, study_units
-from mhr_scale.reproduction.rates import Trial, choose
-from mhr_scale.reproduction.suites import SEARCH_SEED, SUITES, TOY, Suite, quick
-from mhr_scale.reproduction.units import VERBS, read_record, write_record
+from mhr_scale.recipe.reading import load
 from mhr_scale.tasks import toy
+from reproduction.rates import Trial, choose
+from reproduction.study import parse
+from reproduction.study_suites import SEARCH_SEED, SUITES, TOY, Suite, quick
+from reproduction.study_tasks import open_data
+from reproduction.units import VERBS, read_record, write_record
+from reproduction.units_to_run import Rate, Rates, Unit, candidates, search_units, study_units
 
 RECIPES = ROOT / "launch" / "recipes" / "reproduce"
 

@@ -8,8 +8,7 @@ import pytest
 from processes import ROOT, run
 
 from mhr_scale.errors import RunError
-from mhr_scale.reproduction.command import parse
-from mhr_scale.reproduction.study import Options, reproduce
+from reproduction.study import Options, parse, reproduce
 
 pytestmark = pytest.mark.slow
 

@@ -5,13 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from mhr_scale.reproduction.statistics import (
-    against_zero,
-    holm,
-    mean_and_std,
-    slopes_over_log2,
-    within,
-)
+from reproduction.statistics import against_zero, holm, mean_and_std, slopes_over_log2, within
 
 
 def test_a_paired_comparison_has_the_interval_and_p_of_the_textbook():

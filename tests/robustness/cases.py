@@ -20,8 +20,9 @@ from doors import KINDS, Kind
 from mutators import mutate_file
 from originals import Originals
 
-from mhr_scale import failures, strict_yaml
 from mhr_scale.errors import DivergenceError, ExitCode, UserError, one_line
+from mhr_scale.recipe import strict_yaml
+from mhr_scale.run import failures
 
 SECONDS = 20
 BYTES = 6 << 30

@@ -17,7 +17,8 @@ from originals import (
 )
 from toy_exports import BASE
 
-from mhr_scale import backbone, runs
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
     AverageConfig,
@@ -31,12 +32,13 @@ from mhr_scale.config import (
     PretrainConfig,
     SuperNITasks,
 )
-from mhr_scale.engine import deepspeed_config, read_ds_config
-from mhr_scale.files import hash_file
-from mhr_scale.recipe import load, parse, to_yaml
-from mhr_scale.sealing import DONE
-from mhr_scale.tasks.prompts import Prompter, load_templates
-from mhr_scale.tokens import open_tokens
+from mhr_scale.engine.ds_config import deepspeed_config, read_ds_config
+from mhr_scale.recipe.reading import load, parse, to_yaml
+from mhr_scale.rows.tokens import open_tokens
+from mhr_scale.run.files import hash_file
+from mhr_scale.run.folders import DONE
+from mhr_scale.tasks.t0.prompts import Prompter, load_templates
+from mhr_scale.training import opening
 from mhr_scale.verbs import adapt, average, convert, evaluate, export, finetune, pretrain
 from mhr_scale.verbs.summarise import summarise_runs
 
@@ -101,7 +103,7 @@ def recipe(schema: Any, verb: Callable[[Any], Any]) -> Callable[[Originals], Non
 
 def prepared(config: PretrainConfig) -> None:
     """Everything `pretrain` does before its first step."""
-    runs.prepare(config).engine.close()
+    opening.prepare(config).engine.close()
 
 
 # --- the other readers
@@ -125,7 +127,7 @@ def superni(originals: Originals) -> None:
 
 
 def _tokenised(config: Any) -> None:
-    tokenizer = backbone.load_tokenizer(TOY, backbone.read_blueprint(TOY))
+    tokenizer = load_tokenizer(TOY, read_blueprint(TOY))
     open_tokens(config, tokenizer, BatchConfig(), cache=None)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhr_scale import checkpoint
-from mhr_scale.adapters import Adapter, AdapterConfig, state
-from mhr_scale.adapters.layout import Site
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact
+from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import UserError
+from mhr_scale.training import checkpoint
 
 KILLED, DONE = 9, 0
 #: What Python says before it does something to a file (PEP 578).
@@ -92,7 +92,7 @@ class Run:
 
 def is_same(one: Adapter, other: Adapter) -> bool:
     """Whether two adapters hold the same numbers."""
-    mine, theirs = state.named_tensors(one), state.named_tensors(other)
+    mine, theirs = artefact.named_tensors(one), artefact.named_tensors(other)
     return mine.keys() == theirs.keys() and all(mine[n].equal(theirs[n]) for n in mine)
 
 
@@ -136,7 +136,7 @@ def look_after(folder: Path, before: dict[int, Run], new: Run, *, is_saved: bool
             faults += [] if held else [f"step {step} holds other numbers"]
             faults += [f"step {step} is an old one"] if is_saved and held != [new] else []
             checkpoint.publish(folder, step)
-            if not is_same(state.load(folder), saved.adapter):
+            if not is_same(artefact.load(folder), saved.adapter):
                 faults.append("adapter/ is not that of the step to go on from")
         new.save(folder, NEW + 2, keep=1)
         if checkpoint.find_whole(folder) != NEW + 2:
@@ -175,7 +175,7 @@ class Clock:
         sys.addaudithook(self._hear)
         self._fsync, os.fsync = os.fsync, self._flush
         self._write_tensors = checkpoint.save_file
-        checkpoint.save_file = state.save_file = self._save_tensors  # type: ignore[assignment]
+        checkpoint.save_file = artefact.save_file = self._save_tensors  # type: ignore[assignment]
 
     def tick(self) -> None:
         """One thing more."""

@@ -16,9 +16,10 @@ from processes import ROOT
 from small_runs import SHORT, TOY, VariantConfig, make_config, write_rows
 from toy_exports import BASE, make, save_run
 
-from mhr_scale import backbone
-from mhr_scale.adapters import interop, state
+from mhr_scale.adapters import artefact, peft_folders
 from mhr_scale.adapters.collapse import average
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
     BackboneConfig,
@@ -30,9 +31,9 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.jobs import runner
-from mhr_scale.recipe import load, to_yaml
+from mhr_scale.recipe.reading import load, to_yaml
+from mhr_scale.rows.tokens import open_tokens
 from mhr_scale.tasks import toy
-from mhr_scale.tokens import open_tokens
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.convert import convert
 from mhr_scale.verbs.evaluate import evaluate
@@ -206,11 +207,13 @@ def toy_names() -> list[str]:
 def _peft(kind: str) -> Callable[[Originals, Path], None]:
     def write(originals: Originals, folder: Path) -> None:
         if kind == "lora":
-            interop.write_peft_lora(average(make("MHR")), folder, base_model=str(BASE))
+            peft_folders.write_peft_lora(average(make("MHR")), folder, base_model=str(BASE))
         elif kind == "ia3":
-            interop.write_peft_ia3(make("IA3"), folder, base_model=str(BASE))
+            peft_folders.write_peft_ia3(make("IA3"), folder, base_model=str(BASE))
         else:
-            interop.write_peft_poly(make("MHR", tasks=toy_names()), folder, base_model=str(BASE))
+            peft_folders.write_peft_poly(
+                make("MHR", tasks=toy_names()), folder, base_model=str(BASE)
+            )
 
     return write
 
@@ -219,7 +222,7 @@ def _published(originals: Originals, folder: Path) -> None:
     """The checkpoint of a plain LoRA under the reference implementation's names."""
     folder.mkdir()
     tensors = {}
-    for name, tensor in state.named_tensors(average(make("MHR"))).items():
+    for name, tensor in artefact.named_tensors(average(make("MHR"))).items():
         linear, _, side = name.rpartition(".")
         tensors[f"{linear}.lora_{side.lower()}"] = tensor[0, 0].detach().clone()
     torch.save(tensors, folder / "checkpoint.pt")
@@ -302,7 +305,7 @@ def _placement(originals: Originals, folder: Path) -> None:
 def open_cached(folder: Path) -> None:
     """Open a token cache of the toy tasks, or fill it."""
     toy = BackboneConfig(name="builtin:toy", dtype="float32")
-    tokenizer = backbone.load_tokenizer(toy, backbone.read_blueprint(toy))
+    tokenizer = load_tokenizer(toy, read_blueprint(toy))
     tokens = open_tokens(ToyTasks(**TASKS), tokenizer, BatchConfig(), cache=str(folder))
     assert sum(len(ids) for rows in tokens.train for row in rows for ids in row.targets) > 0
 

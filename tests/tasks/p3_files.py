@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mhr_scale.config import IntakeConfig
-from mhr_scale.tasks import p3
+from mhr_scale.tasks.t0 import p3
 from mhr_scale.tasks.task import Intake
 
 GOOD = {"inputs_pretokenized": "\nask\n", "targets_pretokenized": "\nyes\n"}

@@ -3,11 +3,11 @@
 import json
 
 from mhr_scale.config import T0Tasks
-from mhr_scale.tasks import t0
+from mhr_scale.tasks.t0 import mixtures
 from mhr_scale.tasks.task import Intake
 
-AG_NEWS = [p.name for p in t0.list_prompts("T0") if p.dataset == "ag_news"]
-DBERT = [p.name for p in t0.list_prompts("T0") if p.dataset == "adversarial_qa_dbert"]
+AG_NEWS = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "ag_news"]
+DBERT = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "adversarial_qa_dbert"]
 CLASSIFY, BASED_ON = "ag_news_classify", "adversarial_qa_dbert_based_on"
 
 NEWS = [{"text": f"News {n} of the day.", "label": n % 4} for n in range(5)]

@@ -8,9 +8,9 @@ from held_out_files import RTE, RTE_TEMPLATES, configure, template, write_rows
 
 from mhr_scale.config import HeldOutTasks, ShotsConfig
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.held_out_rows import TASKS
-from mhr_scale.tasks.held_out_shots import first_shuffled
 from mhr_scale.tasks.suites import read_few_shot
+from mhr_scale.tasks.t0.held_out_rows import TASKS
+from mhr_scale.tasks.t0.held_out_shots import first_shuffled
 from mhr_scale.tasks.task import Intake
 
 SHOTS_OF_T0 = {

@@ -8,8 +8,8 @@ from held_out_files import configure, write_rows
 
 from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.held_out_prompts import Prompts
-from mhr_scale.tasks.held_out_rows import TASKS
+from mhr_scale.tasks.t0.held_out_prompts import Prompts
+from mhr_scale.tasks.t0.held_out_rows import TASKS
 from mhr_scale.tasks.task import Intake
 
 N_TEMPLATES = {

@@ -16,9 +16,9 @@ from held_out_files import (
 
 from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.held_out_prompts import Prompts
-from mhr_scale.tasks.held_out_rows import TASKS
-from mhr_scale.tasks.held_out_shots import (
+from mhr_scale.tasks.t0.held_out_prompts import Prompts
+from mhr_scale.tasks.t0.held_out_rows import TASKS
+from mhr_scale.tasks.t0.held_out_shots import (
     check_shots,
     draw_rows,
     first_shuffled,

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from p3_files import GOOD, read, write_lines, write_table
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks import p3
+from mhr_scale.tasks.t0 import p3
 
 PLAIN = "adversarial_qa_dbert_based_on"
 CHOSEN = "openbookqa_main_choices"

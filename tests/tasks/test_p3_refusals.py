@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from p3_files import GOOD, read, write_lines, write_table
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks import p3
+from mhr_scale.tasks.t0 import p3
 from mhr_scale.tasks.task import Intake
 
 WITH_CHOICES = {**GOOD, "answer_choices": ["no ", "yes"]}

@@ -8,7 +8,7 @@ import pytest
 from film_templates import write
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.prompts import Prompter, Template, config_name, load_templates
+from mhr_scale.tasks.t0.prompts import Prompter, Template, config_name, load_templates
 
 
 def load_fault(folder, dataset="films", subset=None):

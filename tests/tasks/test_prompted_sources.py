@@ -18,7 +18,7 @@ from prompted_rows import (
 
 from mhr_scale.config import T0Tasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks import t0
+from mhr_scale.tasks.t0 import mixtures
 
 # -- layouts -----------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ def test_all_missing_data_sets_are_named_at_once(templates, tmp_path, caplog):
     write(tmp_path, "ag_news", NEWS)
     with pytest.raises(DataError) as caught:
         read(templates, tmp_path)
-    absent = {prompt.raw for prompt in t0.list_prompts("T0")} - {"ag_news"}
+    absent = {prompt.raw for prompt in mixtures.list_prompts("T0")} - {"ag_news"}
     assert f"{len(absent)} of 38 data sets" in str(caught.value)
     assert all(name in caplog.text for name in absent)
 
@@ -166,4 +166,4 @@ def test_p3_cannot_be_rendered_again():
 
 
 def test_the_mixture_has_no_prompt_of_anli():
-    assert not [prompt for prompt in t0.list_prompts("T0++") if prompt.raw.startswith("anli")]
+    assert not [prompt for prompt in mixtures.list_prompts("T0++") if prompt.raw.startswith("anli")]

@@ -18,11 +18,11 @@ from prompted_rows import (
 
 from mhr_scale.config import IntakeConfig
 from mhr_scale.errors import DataError
-from mhr_scale.tasks import t0
 from mhr_scale.tasks.suites import open_suite
+from mhr_scale.tasks.t0 import mixtures
 from mhr_scale.tasks.task import Intake
 
-QUAREL = [p.name for p in t0.list_prompts("T0") if p.dataset == "quarel"]
+QUAREL = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "quarel"]
 ABBREVIATION = "trec_fine_grained_ABBR"
 
 TREC = [

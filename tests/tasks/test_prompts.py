@@ -8,7 +8,7 @@ import pytest
 from film_templates import write
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.prompts import Prompter, Rendered, Template, load_templates
+from mhr_scale.tasks.t0.prompts import Prompter, Rendered, Template, load_templates
 
 CHOICE = "{{ range(1000) | choice }} {{ range(1000) | choice }} ||| {{ range(1000) | choice }}"
 

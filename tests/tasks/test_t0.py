@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from processes import ROOT
 
-from mhr_scale import strict_yaml
 from mhr_scale.config import IntakeConfig, T0Tasks
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks import t0
+from mhr_scale.recipe import strict_yaml
 from mhr_scale.tasks.suites import open_suite
+from mhr_scale.tasks.t0 import mixtures
 from mhr_scale.tasks.task import Intake
 
 PROMPT = "adversarial_qa_dbert_based_on"
@@ -22,8 +22,8 @@ LISTS = {
     "T0+": "t0_plus_train_392.txt",
     "T0++": "t0_plusplus_train_464.txt",
 }
-AG_NEWS = [p.name for p in t0.list_prompts("T0") if p.dataset == "ag_news"]
-QUAREL = [p.name for p in t0.list_prompts("T0") if p.dataset == "quarel"]
+AG_NEWS = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "ag_news"]
+QUAREL = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "quarel"]
 
 
 def write(folder, names, n_rows=3, choices=None):
@@ -49,41 +49,41 @@ def read(source, *tasks, **settings):
 @pytest.mark.parametrize("mixture", LISTS)
 def test_the_prompts_are_those_of_the_published_lists(shared, mixture):
     listed = (shared / "data" / "t0_mixture" / LISTS[mixture]).read_text().split()
-    assert [prompt.name for prompt in t0.list_prompts(mixture)] == listed
+    assert [prompt.name for prompt in mixtures.list_prompts(mixture)] == listed
 
 
 @pytest.mark.parametrize(
     ("mixture", "count", "n_datasets"), [("T0", 313, 38), ("T0+", 392, 48), ("T0++", 464, 54)]
 )
 def test_a_mixture_has_its_number_of_prompts_and_data_sets(mixture, count, n_datasets):
-    prompts = t0.list_prompts(mixture)
+    prompts = mixtures.list_prompts(mixture)
     assert (len(prompts), len({prompt.dataset for prompt in prompts})) == (count, n_datasets)
 
 
 @pytest.mark.parametrize(("rule", "total"), [("t_few", 10_606_443), ("t_zero", 17_277_798)])
 def test_caps_add_up_to_the_published_totals(rule, total):
-    assert sum(prompt.cap(rule) for prompt in t0.list_prompts("T0")) == total
+    assert sum(prompt.cap(rule) for prompt in mixtures.list_prompts("T0")) == total
 
 
 @pytest.mark.parametrize(("rule", "column"), [("t_few", "cap_tfew"), ("t_zero", "cap_tzero")])
 def test_the_cap_of_every_prompt_is_the_listed_one(shared, rule, column):
     with (shared / "data" / "t0_mixture" / "t0_tasks.csv").open(newline="") as file:
         listed = {row["task"]: int(row[column]) for row in csv.DictReader(file) if row["do_train"]}
-    assert {prompt.name: prompt.cap(rule) for prompt in t0.list_prompts("T0++")} == listed
+    assert {prompt.name: prompt.cap(rule) for prompt in mixtures.list_prompts("T0++")} == listed
 
 
 def test_the_rules_differ_between_half_a_million_rows_in_all_and_in_a_prompt():
-    prompt = t0.Prompt(name="p", dataset="d", raw="d", train_size=400_000, n_prompts=10)
+    prompt = mixtures.Prompt(name="p", dataset="d", raw="d", train_size=400_000, n_prompts=10)
     assert [prompt.cap(rule) for rule in ("t_few", "t_zero", "none")] == [50_000, 400_000, None]
 
 
 def test_no_prompt_is_called_like_a_data_set():
-    prompts = t0.list_prompts("T0++")
+    prompts = mixtures.list_prompts("T0++")
     assert not {prompt.name for prompt in prompts} & {prompt.dataset for prompt in prompts}
 
 
 def test_the_table_names_its_sources_and_their_licence():
-    source = json.loads(t0.TABLE.read_text())["source"]
+    source = json.loads(mixtures.TABLE.read_text())["source"]
     assert all(word in source for word in ("promptsource", "t-zero", "Apache-2.0"))
 
 
@@ -97,7 +97,7 @@ def test_the_tool_writes_the_table_that_is_shipped(shared, tmp_path, monkeypatch
     argv = ["make_t0_table.py", str(templates), str(sizes), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
     make_t0_table.main()
-    assert out.read_bytes() == t0.TABLE.read_bytes()
+    assert out.read_bytes() == mixtures.TABLE.read_bytes()
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -127,13 +127,13 @@ def test_tasks_are_sorted_by_name_with_their_caps(tmp_path):
 
 
 def test_the_whole_mixture_is_read_in_the_order_of_its_list(tmp_path):
-    names = [prompt.name for prompt in t0.list_prompts("T0")]
+    names = [prompt.name for prompt in mixtures.list_prompts("T0")]
     tasks = read(write(tmp_path, names, n_rows=1))
     assert [task.name for task in tasks] == names
 
 
 def test_a_data_set_as_the_unit_gives_thirty_eight_tasks(tmp_path):
-    source = write(tmp_path, [prompt.name for prompt in t0.list_prompts("T0")], n_rows=2)
+    source = write(tmp_path, [prompt.name for prompt in mixtures.list_prompts("T0")], n_rows=2)
     tasks = read(source, unit="dataset")
     assert len(tasks) == 38
     assert sum(len(task.train) + len(task.validation) for task in tasks) == 2 * 313
@@ -250,7 +250,7 @@ def test_all_missing_prompts_are_named_at_once(tmp_path, caplog):
     with pytest.raises(DataError) as caught:
         read(write(tmp_path, QUAREL))
     message = str(caught.value)
-    absent = [p.name for p in t0.list_prompts("T0") if p.name not in QUAREL]
+    absent = [p.name for p in mixtures.list_prompts("T0") if p.name not in QUAREL]
     assert all(name in caplog.text for name in absent)
     assert f"{sorted(absent)[0]}, " in message
     assert f"{len(absent)} of 313 prompts" in message

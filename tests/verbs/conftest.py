@@ -7,7 +7,7 @@ import pytest
 from stopped_runs import recipe
 from toy_finetunes import export_lora
 
-from mhr_scale import stopping
+from mhr_scale.run import stopping
 from mhr_scale.verbs.pretrain import pretrain
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from small_t5 import small_t5, tensors_of, write_folder
 
+from mhr_scale.backbone.manifest import MANIFEST
 from mhr_scale.config import ConvertConfig, OriginConfig
-from mhr_scale.manifest import MANIFEST
 from mhr_scale.verbs.convert import convert
 
 BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"

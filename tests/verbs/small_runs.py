@@ -22,7 +22,7 @@ from mhr_scale.config import (
     ToyTasks,
     VariantConfig,
 )
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.tasks import toy
 from mhr_scale.tasks.task import Example
 from mhr_scale.verbs.pretrain import pretrain

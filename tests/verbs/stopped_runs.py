@@ -8,9 +8,9 @@ from processes import timeless
 from small_runs import TOY
 from toy_finetunes import toy
 
-from mhr_scale import stopping
 from mhr_scale.config import FinetuneConfig, PretrainConfig, ProtocolConfig
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
+from mhr_scale.run import stopping
 
 SETTINGS = (
     "adapter={n_skills: 3, rank: 2, policy: noisy}",

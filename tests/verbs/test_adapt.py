@@ -20,8 +20,7 @@ from small_runs import (
     write_rows,
 )
 
-from mhr_scale import comparison, summary
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.config import (
     AdaptConfig,
     EvaluateConfig,
@@ -37,8 +36,9 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.errors import DivergenceError
-from mhr_scale.jobs.opening import open_jobs
+from mhr_scale.jobs.opened_jobs import open_jobs
 from mhr_scale.jobs.wave import Wave
+from mhr_scale.scores import comparison, summary
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.evaluate import evaluate
 
@@ -194,7 +194,7 @@ def test_a_job_s_adapter_scores_the_same_under_the_verb_evaluate(
 
 def test_a_job_s_adapter_knows_its_task_its_step_and_its_backbone(run):
     for (task, _, _), folder in job_folders(run).items():
-        card = state.read_card(folder)
+        card = artefact.read_card(folder)
         assert card.task_names == (task,)
         assert card.step == json.loads((folder / "result.json").read_text())["best_step"]
         assert card.backbone["name"] == "builtin:toy"
@@ -327,7 +327,7 @@ def test_a_soup_says_what_is_in_it(two, tmp_path):
         )
     }
     run = adapt(onto(two, tmp_path / "run", variants=variants))
-    names = set(state.read_card(private).task_names)
+    names = set(artefact.read_card(private).task_names)
     for found in results(run).values():
         assert len(found["soup"]) == 2
         assert set(found["soup"]) < names

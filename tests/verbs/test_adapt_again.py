@@ -19,12 +19,12 @@ from small_runs import (
     write_rows,
 )
 
-from mhr_scale import checkpoint
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.config import AdaptConfig, VariantConfig, WavesConfig
 from mhr_scale.errors import RunError
 from mhr_scale.jobs import runner
 from mhr_scale.jobs.wave import Wave
+from mhr_scale.training import checkpoint
 from mhr_scale.verbs.adapt import adapt
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -183,7 +183,7 @@ STOPS = [
     *((save_every, Wave, "train_step", call) for save_every in (0, 4) for call in (1, 4, 6, 9)),
     (1, Wave, "train_step", 12),
     (2, checkpoint, "save", 4),
-    (2, state, "save", 9),
+    (2, artefact, "save", 9),
     (0, runner, "write_result", 2),
 ]
 

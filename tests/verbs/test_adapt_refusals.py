@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from small_runs import BARE, LORA, TASKS, make_config, make_source, write_fold, write_rows
 
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
+from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -20,8 +21,7 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, LayoutError, RunError, UserError
-from mhr_scale.hub import BUILTIN
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.tasks import toy
 from mhr_scale.verbs.adapt import adapt
 
@@ -125,9 +125,9 @@ def test_fresh_variants_alone_need_a_backbone(fresh):
 
 
 def test_jobs_of_a_run_share_a_backbone(config, source, tmp_path):
-    card = state.read_card(source)
-    other = state.save(
-        state.load(source), tmp_path / "other", backbone={**card.backbone, "name": "t5-other"}
+    card = artefact.read_card(source)
+    other = artefact.save(
+        artefact.load(source), tmp_path / "other", backbone={**card.backbone, "name": "t5-other"}
     )
     variants = {**config.variants, "other": VariantConfig(adapter=str(other))}
     refuse(
@@ -143,10 +143,10 @@ def test_an_adapter_and_another_backbone_make_no_run(config):
 
 
 def test_random_weights_of_another_seed_are_another_backbone(config, source, tmp_path):
-    loaded, variants = state.load(source), {}
+    loaded, variants = artefact.load(source), {}
     for seed in (0, 1):
         facts = {"name": None, "config": {"d_model": 64}, "config_seed": seed}
-        folder = state.save(loaded, tmp_path / str(seed), backbone=facts)
+        folder = artefact.save(loaded, tmp_path / str(seed), backbone=facts)
         variants[f"seed {seed}"] = VariantConfig(adapter=str(folder))
     refuse(replace(config, variants=variants), ConfigError, "jobs of one run share a backbone")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from small_runs import make_source, write_rows
 
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.adapters.collapse import average
-from mhr_scale.adapters.interop import write_peft_lora
+from mhr_scale.adapters.peft_folders import write_peft_lora
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, JsonlTasks, PlainRunConfig, ToyTasks
 from mhr_scale.errors import AdapterError, ConfigError, RunError
 from mhr_scale.verbs.analyse import analyse
@@ -79,7 +79,7 @@ def test_an_analysis_has_every_part_of_its_schema(sources: dict[str, Path], tmp_
 def test_numbers_trained_are_those_of_the_few_shot_tables(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapter = state.load(sources["MHR"])
+    adapter = artefact.load(sources["MHR"])
     inventory = sum(p.numel() for p in adapter.inventory.parameters())
     numbers = look(sources["MHR"], tmp_path / "out", alignment=None)["parameters"]
     assert numbers == {
@@ -173,7 +173,7 @@ def test_private_inventories_get_statistics_and_the_log_says_why(
 
 
 def test_a_peft_folder_is_analysed_on_any_tasks(sources: dict[str, Path], tmp_path: Path) -> None:
-    mean = average(state.load(sources["MHR"]))
+    mean = average(artefact.load(sources["MHR"]))
     write_peft_lora(mean, tmp_path / "peft", base_model="builtin:toy")
     tasks = JsonlTasks(suite="jsonl", folder=str(write_rows(tmp_path / "rows")))
     found = look(tmp_path / "peft", tmp_path / "out", tasks=tasks, backbone_dtype="float32")
@@ -183,7 +183,7 @@ def test_a_peft_folder_is_analysed_on_any_tasks(sources: dict[str, Path], tmp_pa
 def test_tasks_without_a_routing_row_are_refused_with_a_suggestion(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    known = state.read_card(sources["MHR"]).task_names[0]
+    known = artefact.read_card(sources["MHR"]).task_names[0]
     rows = write_rows(tmp_path / "rows")
     (rows / "reverse.mirror.after").rename(rows / f"{known}s")
     tasks = JsonlTasks(suite="jsonl", folder=str(rows))
@@ -194,7 +194,7 @@ def test_tasks_without_a_routing_row_are_refused_with_a_suggestion(
 
 
 def test_one_task_alone_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    name = state.read_card(sources["MHR"]).task_names[0]
+    name = artefact.read_card(sources["MHR"]).task_names[0]
     rows = write_rows(tmp_path / "rows")
     (rows / "reverse.mirror.after").rename(tmp_path / "away")
     (rows / "rotate_right.plus4.before").rename(rows / name)

@@ -10,11 +10,11 @@ import torch
 from processes import ROOT, read_metrics
 from safetensors.torch import load_file
 
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, RunConfig
 from mhr_scale.errors import ConfigError, RunError, UserError
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.pretrain import pretrain
 
@@ -46,12 +46,15 @@ def settings(source: Path, folder: Path, **changes: object) -> AverageConfig:
 
 
 def averaged(folder: Path, steps: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "averaged" / f"{steps:06d}" / state.TENSORS)
+    return load_file(folder / "averaged" / f"{steps:06d}" / artefact.TENSORS)
 
 
 def test_the_average_is_the_mean_over_the_skills(source: Path, tmp_path: Path) -> None:
     average(settings(source, tmp_path / "mean"))
-    inventory, mean = load_file(source / "adapter" / state.TENSORS), averaged(tmp_path / "mean", 0)
+    inventory, mean = (
+        load_file(source / "adapter" / artefact.TENSORS),
+        averaged(tmp_path / "mean", 0),
+    )
     name = "encoder.block.0.layer.0.SelfAttention.q"
     width, rank = mean[f"{name}.A"].shape[2:]
     a_QIR = inventory[f"{name}.A"].mean(1)
@@ -59,7 +62,7 @@ def test_the_average_is_the_mean_over_the_skills(source: Path, tmp_path: Path) -
 
 
 def test_an_average_is_one_ordinary_adapter_of_the_same_rank(source: Path, tmp_path: Path) -> None:
-    card = state.read_card(average(settings(source, tmp_path / "mean")))
+    card = artefact.read_card(average(settings(source, tmp_path / "mean")))
     assert (card.adapter.method, card.adapter.rank) == ("LoRA", 2)
 
 
@@ -95,7 +98,7 @@ def test_one_run_gives_every_number_of_extra_steps(extra: Path) -> None:
 
 
 def test_extra_steps_start_from_the_average(source: Path, extra: Path) -> None:
-    mean = state.named_tensors(mean_of(state.load(source)))
+    mean = artefact.named_tensors(mean_of(artefact.load(source)))
     assert all(torch.equal(tensor, averaged(extra, 0)[name]) for name, tensor in mean.items())
 
 
@@ -106,7 +109,7 @@ def test_extra_steps_move_the_average(extra: Path) -> None:
 
 def test_the_adapter_is_that_of_the_most_extra_steps(extra: Path) -> None:
     last = averaged(extra, 3)
-    stored = load_file(extra / "adapter" / state.TENSORS)
+    stored = load_file(extra / "adapter" / artefact.TENSORS)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in last.items())
 
 
@@ -140,7 +143,7 @@ def test_a_lora_can_be_given_the_same_steps(tmp_path: Path) -> None:
     lora = [*SHORT, "adapter={layout: attention, rank: 2, n_skills: 1}"]
     pretrain(load(PretrainConfig, TOY, [*lora, f"run.folder={tmp_path / 'lora'}"]))
     average(settings(tmp_path / "lora", tmp_path / "more", steps=(0, 2)))
-    before = load_file(tmp_path / "lora" / "adapter" / state.TENSORS)
+    before = load_file(tmp_path / "lora" / "adapter" / artefact.TENSORS)
     assert all(torch.equal(t, averaged(tmp_path / "more", 0)[name]) for name, t in before.items())
 
 

@@ -19,12 +19,14 @@ from small_t5 import CARD, HEAD, INDICES, WO, small_t5, stored, tensors_of, writ
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
-from mhr_scale import backbone, conversion, shards, stock
+from mhr_scale.backbone import conversion, shards
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.hub import BUILTIN
+from mhr_scale.backbone.manifest import MANIFEST
 from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig
 from mhr_scale.errors import ConfigError, UserError
-from mhr_scale.hub import BUILTIN
-from mhr_scale.manifest import MANIFEST
-from mhr_scale.recipe import load
+from mhr_scale.exchange import stock
+from mhr_scale.recipe.reading import load
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +130,13 @@ def test_a_tied_head_is_written_once(tmp_path: Path) -> None:
     found = run_convert(source, tmp_path / "out")
     assert HEAD not in stored(found)
     assert manifest_of(found)["tied"][HEAD] == SHARED
-    assert backbone.read_blueprint(BackboneConfig(name=str(found))).is_lm_head_tied
+    assert read_blueprint(BackboneConfig(name=str(found))).is_lm_head_tied
     assert manifest_of(run_convert(source, tmp_path / "again"))["tied"].keys() >= {HEAD}
 
 
 def test_a_head_of_its_own_is_not_tied(folder: Path) -> None:
     assert HEAD not in manifest_of(folder)["tied"]
-    assert not backbone.read_blueprint(BackboneConfig(name=str(folder))).is_lm_head_tied
+    assert not read_blueprint(BackboneConfig(name=str(folder))).is_lm_head_tied
 
 
 def test_tokenizer_and_settings_come_along(tmp_path: Path) -> None:

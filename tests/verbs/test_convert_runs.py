@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import LORA, SHORT, TASKS, TOY, make_source, write_rows
 
+from mhr_scale.backbone.manifest import MANIFEST
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -30,8 +31,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.config.model import BackboneConfig
 from mhr_scale.errors import BackboneError
-from mhr_scale.manifest import MANIFEST
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.convert import convert

@@ -12,10 +12,10 @@ from conversions import SHARED, convert_small, manifest_of, run_convert
 from safetensors.torch import load_file, save_file
 from small_t5 import CARD, HEAD, INDICES, WO, save, small_t5, tensors_of, write_folder
 
-from mhr_scale import backbone
+from mhr_scale.backbone.blueprint import make_model, plan_copies, read_blueprint
+from mhr_scale.backbone.manifest import MANIFEST
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, UserError
-from mhr_scale.manifest import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def cannot_open(folder: Path) -> str:
     with pytest.raises(BackboneError) as caught:
-        backbone.read_blueprint(BackboneConfig(name=str(folder)))
+        read_blueprint(BackboneConfig(name=str(folder)))
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -91,10 +91,10 @@ def test_a_missing_head_is_not_taken_for_a_tie(tmp_path: Path) -> None:
         manifest["files"][name]["bytes"] = (found / name).stat().st_size
     (found / MANIFEST).write_text(json.dumps(manifest))
     with torch.device("meta"):
-        blueprint = backbone.read_blueprint(BackboneConfig(name=str(found)))
-        model = backbone.make_model(blueprint)
+        blueprint = read_blueprint(BackboneConfig(name=str(found)))
+        model = make_model(blueprint)
     with pytest.raises(BackboneError, match=f"missing {HEAD}"):
-        backbone.plan_copies(model, blueprint.source)
+        plan_copies(model, blueprint.source)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_changed_bit_is_noticed_when_verifying(copied: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    backbone.read_blueprint(BackboneConfig(name=str(copied)))  # cheap checks cannot see it
+    read_blueprint(BackboneConfig(name=str(copied)))  # cheap checks cannot see it
     assert not_verified(copied).startswith(f"{file}: its bytes are not those that were written (sh")
 
 

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from small_runs import TOY
 from stopped_runs import SETTINGS, check_same, lora, recipe, stopped
 
-from mhr_scale import checkpoint, sealing
-from mhr_scale.adapters.interop import open_adapter
+from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.jobs.data import JobData
-from mhr_scale.launching import main
-from mhr_scale.trainer import Trainer
+from mhr_scale.jobs.job_data import JobData
+from mhr_scale.run import folders
+from mhr_scale.training import checkpoint
+from mhr_scale.training.trainer import Trainer
 from mhr_scale.verbs.finetune import finetune
+from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -123,7 +124,7 @@ def test_a_disk_that_fails_is_named(
     def flush(path: Path) -> None:
         raise OSError(number, "no", str(path))
 
-    monkeypatch.setattr(sealing, "flush", flush)
+    monkeypatch.setattr(folders, "flush", flush)
     with pytest.raises(RunError, match=f"{words}.*; nothing is saved yet"):
         pretrain(recipe(tmp_path))
 

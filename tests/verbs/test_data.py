@@ -8,7 +8,7 @@ from processes import ROOT
 
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import DataError
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.data import check_data
 
 TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")

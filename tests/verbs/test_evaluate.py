@@ -9,7 +9,6 @@ import pytest
 from processes import ROOT
 from small_runs import BARE, make_source
 
-from mhr_scale import summary
 from mhr_scale.config import (
     AverageConfig,
     EvaluateConfig,
@@ -20,6 +19,7 @@ from mhr_scale.config import (
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
+from mhr_scale.scores import summary
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.evaluate import evaluate
 

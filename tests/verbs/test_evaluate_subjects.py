@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from small_runs import make_source
 
-from mhr_scale import summary
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.adapters.collapse import average, soup
-from mhr_scale.adapters.interop import write_peft_lora
+from mhr_scale.adapters.peft_folders import write_peft_lora
 from mhr_scale.config import (
     EvaluateConfig,
     PlainRunConfig,
@@ -20,6 +19,7 @@ from mhr_scale.config import (
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.scores import summary
 from mhr_scale.tasks.metrics import rouge_l
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.verbs.evaluate import evaluate
@@ -55,7 +55,7 @@ def choice_scores(adapter: Path, folder: Path, **changes: object) -> dict[str, l
 
 
 def test_a_peft_folder_scores_as_the_adapter_it_came_from(trained: Path, tmp_path: Path) -> None:
-    mean = average(state.load(trained))
+    mean = average(artefact.load(trained))
     write_peft_lora(mean, tmp_path / "peft", base_model="builtin:toy")
     found = choice_scores(tmp_path / "peft", tmp_path / "found", backbone_dtype="float32")
     expected = choice_scores(trained, tmp_path / "expected", routing="average")
@@ -73,9 +73,9 @@ def test_a_soup_scores_each_task_under_its_similar_tasks(private: Path, tmp_path
 def test_a_soup_of_all_tasks_is_their_mean(private: Path, tmp_path: Path) -> None:
     soups = SoupConfig(adapters=4, examples=5)
     found = choice_scores(private, tmp_path / "soup", routing="soup", soup=soups)
-    stored = state.load(private)
-    card = state.read_card(private)
-    state.save(soup(stored, stored.task_names), tmp_path / "mean", backbone=card.backbone)
+    stored = artefact.load(private)
+    card = artefact.read_card(private)
+    artefact.save(soup(stored, stored.task_names), tmp_path / "mean", backbone=card.backbone)
     expected = choice_scores(tmp_path / "mean", tmp_path / "expected")
     for identity, scores in expected.items():
         assert found[identity] == pytest.approx(scores, rel=1e-5)
@@ -102,9 +102,9 @@ def test_a_bare_backbone_has_no_soup() -> None:
 
 
 def test_an_adapter_of_fine_tuned_weights_is_refused(trained: Path, tmp_path: Path) -> None:
-    card = state.read_card(trained)
+    card = artefact.read_card(trained)
     origin = {"backbone": "backbone.safetensors"}
-    state.save(state.load(trained), tmp_path / "job", backbone=card.backbone, origin=origin)
+    artefact.save(artefact.load(trained), tmp_path / "job", backbone=card.backbone, origin=origin)
     with pytest.raises(AdapterError, match=r"together with the backbone's weights, in backbone\."):
         choice_scores(tmp_path / "job", tmp_path / "run")
 

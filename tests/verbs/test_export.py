@@ -28,10 +28,10 @@ from toy_exports import (
     toy_t5,
 )
 
-from mhr_scale.adapters import Adapter, interop, state
+from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average, collapse, soup
 from mhr_scale.errors import AdapterError
-from mhr_scale.reloading import spread
+from mhr_scale.exchange.reloading import spread
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated",
@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path | str) -> Adapter:
-    return interop.open_adapter(folder)[1]
+    return peft_folders.open_adapter(folder)[1]
 
 
 # --- what is exported
@@ -128,7 +128,7 @@ def test_formats_that_hold_it_get_the_whole_adapter(form: str, runs: Path, tmp_p
 
 def test_the_recipe_lies_beside_what_it_made(runs: Path, tmp_path: Path) -> None:
     folder = run_export(str(runs / "LoRA"), tmp_path / "out")
-    expected = [interop.CONFIG, interop.TENSORS, "export.yaml", interop.NOTE]
+    expected = [peft_folders.CONFIG, peft_folders.TENSORS, "export.yaml", peft_folders.NOTE]
     assert files(folder) == expected
 
 
@@ -136,14 +136,14 @@ def test_a_peft_folder_names_a_backbone_that_stock_libraries_find(
     runs: Path, tmp_path: Path
 ) -> None:
     folder = run_export(str(runs / "LoRA"), tmp_path / "out")
-    config = json.loads((folder / interop.CONFIG).read_text())
+    config = json.loads((folder / peft_folders.CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(BASE)
 
 
 def test_the_artefact_knows_its_backbone_and_where_it_is_from(runs: Path, tmp_path: Path) -> None:
     source = str(runs / "LoRA")
     folder = run_export(source, tmp_path / "out", format="native", backbone_moved_to=str(BASE))
-    card = state.read_card(folder)
+    card = artefact.read_card(folder)
     assert card.origin == {"exported_from": source, "what": "whole"}
     assert (card.backbone["name"], card.backbone["dtype"]) == (str(BASE), "float32")
 
@@ -280,7 +280,7 @@ def test_native_to_peft_to_native_is_bit_for_bit(
 ) -> None:
     there = run_export(str(runs / kind), tmp_path / "peft", format=form, what="whole")
     back = run_export(str(there), tmp_path / "native", format="native")
-    assert_same(state.load(back), make(kind))
+    assert_same(artefact.load(back), make(kind))
 
 
 def test_a_lora_that_stock_peft_saved_becomes_an_artefact(tmp_path: Path) -> None:
@@ -298,14 +298,14 @@ def test_a_lora_that_stock_peft_saved_becomes_an_artefact(tmp_path: Path) -> Non
     model.unload()
     settings = {"format": "native", "backbone_moved_to": "builtin:toy"}
     folder = run_export(str(tmp_path / "stock"), tmp_path / "native", **settings)
-    assert state.read_card(folder).backbone["name"] == "builtin:toy"
-    assert_close(native_logits(state.load(folder)), expected)
+    assert artefact.read_card(folder).backbone["name"] == "builtin:toy"
+    assert_close(native_logits(artefact.load(folder)), expected)
 
 
 def test_a_published_checkpoint_becomes_an_artefact(tmp_path: Path) -> None:
     adapter, published = make("MHR"), {}
     sides = {"A": "lora_a", "B": "lora_b", "routing_logits": "selector.module_logits"}
-    for name, tensor in state.named_tensors(adapter).items():
+    for name, tensor in artefact.named_tensors(adapter).items():
         linear, _, side = name.rpartition(".")
         tensor = tensor.flatten(1) if side == "routing_logits" else tensor
         published[f"model.{linear}.{sides[side]}"] = tensor.contiguous()
@@ -316,7 +316,7 @@ def test_a_published_checkpoint_becomes_an_artefact(tmp_path: Path) -> None:
         format="native",
         backbone_moved_to="builtin:toy",
     )
-    found = state.load(folder)
+    found = artefact.load(folder)
     assert_close(native_logits(found, TASK_IDS), native_logits(adapter, TASK_IDS), 1e-12)
 
 
@@ -357,7 +357,7 @@ def test_the_target_may_be_a_link_to_an_empty_folder(runs: Path, tmp_path: Path)
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     run_export(str(runs / "LoRA"), tmp_path / "link")
-    assert (tmp_path / "disk" / interop.CONFIG).is_file()
+    assert (tmp_path / "disk" / peft_folders.CONFIG).is_file()
     assert (tmp_path / "link").is_symlink()
 
 

@@ -28,9 +28,10 @@ from toy_exports import (
 )
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from mhr_scale import backbone, merging
-from mhr_scale.adapters import Adapter, find_sites, state
+from mhr_scale.adapters import Adapter, artefact, find_sites
 from mhr_scale.adapters.collapse import average, collapse
+from mhr_scale.backbone import merging
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, RunError
 
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def summed(adapter: Adapter, name: str) -> Tensor:
     """The weight with the adapter in it, entry by entry of its columns, in float64."""
     weight = stored(BASE)[name].double()
-    tensors = {key: t.double() for key, t in state.named_tensors(adapter).items()}
+    tensors = {key: t.double() for key, t in artefact.named_tensors(adapter).items()}
     linear = name.removesuffix(".weight")
     if adapter.config.kind == "ia3":
         return torch.stack(
@@ -168,7 +169,7 @@ class WatchedSource:
 def test_no_more_than_one_shard_is_read_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blueprint = backbone.read_blueprint(BackboneConfig(name="builtin:toy"))
+    blueprint = read_blueprint(BackboneConfig(name="builtin:toy"))
     weights = merging.plan_weights(blueprint, None)
     source, save, shards = WatchedSource(blueprint.source), merging.save_file, []
 
@@ -243,9 +244,9 @@ def test_a_configuration_that_is_wrong_of_ties_changes_nothing(tmp_path: Path) -
 def test_weights_that_were_never_stored_can_be_merged_too(tmp_path: Path) -> None:
     fields = {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     config = BackboneConfig(config=fields, dtype="float32")
-    blueprint = backbone.read_blueprint(config)
+    blueprint = read_blueprint(config)
     with torch.device("meta"):
-        model = backbone.make_model(blueprint)
+        model = make_model(blueprint)
     run, _ = on(model, tmp_path / "run", **blueprint.facts)
     merged = run_export(run, tmp_path / "out", format="merged")
     assert stock_logits(merged).isfinite().all()
@@ -357,7 +358,7 @@ def test_a_wrong_sum_is_noticed_though_rounding_hides_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make("LoRA")
-    for name, tensor in state.named_tensors(adapter).items():
+    for name, tensor in artefact.named_tensors(adapter).items():
         tensor.mul_(0.01 if name.endswith(".B") else 1.0)
     run, merge = save_run(tmp_path / "run", adapter), merging.merge
 
@@ -365,7 +366,7 @@ def test_a_wrong_sum_is_noticed_though_rounding_hides_it(
         return merge(name, weight, pairs, scale=1.1 * scale)
 
     monkeypatch.setattr(merging, "merge", merge_wrongly)
-    monkeypatch.setattr("mhr_scale.reloading.merge", merge_wrongly)
+    monkeypatch.setattr("mhr_scale.exchange.reloading.merge", merge_wrongly)
     with pytest.raises(AdapterError, match="the logits of the merged weights differ"):
         run_export(run, tmp_path / "out", format="merged")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from toy_exports import TASKS, files, make, run_export, save_run, save_runs
 
-from mhr_scale.adapters import Adapter, interop, state
+from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.config import ExportConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
 from mhr_scale.verbs.export import export
@@ -148,13 +148,13 @@ def test_a_damaged_peft_folder_is_noticed_and_nothing_is_left(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = getattr(interop, writer)
+    write = getattr(peft_folders, writer)
 
     def write_and_spoil(adapter: Adapter, folder: Path, **options: Any) -> None:
         write(adapter, folder, **options)
-        spoil(folder / interop.TENSORS)
+        spoil(folder / peft_folders.TENSORS)
 
-    monkeypatch.setattr(interop, writer, write_and_spoil)
+    monkeypatch.setattr(peft_folders, writer, write_and_spoil)
     with pytest.raises(AdapterError, match=r"out: not exported: the logits of what stock"):
         run_export(str(runs / run), tmp_path / "out", **settings)
     assert files(tmp_path) == []
@@ -163,13 +163,13 @@ def test_a_damaged_peft_folder_is_noticed_and_nothing_is_left(
 def test_a_folder_that_peft_cannot_load_is_noticed(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = interop.write_peft_lora
+    write = peft_folders.write_peft_lora
 
     def write_half(adapter: Adapter, folder: Path, **options: Any) -> None:
         write(adapter, folder, **options)
-        os.truncate(folder / interop.TENSORS, 100)
+        os.truncate(folder / peft_folders.TENSORS, 100)
 
-    monkeypatch.setattr(interop, "write_peft_lora", write_half)
+    monkeypatch.setattr(peft_folders, "write_peft_lora", write_half)
     with pytest.raises(AdapterError, match="not exported: stock PEFT does not load it"):
         run_export(str(runs / "LoRA"), tmp_path / "out")
     assert files(tmp_path) == []
@@ -177,7 +177,7 @@ def test_a_folder_that_peft_cannot_load_is_noticed(
 
 @pytest.mark.parametrize(
     ("run", "form", "module", "writer"),
-    [("MHR", "native", state, "save"), ("LoRA", "peft", interop, "write_peft_lora")],
+    [("MHR", "native", artefact, "save"), ("LoRA", "peft", peft_folders, "write_peft_lora")],
     ids=["native", "peft"],
 )
 def test_one_wrong_bit_is_noticed(
@@ -192,7 +192,7 @@ def test_one_wrong_bit_is_noticed(
     write = getattr(module, writer)
 
     def write_another(adapter: Adapter, folder: Path, **options: Any) -> Path:
-        tensor = next(iter(state.named_tensors(adapter).values()))
+        tensor = next(iter(artefact.named_tensors(adapter).values()))
         before = tensor.clone()
         tensor.view(torch.int32).flatten()[0] ^= 1
         write(adapter, folder, **options)
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_nothing(
     def write(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(interop, "write_peft_lora", write)
+    monkeypatch.setattr(peft_folders, "write_peft_lora", write)
     with pytest.raises(RunError, match=r"cannot write to .*out \(.*No space left"):
         run_export(str(runs / "LoRA"), tmp_path / "out")
     assert files(tmp_path) == []

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_finetunes import TASK, TOY, base_model, make_adapter, toy
 
-from mhr_scale import backbone, summary
 from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.collapse import average
-from mhr_scale.adapters.interop import open_adapter, write_peft_lora
+from mhr_scale.adapters.peft_folders import open_adapter, write_peft_lora
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -32,10 +32,11 @@ from mhr_scale.config import (
     ShotsConfig,
     VariantConfig,
 )
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import ConfigError, RunError
-from mhr_scale.jobs.data import JobData
-from mhr_scale.recipe import load
+from mhr_scale.jobs.job_data import JobData
+from mhr_scale.recipe.reading import load
+from mhr_scale.scores import summary
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.finetune import finetune
 
@@ -151,7 +152,7 @@ def test_stock_peft_loads_the_new_adapter_and_agrees_with_our_reader(run: Path) 
     base = transformers.AutoModelForSeq2SeqLM.from_pretrained(base_model(TOY), dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
     card, adapter = open_adapter(run / "adapter")
-    ours = Engine({}, timeout_seconds=60).build(TOY, backbone.read_blueprint(TOY))
+    ours = Engine({}, timeout_seconds=60).build(TOY, read_blueprint(TOY))
     linears = backbone_linears(ours, adapter)
     adapter.bind(linears)
     rows = {"input_ids": torch.arange(3, 15).reshape(2, 6), "labels": torch.full((2, 3), 5)}

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from toy_finetunes import TOY, base_model, make_adapter, toy
 
-from mhr_scale.adapters import AdapterConfig, state
-from mhr_scale.adapters.interop import write_peft_ia3
+from mhr_scale.adapters import AdapterConfig, artefact
+from mhr_scale.adapters.peft_folders import write_peft_ia3
 from mhr_scale.config import BackboneConfig, FinetuneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, ConfigError
 from mhr_scale.verbs.finetune import finetune
@@ -27,7 +27,7 @@ def refusal(config: FinetuneConfig, error: type[Exception]) -> str:
 
 
 def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
-    state.save(make_adapter(TOY), tmp_path / "run" / "adapter")
+    artefact.save(make_adapter(TOY), tmp_path / "run" / "adapter")
     message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
     assert "no PEFT LoRA folder" in message
     assert message.endswith("export the adapter first: python launch/export.py")

@@ -53,7 +53,7 @@ def test_mistakes_are_one_line_with_the_way_out(words: tuple[str, ...], expected
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_kind_of_every_recipe_is_recognised(path: Path) -> None:
-    from mhr_scale.recipe import load
+    from mhr_scale.recipe.reading import load
 
     schemas: dict[str, Any] = {
         "pretrain": PretrainConfig,
@@ -79,7 +79,7 @@ def test_help_lists_the_settings_of_the_plan() -> None:
 @pytest.fixture(scope="module")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of a pre-training run that has not been started."""
-    from mhr_scale.recipe import load, to_yaml
+    from mhr_scale.recipe.reading import load, to_yaml
 
     path = tmp_path_factory.mktemp("source") / "recipe.yaml"
     path.write_text(to_yaml(load(PretrainConfig, TOY, [TINY])))
@@ -115,7 +115,7 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer_state(toy: dict[str, 
 
 
 def test_the_settings_to_use_are_those_of_a_recipe(toy: dict[str, Any]) -> None:
-    from mhr_scale.recipe import load
+    from mhr_scale.recipe.reading import load
 
     settings = [f"{name}={value}" for name, value in toy["use"]["settings"].items()]
     config = load(PretrainConfig, TOY, [TINY, *settings])

@@ -11,12 +11,12 @@ from processes import ROOT, read_metrics
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mhr_scale import load_adapter
-from mhr_scale.adapters import state
+from mhr_scale.adapters import artefact
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import RunError, UserError
-from mhr_scale.launching import main
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs import pretrain as verb
+from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
 TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
@@ -100,7 +100,7 @@ def test_provenance_says_what_ran_and_on_which_data(run: Path) -> None:
 
 
 def test_the_card_names_the_backbone_and_the_tasks(run: Path) -> None:
-    card = state.read_card(run)
+    card = artefact.read_card(run)
     assert (card.backbone["name"], len(card.task_names), card.step) == ("builtin:toy", 6, 4)
 
 
@@ -314,7 +314,7 @@ def check_random_weights(folder: Path, recipe: str, n_tasks: int, *overrides: st
     ]
     path = ROOT / "launch" / "recipes" / recipe
     pretrain(load(PretrainConfig, path, [*short, *overrides]))
-    card = state.read_card(folder)
+    card = artefact.read_card(folder)
     assert (len(card.task_names), card.backbone["name"]) == (n_tasks, None)
     assert len(read_metrics(folder)) == 2
 

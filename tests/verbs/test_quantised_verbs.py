@@ -10,8 +10,8 @@ import torch
 from processes import ROOT
 from torch import Tensor
 
-from mhr_scale import summary
-from mhr_scale.adapters.state import read_card
+from mhr_scale.adapters.artefact import read_card
+from mhr_scale.backbone.of_adapter import backbone_of
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -27,8 +27,8 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.errors import ConfigError, EngineError
-from mhr_scale.recipe import load
-from mhr_scale.runs import backbone_of
+from mhr_scale.recipe.reading import load
+from mhr_scale.scores import summary
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.evaluate import evaluate
 from mhr_scale.verbs.pretrain import pretrain

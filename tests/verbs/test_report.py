@@ -19,7 +19,7 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.errors import ConfigError, RunError, UserError
-from mhr_scale.recipe import load
+from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.evaluate import evaluate

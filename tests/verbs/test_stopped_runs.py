@@ -19,7 +19,6 @@ from small_runs import (
 )
 from stopped_runs import check_same, lora, recipe, stopped
 
-from mhr_scale import checkpoint, stopping
 from mhr_scale.config import (
     AdaptConfig,
     AverageConfig,
@@ -33,9 +32,11 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.jobs import runner
-from mhr_scale.jobs.data import JobData
+from mhr_scale.jobs.job_data import JobData
 from mhr_scale.jobs.wave import Wave
-from mhr_scale.trainer import Trainer
+from mhr_scale.run import stopping
+from mhr_scale.training import checkpoint
+from mhr_scale.training.trainer import Trainer
 from mhr_scale.verbs import evaluate as evaluate_module
 from mhr_scale.verbs import finetune as finetune_module
 from mhr_scale.verbs.adapt import adapt

@@ -9,10 +9,10 @@ from measured_steps import wave_peak
 from small_runs import BARE, LORA, make_config, write_rows
 
 from mhr_scale.config import AdaptConfig, AdapterConfig, VariantConfig
-from mhr_scale.jobs.opening import Opening, open_jobs
-from mhr_scale.jobs.plan import LARGEST, Outlook, wave_size
+from mhr_scale.jobs.opened_jobs import Opening, open_jobs
+from mhr_scale.jobs.scheduling import LARGEST, Outlook, wave_size
 from mhr_scale.planning.steps import Shape
-from mhr_scale.planning.waves import job_bytes
+from mhr_scale.planning.wave_size import job_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
-from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach, find_sites, state
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact, attach, detach, find_sites
+from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import ExportConfig
-from mhr_scale.hub import BUILTIN
 from mhr_scale.verbs.export import export
 
 BASE = BUILTIN["builtin:toy"]
@@ -56,7 +56,7 @@ def make(kind: str, *, tasks: Sequence[str] = TASKS, seed: int = 0) -> Adapter:
 
 def save_run(folder: Path, adapter: Adapter, **facts: Any) -> str:
     """Store an adapter as a run or a finished job does; returns the run's folder."""
-    state.save(adapter, folder / "adapter", **{"backbone": FACTS, **facts})
+    artefact.save(adapter, folder / "adapter", **{"backbone": FACTS, **facts})
     return str(folder)
 
 
@@ -94,7 +94,7 @@ def native_logits(
     """What our adapter gives on a backbone, by default transformers' own loading of the toy's."""
     model = model or toy_t5()
     copied = attach(model, adapter.config, tasks=adapter.task_names)
-    state.load_tensors(copied, state.named_tensors(adapter), place="the other adapter")
+    artefact.load_tensors(copied, artefact.named_tensors(adapter), place="the other adapter")
     with torch.no_grad(), copied.slots(task_ids):
         logits = model(**rows()).logits
     detach(model)
@@ -123,7 +123,7 @@ def assert_close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> Non
 
 def assert_same(found: Adapter, expected: Adapter) -> None:
     """Bit for bit the same tensors under the same names, of the same settings and tasks."""
-    theirs, ours = state.named_tensors(found), state.named_tensors(expected)
+    theirs, ours = artefact.named_tensors(found), artefact.named_tensors(expected)
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert (found.config, found.sites) == (expected.config, expected.sites)

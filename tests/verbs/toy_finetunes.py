@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.adapters.collapse import average
-from mhr_scale.adapters.interop import write_peft_lora
+from mhr_scale.adapters.peft_folders import write_peft_lora
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import (
     BackboneConfig,
     FinetuneConfig,
@@ -29,7 +29,7 @@ MHR = AdapterConfig(layout="full", rank=2, n_skills=4, n_splits=4)
 def make_adapter(config: BackboneConfig, settings: AdapterConfig = MHR) -> Adapter:
     """An adapter of the full layout with small numbers everywhere."""
     with torch.device("meta"):
-        model = backbone.make_model(backbone.read_blueprint(config))
+        model = make_model(read_blueprint(config))
     sites = find_sites(model, settings.layout)
     adapter = Adapter(settings, sites, task_names=("a", "b"))
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def make_adapter(config: BackboneConfig, settings: AdapterConfig = MHR) -> Adapt
 
 
 def base_model(config: BackboneConfig) -> str:
-    return str(backbone.read_blueprint(config).folder)
+    return str(read_blueprint(config).folder)
 
 
 def export_lora(folder: Path) -> Path:

@@ -6,8 +6,8 @@ import sys
 
 from mhr_scale.config import AdaptConfig
 from mhr_scale.jobs.wave import Wave
-from mhr_scale.launching import main
 from mhr_scale.verbs.adapt import adapt
+from mhr_scale.verbs.launching import main
 
 words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 last, sys.argv[1:] = int(words[0]), words[1:]

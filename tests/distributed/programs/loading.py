@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mhr_scale import backbone, fingerprint
 from mhr_scale.adapters import attach
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
-from mhr_scale.launching import guarded
+from mhr_scale.verbs.launching import guarded
 
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-Change = Callable[[backbone.Blueprint], backbone.Blueprint]
+Change = Callable[[Blueprint], Blueprint]
 
 
 class CountingSource:
@@ -38,7 +39,7 @@ class CountingSource:
         return self.source.read(name, start, stop)
 
 
-def tie_head(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+def tie_head(blueprint: Blueprint) -> Blueprint:
     """As transformers ties it under ZeRO-3."""
     return replace(blueprint, is_lm_head_tied=True)
 
@@ -46,7 +47,7 @@ def tie_head(blueprint: backbone.Blueprint) -> backbone.Blueprint:
 def check(engine: Engine, folder: str, dtype: str, change: Change = lambda same: same) -> str:
     """What the check says of a backbone that is placed, an adapter attached."""
     config = BackboneConfig(name=folder, dtype=dtype)  # type: ignore[arg-type]
-    blueprint = change(backbone.read_blueprint(config))
+    blueprint = change(read_blueprint(config))
     model = engine.build(config, blueprint)
     attach(model, AdapterConfig(n_skills=2, n_splits=2), tasks=["a"])
     model = engine.prepare(model, config)
@@ -63,11 +64,11 @@ def main() -> None:
     replicated = Engine({}, timeout_seconds=60)
     source = CountingSource(None)
 
-    def count(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+    def count(blueprint: Blueprint) -> Blueprint:
         source.source = blueprint.source
         return replace(blueprint, source=source)
 
-    def tie_on_one(blueprint: backbone.Blueprint) -> backbone.Blueprint:
+    def tie_on_one(blueprint: Blueprint) -> Blueprint:
         return tie_head(blueprint) if replicated.rank == 1 else blueprint
 
     found = {

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from mhr_scale import launching, stopping
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import DataError
-from mhr_scale.launching import main
-from mhr_scale.trainer import Trainer
+from mhr_scale.run import stopping
+from mhr_scale.training.trainer import Trainer
+from mhr_scale.verbs import launching
+from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
 words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]

@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from mhr_scale import launching
+from mhr_scale.verbs import launching
 
 leave = launching.leave
 

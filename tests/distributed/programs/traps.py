@@ -13,13 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from mhr_scale import backbone
 from mhr_scale.adapters import Adapter, attach
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import EngineError
-from mhr_scale.launching import guarded
-from mhr_scale.losses import language_model
+from mhr_scale.passes.losses import language_model
+from mhr_scale.verbs.launching import guarded
 
 TIMEOUT = 77.0
 MAX_LIVE = 20_000
@@ -60,7 +60,7 @@ class Counter:
 
 def build(engine: Engine, folder: str, recompute: str) -> tuple[Any, Any, Adapter]:
     config = BackboneConfig(name=folder, dtype="float32", recompute=recompute)
-    model = engine.build(config, backbone.read_blueprint(config))
+    model = engine.build(config, read_blueprint(config))
     adapter = attach(model, ADAPTER, tasks=TASKS)
     generator = torch.Generator().manual_seed(3)
     for parameter in adapter.parameters():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mhr_scale import backbone
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig, OriginConfig
 from mhr_scale.verbs.convert import convert
 
@@ -53,7 +53,7 @@ class Watch(threading.Thread):
 def write_source(folder: Path) -> tuple[int, int]:
     """A checkpoint as the hub has it; returns its size and its largest tensor's, in bytes."""
     fields = {name: value for name, value in CARD.items() if name != "model_type"}
-    source = backbone.read_blueprint(BackboneConfig(config=fields)).source
+    source = read_blueprint(BackboneConfig(config=fields)).source
     tensors = {name: 0.1 * torch.randn(source.shape(name)) for name in source.names()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CARD))

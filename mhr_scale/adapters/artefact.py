@@ -1,0 +1,260 @@
+"""The artefact: `adapter.safetensors` (whole float32 tensors, strict names) and `adapter.json`.
+
+Tensors are stored per linear, `<linear>.A`, `<linear>.B` or `<linear>.l`, and per routing group,
+`<group>.routing_logits` of shape (T, Q, S). The JSON file holds what is needed to rebuild the
+adapter without the recipe, and the hash of the tensor file, so that a torn pair is noticed.
+"""
+
+import filecmp
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
+from mhr_scale.adapters.sites import Site, find_sites
+from mhr_scale.errors import AdapterError, UserError
+from mhr_scale.recipe import typed
+from mhr_scale.run.files import hash_file, put_in_place, read_object, write_json
+
+SCHEMA = 1
+TENSORS = "adapter.safetensors"
+CARD = "adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What `adapter.json` says of an adapter."""
+
+    adapter: AdapterConfig
+    sites: tuple[Site, ...]
+    task_names: tuple[str, ...]
+    step: int = 0
+    backbone: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All stored tensors by name; views into the adapter's parameters."""
+    tensors = dict(adapter.inventory.named_tensors())
+    if adapter.routing_logits is not None:
+        for number, group in enumerate(adapter.groups):
+            tensors[f"{group}.routing_logits"] = adapter.routing_logits.data[:, number]
+    return tensors
+
+
+def save(
+    adapter: Adapter,
+    folder: Path | str,
+    *,
+    step: int = 0,
+    backbone: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the artefact into `folder` (made if missing) and return the folder.
+
+    Each file is replaced whole; tensors first, then the card that carries their hash. The same
+    adapter gives the same bytes (the order of several metadata entries would vary).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in named_tensors(adapter).items()
+    }
+    partial = folder / f".{TENSORS}.tmp"
+    save_file(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
+    digest = hash_file(partial)
+    put_in_place(partial, folder / TENSORS)
+    card = {
+        "schema": SCHEMA,
+        "method": adapter.config.method,
+        "step": step,
+        "adapter": asdict(adapter.config),
+        "task_names": list(adapter.task_names),
+        "backbone": dict(backbone or {}),
+        "origin": dict(origin or {}),
+        "sites": [asdict(site) for site in adapter.sites],
+        "tensors": {name: list(tensor.shape) for name, tensor in sorted(tensors.items())},
+        "sha256": digest,
+    }
+    write_json(folder / CARD, card)
+    return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    """Put the artefact of one folder into another, as `save` does; nothing where it is there."""
+    names = (TENSORS, CARD)
+    if all((target / n).is_file() and _is_same(source / n, target / n) for n in names):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        partial = target / f".{name}.tmp"
+        shutil.copyfile(source / name, partial)
+        put_in_place(partial, target / name)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return filecmp.cmp(one, other, shallow=False)
+
+
+def find(path: Path | str) -> Path:
+    """Return the folder that holds the artefact: `path` itself, or a run folder's `adapter/`."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / CARD).is_file():
+            return folder
+    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter")
+
+
+def read_card(path: Path | str) -> Card:
+    """Read `adapter.json`; raises `AdapterError` if it is missing, broken or of another schema."""
+    file = find(path) / CARD
+    card = read_object(file, AdapterError)
+    try:
+        if card["schema"] != SCHEMA:
+            raise AdapterError(f"{file}: schema {card['schema']}, this version reads {SCHEMA}")
+        return _make_card(card)
+    except AdapterError:
+        raise
+    except UserError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{file}: not a readable adapter card ({error!r})") from error
+
+
+def _make_card(card: dict[str, Any]) -> Card:
+    """The card that a file holds; raises `KeyError`, `TypeError` or `ConfigError` if it is none."""
+    sites = [typed.build(Site, site, name=f"sites.{n}") for n, site in enumerate(card["sites"])]
+    names, origin = card["task_names"], card["origin"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("task_names are no list of names")
+    if type(card["step"]) is not int:
+        raise TypeError(f"step is {card['step']!r}")
+    for key in ("backbone", "origin"):
+        if not isinstance(card[key], dict):
+            raise TypeError(f"{key} is {card[key]!r}, no object")
+    for key in ("format", "backbone"):
+        if not isinstance(origin.get(key, ""), str):
+            raise TypeError(f"origin.{key} is {origin[key]!r}")
+    return Card(
+        adapter=typed.build(AdapterConfig, card["adapter"], name="adapter"),
+        sites=tuple(sites),
+        task_names=tuple(names),
+        step=card["step"],
+        backbone=card["backbone"],
+        origin=origin,
+    )
+
+
+def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
+    """Load an artefact strictly; with `model`, attach it there.
+
+    `path` is an adapter folder or a run folder. Raises `AdapterError` if a tensor is missing,
+    extra, of another shape or not finite, if the files do not belong together, or if the
+    adapter was made for a backbone with other linears.
+    """
+    folder = find(path)
+    card = read_card(folder)
+    tensors = _read_tensors(folder)
+    place = str(folder / TENSORS)
+    check_size(card.adapter, card.sites, len(card.task_names), tensors, place=str(folder / CARD))
+    if model is None:
+        try:
+            adapter = Adapter(card.adapter, card.sites, task_names=card.task_names)
+        except UserError as error:
+            raise AdapterError(f"{folder / CARD}: {error}") from error
+        load_tensors(adapter, tensors, place=place)
+        return adapter
+    check_bare(model)
+    check_backbone(folder, card, model)
+    adapter = attach(model, card.adapter, tasks=card.task_names)
+    try:
+        load_tensors(adapter, tensors, place=place)
+    except AdapterError:
+        detach(model)
+        raise
+    return adapter
+
+
+def check_size(
+    config: AdapterConfig,
+    sites: Sequence[Site],
+    n_tasks: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    place: str,
+) -> None:
+    """Raise `AdapterError` before memory is asked for that no adapter of these tensors needs."""
+    widths = sum(abs(site.in_features) + abs(site.out_features) for site in sites)
+    pairs = config.n_skills * (n_tasks if config.private else 1)
+    wanted = widths * pairs * config.rank + n_tasks * len(sites) * config.n_splits * config.n_skills
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 1000 * (stored + 1000) or any(
+        min(site.in_features, site.out_features) < 1 for site in sites
+    ):
+        raise AdapterError(
+            f"{place}: describes an adapter of up to {wanted} numbers, {stored} are stored"
+        )
+
+
+@torch.no_grad()
+def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], *, place: str) -> None:
+    """Copy `tensors` into `adapter`, all or nothing; `place` names their source in errors."""
+    own = named_tensors(adapter)
+    faults = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    faults += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            faults.append(f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+        elif not bool(tensors[name].isfinite().all()):
+            faults.append(f"{name} holds NaN or infinity")
+    if faults:
+        listed = "; ".join(sorted(faults)[:5])
+        raise AdapterError(f"{place}: {len(faults)} tensor(s) do not fit: {listed}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
+    if not file.is_file():
+        raise AdapterError(f"{file}: missing, though {CARD} is there; copy the folder whole")
+    expected = read_object(folder / CARD, AdapterError).get("sha256")
+    if hash_file(file) != expected:
+        raise AdapterError(
+            f"{file}: its hash is not the one in {CARD}: it is damaged, or the two files come "
+            "from different saves; take both from one complete folder under steps/"
+        )
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a safetensors file ({error})") from error
+
+
+def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
+    """Raise `AdapterError` if the model's linears are not those the adapter was made for."""
+    sites = find_sites(model, card.adapter.layout)
+    if sites == card.sites:
+        return
+    there = {site.name: (site.in_features, site.out_features) for site in sites}
+    for site in card.sites:
+        if there.get(site.name) != (site.in_features, site.out_features):
+            found = there.get(site.name, "nothing")
+            raise AdapterError(
+                f"{folder}: made for another backbone: {site.name} is "
+                f"{(site.in_features, site.out_features)} there, {found} here "
+                f"({len(card.sites)} linears there, {len(sites)} here); trained on "
+                f"{card.backbone.get('name') or 'random weights'}"
+            )
+    raise AdapterError(
+        f"{folder}: made for another backbone: layout '{card.adapter.layout}' has "
+        f"{len(card.sites)} linears there, {len(sites)} here"
+    )

@@ -1,0 +1,1 @@
+"""Where frozen weights come from: hub, files, ties, conversion, quantising, the tokenizer."""

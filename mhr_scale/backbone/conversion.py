@@ -1,0 +1,121 @@
+"""A backbone's weights written anew: one data type, tied tensors once, in indexed safetensors.
+
+Memory holds one chunk of a tensor at a time, whatever the size of tensors, shards and backbone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from mhr_scale.backbone import fingerprint
+from mhr_scale.backbone.blueprint import Blueprint, is_equal, tied_names
+from mhr_scale.backbone.manifest import Fingerprint, hash_files
+from mhr_scale.backbone.merging import plan_weights
+from mhr_scale.backbone.shards import (
+    DTYPES,
+    FileFacts,
+    Weight,
+    name_shard,
+    plan_shards,
+    write_index,
+    write_shard,
+)
+from mhr_scale.errors import BackboneError
+from mhr_scale.run.runlog import ByteProgress
+
+#: Share of the host's free memory that a second reading of the backbone may take.
+FREE_SHARE = 0.7
+
+
+def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
+    """The tensors to write, and the names of the source that have no place in a T5; few are read.
+
+    Raises `BackboneError` if the weights do not fit their configuration, are no floats, or a copy
+    of the embedding is none.
+    """
+    weights, source = plan_weights(blueprint, dtype), blueprint.source
+    for weight in weights:
+        stored = source.read(weight.name, 0, 1).dtype
+        if stored not in DTYPES:
+            raise BackboneError(
+                f"{source.file(weight.name)}: {weight.name} is {stored}, which is no weight's data "
+                "type; convert the original, not a quantised copy"
+            )
+    tied = tied_names(blueprint)
+    for name, own in tied.items():
+        if name in source.names() and not is_equal(source, name, own):
+            raise BackboneError(
+                f"{source.file(name)}: {name} differs from {own}, and T5 has one embedding; "
+                "fetch it again"
+            )
+    written = {weight.name for weight in weights}
+    return weights, sorted(source.names() - written - tied.keys())
+
+
+@torch.no_grad()
+def write_weights(
+    folder: Path, *, blueprint: Blueprint, weights: Sequence[Weight], max_shard_bytes: int
+) -> dict[str, FileFacts]:
+    """Write shards and their index, under a progress bar; returns sizes and hashes of the files.
+
+    Raises `BackboneError` if a number is not finite, or not any more in its new data type.
+    """
+    shards = plan_shards(weights, max_shard_bytes)
+    progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="convert")
+
+    def read(weight: Weight, start: int, stop: int) -> Tensor:
+        stored = blueprint.source.read(weight.name, start, stop)
+        cast = stored.to(weight.dtype)
+        # a sum is finite only if its terms are; float64 leaves room for all sums of finite terms
+        if not torch.isfinite(cast.sum(dtype=torch.float64)):
+            raise _not_finite(blueprint, weight, start, stored, cast)
+        return cast
+
+    facts: dict[str, FileFacts] = {}
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = name_shard(number, len(shards))
+        facts[file] = write_shard(folder / file, shard, read, advance=progress.add)
+        places |= dict.fromkeys((weight.name for weight in shard), file)
+    progress.close()
+    write_index(folder, weights, places)
+    return facts
+
+
+def _not_finite(
+    blueprint: Blueprint, weight: Weight, start: int, stored: Tensor, cast: Tensor
+) -> BackboneError:
+    place = int((~torch.isfinite(cast)).nonzero()[0])
+    value = float(stored[place])
+    dtype = str(weight.dtype).removeprefix("torch.")
+    fault = f"which {dtype} cannot hold" if torch.isfinite(stored[place]) else "which is no weight"
+    return BackboneError(
+        f"{blueprint.source.file(weight.name)}: element {start + place} of {weight.name} is "
+        f"{value:g}, {fault}; " + ("set dtype: float32" if "cannot" in fault else "fetch it again")
+    )
+
+
+def hash_companions(folder: Path, known: dict[str, FileFacts]) -> dict[str, FileFacts]:
+    """Sizes and hashes of all files of a folder, of which some are known."""
+    files = {file.name: file for file in sorted(folder.iterdir()) if file.name not in known}
+    return {**known, **hash_files(files, what="hash")}
+
+
+def is_room(weights: Sequence[Weight]) -> bool:
+    """Whether the host's free memory takes the whole backbone."""
+    needed = sum(weight.n_bytes for weight in weights)
+    return bool(needed <= FREE_SHARE * psutil.virtual_memory().available)
+
+
+def check_answer(stored: Fingerprint, found: Fingerprint, *, what: str) -> float:
+    """The difference of two float32 fingerprints; raises `BackboneError` if it is no rounding."""
+    measured = fingerprint.difference(stored, found)
+    limit = fingerprint.TOLERANCES["float32"]
+    if measured > limit:
+        raise BackboneError(
+            f"the logits of {what} differ by {measured:.2g} of their spread, more than {limit:g}"
+        )
+    return measured

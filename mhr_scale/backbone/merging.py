@@ -1,0 +1,133 @@
+"""The merged backbone: an adapter added into the weights, written as safetensors shards.
+
+Shape letters: I in features, O out features, R rank.
+
+Weights come tensor by tensor from the backbone's source, whatever placement they were trained in;
+memory holds one shard and one linear in float32 at a time.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhr_scale.adapters import Adapter, artefact
+from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
+from mhr_scale.backbone.shards import Weight, name_shard, plan_shards, write_index
+from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.weights import SafetensorsSource, read_whole
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError
+from mhr_scale.run.files import read_object, write_json
+from mhr_scale.run.runlog import Progress
+
+#: Files of a backbone folder that belong to a merged one too.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
+
+
+def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
+    """The tensors of a merged backbone in its own order, tied ones once; no weight is read.
+
+    Raises `BackboneError` if the weights do not fit their configuration.
+    """
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    return [
+        Weight(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=getattr(torch, dtype) if dtype else blueprint.source.read(name, 0, 1).dtype,
+        )
+        for name, parameter in plan_copies(model, blueprint.source).items()
+    ]
+
+
+def merge(name: str, weight_OI: Tensor, pairs: Mapping[str, Tensor], *, scale: float) -> Tensor:
+    """The weight `name` with what a single adapter stores for it added in, in float32.
+
+    W + scale * (A B)^T, or the rows of W scaled by an (IA)3 vector; other weights as they are.
+    """
+    linear = name.removesuffix(".weight")
+    if f"{linear}.l" in pairs:
+        return weight_OI.float() * pairs[f"{linear}.l"].float().flatten()[:, None]
+    if f"{linear}.A" in pairs:
+        a_IR, b_RO = (pairs[f"{linear}.{side}"][0, 0].float() for side in "AB")
+        return weight_OI.float() + (a_IR @ (b_RO * scale)).T
+    return weight_OI
+
+
+@torch.no_grad()
+def write_merged(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    blueprint: Blueprint,
+    weights: Sequence[Weight],
+    max_shard_bytes: int,
+) -> None:
+    """Write the weights of `blueprint` with a single adapter in them; each is rounded once.
+
+    Memory: one shard, and the tensor in work in float32.
+    """
+    pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
+    shards = plan_shards(weights, max_shard_bytes)
+    files, progress = {}, Progress(len(shards), start=0, what="merge", unit="shard")
+    for number, shard in enumerate(shards, 1):
+        file = name_shard(number, len(shards)) if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for weight in shard:
+            stored = read_whole(blueprint.source, weight.name)
+            merged = merge(weight.name, stored, pairs, scale=scale)
+            tensors[weight.name] = merged.to(weight.dtype).contiguous()
+            files[weight.name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        progress.advance(file)
+    progress.close()
+    if len(shards) > 1:
+        write_index(folder, weights, files)
+
+
+def write_companions(
+    folder: Path, *, blueprint: Blueprint, settings: BackboneConfig, weights: Sequence[Weight]
+) -> None:
+    """Write the configuration, generation settings and tokenizer beside merged weights.
+
+    The configuration is the backbone's own: whether its logits are scaled is told by what it says
+    of tied embeddings, and whether they are tied by the names of the weights.
+    """
+    raw: dict[str, Any] = {"model_type": "t5", **blueprint.facts.get("config", {})}
+    if blueprint.folder is not None:
+        raw = read_object(blueprint.folder / "config.json", BackboneError)
+    raw["architectures"] = [blueprint.model_class.__name__]
+    if raw.get("decoder_start_token_id") is None:
+        raw["decoder_start_token_id"] = blueprint.model_config.decoder_start_token_id
+    raw.pop("dtype", None)
+    largest = max(weights, key=lambda weight: weight.n_bytes)
+    raw["torch_dtype"] = str(largest.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", raw)
+    if settings.tokenizer or blueprint.folder is None:
+        load_tokenizer(settings, blueprint).save_pretrained(folder)
+    if blueprint.folder is not None:
+        for pattern in COMPANIONS:
+            for file in sorted(blueprint.folder.glob(pattern)):
+                if not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+
+
+def with_weights(blueprint: Blueprint, file: Path) -> Blueprint:
+    """The same backbone with the weights that a job of kind backbone trained and left in `file`."""
+    if not file.is_file():
+        raise BackboneError(f"{file}: missing, though the job trained it; copy the folder whole")
+    return replace(blueprint, source=SafetensorsSource([file]), manifest=None)

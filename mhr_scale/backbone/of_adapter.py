@@ -1,0 +1,86 @@
+"""The backbone that an adapter was trained on, and whether the two fit; no weight is read."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhr_scale.adapters import find_sites
+from mhr_scale.adapters.artefact import Card, check_backbone
+from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.sites import check_splits
+from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import AdapterError, BackboneError, ConfigError
+from mhr_scale.recipe import typed
+
+
+def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
+    """What an adapter's card says of the backbone it was trained on."""
+    settings = {name: getattr(config, name) for name in ("dtype", "quantise", "tokenizer")}
+    return {**blueprint.facts, **settings}
+
+
+def backbone_of(
+    adapter: str,
+    card: Card,
+    moved_to: str | None,
+    *,
+    dtype: str | None = None,
+    quantise: str | None = None,
+) -> BackboneConfig:
+    """The backbone an adapter was trained on, which may have moved since.
+
+    `dtype` and `quantise` override what it was trained in. Raises `AdapterError` if the adapter
+    does not tell, or belongs to weights of its own.
+    """
+    facts = card.backbone
+    if "backbone" in card.origin:
+        raise AdapterError(
+            f"{adapter}: was trained together with the backbone's weights, in "
+            f"{card.origin['backbone']} beside it: over other weights it is worth nothing"
+        )
+    known = {item.name for item in fields(BackboneConfig)}
+    settings = {key: value for key, value in facts.items() if key in known}
+    if moved_to is not None:
+        settings["name"] = moved_to
+    overrides = {"dtype": dtype, "quantise": quantise}
+    settings |= {key: value for key, value in overrides.items() if value is not None}
+    if not settings.get("name") and not settings.get("config"):
+        raise AdapterError(
+            f"{adapter}: does not say which backbone it was trained on; set backbone_moved_to"
+        )
+    try:
+        return typed.build(BackboneConfig, settings, name="backbone")
+    except (TypeError, ConfigError) as error:
+        raise AdapterError(f"{adapter}: its card says what cannot be: {error}") from error
+
+
+def blueprint_of(adapter: str | None, config: BackboneConfig) -> Blueprint:
+    """The backbone that an adapter names (None: a recipe does), read but for its weights.
+
+    Raises `BackboneError`, which names the adapter where its backbone is not found.
+    """
+    try:
+        return read_blueprint(config)
+    except BackboneError as error:
+        if adapter is None or not str(error).startswith("backbone.name: "):
+            raise
+        raise BackboneError(
+            f"{adapter}: its backbone: {error}; set backbone_moved_to if it has moved"
+        ) from error
+
+
+def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:
+    """Raise `AdapterError` if an adapter was made for another backbone; no weight is read."""
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    check_backbone(Path(adapter), card, model)
+
+
+def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
+    """Raise `LayoutError` if the adapter does not fit the backbone, before any weight is read."""
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    check_splits(find_sites(model, config.layout), n_splits=config.n_splits, kind=config.kind)

@@ -1,0 +1,169 @@
+"""Safetensors files: written as a stream that holds no tensor, and what a cut file lacks.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: data type, shape and
+place of every tensor), and the tensors' bytes one after the other without a gap.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhr_scale.errors import RunError
+from mhr_scale.run.files import write_json
+
+#: Data types by their names in a header.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+#: A header's length is a multiple of this, so that tensors lie on their own width.
+ALIGNMENT = 8
+#: Longest header that the library reads, in bytes.
+LONGEST_HEADER = 100_000_000
+METADATA = "__metadata__"
+INDEX = "model.safetensors.index.json"
+#: Elements that are in memory at a time while a file is written.
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One tensor of a file: its name, shape and data type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return self.numel * self.dtype.itemsize
+
+
+def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
+    """Weights in order, cut into files of `max_bytes` at most; a larger tensor has its own."""
+    shards: list[list[Weight]] = []
+    size = 0
+    for weight in weights:
+        if not shards or size + weight.n_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.n_bytes
+    return shards
+
+
+def name_shard(number: int, n_shards: int) -> str:
+    """The name of a file of several, counted from 1, as transformers calls it."""
+    return f"model-{number:05d}-of-{n_shards:05d}.safetensors"
+
+
+def write_index(folder: Path, weights: Sequence[Weight], places: Mapping[str, str]) -> None:
+    """Write which file holds each weight, as transformers reads it."""
+    size = sum(weight.n_bytes for weight in weights)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(places)})
+
+
+def check_free_space(folder: Path, weights: Sequence[Weight], *, what: str) -> None:
+    """Raise `RunError` if the disk below `folder` has no room for the weights."""
+    needed = sum(weight.n_bytes for weight in weights)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"folder: {what} takes {needed / 1e9:.1f} GB and {folder} has "
+            f"{free / 1e9:.1f} GB left; name a folder on another disk"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFacts:
+    """Size in bytes and sha256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_shard(
+    file: Path,
+    weights: Sequence[Weight],
+    read: Callable[[Weight, int, int], Tensor],
+    *,
+    advance: Callable[[str, int], None],
+) -> FileFacts:
+    """Write a safetensors file, flushed to disk, of which one chunk is in memory at a time.
+
+    `read` gives elements [start, stop) of a flattened tensor; `advance` hears of every chunk's
+    tensor and bytes. Entries of several data types have to come widest first.
+    """
+    digest, size = hashlib.sha256(), 0
+    with file.open("wb") as out:
+
+        def put(data: Any) -> None:
+            nonlocal size
+            digest.update(data)
+            size += out.write(data)
+
+        put(_header(weights))
+        for weight in weights:
+            for start in range(0, weight.numel, CHUNK):
+                chunk = read(weight, start, min(start + CHUNK, weight.numel))
+                assert chunk.dtype == weight.dtype
+                put(chunk.contiguous().view(torch.uint8).numpy().data)
+                advance(weight.name, chunk.nbytes)
+        out.flush()
+        os.fsync(out.fileno())
+    return FileFacts(bytes=size, sha256=digest.hexdigest())
+
+
+def _header(weights: Sequence[Weight]) -> bytes:
+    """The first bytes of a file, up to its first tensor."""
+    table: dict[str, Any] = {METADATA: {"format": "pt"}}
+    start = 0
+    for weight in weights:
+        table[weight.name] = {
+            "dtype": DTYPES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [start, start + weight.n_bytes],
+        }
+        start += weight.n_bytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def first_cut(file: Path) -> str | None:
+    """What a safetensors file that ends too early lacks first; None if its end is not the fault."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > LONGEST_HEADER:
+                return None
+            if size < 8 + length:
+                return f"it ends in its header, after {size} of {8 + length} bytes"
+            table = json.loads(stream.read(length))
+        places = [(*map(int, v["data_offsets"]), k) for k, v in table.items() if k != METADATA]
+        places = [(start, stop, name) for start, stop, name in places]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    for start, stop, name in sorted(places):
+        if 8 + length + stop > size:
+            there = max(0, size - 8 - length - start)
+            return f"it ends in {name}, of which {there} of {stop - start} bytes are there"
+    return None

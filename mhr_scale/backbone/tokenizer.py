@@ -1,0 +1,64 @@
+"""The backbone's tokenizer, found good."""
+
+from typing import Any
+
+from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.hub import TOKENIZER_FILES, find_folder
+from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError, first_line
+
+#: A text whose characters hardly any vocabulary holds.
+UNSEEN = "\u16a0\ue000\U0001f9a4"
+
+
+def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
+    """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings.
+
+    Raises `BackboneError` if it cannot be read. Without its files transformers would give a
+    tokenizer that knows no words, and no error.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    name = config.tokenizer or ("byt5" if blueprint.folder is None else None)
+    if name == "byt5":
+        tokenizer = ByT5Tokenizer()
+    else:
+        folder = blueprint.folder
+        if name is not None:
+            folder = find_folder(name, None, setting="backbone.tokenizer", files=TOKENIZER_FILES)
+        assert folder is not None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise BackboneError(
+                f"{folder}: no readable tokenizer ({first_line(error)}); set backbone.tokenizer"
+            ) from error
+        wanted = sorted(set(tokenizer.vocab_files_names.values()))
+        if wanted and not any((folder / file).is_file() for file in wanted):
+            raise BackboneError(
+                f"{folder}: no tokenizer here ({' or '.join(wanted)}); set backbone.tokenizer"
+            )
+    is_own = name is None
+    place = f"{blueprint.folder}: its tokenizer" if is_own else "backbone.tokenizer:"
+    way_out = "set backbone.tokenizer" if is_own else "choose the backbone's own tokenizer"
+    _check_tokenizer(tokenizer, blueprint.model_config.vocab_size, place=place, way_out=way_out)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int, *, place: str, way_out: str) -> None:
+    """Raise `BackboneError` if texts cannot be told apart from padding, or do not fit."""
+    for token in ("pad_token", "eos_token"):
+        if getattr(tokenizer, token) is None:
+            raise BackboneError(f"{place} has no {token}; {way_out}")
+    n_pieces = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if n_pieces > vocab_size:
+        verb = " has" if place.endswith("tokenizer") else ""
+        raise BackboneError(
+            f"{place}{verb} {n_pieces} pieces, the backbone embeds only {vocab_size}; {way_out}"
+        )
+    try:
+        tokenizer(["a text", UNSEEN], add_special_tokens=False)
+    except Exception as error:
+        raise BackboneError(
+            f"{place} cannot read every text ({first_line(error)}); {way_out}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Processes and placement of the backbone; the only room that imports DeepSpeed."""

@@ -1,0 +1,251 @@
+"""Processes, placement of the backbone, and the one collective of a step.
+
+The only module that imports deepspeed. DeepSpeed carries the frozen weights (ZeRO-3 sharding,
+gathering, offload); it never sees an adapter parameter, so it cannot partition, cast or reduce one.
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mhr_scale.adapters.linear import AdaptedLinear, Siblings
+from mhr_scale.backbone import quantise
+from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
+from mhr_scale.backbone.modes import (
+    fuse,
+    order_gradients,
+    require_input_gradients,
+    set_dropout,
+    set_recompute,
+)
+from mhr_scale.config import BackboneConfig
+from mhr_scale.engine import nvme
+from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
+from mhr_scale.engine.filling import fill
+from mhr_scale.errors import EngineError
+from mhr_scale.run import stopping
+from mhr_scale.run.runlog import rank, ranks_here, world_size
+
+
+class Engine:
+    """One process of a run: its rank, its device, and the backbone in its placement."""
+
+    def __init__(self, ds_content: dict[str, Any], *, timeout_seconds: float) -> None:
+        self.rank = rank()
+        self.world_size = world_size()
+        self.is_sharded = is_sharded(ds_content)
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self._ds_content = ds_content
+        self._runtime: Any = None
+        self._sequence: _ModuleSequence | None = None
+        self._patient: Any = None
+        on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        self.device = torch.device("cpu")
+        if not on_gpu and self.world_size > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
+        if on_gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1 or self.is_sharded:
+            self._join()
+
+    @property
+    def placement(self) -> str:
+        """`replicated` or `zero3`."""
+        return "zero3" if self.is_sharded else "replicated"
+
+    def _join(self) -> None:
+        """Join the process group, with a timeout, and with no compiled collective on CPU."""
+        deepspeed = import_deepspeed()
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        join = partial(dist.init_process_group, backend, timeout=self.timeout)
+        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:  # no launcher
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            join(store=dist.HashStore(), rank=0, world_size=1)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0":  # torchrun's store may still have the addresses of ranks that are gone
+            store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            join(store=store, rank=self.rank, world_size=self.world_size)
+        deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
+
+    # -- backbone ------------------------------------------------------------------------------
+
+    def build(self, config: BackboneConfig, blueprint: Blueprint) -> nn.Module:
+        """Build and fill the frozen backbone in its placement.
+
+        Sharded from construction: under ZeRO-3 each rank reads and holds its own flat range of
+        each tensor only.
+        """
+        if self.is_sharded:
+            assert config.quantise == "none", "quantise.check comes first"
+            deepspeed = import_deepspeed()
+            op = deepspeed.ops.op_builder.AsyncIOBuilder()
+            nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
+            ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
+            with deepspeed.zero.Init(config_dict_or_path=ds_config):
+                model = make_model(blueprint)
+        else:
+            with torch.device("meta"):
+                model = make_model(blueprint).to(getattr(torch, config.dtype))
+            quantise.allocate(model, config.quantise, self.device)
+            tie(model, blueprint)
+            model.requires_grad_(False)
+        self._fill(model, config, blueprint)
+        fuse(model, config)
+        set_dropout(model, config.dropout)
+        set_recompute(model, config.recompute)
+        return model
+
+    def _fill(self, model: nn.Module, config: BackboneConfig, blueprint: Blueprint) -> None:
+        rank = self.rank if self.is_sharded else None
+        fill(model, blueprint.source, kind=config.quantise, rank=rank, device=self.device)
+
+    def prepare(
+        self, model: nn.Module, config: BackboneConfig, *, always_backward: bool = False
+    ) -> nn.Module:
+        """Install the runtime that gathers sharded weights; adapters must sit in place already.
+
+        Collective. Returns the module to call. A replicated model only learns to sum gradients in
+        the order of a sharded one, where siblings gather their weights together. `always_backward`
+        makes every backward pass run through every sharded module, whichever of them have an
+        adapter: ranks with other adapters stay in step.
+        """
+        if not self.is_sharded:
+            order_gradients(model)
+            return model
+        if always_backward:
+            require_input_gradients(model)
+        deepspeed = import_deepspeed()
+        for part in model.modules():
+            if isinstance(part, AdaptedLinear | Siblings):
+                deepspeed.utils.set_z3_leaf_module(part, True)
+        ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
+        self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        module: nn.Module = self._runtime.module
+        if self.world_size > 1:
+            self._sequence = _ModuleSequence(module)
+        return module
+
+    def after_backward(self) -> None:
+        """Release gathered weights that no backward hook released. Call after each backward pass.
+
+        A block whose input needs no gradient never sees its hook; its weights would stay whole.
+        """
+        if self._runtime is not None:
+            self._runtime.optimizer.release_backward_leftovers()
+
+    def check_same_modules(self) -> None:
+        """Raise `EngineError` if ranks ran different modules in the first step. Collective.
+
+        Under ZeRO-3 such ranks gather different weights into each other and go on with wrong
+        numbers; this stops them before the first update. Later calls return at once.
+        """
+        if self._sequence is None:
+            return
+        mine = self._sequence.finish()
+        self._sequence = None
+        if len({value for value in self.gather_objects(mine)}) > 1:
+            raise EngineError(
+                "ranks ran different modules in the first step, and under ZeRO-3 all must run the "
+                "same ones; have the same versions and backbone on every machine, or leave "
+                "run.ds_config out"
+            )
+
+    def free_bytes(self) -> float:
+        """Memory that this process may still fill: of its GPU, or its share of the host's."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.mem_get_info(self.device)[0])
+        here = psutil.virtual_memory().available
+        return here / ranks_here()
+
+    # -- collectives: every rank must call them ----------------------------------------------
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def open_patient_group(self) -> None:
+        """Prepare `wait_for_all`. Collective: call it while the ranks are still together."""
+        if self.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait_for_all(self) -> None:
+        """Wait for ranks that may be hours behind: other collectives give up after the timeout."""
+        if self._patient is not None:
+            work = dist.barrier(group=self._patient, async_op=True)
+            stopping.wait_for(work, "all jobs of this rank are finished")
+
+    def check_equal(self, tensors: Sequence[Tensor], *, what: str) -> None:
+        """Raise `EngineError` if the tensors differ between ranks, bit for bit. Collective."""
+        digest = 0
+        for tensor in tensors:
+            data = tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy()
+            digest = zlib.crc32(data.tobytes(), digest)
+        values = self.gather_objects(digest)
+        if len(set(values)) > 1:
+            raise EngineError(
+                f"{what} differ between ranks (checksums {values}); start again from the last save"
+            )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _ModuleSequence:
+    """A running checksum of the names of the modules a rank runs forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._digest = 0
+        self._handles = [
+            module.register_forward_pre_hook(self._note(name))
+            for name, module in model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+
+    def _note(self, name: str) -> Any:
+        def note(module: nn.Module, inputs: Any) -> None:
+            self._digest = zlib.crc32(name.encode(), self._digest)
+
+        return note
+
+    def finish(self) -> int:
+        """Take the hooks off and return the checksum."""
+        for handle in self._handles:
+            handle.remove()
+        return self._digest

@@ -1,0 +1,96 @@
+"""Filling a frozen backbone: each rank reads its own range of each tensor, and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.backbone import quantise
+from mhr_scale.backbone.blueprint import plan_copies
+from mhr_scale.backbone.weights import WeightSource, read_whole
+from mhr_scale.engine import nvme
+from mhr_scale.errors import EngineError
+from mhr_scale.run.runlog import ByteProgress
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, source: WeightSource, *, kind: str, rank: int | None, device: torch.device
+) -> None:
+    """Copy every weight of a source into its place, under a progress bar.
+
+    `rank` is this process's number among those that a ZeRO-3 model is sharded over, None for a
+    replicated one, whose linears that are still on the meta device get quantised to `kind`.
+    """
+    copies = plan_copies(model, source)
+    total = sum(_held_bytes(parameter, rank) for parameter in copies.values())
+    progress = ByteProgress(total, what="read backbone")
+    for name, parameter in copies.items():
+        if rank is None:
+            _fill_whole(model, name, parameter, source, kind=kind, device=device)
+        else:
+            with nvme.in_memory(parameter):
+                _fill_shards(name, parameter, source, rank=rank)
+        progress.add(name, _held_bytes(parameter, rank))
+    progress.close()
+
+
+def _fill_whole(
+    model: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    source: WeightSource,
+    *,
+    kind: str,
+    device: torch.device,
+) -> None:
+    held = parameter.data
+    read = read_whole(source, name)
+    if held.is_meta:
+        quantise.put(model, name, read.to(held.dtype), kind, device)
+    else:
+        held.copy_(read)
+
+
+def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) -> None:
+    for held, number in shards_of(parameter, rank):
+        start, stop = share(number, held.numel(), whole=parameter.ds_numel)
+        held.zero_()
+        if stop > start:
+            held[: stop - start].copy_(source.read(name, start, stop))
+
+
+def _held_bytes(parameter: Any, rank: int | None) -> int:
+    """Bytes of a parameter that a rank holds, in memory or on NVMe."""
+    if rank is None:
+        return int(parameter.data.nbytes)
+    if nvme.is_swapped(parameter):
+        return int(parameter.ds_tensor.ds_numel * parameter.element_size())
+    return sum(held.nbytes for held, _ in shards_of(parameter, rank))
+
+
+def share(number: int, n_held: int, *, whole: int) -> tuple[int, int]:
+    """The range [start, stop) of a flattened tensor of `whole` elements in shard `number`.
+
+    Every shard has `n_held` elements; the last ones end in padding where those are too many.
+    """
+    start = min(number * n_held, whole)
+    return start, min(start + n_held, whole)
+
+
+def shards_of(parameter: Any, rank: int) -> list[tuple[Tensor, int]]:
+    """What a rank holds of a ZeRO-3 parameter, flat, and the numbers of these shards.
+
+    Under ZeRO++ it is also a second shard, among the ranks of a node, that DeepSpeed makes once
+    from a frozen weight and believes for ever. Raises `EngineError` if shards are quantised.
+    """
+    second = getattr(parameter, "ds_secondary_tensor", None)
+    shards = [(parameter.ds_tensor, rank)]
+    if second is not None:
+        shards.append((second, rank % parameter.ds_secondary_tensor_group_size))
+    if any(hasattr(shard, "ds_quant_scale") for shard, _ in shards):
+        raise EngineError(
+            "zero_optimization.zero_quantized_nontrainable_weights: weights are read into plain "
+            "shards; set it to false (backbone.quantise quantises replicated backbones)"
+        )
+    return [(shard.data, number) for shard, number in shards]

@@ -1,0 +1,1 @@
+"""Stock PEFT and transformers: what they load of ours, and what we train with them."""

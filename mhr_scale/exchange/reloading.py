@@ -1,0 +1,225 @@
+"""Exported folders as stock PEFT and transformers compute them, against our own adapter.
+
+Everything runs on one backbone in float32 on the CPU, over a few fixed pseudo-random token rows.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
+from mhr_scale.adapters.methods import wrap
+from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies, tie
+from mhr_scale.backbone.merging import merge
+from mhr_scale.backbone.shards import Weight
+from mhr_scale.backbone.weights import read_whole
+from mhr_scale.errors import AdapterError, first_line
+
+#: Largest difference of logits, as a share of the largest logit, between two that are the same.
+LIMIT = 1e-5
+N_ROWS, N_INPUTS, N_TARGETS = 8, 12, 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A folder that is written, and what it has to agree with.
+
+    `make` gives the adapter that goes into it; it lies at `folder` below the target. Compared are
+    rows of the tasks `task_ids` of `original`.
+    """
+
+    what: str
+    make: Callable[[], Adapter]
+    original: Adapter
+    task_ids: tuple[int, ...] = (0,) * N_ROWS
+    folder: str = "."
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """The rows' tasks in the adapter that is written: the original's, if it is whole."""
+        return self.task_ids if self.what == "whole" else (0,) * N_ROWS
+
+
+class Bench:
+    """A backbone that adapters are put into by turns, and the rows that they answer."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self._model = _load(blueprint)
+        generator = torch.Generator().manual_seed(0)
+        vocab_size = blueprint.model_config.vocab_size
+        self._rows = {
+            name: torch.randint(2, vocab_size, (N_ROWS, length), generator=generator)
+            for name, length in (("input_ids", N_INPUTS), ("decoder_input_ids", N_TARGETS))
+        }
+
+    def own(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
+        """Logits of our adapter; a task of its own for every row."""
+        adapter.bind(wrap(self._model, adapter.sites))
+        try:
+            with torch.no_grad(), adapter.slots(task_ids):
+                return self._logits(self._model)
+        finally:
+            detach(self._model)
+            adapter.linears = []
+
+    def peft(self, folder: Path, task_ids: Sequence[int]) -> Tensor:
+        """Logits of a PEFT folder under stock PEFT; Poly reads the tasks, one for every row.
+
+        Raises `AdapterError` if PEFT does not load it.
+        """
+        from peft import PeftModel
+
+        try:
+            with _quiet():
+                stock = PeftModel.from_pretrained(self._model, folder).eval()
+        except Exception as error:
+            raise AdapterError(f"stock PEFT does not load it: {first_line(error)}") from error
+        is_poly = stock.peft_config["default"].peft_type == "POLY"
+        extra = {"task_ids": torch.tensor(list(task_ids))} if is_poly else {}
+        logits = self._logits(stock, **extra)
+        stock.unload()
+        return logits
+
+    @torch.no_grad()
+    def merge(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
+        """Logits with a single adapter added into the weights, before and after their rounding.
+
+        The backbone keeps it.
+        """
+        pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
+        parameters = dict(self._model.named_parameters())
+        for weight in weights:
+            own = parameters[weight.name]
+            own.copy_(merge(weight.name, own, pairs, scale=scale))
+        before = self._logits(self._model)
+        for weight in weights:
+            parameters[weight.name].copy_(parameters[weight.name].to(weight.dtype))
+        return before, self._logits(self._model)
+
+    def stock(self, blueprint: Blueprint, folder: Path) -> Tensor:
+        """Logits of a folder that transformers loads, which takes the place of the backbone.
+
+        Raises `AdapterError` if it does not, or names are missing or unknown.
+        """
+        del self._model
+        try:
+            with _quiet():
+                self._model, found = blueprint.model_class.from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True
+                )
+        except Exception as error:
+            raise AdapterError(f"transformers does not load it: {first_line(error)}") from error
+        odd = {kind: sorted(map(str, names))[:3] for kind, names in found.items() if names}
+        if odd:
+            raise AdapterError(f"transformers does not load it as it is: {odd}")
+        return self._logits(self._model.eval())
+
+    @torch.no_grad()
+    def _logits(self, model: Any, **extra: Tensor) -> Tensor:
+        logits: Tensor = model(**self._rows, **extra, use_cache=False).logits
+        return logits
+
+
+def check_peft(bench: Bench, part: Part, folder: Path) -> float:
+    """The difference that stock PEFT makes.
+
+    Raises `AdapterError` if it is too large, or a single adapter is not stored bit for bit.
+    """
+    expected = bench.own(part.original, part.task_ids)
+    found = _check(bench.peft(folder, part.own_ids), expected, what="what stock PEFT loads")
+    if not part.make().config.is_routed:
+        _check_tensors(peft_folders.open_adapter(folder)[1], part.make())
+    return found
+
+
+def check_native(bench: Bench, part: Part, folder: Path, *, peft_folder: Path | None) -> float:
+    """The difference that an artefact makes, from stock PEFT where it was made of a PEFT folder.
+
+    Raises `AdapterError` if it is too large, or a stored bit is another.
+    """
+    again = artefact.load(folder)
+    _check_tensors(again, part.make())
+    if part.what == "whole" and peft_folder is not None:
+        expected = bench.peft(peft_folder, part.task_ids)
+    else:
+        expected = bench.own(part.original, part.task_ids)
+    return _check(bench.own(again, part.own_ids), expected, what="the artefact")
+
+
+def check_merged(
+    bench: Bench, part: Part, folder: Path, *, blueprint: Blueprint, weights: Sequence[Weight]
+) -> tuple[float, float]:
+    """The largest difference that merging makes, and the one that rounding the weights adds.
+
+    Compared are the sum before it is rounded, with the original, and the files, with the rounded
+    sum. Raises `AdapterError` if one of these is too large.
+    """
+    expected = bench.own(part.original, part.task_ids)
+    exact, rounded = bench.merge(part.make(), weights)
+    merged = _check(exact, expected, what="the merged weights")
+    stored = _check(bench.stock(blueprint, folder), rounded, what="what transformers loads")
+    return max(merged, stored), _difference(rounded, exact)
+
+
+def _check_tensors(found: Adapter, expected: Adapter) -> None:
+    """Raise `AdapterError` unless two adapters have the same bits under the same names."""
+    ours, theirs = (artefact.named_tensors(adapter) for adapter in (expected, found))
+    odd = [name for name in ours if not torch.equal(ours[name].float(), theirs[name])]
+    if odd:
+        raise AdapterError(f"{len(odd)} tensor(s) of what was written differ, such as {odd[0]}")
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two tensors of logits, as a share of the largest of `expected`."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _check(found: Tensor, expected: Tensor, *, what: str) -> float:
+    """The difference of logits; raises `AdapterError` if it is larger than rounding makes it."""
+    measured = _difference(found, expected)
+    if not measured <= LIMIT:
+        raise AdapterError(
+            f"the logits of {what} differ from the original's by {measured:.1e} of the largest, "
+            f"more than {LIMIT:.0e}"
+        )
+    return measured
+
+
+def spread(n_tasks: int, most: int = N_ROWS) -> list[int]:
+    """Numbers of some tasks, the first and the last among them; all if there are few."""
+    if n_tasks <= most:
+        return list(range(n_tasks))
+    return [number * (n_tasks - 1) // (most - 1) for number in range(most)]
+
+
+def _load(blueprint: Blueprint) -> nn.Module:
+    """The backbone in float32 on the CPU, tensor by tensor."""
+    with torch.device("meta"):
+        model = make_model(blueprint).float()
+    model = model.to_empty(device="cpu")
+    tie(model, blueprint)
+    model.requires_grad_(False)
+    for name, parameter in plan_copies(model, blueprint.source).items():
+        parameter.data.copy_(read_whole(blueprint.source, name))
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back advice about the backbone's configuration and about releases to come."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

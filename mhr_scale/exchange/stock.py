@@ -1,0 +1,256 @@
+"""A backbone with a LoRA in it, of stock parts alone, for one process.
+
+transformers loads the backbone, in 8 or 4 bits by bitsandbytes; it leaves T5's `wo` in the
+backbone's data type, since T5 casts what it hands to `wo` to the data type of that weight. PEFT
+loads the LoRA and writes it; the optimizer is torch's, transformers' or bitsandbytes'.
+"""
+
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mhr_scale.adapters import peft_folders
+from mhr_scale.adapters.reference_checkpoints import read_safetensors
+from mhr_scale.backbone import hub, quantise
+from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.modes import set_dropout, set_recompute
+from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
+from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
+from mhr_scale.run.files import read_object
+from mhr_scale.run.folders import sealed
+from mhr_scale.run.runlog import log
+from mhr_scale.training import checkpoint
+
+OPTIMIZER = "optimizer.pt"
+
+
+def find_peft_lora(path: str) -> Path:
+    """The folder of a PEFT LoRA, which a run may have as its `adapter/`."""
+    folders = [Path(path), Path(path) / "adapter"]
+    folder = next((path for path in folders if (path / peft_folders.CONFIG).is_file()), None)
+    if folder is None:
+        raise AdapterError(
+            f"{path}: no PEFT LoRA folder ({peft_folders.CONFIG} is missing); export the adapter "
+            "first: python launch/export.py"
+        )
+    kind = read_object(folder / peft_folders.CONFIG, AdapterError).get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(
+            f"{folder}: a PEFT {kind}, and finetune trains a LoRA; export one first: "
+            "python launch/export.py"
+        )
+    return folder
+
+
+def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> None:
+    """Raise `AdapterError` if the LoRA was made for another backbone; no weight is read."""
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    tensors = read_safetensors(folder / peft_folders.TENSORS)
+    for name, tensor in tensors.items():
+        linear, _, side = name.removeprefix(peft_folders.PREFIX).partition(".lora_")
+        if side not in ("A.weight", "B.weight"):
+            continue
+        found = linears.get(linear)
+        width = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
+        wanted = None
+        if found is not None:
+            wanted = found.in_features if side == "A.weight" else found.out_features
+        if width != wanted:
+            there = read_object(folder / peft_folders.CONFIG, AdapterError).get(
+                "base_model_name_or_path"
+            )
+            raise AdapterError(
+                f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
+                f"there, {wanted or 'missing'} here; it names {there or 'none'}"
+            )
+    spoilt = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if spoilt:
+        raise AdapterError(
+            f"{folder / peft_folders.TENSORS}: {len(spoilt)} tensor(s) hold NaN or infinity: "
+            f"{'; '.join(spoilt[:5])}; export another one"
+        )
+    if not any(".lora_" in name for name in tensors):
+        raise AdapterError(
+            f"{folder / peft_folders.TENSORS}: holds no LoRA matrix; export it again"
+        )
+
+
+def load_model(
+    config: BackboneConfig, blueprint: Blueprint, folder: Path, device: torch.device
+) -> Any:
+    """The backbone with the LoRA of a PEFT folder in it, whose matrices train in float32."""
+    quantise.import_bitsandbytes()  # PEFT would, too, with remarks
+    from peft import PeftModel
+
+    base = load_backbone(config, blueprint, device)
+    stored = read_safetensors(folder / peft_folders.TENSORS).keys()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call of PEFT
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except Exception as error:
+        raise AdapterError(
+            f"{folder}: PEFT does not load it ({first_line(error)}); export it again"
+        ) from error
+    names = {
+        name.replace(".default.", ".") for name, p in model.named_parameters() if p.requires_grad
+    }
+    if names != stored:
+        odd = min(names ^ stored)
+        raise AdapterError(
+            f"{folder}: not the tensors that PEFT trains, such as {odd}; export it again"
+        )
+    model.active_peft_config.base_model_name_or_path = str(
+        hub.BUILTIN.get(str(config.name), config.name)
+    )
+    return model
+
+
+def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
+    """The frozen backbone as transformers loads it."""
+    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    dtype = getattr(torch, config.dtype)
+    settings = {
+        "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
+    }
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if config.quantise != "none":
+        options["quantization_config"] = BitsAndBytesConfig(**settings[config.quantise])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings about ties and tensors are errors of ours, below
+    try:
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            blueprint.folder, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BackboneError(
+            f"backbone.name: transformers does not load {config.name} ({first_line(error)}); fetch "
+            "it again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    odd = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if odd:
+        raise BackboneError(
+            f"backbone.name: {config.name} does not fill the model: {some(odd)}; fetch it again"
+        )
+    if model.lm_head.weight is model.shared.weight and not blueprint.is_lm_head_tied:
+        raise BackboneError(
+            f"backbone.name: transformers has tied the lm_head of {config.name}, which is a tensor "
+            "of its own in the checkpoint; use adapt, which reads it as it is"
+        )
+    model.config.decoder_start_token_id = blueprint.model_config.decoder_start_token_id
+    model.requires_grad_(False)
+    quantise.keep_format(model)
+    set_dropout(model, config.dropout)
+    set_recompute(model, config.recompute)
+    return model
+
+
+def write_peft(model: Any, folder: Path, source: Path) -> None:
+    """Write the LoRA as a PEFT folder, whole, with the note that our readers know."""
+    partial = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    _fill_peft(model, partial, source)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _fill_peft(
+    model: Any, folder: Path, source: Path, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """The model's adapter as a PEFT folder; of these tensors, where a step has gone on since."""
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
+    if (source / peft_folders.NOTE).is_file():
+        shutil.copy(source / peft_folders.NOTE, folder / peft_folders.NOTE)
+
+
+def make_optimizer(
+    config: FinetuneOptimConfig, parameters: list[nn.Parameter], device: torch.device
+) -> Optimizer:
+    """The optimizer that the recipe names."""
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "adafactor":
+        from transformers import Adafactor
+
+        made: Optimizer = Adafactor(
+            parameters, scale_parameter=config.scale_parameter, relative_step=False, **common
+        )
+        return made
+    common |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    if device.type == "cpu":
+        raise ConfigError(
+            f"optim.name: {config.name} moves its state between GPU and host, and this run is on "
+            "CPU; use adamw"
+        )
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    paged: Optimizer = PagedAdamW8bit(parameters, **common)
+    return paged
+
+
+@dataclass(frozen=True, slots=True)
+class StepCopy:
+    """Copies on the host of what a step trains, for a write that the next step does not change."""
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def copy_step(model: Any, optimizer: Optimizer) -> StepCopy:
+    """Copy the trained tensors and the optimizer's state to the host."""
+    trained = {n: _copy(p) for n, p in model.named_parameters() if p.requires_grad}
+    state = optimizer.state_dict()
+    own = {
+        number: {key: _copy(value) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return StepCopy(trained, {**state, "state": own})
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def save_step(model: Any, copy: StepCopy, run: Path, step: int, source: Path) -> None:
+    """Save a step, and keep the one before; raises `RunError` if it cannot be written."""
+    folder = checkpoint.step_folder(run, step)
+    try:
+        with sealed(folder) as partial:
+            _fill_peft(model, partial, source, copy.tensors)
+            torch.save(copy.optimizer, partial / OPTIMIZER)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's own writer
+        raise checkpoint.not_saved(run, folder, error) from error
+    checkpoint.remove_old(run, keep=2)
+
+
+def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Put a saved state back; raises `RunError` if it cannot be read."""
+    try:
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)
+    except Exception as error:
+        raise RunError(
+            f"{folder}: cannot resume from it ({first_line(error)}); delete this step"
+        ) from error
+    log.info("resumed from %s", folder)

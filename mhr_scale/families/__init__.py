@@ -1,0 +1,1 @@
+"""What differs between backbones: one object per family, and the table of them."""

@@ -1,0 +1,167 @@
+"""What a job trains and is scored on, as token ids: a pure function of (task, seed, step)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mhr_scale.config import AdaptConfig, BatchConfig
+from mhr_scale.errors import ConfigError
+from mhr_scale.passes.scoring import ChoiceRow
+from mhr_scale.rows.encode import Encoder, Ids
+from mhr_scale.scores.questions import Question, ask, encode
+from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.suites import FewShotTask
+from mhr_scale.tasks.task import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """A training example: its input, the choices whose likelihood counts, and the right one.
+
+    Under the loss `language_model` the target is the only choice.
+    """
+
+    input_ids: Ids
+    choices: tuple[Ids, ...]
+    label: int
+
+    @property
+    def n_choice_tokens(self) -> int:
+        """Decoder positions the row takes."""
+        return sum(len(choice) for choice in self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Rows to score: their questions and token ids, in the same order."""
+
+    questions: tuple[Question, ...]
+    rows: tuple[ChoiceRow, ...]
+
+
+def round_up(length: int) -> int:
+    """The next multiple of 8 tokens, of 16 above 64, of 32 above 128, ...: few different shapes."""
+    step = max(8, 1 << ((length - 1).bit_length() - 3)) if length > 8 else 8
+    return -(-length // step) * step
+
+
+@dataclass
+class JobData:
+    """The rows of a task's seed, shared by the jobs of all variants."""
+
+    few_shot: FewShotTask
+    config: AdaptConfig
+    test: Exam
+    selection: Exam | None
+    _encoder: Encoder
+    _rows: dict[tuple[str, tuple[str, ...]], TrainRow] = field(default_factory=dict)
+    _epoch: tuple[int, tuple[TrainRow, ...]] = (-1, ())
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per step: the protocol's, or all there are."""
+        return min(self.config.protocol.batch_size, self.few_shot.n_rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over is dropped."""
+        return self.few_shot.n_rows // self.batch_size
+
+    def batch(self, step: int) -> Sequence[TrainRow]:
+        """The rows of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._draw(epoch))
+        start = place * self.batch_size
+        return self._epoch[1][start : start + self.batch_size]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """What every batch is padded to: of the longest input and decoder row of all, rounded up.
+
+        It depends on nothing else: sums over wider rows round differently, and Adam and Adafactor
+        blow a rounding error up wherever a gradient is next to nothing. So a job gets the very bits
+        it would get alone, beside jobs of the same shape.
+        """
+        rows = [
+            self._encode(example, choices)
+            for example in self.few_shot.task.train
+            for choices in self._answers(example)
+        ]
+        longest = max(len(r.input_ids) for r in rows), max(r.n_choice_tokens for r in rows)
+        return round_up(longest[0]), round_up(longest[1])
+
+    def _draw(self, epoch: int) -> tuple[TrainRow, ...]:
+        task, seed = self.few_shot.task.name, self.few_shot.seed
+        examples = self.few_shot.draw(epoch)
+        order = np.random.Generator(np.random.PCG64(seed_from("order", task, seed, epoch)))
+        return tuple(
+            self._row(examples[number], epoch) for number in order.permutation(len(examples))
+        )
+
+    def _answers(self, example: Example) -> list[tuple[str, ...]]:
+        """What the decoder may be given: all choices, or one of the references that are drawn."""
+        protocol = self.config.protocol
+        if protocol.loss == "t_few":
+            return [example.choices]
+        references = example.targets if protocol.references == "random" else example.targets[:1]
+        return [(reference,) for reference in references]
+
+    def _row(self, example: Example, epoch: int) -> TrainRow:
+        answers = self._answers(example)
+        which = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
+        label = example.label if self.config.protocol.loss == "t_few" else 0
+        assert label is not None
+        return replace(self._encode(example, answers[which]), label=label)
+
+    def _encode(self, example: Example, choices: tuple[str, ...]) -> TrainRow:
+        key = (example.input, choices)
+        if key not in self._rows:
+            (input_ids,) = self._encoder.inputs([example])
+            self._rows[key] = TrainRow(input_ids, tuple(self._encoder.answers(choices)), 0)
+        return self._rows[key]
+
+
+def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> JobData:
+    """Check a task's seed at the door and tokenise what it is scored on."""
+    task, protocol = few_shot.task, config.protocol
+    if protocol.loss == "t_few":
+        bare = [e for e in (*task.train, *few_shot.selection) if len(e.choices) < 2]
+        if bare:
+            raise ConfigError(
+                f"protocol.loss: t_few ranks choices, and example {bare[0].id} of {task.name} has "
+                f"{len(bare[0].choices)}; set language_model"
+            )
+    lengths = BatchConfig(
+        max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
+    )
+    chosen: tuple[Example, ...] = ()
+    if config.selection.on == "validation":
+        if not task.validation:
+            raise ConfigError(
+                f"selection.on: validation, but task {task.name} has no validation row; select on "
+                "shots, test or last"
+            )
+        chosen = task.validation
+    elif config.selection.on == "shots":
+        chosen = few_shot.selection
+    return JobData(
+        few_shot,
+        config,
+        test=_exam(few_shot, task.test, config, tokenizer),
+        selection=_exam(few_shot, chosen, config, tokenizer) if chosen else None,
+        _encoder=Encoder(task, tokenizer, lengths),
+    )
+
+
+def _exam(
+    few_shot: FewShotTask, examples: tuple[Example, ...], config: AdaptConfig, tokenizer: Any
+) -> Exam:
+    asked = replace(few_shot.task, test=examples)
+    questions = ask(asked, config.scoring)
+    numbers = {asked.name: 0}
+    rows = encode([asked], questions, numbers, tokenizer, config.scoring)
+    return Exam(tuple(questions), tuple(rows))

@@ -1,0 +1,168 @@
+"""What a run of few-shot jobs needs, read and found good before any weight is read."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mhr_scale.adapters import Adapter, find_sites
+from mhr_scale.adapters.artefact import Card
+from mhr_scale.adapters.peft_folders import open_adapter
+from mhr_scale.adapters.sites import Site
+from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_adapter, check_fit
+from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.config import AdaptConfig, BackboneConfig
+from mhr_scale.errors import ConfigError
+from mhr_scale.jobs import soup
+from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job_data import JobData, open_data
+from mhr_scale.jobs.scheduling import Outlook
+from mhr_scale.jobs.start import check_variant
+from mhr_scale.tasks.suites import read_few_shot
+from mhr_scale.tasks.task import Intake
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """What is read and found good before any weight is: sources, backbone, data, jobs."""
+
+    config: AdaptConfig
+    sources: dict[str, Adapter]
+    backbone: BackboneConfig
+    blueprint: Blueprint
+    sites: dict[str, tuple[Site, ...]]
+    tokenizer: Any
+    data: dict[tuple[str, int], JobData]
+    intake: Intake
+    jobs: list[Job]
+
+    def source(self, variant: str) -> Adapter | None:
+        """The adapter a variant starts from, None if it is fresh."""
+        path = self.config.variants[variant].adapter
+        return None if path is None else self.sources[path]
+
+    def steps(self, job: Job) -> int:
+        """Optimizer steps of a job."""
+        return self.config.variants[job.variant].steps or self.config.protocol.steps
+
+    def outlook(self, job: Job, *, step: int) -> Outlook:
+        """What a job that stands at `step` will take."""
+        data = self.data[job.task, job.seed]
+        width, depth = data.shape
+        scored = sum(len(row.input_ids) + row.n_choice_tokens for row in data.test.rows)
+        return Outlook(
+            job=job,
+            step=step,
+            steps=self.steps(job),
+            batch_size=data.batch_size,
+            width=width,
+            depth=depth,
+            scored_tokens=scored,
+        )
+
+
+def open_jobs(config: AdaptConfig) -> Opening:
+    """Read and check sources, backbone, tasks and variants; no weight is read."""
+    paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
+    opened = {path: open_adapter(path) for path in paths}
+    sources = {path: adapter for path, (_, adapter) in opened.items()}
+    for name, variant in config.variants.items():
+        check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)
+        if variant.kind == "soup":
+            soup.find_recipe(str(variant.adapter))
+    own_backbone = one_backbone(config, {path: card for path, (card, _) in opened.items()})
+    named = None if config.backbone is not None or not paths else paths[0]
+    blueprint = blueprint_of(named, own_backbone)
+    for path, (card, _) in opened.items():
+        check_fit(path, card, blueprint)
+    with torch.device("meta"):
+        bare = make_model(blueprint)
+    sites = {}
+    for name, variant in config.variants.items():
+        if variant.adapter:
+            sites[name] = sources[variant.adapter].sites
+        else:
+            assert variant.fresh is not None
+            check_adapter(blueprint, variant.fresh)
+            sites[name] = find_sites(bare, variant.fresh.layout)
+    tokenizer = load_tokenizer(own_backbone, blueprint)
+    data: dict[tuple[str, int], JobData] = {}
+    intake = Intake()
+    for seed in config.shots.seeds:
+        few_shot, intake = read_few_shot(
+            config.tasks, config.shots, seed=seed, examples=config.scoring.examples
+        )
+        for task in few_shot:
+            data[task.task.name, seed] = open_data(task, config, tokenizer)
+    jobs = [
+        Job(task=task, seed=seed, variant=variant)
+        for (task, seed), variant in itertools.product(data, config.variants)
+    ]
+    return Opening(
+        config=config,
+        sources=sources,
+        backbone=own_backbone,
+        blueprint=blueprint,
+        sites=sites,
+        tokenizer=tokenizer,
+        data=data,
+        intake=intake,
+        jobs=jobs,
+    )
+
+
+def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConfig:
+    """The backbone of all variants; raises `ConfigError` if they have several."""
+    found = {
+        path: backbone_of(path, card, config.backbone_moved_to) for path, card in cards.items()
+    }
+    if config.backbone is not None:
+        found["backbone"] = config.backbone
+    if not found:
+        raise ConfigError("backbone: required where every variant is fresh")
+    if config.backbone is None and config.backbone_dtype is None:
+        dtypes = {own.dtype for own in found.values()}
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"variants: adapters trained over {' and '.join(sorted(dtypes))} backbones; set "
+                "backbone_dtype"
+            )
+    (first, chosen), *others = found.items()
+    for path, other in others:
+        if (other.name, other.config, other.config_seed) != (
+            chosen.name,
+            chosen.config,
+            chosen.config_seed,
+        ):
+            raise ConfigError(
+                f"variants: {first} was trained on {chosen.name or 'random weights'}, {path} on "
+                f"{other.name or 'other random weights'}; jobs of one run share a backbone: make "
+                "two runs, or set backbone_moved_to if it is the same one in two places"
+            )
+    chosen = config.backbone or chosen
+    if chosen.dropout != 0.0:
+        rate = "null, the backbone's own rate" if chosen.dropout is None else chosen.dropout
+        raise ConfigError(
+            f"backbone.dropout: {rate}; jobs that share a pass would share its random "
+            "numbers too: set it to 0"
+        )
+    chosen = replace(
+        chosen,
+        dtype=config.backbone_dtype or chosen.dtype,
+        quantise=config.backbone_quantise or chosen.quantise,
+    )
+    if config.backbone_variants and chosen.quantise != "none":
+        raise ConfigError(
+            f"variants.{config.backbone_variants[0]}.kind: backbone trains weights, which "
+            f"{chosen.quantise} ones cannot be; set backbone_quantise: none for all variants"
+        )
+    return chosen
+
+
+def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
+    """Every linear that some variant adapts, in the order of the model."""
+    known = {site.name: site for sites in opening.sites.values() for site in sites}
+    return [known[name] for name, _ in model.named_modules() if name in known]

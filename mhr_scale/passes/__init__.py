@@ -1,0 +1,1 @@
+"""Rows through the model: losses, validation, ranked choices, generated answers."""

@@ -1,0 +1,1 @@
+"""Reading a recipe: strict YAML, overrides on the command line, hints for what is misspelt."""

@@ -1,0 +1,97 @@
+"""What an evaluation has scored: whose adapter, after how many extra steps, under which seed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhr_scale.errors import RunError
+from mhr_scale.report.runs import Run, extra_steps, method_of, part, read_tree
+
+#: Settings in which the seeds of one method may differ: the seed itself, places, and pace.
+OF_SEEDS = ("run", "averaged_adapter", "seed", "seeds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """Who was scored; subjects of one `key` differ in their seed or their extra steps alone."""
+
+    name: str
+    key: str
+    extra_steps: int | None
+    """None: not an averaged adapter."""
+
+
+def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
+    """The subject of an evaluation; what its adapter came from is looked up where it still lies."""
+    config = run.config
+    questions = {"tasks": seedless(config.get("tasks")), "scoring": config.get("scoring")}
+    adapter = config.get("adapter")
+    if not isinstance(adapter, str):
+        bare = part(config, "backbone")
+        name = f"{bare.get('name') or 'random weights'} alone"
+        return Subject(name=name, key=_key(name, bare, questions), extra_steps=None)
+    folder, steps = Path(adapter), None
+    if folder.parent.name == "averaged" and folder.name.isdigit():
+        folder, steps = folder.parent.parent, int(folder.name)
+    average = recipe_of(folder, "average.yaml", runs)
+    if average:
+        steps = extra_steps(average)[-1] if steps is None else steps
+        folder = Path(str(average.get("source")))
+    trained = recipe_of(folder, "config.yaml", runs)
+    routing = str(config.get("routing", "own"))
+    is_mean = steps is not None or routing == "average"
+    if "schedule" not in trained:
+        return Subject(name=adapter, key=_key(adapter, routing, questions), extra_steps=steps)
+    name = method_of(trained)
+    name += "-mu" if is_mean and name != "LoRA" else ""
+    name += " (soup)" if routing == "soup" else ""
+    way = {key: value for key, value in average.items() if key in ("trainable", "warmup_fraction")}
+    return Subject(
+        name=name, key=_key(name, seedless(trained), way, routing, questions), extra_steps=steps
+    )
+
+
+def recipe_of(folder: Path, name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """A recipe file of a folder, or of the given run that was written there; empty without."""
+    places = [folder]
+    for run in runs:
+        recipe = run.average if name == "average.yaml" else run.config
+        written = part(recipe, "run").get("folder")
+        places += [run.folder] if written and Path(str(written)) == folder else []
+    for place in places:
+        try:
+            if found := read_tree(place / name):
+                return found
+        except RunError:  # what was scored is known without the recipe it came from
+            continue
+    return {}
+
+
+def seedless(tree: Any) -> Any:
+    """Settings without seeds and places."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {
+        key: seedless(value)
+        for key, value in tree.items()
+        if key not in OF_SEEDS and not key.endswith("_seed")
+    }
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def told_apart(subjects: Sequence[Subject]) -> dict[str, str]:
+    """A name for every key, numbered where different settings have one name."""
+    names: dict[str, str] = {}
+    for subject in subjects:
+        if subject.key not in names:
+            same = sum(
+                name == subject.name or name.startswith(f"{subject.name} [")
+                for name in names.values()
+            )
+            names[subject.key] = f"{subject.name} [{same + 1}]" if same else subject.name
+    return names

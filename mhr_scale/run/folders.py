@@ -1,0 +1,146 @@
+"""Folders that appear whole or not at all.
+
+A sealed folder has `DONE` inside, a JSON list of its files with sizes and sha256: without it the
+folder does not exist, and `check` finds every file that is not what was written. A new folder is
+filled beside its place and moved there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mhr_scale.errors import RunError, first_line
+from mhr_scale.run.files import flush, hash_file, write_json
+
+DONE = "DONE"
+
+
+@contextmanager
+def sealed(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `folder` at the end of the block, whole or not at all.
+
+    A block that fails leaves nothing; a process that dies in it leaves a folder `.<name>.tmp`.
+    """
+    partial = folder.with_name(f".{folder.name}.tmp")
+    before = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = _files(partial)
+        facts = {
+            str(file.relative_to(partial)): {
+                "bytes": file.stat().st_size,
+                "sha256": hash_file(file),
+            }
+            for file in files
+        }
+        for path in (*files, *(path for path in partial.rglob("*") if path.is_dir())):
+            flush(path)
+        write_json(partial / DONE, {"files": facts})
+        flush(partial)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, before)
+        os.replace(partial, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def check(folder: Path) -> None:
+    """Raise `RunError` naming the first file of a sealed folder that is not what was written.
+
+    A folder whose `DONE` is empty was saved by an earlier version and passes.
+    """
+    done = folder / DONE
+    try:
+        text = done.read_text(encoding="utf-8")
+        facts = json.loads(text)["files"] if text else {}
+        for name, expected in facts.items():
+            file = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RunError(f"{done}: names {name!r}, which is no file of this folder")
+            if not file.is_file():
+                raise RunError(f"{file}: missing, though {DONE} lists it")
+            if file.stat().st_size != expected["bytes"]:
+                raise RunError(
+                    f"{file}: {file.stat().st_size} bytes, {expected['bytes']} were written"
+                )
+            if hash_file(file) != expected["sha256"]:
+                raise RunError(f"{file}: damaged, its hash is not the one in {DONE}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{done}: not a readable list of files ({error!r})") from error
+
+
+def recover(parent: Path) -> None:
+    """Put right what processes that died in `sealed` have left in a folder. One process calls it.
+
+    Half-filled folders go; a folder that had been moved away to be replaced comes back.
+    """
+    for left in sorted(parent.glob(".*.old.tmp")):
+        folder = parent / left.name.removeprefix(".").removesuffix(".old.tmp")
+        if not (folder / DONE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(left, folder)
+    for left in parent.glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def unseal(folder: Path) -> None:
+    """Remove a sealed folder, `DONE` first, so that no half of it is ever taken for a whole."""
+    (folder / DONE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# -- new folders ----------------------------------------------------------------------------------
+
+
+def check_target(target: Path) -> None:
+    """Raise `RunError` if the target is not absent or an empty folder that can be replaced."""
+    if target.exists() and not target.is_dir():
+        raise RunError(f"folder: {target} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise RunError(f"folder: {target} is not empty; name another folder, or empty it")
+    if os.path.ismount(target):
+        raise RunError(f"folder: {target} is where a disk is mounted; name a folder below it")
+    above = nearest_folder(target)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RunError(f"folder: cannot write in {above}; name another folder")
+
+
+def nearest_folder(target: Path) -> Path:
+    """The nearest path above `target` that exists."""
+    return next(path for path in target.absolute().parents if path.exists())
+
+
+@contextmanager
+def moved_into_place(target: Path) -> Iterator[Path]:
+    """A folder on the target's disk that becomes the target, or nothing if the block fails."""
+    place = Path(os.path.realpath(target))
+    unfinished = nearest_folder(place) / f".{place.name}.unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        for written in (*unfinished.rglob("*"), unfinished):
+            flush(written)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished, place)
+        flush(place.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"folder: cannot write to {target} ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,239 @@
+"""The run folder's record: log lines, metrics.jsonl, provenance.json, the progress bar.
+
+Rank 0 writes; the other ranks stay silent unless something is wrong.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mhr_scale.errors import RunError
+from mhr_scale.run.files import flush, read_json, write_json, write_text
+
+log = logging.getLogger("mhr_scale")
+
+PACKAGES = (
+    "mhr_scale",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "peft",
+    "bitsandbytes",
+)
+
+
+def rank() -> int:
+    """Rank of this process, from the launcher's environment (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of this launch (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_here() -> int:
+    """Number of processes of this launch on this machine, as deepspeed or torchrun tells."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return world_size()
+
+
+def start_logging() -> None:
+    """Send the package's log lines to standard error: all of rank 0's, others' errors only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+
+
+def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """The lines of a `metrics.jsonl`: number, text, and what it says (None: a torn line).
+
+    Raises `RunError` if the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); move it away") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            values = json.loads(line)
+            yield number, line, {**values, "step": int(values["step"])}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            yield number, line, None
+
+
+def read_metric(path: Path, name: str) -> list[Any]:
+    """The values of one name in a `metrics.jsonl`, in the order of the steps."""
+    found = (values for _, _, values in metric_lines(path))
+    return [values[name] for values in found if values is not None and name in values]
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object per logged step, in the order of the steps.
+
+    A resumed run first drops the lines after the step it resumes from, so that no step is missing
+    and none stands twice. `also` gets every line that is written (a tracker).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int,
+        also: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.path = path
+        self._also = also
+        if path.exists():
+            kept = []
+            for number, line, values in metric_lines(path):
+                if values is None:
+                    log.warning("%s:%d: torn line dropped", path, number)
+                elif values["step"] <= resume_step:
+                    kept.append(line + "\n")
+            write_text(path, "".join(kept))
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one line and flush it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._also is not None:
+            self._also(values)
+
+    def flush(self) -> None:
+        """Have the lines on disk, before a save that goes on after them."""
+        if self.path.exists():
+            flush(self.path)
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Where a run's numbers come from: command, code, versions, machine, and what is passed in."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "versions": versions,
+        **facts,
+    }
+
+
+def record_provenance(path: Path, **facts: Any) -> None:
+    """Append this start to `provenance.json`, a list with one entry per start of the run."""
+    starts: list[Any] = []
+    if path.exists():
+        starts = read_json(path, RunError, way_out="move it away")
+        if not isinstance(starts, list):
+            raise RunError(f"{path}: not a list of starts; move it away")
+    write_json(path, [*starts, provenance(**facts)])
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+def as_time(seconds: float) -> str:
+    """Seconds as log lines tell how much time is left: `0:05:00`, `1 day, 2:03:04`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Progress:
+    """A progress bar on rank 0 of a terminal; elsewhere a log line now and then."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int,
+        what: str,
+        unit: str = "step",
+        every_seconds: float = 30.0,
+    ) -> None:
+        self._is_terminal = sys.stderr.isatty() and rank() == 0
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
+            disable=not self._is_terminal,
+            dynamic_ncols=True,
+        )
+        self._what, self._total, self._done, self._first = what, total, start, start
+        self._every, self._begun, self._last = every_seconds, time.monotonic(), time.monotonic()
+
+    def advance(self, text: str, *, by: int = 1) -> None:
+        """One step further, or `by`; `text` says how it goes (loss, tokens/s)."""
+        self._done += by
+        self._bar.update(by)
+        self._bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        if not self._is_terminal and self._is_due(now):
+            left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
+            log.info("%s %s  %s  %s left", self._what, self._count(), text, as_time(left))
+            self._last = now
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._last > self._every or self._done == self._total
+
+    def _count(self) -> str:
+        return f"{self._done}/{self._total}"
+
+    def skip(self, count: int) -> None:
+        """So many steps less to do."""
+        self._total -= count
+        self._bar.total = self._total
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+class ByteProgress(Progress):
+    """Progress counted in bytes; what takes less than ten seconds leaves no log line."""
+
+    def __init__(self, total: int, *, what: str) -> None:
+        super().__init__(total, start=0, what=what, unit="B", every_seconds=10.0)
+
+    def add(self, text: str, n_bytes: int) -> None:
+        """So many bytes further; `text` says where."""
+        self.advance(text, by=n_bytes)
+
+    def _is_due(self, now: float) -> bool:
+        is_long = now - self._begun > self._every
+        return now - self._last > self._every or (is_long and self._done == self._total)
+
+    def _count(self) -> str:
+        return f"{self._done / 1e9:.1f}/{self._total / 1e9:.1f} GB"

@@ -1,0 +1,181 @@
+"""Trackers: services that show what `metrics.jsonl` gets, for those who ask for them.
+
+`metrics.jsonl` is the record. A tracker that fails is left out with one warning, and the run goes
+on; without `run.trackers` no package of theirs is imported.
+"""
+
+import importlib.util
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from mhr_scale.errors import ConfigError, first_line
+from mhr_scale.run.files import write_text
+from mhr_scale.run.runlog import log
+
+#: The id under which Weights & Biases knows a run folder, also after it was moved.
+WANDB_ID = Path("wandb", "mhr_scale_id.txt")
+#: How long a service that cannot be reached may keep a finished run.
+FINISH_SECONDS = 120.0
+
+
+class Tracker(Protocol):
+    """Somewhere numbers go, besides the run folder."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step; several calls may be for one step."""
+
+    def close(self) -> None:
+        """Have everything written."""
+
+
+class TensorBoard:
+    """Event files in `<run>/tensorboard`; what a resumed run repeats is purged from the view."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = str(folder / "tensorboard")
+        self._writer = SummaryWriter(place, purge_step=resume_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one scalar for each number."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, one for each run folder; `WANDB_MODE=offline` needs no network.
+
+    Its own directory is `<run>/wandb`. A resumed run goes on under its id; the service keeps the
+    first value of a step that is sent twice, which is the same one: runs resume exactly.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            login_timeout=30,
+        )
+        whole = folder.resolve()
+        self._run = wandb.init(
+            dir=str(folder),
+            project=whole.parent.name or "mhr_scale",
+            name=whole.name,
+            id=wandb_id(folder),
+            resume="allow",
+            settings=settings,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Send the rest, as long as that takes no longer than `FINISH_SECONDS`."""
+        self._run.finish()
+
+
+KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a tracker whose package is not installed."""
+    for name in names:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name is no package
+            raise ConfigError(
+                f"run.trackers: '{name}' is not installed; "
+                f'pip install "mhr_scale[{name}]", or leave it out'
+            )
+
+
+@contextmanager
+def opened(
+    names: Sequence[str], folder: Path, *, resume_step: int
+) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
+    """What takes every line of `metrics.jsonl` while the run trains; None without trackers.
+
+    `resume_step` is the step the run goes on from, -1 for one that begins. Rank 0 alone names any.
+    """
+    guarded = {name: Guarded(name, folder, resume_step=resume_step) for name in names}
+
+    def take(values: Mapping[str, Any]) -> None:
+        numbers = numbers_of(values)
+        step = numbers.pop("step")
+        for tracker in guarded.values():
+            tracker.log(int(step), numbers)
+
+    try:
+        yield take if guarded else None
+    finally:
+        for tracker in guarded.values():
+            tracker.close()
+
+
+class Guarded:
+    """A tracker that stops no run: what it raises is told once, and it is left out from then on."""
+
+    def __init__(self, name: str, folder: Path, *, resume_step: int) -> None:
+        self._name = name
+        self._tracker: Tracker | None = None
+        try:
+            self._tracker = KINDS[name](folder, resume_step=resume_step)
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand on the numbers of a step."""
+        if self._tracker is not None:
+            try:
+                self._tracker.log(step, values)
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Close the tracker, if it still works."""
+        if self._tracker is not None:
+            try:
+                self._tracker.close()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._tracker = None
+        log.warning(
+            "run.trackers: %s failed and is left out, metrics.jsonl has everything: %s",
+            self._name,
+            first_line(error),
+        )
+
+
+def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line, those of objects inside as `outer/inner`; what is no number stays."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= numbers_of(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of a run folder, kept in it: the same after every restart, and when it is moved."""
+    file = folder / WANDB_ID
+    if file.is_file() and (found := file.read_text(encoding="utf-8").strip()):
+        return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = secrets.token_hex(4)
+    write_text(file, made + "\n")
+    return made

@@ -1,0 +1,107 @@
+"""From results of few-shot jobs to the table of a paper: one line per variant.
+
+Every score is in points, 0 to 100. A variant is compared over the seeds in which all tasks of the
+run are finished; seeds that lack some are left out and named.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mhr_scale.scores.summary import aggregate
+
+
+def compare(results: Sequence[Mapping[str, Any]], *, tasks: Iterable[str] = ()) -> dict[str, Any]:
+    """The numbers of the table, from the results of jobs in any order.
+
+    `tasks` are those of the run, by default the ones that have a result: a task without any leaves
+    no seed whole.
+    """
+    tasks = sorted({*tasks, *(result["task"] for result in results)})
+    by_variant: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_variant[result["variant"]].append(result)
+    return {
+        "tasks": tasks,
+        "variants": {name: _variant(found, tasks) for name, found in by_variant.items()},
+    }
+
+
+def _variant(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
+    by_seed: dict[int, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for result in results:
+        by_seed[result["seed"]][result["task"]] = result
+    complete = {seed: found for seed, found in sorted(by_seed.items()) if len(found) == len(tasks)}
+    made: dict[str, Any] = {
+        "kind": results[0]["kind"],
+        "adapter": results[0]["adapter"],
+        "multi_task_numbers": results[0]["source_numbers"],
+        "adaptation_numbers": results[0]["trained_numbers"],
+        "metrics": sorted({result["metric"] for result in results}),
+        "seeds": list(complete),
+        "incomplete_seeds": sorted(set(by_seed) - set(complete)),
+    }
+    if complete:
+        summaries = [
+            {
+                "tasks": {task: {"mean": result["score"]} for task, result in found.items()},
+                "mean_over_tasks": sum(r["score"] for r in found.values()) / len(found),
+            }
+            for found in complete.values()
+        ]
+        together = aggregate(summaries)
+        made |= {
+            "mean": together["mean_then_std"][0],
+            "std_over_seeds": together["mean_then_std"][1],
+            "mean_of_medians": together["median_then_mean"],
+            "median_per_task": together["median_per_task"],
+        }
+    return made
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Two tables as lines of text: a line per variant, and a line per task."""
+    variants = found["variants"]
+    width = max(len("variant"), *(len(name) for name in variants))
+    lines = [
+        f"{'variant':{width}}  {'multi-task':>10}  {'adaptation':>10}  {'mean':>6}  "
+        f"{'+- seeds':>8}  {'medians':>7}  seeds"
+    ]
+    for name, values in variants.items():
+        counts = (values["multi_task_numbers"], values["adaptation_numbers"])
+        line = f"{name:{width}}  {_short(counts[0]):>10}  {_short(counts[1]):>10}  "
+        if values["seeds"]:
+            line += f"{values['mean']:6.2f}  {values['std_over_seeds']:8.2f}  "
+            line += f"{values['mean_of_medians']:7.2f}  {len(values['seeds'])}"
+        else:
+            line += f"{'-':>6}  {'-':>8}  {'-':>7}  0"
+        if values["incomplete_seeds"]:
+            line += f" (unfinished: {', '.join(map(str, values['incomplete_seeds']))})"
+        lines.append(line)
+    whole = {name: values for name, values in variants.items() if values["seeds"]}
+    if whole:
+        lines += ["", *_per_task(whole, found["tasks"])]
+    return "\n".join(lines) + "\n"
+
+
+def _per_task(variants: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """Median over seeds of every task and variant."""
+    width = max(len("task (median over seeds)"), *(len(task) for task in tasks))
+    columns = {name: max(7, len(name)) for name in variants}
+    head = f"{'task (median over seeds)':{width}}"
+    lines = [head + "".join(f"  {name:>{columns[name]}}" for name in variants)]
+    for task in tasks:
+        cells = [
+            f"  {values['median_per_task'][task]:{columns[name]}.2f}"
+            for name, values in variants.items()
+        ]
+        lines.append(f"{task:{width}}" + "".join(cells))
+    return lines
+
+
+def _short(count: int) -> str:
+    """A number of parameters as papers write it."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

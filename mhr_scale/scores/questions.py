@@ -1,0 +1,118 @@
+"""From tasks to questions, to a model's answers, to lines of scores.jsonl."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mhr_scale.adapters import Adapter
+from mhr_scale.config import BatchConfig, ScoringConfig
+from mhr_scale.engine.engine import Engine
+from mhr_scale.errors import DataError
+from mhr_scale.passes.scoring import Batch, ChoiceRow, generate_answers, rank_choices
+from mhr_scale.rows.encode import Encoder
+from mhr_scale.run.runlog import log
+from mhr_scale.tasks import metrics
+from mhr_scale.tasks.task import Example, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One example to score: its global id, its task, the metric that counts."""
+
+    id: str
+    task: str
+    metric: str
+    example: Example
+
+
+def judge(question: Question, value: Any) -> dict[str, Any]:
+    """One line of scores.jsonl from the choice scores or the generated text of a question."""
+    example = question.example
+    line = {
+        "id": question.id,
+        "task": question.task,
+        "example": example.id,
+        "prompt": example.id.partition("/")[2],
+        "metric": question.metric,
+    }
+    if question.metric == "accuracy":
+        label = example.label
+        assert label is not None
+        found = {"choice_scores": value, "prediction": metrics.best_choice(value), "label": label}
+        return {**line, **found, "points": metrics.accuracy(value, label)}
+    points = metrics.TEXT_METRICS[question.metric](value, example.targets)
+    return {**line, "prediction": value, "references": list(example.targets), "points": points}
+
+
+def ask(task: Task, config: ScoringConfig) -> list[Question]:
+    """The questions of a task under its metric; raises `DataError` where they cannot be asked."""
+    metric = config.metric or task.metric
+    questions = []
+    for example in task.test:
+        if metric == "accuracy":
+            if not example.choices:
+                raise DataError(
+                    f"task {task.name}: example {example.id} has no choices to rank; set "
+                    "scoring.metric to rougeL or exact_match, or give choices"
+                )
+            if example.label is None or not 0 <= example.label < len(example.choices):
+                raise DataError(
+                    f"task {task.name}: example {example.id} has label {example.label} for "
+                    f"{len(example.choices)} choices; hidden labels cannot be scored"
+                )
+        questions.append(Question(f"{task.name}/{example.id}", task.name, metric, example))
+    return questions
+
+
+def encode(
+    tasks: Sequence[Task],
+    questions: Sequence[Question],
+    numbers: dict[str, int],
+    tokenizer: Any,
+    config: ScoringConfig,
+) -> list[ChoiceRow]:
+    """Token ids of every question, in their order; choices only where they are ranked."""
+    lengths = BatchConfig(
+        max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_choice_tokens,
+    )
+    rows: list[ChoiceRow] = []
+    for task in tasks:
+        encoder = Encoder(task, tokenizer, lengths)
+        for input_ids in encoder.inputs(task.test):
+            question = questions[len(rows)]
+            ranked = question.example.choices if question.metric == "accuracy" else ()
+            choices = tuple(encoder.answers(ranked))
+            rows.append(ChoiceRow(len(rows), numbers[task.name], input_ids, choices))
+        if encoder.cuts.inputs:
+            log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
+    return rows
+
+
+def answerers(
+    rows: Sequence[ChoiceRow],
+    model: Any,
+    adapter: Adapter | None,
+    tokenizer: Any,
+    options: ScoringConfig,
+    engine: Engine,
+) -> list[tuple[str, Callable[[Batch], list[Any]], list[ChoiceRow]]]:
+    """What answers a batch of which rows: `rank` those with choices, `generate` the others."""
+    rank = partial(
+        rank_choices, model, adapter, length_norm=options.length_norm, device=engine.device
+    )
+    generate = partial(
+        generate_answers,
+        model,
+        adapter,
+        tokenizer=tokenizer,
+        beams=options.beams,
+        max_new_tokens=options.max_new_tokens,
+        synced=engine.is_sharded,
+        device=engine.device,
+    )
+    return [
+        ("rank", rank, [row for row in rows if row.choices]),
+        ("generate", generate, [row for row in rows if not row.choices]),
+    ]

@@ -1,0 +1,1 @@
+"""T0's mixtures, prompts and held-out tasks: readers of P3, promptsource and raw data sets."""

@@ -1,0 +1,1 @@
+"""The training loop, its optimizers, saved steps, and opening a run."""

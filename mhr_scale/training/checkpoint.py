@@ -1,0 +1,281 @@
+"""Saved steps: sealed folders under `steps/`, and what a run needs to go on from one.
+
+    steps/000500/   adapter.safetensors  adapter.json  resume/  DONE
+
+Optimizer state is stored whole and by parameter name, so a run goes on with any number of ranks.
+What is damaged is noticed by its hash, set aside, and the save before it counts.
+"""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mhr_scale.adapters import Adapter, artefact
+from mhr_scale.errors import RunError
+from mhr_scale.run import failures
+from mhr_scale.run.files import hash_file, write_json
+from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
+from mhr_scale.run.runlog import log
+from mhr_scale.training.optim import OptimizerState, check_states
+
+#: What reading the files of a saved step raises where they are missing or damaged.
+UNREADABLE = (
+    OSError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a saved step holds; `progress` also has the step."""
+
+    adapter: Adapter
+    optimizer: OptimizerState
+    progress: dict[str, Any]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Folder of a saved step."""
+    return run / "steps" / f"{step:06d}"
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Numbers of the complete saved steps, ascending."""
+    names = [done.parent.name for done in run.glob(f"steps/*/{DONE}")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def save(
+    run: Path,
+    adapter: Adapter,
+    optimizer: OptimizerState,
+    *,
+    step: int,
+    progress: Mapping[str, Any],
+    backbone: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    keep: int,
+    spare: Collection[int] = (),
+    keep_best: bool = False,
+    publish: bool = True,
+) -> Path:
+    """Write a saved step and, to `publish`, make it the run's `adapter/`. One rank calls it.
+
+    `progress` is what `read` gives back: JSON values that say where the run stands. The newest
+    `keep` steps stay, those to `spare` and, to `keep_best`, the one with the lowest
+    `validation_loss` in its progress; older ones go. Raises `RunError` if it cannot be
+    written; then all that was saved before is still there.
+    """
+    folder = step_folder(run, step)
+    try:
+        with sealed(folder) as partial:
+            artefact.save(adapter, partial, step=step, backbone=backbone, origin=origin)
+            _save_resume(partial / "resume", optimizer, {"step": step, **progress})
+        if publish:
+            artefact.save(adapter, run / "adapter", step=step, backbone=backbone, origin=origin)
+    except (OSError, SafetensorError) as error:
+        raise not_saved(run, folder, error) from error
+    best = {find_best(run)} if keep_best else set()
+    remove_old(run, keep=keep, spare={*spare, *best})
+    return folder
+
+
+def _save_resume(folder: Path, optimizer: OptimizerState, progress: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    tensors, numbers = optimizer
+    file = folder / "optimizer.safetensors"
+    save_file(tensors, file)
+    facts = {"optimizer": numbers, "sha256": hash_file(file), **progress}
+    write_json(folder / "progress.json", facts)
+
+
+def not_saved(run: Path, folder: Path, error: Exception) -> RunError:
+    """What to say when a step could not be written."""
+    last = find_resume(run)
+    good = "nothing is saved yet" if last is None else f"step {last} is saved and whole"
+    return RunError(f"{folder}: not saved: {_said(error)}; {good}; the same command goes on")
+
+
+def _said(error: Exception) -> str:
+    """What happened to a file, and the way out if there is a known one."""
+    number = failures.file_error(error)
+    return repr(error) if number is None else failures.describe_file_error(error, number)
+
+
+def remove_old(run: Path, *, keep: int, spare: Collection[int | None] = ()) -> None:
+    """Remove all saved steps but the newest `keep` and those to `spare`."""
+    for old in complete_steps(run)[:-keep]:
+        if old not in spare:
+            unseal(step_folder(run, old))
+
+
+def find_best(run: Path) -> int | None:
+    """The saved step with the lowest validation loss, the first of equal ones; None without any."""
+    found = []
+    for step in complete_steps(run):
+        try:
+            text = (step_folder(run, step) / "resume" / "progress.json").read_text("utf-8")
+            loss = json.loads(text).get("validation_loss")
+        except UNREADABLE:
+            continue
+        if isinstance(loss, int | float):
+            found.append((loss, step))
+    return min(found)[1] if found else None
+
+
+def find_resume(run: Path) -> int | None:
+    """Newest complete step of a run folder, or None."""
+    steps = complete_steps(run)
+    return steps[-1] if steps else None
+
+
+def find_whole(run: Path, *, or_anew: bool = False) -> int | None:
+    """Newest complete step whose files are what was written; None if nothing is saved.
+
+    Damaged steps after it are said and set aside as `steps/<step>.damaged`. One process calls it.
+    What a save that was killed has left is put right first. Raises `RunError` if steps are saved
+    and none is whole, unless the run may start `or_anew`.
+    """
+    try:
+        recover(run / "steps")
+    except OSError as error:
+        raise RunError(f"{run / 'steps'}: cannot be put right: {_said(error)}") from error
+    faults: dict[int, str] = {}
+    for step in reversed(complete_steps(run)):
+        try:
+            check(step_folder(run, step))
+        except RunError as error:
+            faults[step] = str(error)
+            continue
+        _set_aside(run, faults, f"going on from step {step}")
+        return step
+    if faults and not or_anew:
+        raise RunError(
+            f"{'; '.join(faults.values())}; no saved step is whole; put the files back, or delete "
+            f"{run / 'steps'} to start anew"
+        )
+    _set_aside(run, faults, "starting anew")
+    return None
+
+
+def publish(run: Path, step: int) -> None:
+    """Make a saved step the run's `adapter/`, unless it is. One process calls it.
+
+    A run killed amid its last save has left the one before there, or half of this one.
+    """
+    source, target = step_folder(run, step), run / "adapter"
+    try:
+        artefact.copy(source, target)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written: {_said(error)}") from error
+
+
+def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
+    for step, fault in faults.items():
+        folder = step_folder(run, step)
+        aside = folder.with_name(f"{folder.name}.damaged")
+        log.warning("%s; %s; the damaged save is now %s", fault, consequence, aside)
+        try:
+            if aside.exists():
+                unseal(aside)
+            os.replace(folder, aside)
+        except OSError as error:
+            raise RunError(f"{fault}; it cannot be moved to {aside}: {_said(error)}") from error
+
+
+def read(run: Path, step: int) -> Saved:
+    """Read a saved step; raises `RunError` or `AdapterError` if anything is missing or damaged."""
+    folder = step_folder(run, step)
+    stored = artefact.load(folder)
+    file = folder / "resume" / "optimizer.safetensors"
+    try:
+        progress: dict[str, Any] = json.loads((folder / "resume" / "progress.json").read_text())
+        if hash_file(file) != progress["sha256"]:
+            raise RunError(f"{file}: its hash is not the stored one; delete this step")
+        if progress["step"] != step:
+            raise RunError(f"{folder}: says that it is step {progress['step']!r}; delete this step")
+        return Saved(stored, (load_file(file), dict(progress["optimizer"])), progress)
+    except RunError:
+        raise
+    except UNREADABLE as error:
+        raise _not_resumable(folder, error) from error
+
+
+def load(run: Path, step: int, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
+    """Load a saved step into an adapter and its optimizer; returns its `progress`.
+
+    Raises `RunError` or `AdapterError` if anything is missing, damaged or of another shape.
+    """
+    folder, saved = step_folder(run, step), read(run, step)
+    if saved.adapter.config != adapter.config or saved.adapter.sites != adapter.sites:
+        raise RunError(f"{folder}: another layout or method than the recipe's; use another folder")
+    if saved.adapter.task_names != adapter.task_names:
+        raise RunError(f"{folder}: other tasks than the recipe's; use another run.folder")
+    artefact.load_tensors(adapter, artefact.named_tensors(saved.adapter), place=str(folder))
+    try:
+        _unflatten(adapter, optimizer, *saved.optimizer)
+    except (*UNREADABLE, ValueError) as error:
+        raise _not_resumable(folder, error) from error
+    check_states(optimizer, adapter, place=str(folder / "resume" / "optimizer.safetensors"))
+    log.info("resumed from %s", folder)
+    return saved.progress
+
+
+def _not_resumable(folder: Path, error: BaseException) -> RunError:
+    return RunError(f"{folder}: cannot resume from it ({error!r}); delete this step")
+
+
+@torch.no_grad()
+def copy_adapter(adapter: Adapter, into: Adapter | None) -> Adapter:
+    """A copy on the host that the next step does not change; `into` is one made before."""
+    if into is None:
+        into = Adapter(adapter.config, adapter.sites, task_names=adapter.task_names)
+    for mine, theirs in zip(into.parameters(), adapter.parameters(), strict=True):
+        mine.copy_(theirs)
+    return into
+
+
+def optimizer_state(adapter: Adapter, optimizer: Optimizer) -> OptimizerState:
+    """A copy of an optimizer's state on the host, as named tensors and named numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for name, parameter in adapter.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+@torch.no_grad()
+def _unflatten(
+    adapter: Adapter,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, float]],
+) -> None:
+    parameters = dict(adapter.named_parameters())
+    for name in {key.rsplit("/", 1)[0] for key in tensors} | set(numbers):
+        parameter = parameters[name]
+        own: dict[str, Any] = dict(numbers.get(name, {}))
+        for key, value in tensors.items():
+            owner, _, part = key.rpartition("/")
+            if owner == name:
+                own[part] = value if value.dim() == 0 else value.to(parameter.device)
+        optimizer.state[parameter] = own

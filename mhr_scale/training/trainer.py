@@ -1,0 +1,383 @@
+"""The training loop: one optimizer step is fetch, forward and backward, reduce, check, update.
+
+Every rank holds the whole adapter and makes the same update. Gradients of summed losses cross ranks
+once per step as one flat buffer, the loss and its count with them, and are divided by the global
+count afterwards; so sharding, accumulation and the number of ranks do not change the result.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.adapters import Adapter
+from mhr_scale.analysis.monitor import Monitor
+from mhr_scale.config import PretrainConfig
+from mhr_scale.engine.engine import Engine
+from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.passes import validation
+from mhr_scale.rows import batching
+from mhr_scale.rows.batching import Batch, StepBatches
+from mhr_scale.rows.tokens import TokenSet
+from mhr_scale.run import stopping, tracking
+from mhr_scale.run.runlog import Metrics, Progress, log
+from mhr_scale.run.writer import Writer
+from mhr_scale.seeds import seed_from
+from mhr_scale.training import checkpoint, optim
+from mhr_scale.training.optim import OptimizerState
+
+
+@dataclass(slots=True)
+class StepSums:
+    """What one rank adds up over its micro batches of a step."""
+
+    loss: float = 0.0
+    loss_tokens: int = 0
+    examples: int = 0
+    tokens: int = 0
+    positions: int = 0
+    row_losses: list[tuple[Batch, Tensor]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains one adapter on one backbone; holds what a step needs and nothing else."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        engine: Engine,
+        model: nn.Module,
+        adapter: Adapter,
+        tokens: TokenSet,
+        batches: StepBatches,
+        backbone_facts: Mapping[str, Any],
+        save_steps: tuple[int, ...] = (),
+        monitor: Monitor | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.model = model
+        self.adapter = adapter
+        self.tokens = tokens
+        self.batches = batches
+        self.backbone_facts = dict(backbone_facts)
+        self.save_steps = save_steps
+        self.folder = Path(config.run.folder)
+        self.optimizer = optim.make_optimizer(adapter, config.optim)
+        self.step = 0
+        self.resume_step: int | None = None
+        self.writer = Writer()
+        self.monitor = monitor
+        self._copy: Adapter | None = None
+        self._metrics: Metrics | None = None
+        self._is_stop_agreed = False
+        self._saved_step: int | None = None
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the last step, validating, logging and saving on the way.
+
+        A rank that is asked to stop ends all of them after the step: saved, by `Stopped`.
+        """
+        config = self.config
+        start = -1 if self.resume_step is None else self.step
+        trackers = config.run.trackers if self.engine.rank == 0 else ()
+        tracked = tracking.opened(trackers, self.folder, resume_step=start)
+        with stopping.held(), self.writer, tracked as track:
+            if self.engine.rank == 0:
+                path = self.folder / "metrics.jsonl"
+                self._metrics = Metrics(path, resume_step=start, also=track)
+            if self.resume_step is None and config.run.validate_every >= 0:
+                self._log_validation()
+            if self.resume_step is None:
+                self._log_alignment()
+            progress = Progress(config.schedule.steps, start=self.step, what="train")
+            begun = time.monotonic()
+            for micro_batches in self.batches.load(self.step, config.schedule.steps):
+                values = self._train_step(micro_batches, begun)
+                progress.advance(
+                    f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+                )
+                self._validate_and_save()
+                if self._is_stop_agreed and self.step < config.schedule.steps:
+                    self._stop()
+                begun = time.monotonic()
+            progress.close()
+        self.engine.gather_barrier()
+
+    def _train_step(self, micro_batches: list[Batch], begun: float) -> dict[str, float]:
+        """One optimizer step, logged where that is due; returns its figures."""
+        config = self.config
+        rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
+        sums = self.accumulate(micro_batches)
+        values = self.reduce_gradients(sums)
+        norm = self._clip_and_check(values, sums)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.writer.check()
+        seconds = time.monotonic() - begun
+        line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
+        line |= {f"lr_{name}": rate for name, rate in rates.items()}
+        line["tokens_per_second"] = values["tokens"] / seconds
+        if self.step % config.run.log_every == 0 or self.step == config.schedule.steps:
+            self._write(line)
+        return line
+
+    def _stop(self) -> None:
+        """Save what is not saved yet, on all ranks, and leave. Collective."""
+        if self._saved_step != self.step:
+            self.save()
+        self.writer.wait()
+        self.engine.gather_barrier()
+        raise stopping.stop(f"step {self.step} is saved")
+
+    def accumulate(self, micro_batches: list[Batch]) -> StepSums:
+        """Forward and backward passes of this rank's micro batches of a step.
+
+        Gradients of the summed loss accumulate in the adapter's parameters.
+        """
+        config, sums = self.config, StepSums()
+        self.model.train()
+        for number, host_batch in enumerate(micro_batches):
+            batch = host_batch.to(self.engine.device)
+            torch.manual_seed(
+                seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
+            )
+            seeds = [seed_from("noise", config.run.seed, n) for n in batch.numbers]
+            with self.adapter.slots(
+                batch.task_ids,
+                seeds=seeds,
+                uniform_share=optim.uniform_share(config.schedule, self.step),
+            ) as slots:
+                loss = validation.forward(
+                    self.model, batch, label_smoothing=config.loss.label_smoothing
+                )
+                slots.backward(loss.sum.sum())
+                self.engine.after_backward()
+            sums.row_losses.append((batch, loss.sum.detach()))
+            sums.examples += len(batch.task_ids)
+            sums.tokens += batch.n_tokens
+            sums.loss_tokens += batch.n_tokens - batch.n_input_tokens
+            sums.positions += batch.input_ids.numel() + batch.labels.numel()
+        self.engine.check_same_modules()
+        return sums
+
+    def reduce_gradients(self, sums: StepSums) -> dict[str, float]:
+        """Sum gradients and counts over ranks in one buffer; divide by the global count.
+
+        Whether a rank was asked to stop travels with them, so all ranks know it after this step.
+        Returns the step's loss, examples, tokens and share of padding. Collective.
+        """
+        adapter, engine = self.adapter, self.engine
+        dense = [p for p in adapter.inventory.parameters() if p.requires_grad]
+        logits = adapter.routing_logits
+        tasks: list[int] = []
+        if logits is not None and logits.requires_grad:
+            tasks = self._tasks_of_step() if adapter.row_gradients else []
+            if not adapter.row_gradients:
+                dense.append(logits)
+        for parameter in dense:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        total = torch.stack([row_losses.sum() for _, row_losses in sums.row_losses]).sum()
+        counts = (sums.loss_tokens, sums.examples, sums.tokens, sums.positions)
+        facts = torch.cat([total.reshape(1), total.new_tensor(counts)])  # counts below 2**24
+        facts = torch.cat([facts, facts.new_tensor([float(stopping.is_asked())])])
+        rows = _dense_rows(logits, tasks) if tasks and logits is not None else None
+        buffers = [p.grad.reshape(-1) for p in dense if p.grad is not None]
+        buffers += [rows.reshape(-1)] if rows is not None else []
+        if engine.world_size > 1:
+            flat = engine.reduce_sum(torch.cat([*buffers, facts]))
+            _unpack(flat, [*buffers, facts])
+        loss, loss_tokens, examples, tokens, positions, asked = facts.tolist()
+        self._is_stop_agreed = asked > 0
+        count = loss_tokens if self.config.loss.normalise == "tokens" else examples
+        for buffer in buffers:
+            buffer.div_(count)
+        if rows is not None and logits is not None:
+            index = torch.tensor([tasks], device=rows.device)
+            logits.grad = torch.sparse_coo_tensor(
+                index, rows, logits.shape, is_coalesced=True, check_invariants=False
+            )
+        return {
+            "loss": loss / count,
+            "examples": examples,
+            "tokens": tokens,
+            "padding_share": 1.0 - tokens / positions,
+        }
+
+    def _clip_and_check(self, values: Mapping[str, float], sums: StepSums) -> float:
+        """Clip by the global norm; stop the run if the loss or a gradient is not a number."""
+        norm = optim.gradient_norm(self.adapter.parameters())
+        if not math.isfinite(values["loss"]) or not math.isfinite(norm.item()):
+            raise DivergenceError(self._describe_divergence(values["loss"], sums))
+        if self.config.optim.clip_norm is not None:
+            optim.clip_gradients(self.adapter.parameters(), norm, self.config.optim.clip_norm)
+        return norm.item()
+
+    def _describe_divergence(self, loss: float, sums: StepSums) -> str:
+        """Name the step and the tasks whose rows have no finite loss. Collective."""
+        names = self.adapter.task_names
+        mine = {
+            names[task]
+            for batch, row_losses in sums.row_losses
+            for task, value in zip(batch.task_ids, row_losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        }
+        found = sorted(set().union(*self.engine.gather_objects(mine)))
+        saved = checkpoint.find_resume(self.folder)
+        way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm, in another run.folder"
+        last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
+        if not found:
+            tasks = ", ".join(names[task] for task in self._tasks_of_step())
+            return (
+                f"step {self.step + 1}: the gradient is not finite though every loss is "
+                f"(loss {loss:g}; tasks in this step: {tasks}); {last}; {way_out}"
+            )
+        return f"step {self.step + 1}: loss is not finite in {', '.join(found)}; {last}; {way_out}"
+
+    # -- validation ------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, Any]:
+        """Mean loss per target token on all validation rows, overall and by task. Collective."""
+        picks = batching.number_rows(self.tokens.validation)
+        return validation.reduce_losses(
+            self.model,
+            self.adapter,
+            batching.cut_micro_batches(picks, self.config.batch.micro_batch_size),
+            collate=self.batches.collate,
+            engine=self.engine,
+        )
+
+    # -- saving and resuming ---------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on from the newest whole saved step of the run folder, if there is one. Collective."""
+        found = self.engine.broadcast_object(self._rank0_find() if self.engine.rank == 0 else None)
+        if isinstance(found, RunError):
+            raise found
+        if found is None:
+            return
+        progress = checkpoint.load(self.folder, found, self.adapter, self.optimizer)
+        if progress.get("plan") != self.batches.plan.fingerprint:
+            raise RunError(
+                f"{self.folder}: its sample stream came from other data or another mixture; "
+                "use another run.folder"
+            )
+        self.step = self.resume_step = self._saved_step = int(progress["step"])
+
+    def _rank0_find(self) -> int | RunError | None:
+        """The step to go on from, or why there is none, for all ranks to raise."""
+        try:
+            step = checkpoint.find_whole(self.folder)
+            if step is not None:
+                checkpoint.publish(self.folder, step)
+            return step
+        except RunError as error:
+            return error
+
+    def save(self, *, validation_loss: float | None = None) -> None:
+        """Save the current step after checking that all ranks hold the same adapter. Collective.
+
+        Rank 0 copies it to the host and writes in the background; `writer.wait` waits for that.
+        """
+        self.engine.check_equal(list(self.adapter.parameters()), what="adapters")
+        self._saved_step = self.step
+        if self.engine.rank:
+            return
+        self.writer.wait()  # the copy is the one that the write before reads
+        self._copy = checkpoint.copy_adapter(self.adapter, self._copy)
+        optimizer = checkpoint.optimizer_state(self.adapter, self.optimizer)
+        progress = {
+            "plan": self.batches.plan.fingerprint,
+            "samples": self.step * self.config.batch.batch_size,
+        }
+        if validation_loss is not None:
+            progress["validation_loss"] = validation_loss
+        self.writer.submit(partial(self._write_step, self._copy, optimizer, self.step, progress))
+
+    def _write_step(
+        self, adapter: Adapter, optimizer: OptimizerState, step: int, progress: dict[str, Any]
+    ) -> None:
+        """Write a saved step, in the background: of copies, which no step changes."""
+        if self._metrics is not None:
+            self._metrics.flush()
+        folder = checkpoint.save(
+            self.folder,
+            adapter,
+            optimizer,
+            step=step,
+            progress=progress,
+            backbone=self.backbone_facts,
+            origin={"run": self.folder.name, "seed": self.config.run.seed},
+            keep=self.config.run.keep,
+            spare=self.save_steps,
+            keep_best=self.config.run.keep_best,
+        )
+        log.info("saved %s", folder)
+
+    def _validate_and_save(self) -> None:
+        """Validate and save where either is due: what is saved is never without its figures."""
+        run, is_last = self.config.run, self.step == self.config.schedule.steps
+        is_due = run.validate_every > 0 and self.step % run.validate_every == 0
+        loss = None
+        if is_due or (is_last and run.validate_every >= 0):
+            loss = self._log_validation()
+        self._log_alignment()
+        is_due = bool(run.save_every) and self.step % run.save_every == 0
+        if is_last or is_due or self.step in self.save_steps:
+            self.save(validation_loss=loss)
+
+    def _log_validation(self) -> float | None:
+        """Validate and log it; the mean loss, if there are rows. Collective."""
+        values = self.validate()
+        loss: float | None = values["validation_loss"]
+        if loss is not None:
+            log.info("step %d: validation loss %.4f", self.step, loss)
+            self._write({"step": self.step, **values})
+        return loss
+
+    def _log_alignment(self) -> None:
+        """Measure gradient alignment where the monitor is due; nothing else changes. Collective."""
+        if self.monitor is not None and self.monitor.is_due(self.step):
+            values = self.monitor.gather_values()
+            if values is not None:
+                log.info("step %d: alignment %.4f", self.step, values["alignment"])
+                self._write({"step": self.step, **values})
+
+    # -- small parts -----------------------------------------------------------------------------
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(values)
+
+    def _tasks_of_step(self) -> list[int]:
+        """Tasks of the whole global batch: every rank knows them without asking."""
+        return sorted({sample.task for sample in self.batches.samples(self.step)})
+
+
+def _dense_rows(logits: nn.Parameter, tasks: list[int]) -> Tensor:
+    """Gradient rows of `tasks` (ascending) as one dense tensor, zeros where this rank has none."""
+    rows = logits.new_zeros(len(tasks), *logits.shape[1:])
+    if logits.grad is not None:
+        gradient = logits.grad.coalesce()
+        positions = [tasks.index(task) for task in gradient.indices()[0].tolist()]
+        rows[torch.tensor(positions, device=rows.device)] = gradient.values()
+    return rows
+
+
+def _unpack(flat: Tensor, buffers: list[Tensor]) -> None:
+    """Copy a flat buffer back into the tensors it was made of."""
+    start = 0
+    for buffer in buffers:
+        buffer.copy_(flat[start : start + buffer.numel()])
+        start += buffer.numel()
