@@ -23,8 +23,8 @@ __all__ = [
 _LATER = {
     "average": ("mhr_scale.adapters.collapse", "average"),
     "collapse": ("mhr_scale.adapters.collapse", "collapse"),
-    "load_adapter": ("mhr_scale.adapters.state", "load"),
-    "save_adapter": ("mhr_scale.adapters.state", "save"),
+    "load_adapter": ("mhr_scale.adapters.artefact", "load"),
+    "save_adapter": ("mhr_scale.adapters.artefact", "save"),
 }
 
 
