@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.methods import Adapter, attach, check_bare, detach
+from mhr_scale.adapters.methods import Adapter, attach
 from mhr_scale.adapters.sites import Site, find_sites
+from mhr_scale.adapters.wrapping import check_bare, detach
 from mhr_scale.errors import AdapterError, UserError
 from mhr_scale.recipe import typed
 from mhr_scale.run.files import hash_file, put_in_place, read_object, write_json

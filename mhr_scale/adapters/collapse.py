@@ -56,7 +56,7 @@ def collapse(adapter: Adapter, task: str) -> Adapter:
             f"for task '{task}'; collapse its average instead"
         )
     logits_1GQS = adapter.routing_logits.detach()[number : number + 1].cpu()
-    weights = routing.mixing_weights(logits_1GQS, config, seeds=None)
+    weights = routing.mixing_weights(logits_1GQS, config.routing, seeds=None)
     return _collapse(adapter, weights, name=task)
 
 

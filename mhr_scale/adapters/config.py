@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from mhr_scale.adapters.routing import POLICIES
+from mhr_scale.adapters.routing import POLICIES, Routing
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
@@ -84,6 +84,16 @@ class AdapterConfig:
     def has_logits(self) -> bool:
         """Whether a table of routing logits exists."""
         return self.is_routed and POLICIES[self.policy].has_logits
+
+    @property
+    def routing(self) -> Routing:
+        """What policies read."""
+        return Routing(
+            policy=self.policy,
+            temperature=self.temperature,
+            random_probability=self.random_probability,
+            random_empty=self.random_empty,
+        )
 
     def single(self) -> "AdapterConfig":
         """The settings of one skill of this kind: of an average, a soup, a collapsed adapter."""

@@ -163,7 +163,7 @@ class AdaptedLinear(_Adapted):
 class Siblings(_Adapted):
     """Linears of one module that read the same input, at least one of them adapted.
 
-    The module calls them together, through `call_together`. They are its children as before; here
+    The module calls them together (`families.siblings`). They are its children as before; here
     they stand a second time, so that sharding treats them as one.
     """
 
@@ -186,16 +186,3 @@ class Siblings(_Adapted):
 def base_of(linear: nn.Module) -> Any:
     """The frozen linear: of an adapted one its own, any other is one."""
     return linear.base if isinstance(linear, AdaptedLinear) else linear
-
-
-def call_together(parent: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of the named children of `parent`, which read the same x."""
-    siblings = parent._modules.get(siblings_name(names))
-    if siblings is not None:
-        return siblings(x)
-    return tuple(parent.get_submodule(name)(x) for name in names)
-
-
-def siblings_name(names: tuple[str, ...]) -> str:
-    """Name under which siblings stand in their parent."""
-    return "siblings_" + "_".join(names)

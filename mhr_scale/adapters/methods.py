@@ -12,8 +12,9 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 | private | the distinct tasks | an inventory per task, mixed as above |
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from torch.nn import functional as F
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
-from mhr_scale.adapters.linear import AdaptedLinear, RowMap, Siblings, base_of, siblings_name
+from mhr_scale.adapters.linear import AdaptedLinear, RowMap
 from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
+from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
 from mhr_scale.errors import AdapterError, did_you_mean
 from mhr_scale.seeds import seed_from
 
@@ -33,9 +35,9 @@ class Adapter(nn.Module):
     """Inventory and routing of one backbone. Float32, whole on every rank, never sharded.
 
     Made by `attach`. `parameters()` are the trainable tensors; the backbone is not among them.
-    In a wave (`is_wave`) the tasks are independent jobs, and the bits of a slot do not depend on
-    the slots beside it: no product of one column (another kernel where there is one slot only), and
-    routing slot by slot.
+    With `row_gradients` those of routing logits are sparse over tasks. In a wave (`is_wave`) the
+    tasks are independent jobs, and the bits of a slot do not depend on the slots beside it: no
+    product of one column (another kernel where there is one slot only), and routing slot by slot.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Adapter(nn.Module):
         *,
         task_names: Sequence[str],
         seed: int = 0,
+        row_gradients: bool = False,
+        is_wave: bool = False,
     ) -> None:
         super().__init__()
         duplicates = sorted({name for name in task_names if list(task_names).count(name) > 1})
@@ -55,7 +59,10 @@ class Adapter(nn.Module):
         self.policy = routing.POLICIES[config.policy]
         self.sites = sites
         self.task_names = tuple(task_names)
+        self.row_gradients = row_gradients
+        self.is_wave = is_wave
         self.linears: list[AdaptedLinear] = []
+        self._adapted: AdaptedModel | None = None
         self._users: list[Users] = []
         self.inventory = Inventory(config, sites, n_tasks=len(task_names), seed=seed)
         groups = [site.routing_group(config.granularity, config.block_span) for site in sites]
@@ -63,8 +70,6 @@ class Adapter(nn.Module):
         for stack in self.inventory.stacks:
             index = torch.tensor([self.groups.index(groups[m]) for m in stack.members])
             self.register_buffer(f"groups_{stack.key}", index, persistent=False)
-        self.row_gradients = False
-        self.is_wave = False
         self.routing_logits: nn.Parameter | None = None
         if config.has_logits:
             shape = (len(self.task_names), len(self.groups), config.n_splits, config.n_skills)
@@ -113,10 +118,13 @@ class Adapter(nn.Module):
             mixed = self.mix(weights_UGQS, ids if per_row else distinct)
             if self.is_wave and config.kind == "lora" and config.rank == 1:
                 mixed = [(F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1))) for a, b in mixed]
-        slots = Slots(self, rows, [tuple(side.to(dtype) for side in sides) for sides in mixed])
-        if leaf is not None:
-            slots.watch_rows(leaf, distinct)
-        return slots
+        return Slots(
+            self.users(),
+            rows,
+            [tuple(side.to(dtype) for side in sides) for sides in mixed],
+            kind=config.kind,
+            routing=None if leaf is None else (leaf, partial(self.add_routing_gradient, distinct)),
+        )
 
     def mix(
         self, weights_UGQS: Tensor | None, tasks: tuple[int, ...] = ()
@@ -167,7 +175,7 @@ class Adapter(nn.Module):
         if self.routing_logits is None:
             n_slots = len(ids) if draws else len(distinct) if config.private else 1
             zeros_UGQS = like.new_zeros((n_slots, *shape_GQS))
-            return routing.mixing_weights(zeros_UGQS, config, seeds=seeds), None
+            return routing.mixing_weights(zeros_UGQS, config.routing, seeds=seeds), None
         rows = torch.tensor(distinct, device=device)
         leaf = self.routing_logits.detach().index_select(0, rows)
         leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
@@ -179,15 +187,15 @@ class Adapter(nn.Module):
             singles = logits_UGQS.split(1)
             own = [None] * len(singles) if seeds is None else [[seed] for seed in seeds]
             weights = [
-                routing.mixing_weights(logits_1GQS, config, seeds=seed)
+                routing.mixing_weights(logits_1GQS, config.routing, seeds=seed)
                 for logits_1GQS, seed in zip(singles, own, strict=False)
             ]
             return torch.cat(weights), leaf
-        return routing.mixing_weights(logits_UGQS, config, seeds=seeds), leaf
+        return routing.mixing_weights(logits_UGQS, config.routing, seeds=seeds), leaf
 
     def _row_seeds(self, n_rows: int, seeds: Sequence[int] | None) -> Sequence[int] | None:
         """The rows' seeds while the model trains, None while it evaluates."""
-        if self.linears and not self.linears[0].training:
+        if self._adapted is not None and not self._adapted.training:
             return None
         if seeds is None:
             return torch.randint(2**62, (n_rows,)).tolist()
@@ -243,34 +251,36 @@ class Adapter(nn.Module):
                 raise AdapterError(f"task id {task} is not in 0..{len(self.task_names) - 1}")
         return tuple(numbers)
 
-    def bind(self, linears: Mapping[str, AdaptedLinear]) -> None:
-        """Sit in these linears of a model, in place of the adapter bound before; others run bare.
+    def bind(self, adapted: AdaptedModel) -> None:
+        """Sit in a model, in place of the adapter bound before; linears of others run bare.
 
         The tensors move to the linears' device.
         """
-        self.linears = [linears[site.name] for site in self.sites]
+        self._adapted = adapted
+        self.linears = [adapted[site.name] for site in self.sites]
         self._users = []
-        own = {site.name for site in self.sites}
-        for name, linear in linears.items():
-            linear.is_off = name not in own
+        names = {site.name for site in self.sites}
+        for name, linear in adapted.items():
+            linear.is_off = name not in names
         weight = self.linears[0].weight
         if weight.device.type != "meta":
             self.to(weight.device)
 
+    def release(self) -> None:
+        """Sit in no model any more."""
+        self._adapted, self.linears, self._users = None, [], []
+
     def users(self) -> list[Users]:
-        """Who uses the slots of each stack's linears, one entry per stack."""
+        """Who uses the slots of each stack's linears, one entry per stack.
+
+        Raises `AdapterError` if the adapter sits in no model.
+        """
+        if not self.linears or not self.linears[0].is_attached:
+            raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
         if not self._users:
             stacks = ([self.linears[m] for m in stack.members] for stack in self.inventory.stacks)
             self._users = [find_users(linears) for linears in stacks]
         return self._users
-
-    def check_idle(self) -> None:
-        """Raise `AdapterError` if no model is attached or slots are in use already."""
-        if not self.linears or not self.linears[0].is_attached:
-            raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
-        first = self.linears[0]
-        if (first.siblings or first).slots is not None:
-            raise AdapterError("slots are in use already; leave the outer `with` block first")
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -296,54 +306,3 @@ def attach(
     adapter = Adapter(config, sites, task_names=tasks, seed=seed)
     adapter.bind(wrap(model, sites))
     return adapter
-
-
-def wrap(model: nn.Module, sites: Sequence[Site]) -> dict[str, AdaptedLinear]:
-    """Freeze `model` and wrap the linears of `sites` in place; returns them by name.
-
-    One adapter after the other can then be bound to them. Raises `AdapterError` if the model has
-    adapters already.
-    """
-    check_bare(model)
-    model.requires_grad_(False)
-    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    dtype = next(floating, torch.float32)
-    linears = {}
-    for site in sites:
-        parent_name, _, child = site.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = parent.get_submodule(child)
-        linear = AdaptedLinear(base, site.name, dtype=dtype).train(base.training)
-        setattr(parent, child, linear)
-        linears[site.name] = linear
-    for name, module in list(model.named_modules()):
-        for children in getattr(module, "shared_inputs", ()):
-            _join_siblings(module, name, children)
-    return linears
-
-
-def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> None:
-    """Join children that read the same input, if one of them is adapted and all are alike."""
-    members = [parent.get_submodule(child) for child in children]
-    shapes = {(base.in_features, base.out_features) for base in map(base_of, members)}
-    if len(shapes) == 1 and any(isinstance(member, AdaptedLinear) for member in members):
-        siblings = Siblings(members, f"{name}.{'+'.join(children)}")
-        setattr(parent, siblings_name(children), siblings.train(parent.training))
-
-
-def check_bare(model: nn.Module) -> None:
-    """Raise `AdapterError` if an adapter sits in `model`."""
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise AdapterError("the model has adapters already; call detach(model) first")
-
-
-def detach(model: nn.Module) -> None:
-    """Put the bare linears back; the adapter keeps its tensors and sits in no model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Siblings):
-            parent_name, _, child = name.rpartition(".")
-            delattr(model.get_submodule(parent_name), child)
-        elif isinstance(module, AdaptedLinear):
-            parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, module.base)
-            module.leave()

@@ -30,21 +30,20 @@ from mhr_scale.adapters.reference_checkpoints import (
     read_safetensors,
     widths_of,
 )
-from mhr_scale.adapters.sites import backbone_width
+from mhr_scale.adapters.sites import backbone_width, family_of_sites
 from mhr_scale.errors import AdapterError
+from mhr_scale.families.family import Family
+from mhr_scale.families.table import family_of_linears
 from mhr_scale.run.files import put_in_place, read_object, write_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 NOTE = "mhr_scale.json"
 PREFIX = "base_model.model."
-SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 SINGLE = "average it or collapse one task, and write that as a single adapter"
 
 #: Policies that PEFT's Poly evaluates as we do.
 PEFT_POLICIES = ("learned", "noisy")
-#: PEFT's setting for a T5 whose configuration does not say which modules are feed-forward ones.
-FEED_FORWARD = ("wo",)
 #: Ways to start a LoRA that leave the backbone's own weights alone.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 #: Settings that are read, or that change nothing about what stored tensors compute.
@@ -62,9 +61,7 @@ UNDERSTOOD = frozenset(
 # --- writing
 
 
-def write_peft_lora(
-    adapter: Adapter, folder: Path | str, *, base_model: str | None, task_type: str = SEQ_2_SEQ
-) -> Path:
+def write_peft_lora(adapter: Adapter, folder: Path | str, *, base_model: str | None) -> Path:
     """Write a single LoRA as a stock PEFT LoRA folder, float32, and return the folder.
 
     Raises `AdapterError` if the adapter is anything but one low-rank pair per linear.
@@ -77,7 +74,7 @@ def write_peft_lora(
     }
     settings: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type,
+        "task_type": family_of_sites(adapter.sites).peft_task_type,
         "base_model_name_or_path": base_model,
         "r": adapter.config.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -85,9 +82,7 @@ def write_peft_lora(
     return _write(adapter, folder, tensors, settings)
 
 
-def write_peft_ia3(
-    adapter: Adapter, folder: Path | str, *, base_model: str | None, task_type: str = SEQ_2_SEQ
-) -> Path:
+def write_peft_ia3(adapter: Adapter, folder: Path | str, *, base_model: str | None) -> Path:
     """Write a single (IA)3 adapter as a stock PEFT IA3 folder, float32, and return the folder.
 
     Our vectors scale outputs, so no module is a feed-forward one in PEFT's sense.
@@ -98,7 +93,7 @@ def write_peft_ia3(
     }
     settings: dict[str, Any] = {
         "peft_type": "IA3",
-        "task_type": task_type,
+        "task_type": family_of_sites(adapter.sites).peft_task_type,
         "base_model_name_or_path": base_model,
         "feedforward_modules": [],
     }
@@ -135,7 +130,7 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
             tensors[f"{PREFIX}{linear}.poly_lora_{side}"] = scaled
     settings: dict[str, Any] = {
         "peft_type": "POLY",
-        "task_type": SEQ_2_SEQ,
+        "task_type": family_of_sites(adapter.sites).peft_task_type,
         "base_model_name_or_path": base_model,
         "r": config.rank,
         "n_tasks": len(adapter.task_names),
@@ -184,7 +179,7 @@ def _write(
         "task_names": list(adapter.task_names),
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
-        "d_model": backbone_width(adapter.sites),
+        "width": backbone_width(adapter.sites),
     }
     config = {
         **settings,
@@ -217,18 +212,20 @@ def read_peft_lora(folder: Path | str) -> Adapter:
     return _build(folder, tensors, fields)
 
 
-def read_peft_ia3(folder: Path | str, *, d_model: int | None = None) -> Adapter:
+def read_peft_ia3(folder: Path | str, *, width: int | None = None) -> Adapter:
     """Read a stock PEFT IA3 folder whose vectors all scale outputs.
 
     The vectors do not tell the width of the backbone: it comes from `mhr_scale.json`, from the
-    configuration of a backbone in a local folder, or from `d_model`.
+    configuration of a backbone in a local folder, or from `width`.
     """
     folder = Path(folder)
     config = _read_config(folder, "IA3")
     found = _read_tensors(folder, r"ia3_(?P<side>l)")
+    linears = [name.removesuffix(".l") for name in found]
+    family = family_of_linears(linears)
     inputs: Any = config.get("feedforward_modules")
-    inputs = FEED_FORWARD if inputs is None else inputs
-    for linear in (name.removesuffix(".l") for name in found):
+    inputs = family.peft_feed_forward if inputs is None else inputs
+    for linear in linears:
         is_pattern = isinstance(inputs, str)
         if re.fullmatch(inputs, linear) if is_pattern else linear.endswith(tuple(inputs)):
             raise _refusal(folder, f"feedforward_modules {inputs}, which scales inputs ({linear})")
@@ -236,8 +233,8 @@ def read_peft_ia3(folder: Path | str, *, d_model: int | None = None) -> Adapter:
         name: t[:, 0][None, None] if t.ndim == 2 and t.shape[1] == 1 else t
         for name, t in found.items()
     }
-    d_model = d_model or _read_note(folder).get("d_model") or _width_of_backbone(config)
-    return _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, d_model=d_model)
+    width = width or _read_note(folder).get("width") or _width_of_backbone(config, family)
+    return _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, width=width)
 
 
 def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = None) -> Adapter:
@@ -315,11 +312,11 @@ def _build(
     *,
     task_names: Sequence[str] | None = None,
     n_tasks: int | None = None,
-    d_model: int | None = None,
+    width: int | None = None,
 ) -> Adapter:
     """The adapter of a PEFT folder's tensors, under our names and in our shapes."""
     place, n_splits = str(folder / TENSORS), fields.get("n_splits", 1)
-    widths = widths_of(tensors, n_splits=n_splits, d_model=d_model, place=place)
+    widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
     layout, sites = find_layout(widths, place=place)
     given = _read_note(folder).get("task_names") if task_names is None else task_names
     names = name_tasks(given, n_tasks, place=place)
@@ -335,7 +332,7 @@ def _refusal(folder: Path, what: str) -> AdapterError:
 
 def _read_note(folder: Path) -> dict[str, Any]:
     note = read_object(folder / NOTE, AdapterError) if (folder / NOTE).is_file() else {}
-    kinds = {"task_names": list, "policy": str, "temperature": float, "d_model": int}
+    kinds = {"task_names": list, "policy": str, "temperature": float, "width": int}
     for name, kind in kinds.items():
         if not isinstance(note.get(name, kind()), kind):
             raise AdapterError(f"{folder / NOTE}: {name} is {note[name]!r}")
@@ -387,8 +384,8 @@ def _read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _width_of_backbone(config: Mapping[str, Any]) -> int | None:
+def _width_of_backbone(config: Mapping[str, Any], family: Family) -> int | None:
     """Width of the backbone a PEFT folder names, if that is a local folder."""
     name = config.get("base_model_name_or_path")
     file = Path(name or "") / "config.json"
-    return read_object(file, AdapterError).get("d_model") if name and file.is_file() else None
+    return family.width_of(read_object(file, AdapterError)) if name and file.is_file() else None

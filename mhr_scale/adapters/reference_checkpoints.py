@@ -23,8 +23,9 @@ from torch import Tensor
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.methods import Adapter
-from mhr_scale.adapters.sites import Site, inputs_of, recognise_sites
+from mhr_scale.adapters.sites import Site, recognise_sites
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
+from mhr_scale.families.table import family_of_linears, find_prefix
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SIDES = {"lora_a": "A", "lora_b": "B", "multi_lora_b": "l", "selector.module_logits": "logits"}
@@ -40,10 +41,7 @@ UNSUPPORTED = (
     "poly_use_shared_skill",
 )
 
-NAME = re.compile(
-    r"(?P<prefix>.*?)(?P<linear>(?:encoder|decoder)\.block\..+?)\."
-    r"(?P<side>lora_a|lora_b|multi_lora_b|selector\.module_logits)"
-)
+NAME = re.compile(r"(?P<linear>.+?)\.(?P<side>lora_a|lora_b|multi_lora_b|selector\.module_logits)")
 
 
 def read_published(
@@ -51,20 +49,20 @@ def read_published(
     *,
     task_names: Sequence[str] | None = None,
     alpha: float | None = None,
-    d_model: int | None = None,
+    width: int | None = None,
 ) -> Adapter:
     """Read a checkpoint of the reference implementation: safetensors, or torch's own, tensors only.
 
     Layout, splits, skills, rank and granularity come from names and shapes; `alpha` from the
     checkpoint's hyper-parameters, else 1 as in the published runs. Several skills without routing
-    tables are an inventory under uniform routing. (IA)3 alone needs `d_model`, the backbone's
+    tables are an inventory under uniform routing. (IA)3 alone needs `width`, the backbone's
     width. Raises `AdapterError` if tensors are missing, unknown, mis-shaped or not finite.
     """
     file = Path(path)
     stored, settings = _read_checkpoint(file)
     tensors, tables = _by_linear(stored, file)
     n_splits, n_skills, rank = _common_shape(tensors)
-    widths = widths_of(tensors, n_splits=n_splits, d_model=d_model, place=str(file))
+    widths = widths_of(tensors, n_splits=n_splits, width=width, place=str(file))
     layout, sites = find_layout(widths, place=str(file))
     fields: dict[str, Any] = {
         "kind": "ia3" if any(name.endswith(".l") for name in tensors) else "lora",
@@ -103,11 +101,11 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def widths_of(
-    tensors: Mapping[str, Tensor], *, n_splits: int, place: str, d_model: int | None = None
+    tensors: Mapping[str, Tensor], *, n_splits: int, place: str, width: int | None = None
 ) -> dict[str, tuple[int, int]]:
     """Full (in, out) widths of each linear of tensors under our names: its namesakes' commonest.
 
-    (IA)3 vectors know the out side alone; linears read `d_model` features, but for the family's
+    (IA)3 vectors know the out side alone; linears read `width` features, but for the family's
     `inputs`, which write as many.
     """
     votes: dict[tuple[str, str], Counter[int]] = {}
@@ -122,14 +120,14 @@ def widths_of(
             votes.setdefault((kind, way), Counter())[tensor.shape[dim] * n_splits] += 1
     common = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
     if any(name.endswith(".l") for name in tensors):
-        inputs = inputs_of(linears)
-        d_model = next((common[r, "out"] for r in inputs if (r, "out") in common), d_model)
-        if d_model is None:
+        inputs = family_of_linears(linears).inputs
+        width = next((common[r, "out"] for r in inputs if (r, "out") in common), width)
+        if width is None:
             raise AdapterError(
-                f"{place}: (IA)3 vectors do not tell the width of the backbone; pass d_model"
+                f"{place}: (IA)3 vectors do not tell the width of the backbone; pass width"
             )
-        own = {reader: common.get((writer, "out"), d_model) for reader, writer in inputs.items()}
-        common |= {(kind, "in"): own.get(kind, d_model) for kind in linears.values()}
+        own = {reader: common.get((writer, "out"), width) for reader, writer in inputs.items()}
+        common |= {(kind, "in"): own.get(kind, width) for kind in linears.values()}
     return {
         linear: (common.get((kind, "in"), n_splits), common.get((kind, "out"), n_splits))
         for linear, kind in linears.items()
@@ -205,7 +203,7 @@ def _by_linear(
     stored: Mapping[str, Tensor], file: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inventory tensors under our names, and routing tables by linear."""
-    places = {name: NAME.fullmatch(name) for name in stored}
+    places = {name: _split_name(name) for name in stored}
     unknown = [name for name, place in places.items() if place is None]
     if unknown:
         raise AdapterError(
@@ -213,7 +211,7 @@ def _by_linear(
             f"<linear>.{{{', '.join(SIDES)}}}, such as {', '.join(sorted(unknown)[:3])}; keep the "
             "adapter's own tensors only"
         )
-    prefixes = sorted({place["prefix"] for place in places.values() if place})
+    prefixes = sorted({place[0] for place in places.values() if place})
     if len(prefixes) != 1:
         raise AdapterError(
             f"{file}: tensors under {len(prefixes)} prefixes {prefixes[:5]}, not one"
@@ -221,13 +219,21 @@ def _by_linear(
     tensors, tables = {}, {}
     for name, place in places.items():
         assert place is not None
-        tensor, side = stored[name], SIDES[place["side"]]
+        tensor, (_, linear, side) = stored[name], place
         if side == "logits":
-            tables[place["linear"]] = tensor
+            tables[linear] = tensor
         else:
-            whole = tensor.ndim == (1 if side == "l" else 2)
-            tensors[f"{place['linear']}.{side}"] = tensor[None, None] if whole else tensor
+            is_single = tensor.ndim == (1 if side == "l" else 2)
+            tensors[f"{linear}.{side}"] = tensor[None, None] if is_single else tensor
     return tensors, tables
+
+
+def _split_name(name: str) -> tuple[str, str, str] | None:
+    """Prefix, linear and side of a tensor's name; None if it is not named like one."""
+    match, begin = NAME.fullmatch(name), find_prefix(name)
+    if match is None or begin is None:
+        return None
+    return name[:begin], match["linear"][begin:], SIDES[match["side"]]
 
 
 def _common_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:

@@ -9,16 +9,26 @@ policy.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mhr_scale.adapters.config import AdapterConfig
-
 EPS = 1e-12
 INIT_BOUND = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Which policy turns logits into weights, and the numbers that policies read."""
+
+    policy: str = "learned"
+    temperature: float = 1.0
+    """Of the relaxed Bernoulli noise."""
+    random_probability: float = 0.5
+    """Of a skill that is switched on at random."""
+    random_empty: Literal["off", "uniform"] = "off"
+    """What a row without any skill gets: no adapter, or the mean."""
 
 
 def init_logits(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
@@ -44,45 +54,43 @@ def uniform_numbers(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(blocks)
 
 
-def learned(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+def learned(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
     """p = sigmoid(z)."""
     return torch.sigmoid(logits_UGQS)
 
 
-def noisy(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+def noisy(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
     """Relaxed Bernoulli: p = sigmoid((z + log u - log(1 - u)) / temperature) while training."""
     if seeds is None:
         return torch.sigmoid(logits_UGQS)
     u = uniform_numbers(seeds, logits_UGQS.shape[1:]).to(logits_UGQS)
     u = u.clamp(torch.finfo(u.dtype).tiny, 1.0 - torch.finfo(torch.float32).eps)
-    return torch.sigmoid((logits_UGQS + u.log() - (-u).log1p()) / config.temperature)
+    return torch.sigmoid((logits_UGQS + u.log() - (-u).log1p()) / routing.temperature)
 
 
-def straight_through(
-    logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None
-) -> Tensor:
+def straight_through(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
     """p = round(sigmoid(z)) forward with the sigmoid's gradient, while training."""
     p = torch.sigmoid(logits_UGQS)
     return p if seeds is None else p + (p.round() - p).detach()
 
 
-def uniform(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+def uniform(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
     """p = 1: the mean of the inventory."""
     return torch.ones_like(logits_UGQS)
 
 
-def random(logits_UGQS: Tensor, config: "AdapterConfig", seeds: Sequence[int] | None) -> Tensor:
+def random(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
     """A random binary mask of skills while training, drawn anew for each row; then p = 1 (Random).
 
     One mask per row and routing group, the same for all splits of the group. A row without any
     skill has weight 0 everywhere (`random_empty: off`, the literal formula) or the mean.
     """
     if seeds is None:
-        return uniform(logits_UGQS, config, seeds)
+        return uniform(logits_UGQS, routing, seeds)
     _, n_groups, _, n_skills = logits_UGQS.shape
     u = uniform_numbers(seeds, (n_groups, 1, n_skills))
-    mask = (u < config.random_probability).to(logits_UGQS)
-    if config.random_empty == "uniform":
+    mask = (u < routing.random_probability).to(logits_UGQS)
+    if routing.random_empty == "uniform":
         mask = torch.where(mask.sum(-1, keepdim=True) == 0, torch.ones_like(mask), mask)
     return mask.expand_as(logits_UGQS)
 
@@ -98,7 +106,7 @@ class Policy:
     where that is not Poly's or MHR's.
     """
 
-    activate: Callable[[Tensor, "AdapterConfig", Sequence[int] | None], Tensor]
+    activate: Callable[[Tensor, Routing, Sequence[int] | None], Tensor]
     has_logits: bool = True
     trains_logits: bool = True
     draws: bool = False
@@ -115,8 +123,6 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def mixing_weights(
-    logits_UGQS: Tensor, config: "AdapterConfig", *, seeds: Sequence[int] | None
-) -> Tensor:
-    """Mixing weights (U, G, Q, S) of the slots under `config.policy`; `seeds` while training."""
-    return normalise(POLICIES[config.policy].activate(logits_UGQS, config, seeds))
+def mixing_weights(logits_UGQS: Tensor, routing: Routing, *, seeds: Sequence[int] | None) -> Tensor:
+    """Mixing weights (U, G, Q, S) of the slots under a policy; `seeds` while training."""
+    return normalise(POLICIES[routing.policy].activate(logits_UGQS, routing, seeds))

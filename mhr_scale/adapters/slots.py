@@ -10,18 +10,16 @@ gradients are stacked per shape and pushed once through the mixing graph ("the c
 recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, RowMap, ScalingSlots, Siblings
 from mhr_scale.errors import AdapterError
-
-if TYPE_CHECKING:
-    from mhr_scale.adapters.methods import Adapter
 
 
 def mix_pairs(
@@ -58,35 +56,47 @@ def mix_vectors(l_NKQSO: Tensor, w_UNQS: Tensor | None) -> Tensor:
 class Slots(AbstractContextManager["Slots"]):
     """The filled slots of one step. Inside the `with` block the model uses them.
 
-    The backward pass belongs inside the block too, through `backward`.
+    `users` are those of each shape's linears, `mixed` their sides. `routing` is the leaf copy of
+    the routing rows in use, and where its gradient goes. The backward pass belongs inside the block
+    too, through `backward`.
     """
 
-    def __init__(self, adapter: "Adapter", rows: RowMap, mixed: list[tuple[Tensor, ...]]) -> None:
-        self._adapter = adapter
+    def __init__(
+        self,
+        users: Sequence["Users"],
+        rows: RowMap,
+        mixed: Sequence[tuple[Tensor, ...]],
+        *,
+        kind: str,
+        routing: tuple[Tensor, Callable[[Tensor], None]] | None = None,
+    ) -> None:
+        self._users = users
         self._rows = rows
         self._mixed = mixed
+        self._kind = kind
+        self._routing = routing
         self._parts: list[tuple[Tensor, list[Tensor]]] = []
-        self._users: list[AdaptedLinear | Siblings] = []
-        self._row_leaf: tuple[Tensor, tuple[int, ...]] | None = None
-
-    def watch_rows(self, leaf_UGQS: Tensor, task_ids: tuple[int, ...]) -> None:
-        """Remember the leaf copy of the routing rows in use, whose gradient `backward` delivers."""
-        self._row_leaf = (leaf_UGQS, task_ids)
+        self._in_use: list[AdaptedLinear | Siblings] = []
 
     def __enter__(self) -> "Slots":
-        adapter, rows = self._adapter, self._rows
-        adapter.check_idle()
-        index = None
+        if any(user.slots is not None for user in self._list_users()):
+            raise AdapterError("slots are in use already; leave the outer `with` block first")
+        rows, index = self._rows, None
         if not rows.is_even:
             index = torch.tensor(rows.slot_of_row, device=self._mixed[0][0].device)
-        for users, sides in zip(adapter.users(), self._mixed, strict=True):
+        for users, sides in zip(self._users, self._mixed, strict=True):
             if index is not None:
                 sides = tuple(side.index_select(1, index) for side in sides)
-            if adapter.config.kind == "ia3":
+            if self._kind == "ia3":
                 self._fill_scaling(users, *sides)
             else:
                 self._fill_low_rank(users, *sides)
         return self
+
+    def _list_users(self) -> Iterator[AdaptedLinear | Siblings]:
+        return (
+            user for users in self._users for members, _ in users.values() for user, _ in members
+        )
 
     def _fill_low_rank(self, users: "Users", a_NUIR: Tensor, b_NURO: Tensor) -> None:
         """Hand each linear, or group of siblings, its A and Bs."""
@@ -119,7 +129,7 @@ class Slots(AbstractContextManager["Slots"]):
 
     def _use(self, user: AdaptedLinear | Siblings, slots: LowRankSlots | ScalingSlots) -> None:
         user.slots = slots
-        self._users.append(user)
+        self._in_use.append(user)
 
     def __exit__(
         self,
@@ -127,9 +137,9 @@ class Slots(AbstractContextManager["Slots"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for user in self._users:
+        for user in self._in_use:
             user.slots = None
-        self._users, self._parts = [], []
+        self._in_use, self._parts = [], []
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of `loss`, then one pass of the slots' gradients through the mixing graph.
@@ -154,10 +164,10 @@ class Slots(AbstractContextManager["Slots"]):
                     leaf.grad = None
         if mixed:
             torch.autograd.backward(mixed, gradients)
-        if self._row_leaf is not None:
-            leaf, task_ids = self._row_leaf
+        if self._routing is not None:
+            leaf, deliver = self._routing
             if leaf.grad is not None:
-                self._adapter.add_routing_gradient(task_ids, leaf.grad)
+                deliver(leaf.grad)
 
 
 #: Who uses the slots of some linears, by the number of adapted linears each user has: the users

@@ -16,7 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.backbone.modes import evaluate
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import AdapterError, RunError, some
-from mhr_scale.passes.validation import dealt, forward
-from mhr_scale.rows.batching import Pick, collate, cut_micro_batches
+from mhr_scale.families.modes import evaluate
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes.validation import forward, iter_packed
+from mhr_scale.rows.batching import cut_batches
 from mhr_scale.rows.tokens import TokenSet
 from mhr_scale.run.runlog import log
 from mhr_scale.seeds import seed_from
@@ -39,22 +41,20 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaskRows:
+class AlignedTask:
     """The fixed rows of one task; their `task` is its number in the adapter."""
 
     name: str
-    picks: tuple[Pick, ...]
+    rows: tuple[EncodedRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
+class GradientSource:
     """Whose gradients are measured, and in passes of how many rows per rank."""
 
-    engine: Engine
-    model: nn.Module
+    placed: PlacedBackbone
     adapter: Adapter
     micro_batch_size: int
-    pad_id: int
     pad_multiple: int
 
 
@@ -91,7 +91,7 @@ def fixed_rows(
     *,
     rows: int,
     numbers: Mapping[str, int] | None = None,
-) -> list[TaskRows]:
+) -> list[AlignedTask]:
     """The first validation rows of each chosen task, or training rows where it has none.
 
     `numbers` are the tasks' numbers in the adapter, by default those in `tokens`. Tasks read from
@@ -107,11 +107,11 @@ def fixed_rows(
         if len(fold) < rows:
             short.append(name)
         task = number if numbers is None else numbers[name]
-        picks = [
-            Pick(n, task, row.input_ids, row.targets[0])
-            for n, row in ((n, fold[n]) for n in range(min(rows, len(fold))))
+        chosen_rows = [
+            replace(fold[n], answers=fold[n].answers[:1], task=task, number=n)
+            for n in range(min(rows, len(fold)))
         ]
-        made.append(TaskRows(name=name, picks=tuple(picks)))
+        made.append(AlignedTask(name=name, rows=tuple(chosen_rows)))
     if from_train:
         log.info("alignment: training rows, for want of held-out ones, of %s", some(from_train))
     if short:
@@ -149,31 +149,32 @@ def _inventory_alone(adapter: Adapter) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(needed)
 
 
-def reduce_gradient(subject: Subject, task: TaskRows, parameters: Sequence[nn.Parameter]) -> Tensor:
+def reduce_gradient(
+    source: GradientSource, task: AlignedTask, parameters: Sequence[nn.Parameter]
+) -> Tensor:
     """The task's gradient as one flat float64 tensor, summed over passes and ranks. Collective."""
-    engine, adapter = subject.engine, subject.adapter
+    placed, adapter = source.placed, source.adapter
     size = sum(parameter.numel() for parameter in parameters)
-    total = torch.zeros(size + 1, dtype=torch.float64, device=engine.device)
+    total = torch.zeros(size + 1, dtype=torch.float64, device=placed.device)
     parts = total[:size].split([parameter.numel() for parameter in parameters])
-    for chunk, is_counted in dealt(cut_micro_batches(task.picks, subject.micro_batch_size), engine):
-        batch = collate(chunk, pad_id=subject.pad_id, pad_multiple=subject.pad_multiple)
-        batch = batch.to(engine.device)
-        with adapter.slots(batch.task_ids) as slots:
-            loss = forward(subject.model, batch)
+    batches = cut_batches(task.rows, max_rows=source.micro_batch_size)
+    for packed, is_counted in iter_packed(placed, batches, pad_multiple=source.pad_multiple):
+        with adapter.slots(packed.tasks) as slots:
+            loss = forward(placed, packed)
             slots.backward(loss.sum.sum())
-            engine.after_backward()
+            placed.engine.after_backward()
         for part, parameter in zip(parts, parameters, strict=True):
             if is_counted and parameter.grad is not None:
                 part += parameter.grad.reshape(-1)
             parameter.grad = None
         total[size] += loss.count.sum() * is_counted
-    engine.reduce_sum(total)
+    placed.engine.reduce_sum(total)
     return total[:size] / total[size]
 
 
 def gather_alignment(
-    subject: Subject,
-    tasks: Sequence[TaskRows],
+    source: GradientSource,
+    tasks: Sequence[AlignedTask],
     *,
     advance: Callable[[str], object] = lambda name: None,
 ) -> Alignment:
@@ -183,16 +184,16 @@ def gather_alignment(
     nothing; rank 0 keeps one per task on its host, in float32. Parameters, their gradients (none
     before, none after) and routing stay as they are; the model is left in evaluation mode.
     """
-    engine, adapter = subject.engine, subject.adapter
+    engine, adapter = source.placed.engine, source.adapter
     check_shared(adapter)
     _check_room(engine, adapter, len(tasks))
-    evaluate(subject.model)
+    evaluate(source.placed.model)
     names: list[str] = []
     kept: list[Tensor] = []
     left_out: dict[str, str] = {}
     with _inventory_alone(adapter) as parameters:
         for task in tasks:
-            gradient = reduce_gradient(subject, task, parameters)
+            gradient = reduce_gradient(source, task, parameters)
             norm = gradient.norm().item()
             if not math.isfinite(norm) or norm == 0.0:
                 left_out[task.name] = "zero" if norm == 0.0 else "not finite"

@@ -7,12 +7,11 @@ very adapter it has without.
 from typing import Any
 
 import torch
-from torch import nn
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.analysis import alignment
 from mhr_scale.config import PretrainConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import ConfigError
 from mhr_scale.rows.tokens import TokenSet
 
@@ -22,13 +21,13 @@ class Monitor:
 
     def __init__(
         self,
-        subject: alignment.Subject,
-        tasks: list[alignment.TaskRows],
+        source: alignment.GradientSource,
+        tasks: list[alignment.AlignedTask],
         *,
         every: int,
         last: int,
     ) -> None:
-        self.subject, self.tasks = subject, tasks
+        self.source, self.tasks = source, tasks
         self._every, self._last = every, last
 
     def is_due(self, step: int) -> bool:
@@ -40,9 +39,9 @@ class Monitor:
 
         Layers in which no pair of tasks has a direction are left out.
         """
-        device = self.subject.engine.device
+        device = self.source.placed.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            found = alignment.gather_alignment(self.subject, self.tasks)
+            found = alignment.gather_alignment(self.source, self.tasks)
         if found.mean is None:
             return None
         return {
@@ -62,29 +61,21 @@ def check_tasks(config: PretrainConfig, tokens: TokenSet) -> None:
 
 
 def make_monitor(
-    config: PretrainConfig,
-    *,
-    engine: Engine,
-    model: nn.Module,
-    adapter: Adapter,
-    tokens: TokenSet,
-    pad_id: int,
+    config: PretrainConfig, *, placed: PlacedBackbone, adapter: Adapter, tokens: TokenSet
 ) -> Monitor | None:
     """The monitor that a recipe asks for, if it does."""
     asked = config.monitor
     if not asked.alignment_every:
         return None
     chosen = alignment.sample_tasks(len(tokens.cards), asked.alignment_tasks, seed=config.run.seed)
-    subject = alignment.Subject(
-        engine=engine,
-        model=model,
+    source = alignment.GradientSource(
+        placed=placed,
         adapter=adapter,
         micro_batch_size=config.batch.micro_batch_size,
-        pad_id=pad_id,
         pad_multiple=config.batch.pad_multiple,
     )
     return Monitor(
-        subject,
+        source,
         alignment.fixed_rows(tokens, chosen, rows=asked.alignment_rows),
         every=asked.alignment_every,
         last=config.schedule.steps,

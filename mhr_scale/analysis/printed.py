@@ -8,8 +8,8 @@ COLUMNS = ("alignment", "sparsity", "discreteness", "entropy", "norm", "overlap"
 MOST_NUMBERS = 16
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The figures of an `analysis.json`, overall and by block."""
+def table(found: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
+    """The figures of an `analysis.json`, overall and by block; `blocks` tells those of linears."""
     lines = [
         f"{found['method']} of {found['n_tasks']} task(s): {found['n_skills']} skill(s), "
         f"{found['n_splits']} split(s), rank {found['rank']}, policy {found['policy']}, "
@@ -34,7 +34,7 @@ def table(found: Mapping[str, Any]) -> str:
             f"  alignment     {alignment['mean']:.4f} over {len(alignment['tasks'])} tasks of "
             f"{alignment['rows']} rows"
         )
-    return "\n".join([*lines, "", *_blocks(routing, inventory, alignment)])
+    return "\n".join([*lines, "", *_by_block(routing, inventory, alignment, blocks)])
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -43,16 +43,17 @@ def _numbers(values: Sequence[float]) -> str:
     return text + (f" and {rest} more" if rest > 0 else "")
 
 
-def _blocks(routing: Any, inventory: Any, alignment: Any) -> list[str]:
+def _by_block(routing: Any, inventory: Any, alignment: Any, blocks: Mapping[str, str]) -> list[str]:
     """One line per block; a column is empty where its figures are not of blocks or smaller."""
     rows: dict[str, dict[str, list[float | None]]] = {}
     for linear in inventory["linears"]:
-        row = rows.setdefault(_block(linear["name"]), {})
+        row = rows.setdefault(blocks[linear["name"]], {})
         row.setdefault("norm", []).extend(linear["norms"])
         row.setdefault("overlap", []).append(linear["overlap"])
     for group in routing["groups"] if routing is not None else ():
         for key in ("sparsity", "discreteness", "entropy"):
-            rows.get(_block(group["name"]), {}).setdefault(key, []).append(group[key])
+            block = blocks.get(group["name"], group["name"].split(".layer.")[0])
+            rows.get(block, {}).setdefault(key, []).append(group[key])
     for layer in alignment["layers"] if alignment is not None else ():
         rows[layer["name"]]["alignment"] = [layer["mean"]]
     columns = [column for column in COLUMNS if any(_mean(row.get(column)) for row in rows.values())]
@@ -62,10 +63,6 @@ def _blocks(routing: Any, inventory: Any, alignment: Any) -> list[str]:
         cells = "".join(f"{_mean(row.get(column)):>14}" for column in columns)
         lines.append(f"  {name:{width}}{cells}")
     return lines
-
-
-def _block(name: str) -> str:
-    return name.split(".layer.")[0]
 
 
 def _mean(values: Sequence[float | None] | None) -> str:

@@ -42,7 +42,7 @@ def describe_routing(adapter: Adapter) -> dict[str, Any] | None:
     if adapter.routing_logits is None:
         return None
     logits_TGQS = adapter.routing_logits.detach().cpu()
-    w_TGQS = routing.mixing_weights(logits_TGQS, adapter.config, seeds=None).double()
+    w_TGQS = routing.mixing_weights(logits_TGQS, adapter.config.routing, seeds=None).double()
     p_TGQS = torch.sigmoid(logits_TGQS.double())
     rows = row_figures(w_TGQS, p_TGQS)
     groups = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.backbone import fingerprint
-from mhr_scale.backbone.blueprint import Blueprint, is_equal, tied_names
+from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.manifest import Fingerprint, hash_files
 from mhr_scale.backbone.merging import plan_weights
 from mhr_scale.backbone.shards import (
@@ -23,6 +23,7 @@ from mhr_scale.backbone.shards import (
     write_index,
     write_shard,
 )
+from mhr_scale.backbone.weights import is_equal
 from mhr_scale.errors import BackboneError
 from mhr_scale.run.runlog import ByteProgress
 
@@ -31,7 +32,7 @@ FREE_SHARE = 0.7
 
 
 def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
-    """The tensors to write, and the names of the source that have no place in a T5; few are read.
+    """The tensors to write, and the names of the source that have no place; few are read.
 
     Raises `BackboneError` if the weights do not fit their configuration, are no floats, or a copy
     of the embedding is none.
@@ -44,15 +45,14 @@ def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
                 f"{source.file(weight.name)}: {weight.name} is {stored}, which is no weight's data "
                 "type; convert the original, not a quantised copy"
             )
-    tied = tied_names(blueprint)
-    for name, own in tied.items():
-        if name in source.names() and not is_equal(source, name, own):
+    for name, target in blueprint.ties.items():
+        if name in source.names() and not is_equal(source, name, target):
             raise BackboneError(
-                f"{source.file(name)}: {name} differs from {own}, and T5 has one embedding; "
-                "fetch it again"
+                f"{source.file(name)}: {name} differs from {target}, and the model has one tensor "
+                "for both; fetch it again"
             )
     written = {weight.name for weight in weights}
-    return weights, sorted(source.names() - written - tied.keys())
+    return weights, sorted(source.names() - written - blueprint.ties.keys())
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """A few logits that tell one backbone from another, and a wrongly tied one from a right one.
 
 `convert` computes them in float32 from the weights it wrote, module by module, and stores them
-beside the weights. Every run compares its backbone with them once, where and how it lies:
-replicated, sharded or quantised, its adapters off.
+beside the weights. Every run compares its backbone with them once, where and how it lies
+(`engine.check_backbone`).
 
 B rows, L tokens, V entries of the vocabulary.
 """
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.backbone.manifest import MANIFEST, WAY_OUT, Fingerprint
 from mhr_scale.backbone.weights import read_whole
-from mhr_scale.config import BackboneConfig
-from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
-from mhr_scale.run.runlog import ByteProgress, log
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.run.runlog import ByteProgress
 from mhr_scale.seeds import seed_from
 
 N_ROWS, N_INPUTS, N_TARGETS, N_KEPT, MAX_INPUTS = 2, 16, 4, 32, 64
@@ -46,18 +46,12 @@ NOISE_FACTOR, LEAST_BFLOAT16 = 5.0, 0.02
 def make_questions(blueprint: Blueprint, prompts: Sequence[Sequence[int]] = ()) -> Fingerprint:
     """Token rows without answers yet: prompts as token ids, or fixed pseudo-random ones."""
     size = blueprint.model_config.vocab_size
-    start: int = blueprint.model_config.decoder_start_token_id
-    pad: int = blueprint.model_config.pad_token_id or 0
     rows = [list(prompt[:MAX_INPUTS]) for prompt in prompts]
     rows = rows or [_ids(size, "input", row, N_INPUTS) for row in range(N_ROWS)]
-    width = max(map(len, rows))
     step = max(1, size // N_KEPT)
     return Fingerprint(
-        input_ids=[row + [pad] * (width - len(row)) for row in rows],
-        attention_mask=[[1] * len(row) + [0] * (width - len(row)) for row in rows],
-        decoder_input_ids=[
-            [start, *_ids(size, "target", row, N_TARGETS - 1)] for row in range(len(rows))
-        ],
+        inputs=rows,
+        targets=[_ids(size, "target", row, N_TARGETS) for row in range(len(rows))],
         vocabulary=list(range(0, size, step))[:N_KEPT],
         logits=[],
         norms=[],
@@ -66,7 +60,7 @@ def make_questions(blueprint: Blueprint, prompts: Sequence[Sequence[int]] = ()) 
 
 
 def _ids(size: int, what: str, row: int, length: int) -> list[int]:
-    """Token ids that depend on their place alone; the first three of T5's have meanings."""
+    """Token ids that depend on their place alone; the first three often have meanings."""
     first = min(3, size - 1)
     return [
         first + seed_from("fingerprint", what, row, place) % (size - first)
@@ -114,17 +108,17 @@ def difference(stored: Fingerprint, found: Fingerprint) -> float:
 
 
 @torch.no_grad()
-def ask(model: Any, questions: Fingerprint, device: torch.device) -> Fingerprint:
+def ask(model: Any, family: Family, questions: Fingerprint, device: torch.device) -> Fingerprint:
     """The answer of a model, in evaluation mode. Collective under ZeRO-3."""
+    rows = [
+        EncodedRow(np.asarray(ids), (np.asarray(target),))
+        for ids, target in zip(questions.inputs, questions.targets, strict=True)
+    ]
+    packed = family.pack(rows, model.config, pad_multiple=1).to(device)
     was_training = model.training
     model.eval()
     try:
-        logits_BLV = model(
-            input_ids=torch.tensor(questions.input_ids, device=device),
-            attention_mask=torch.tensor(questions.attention_mask, device=device),
-            decoder_input_ids=torch.tensor(questions.decoder_input_ids, device=device),
-            use_cache=False,
-        ).logits
+        logits_BLV = family.logits(model, packed)
     finally:
         model.train(was_training)
     return answer(questions, logits_BLV.float().cpu())
@@ -147,7 +141,7 @@ def ask_source(
     """
     with torch.device("meta"):
         model = make_model(blueprint).to(dtype)
-    copies = plan_copies(model, blueprint.source)
+    copies = plan_copies(model, blueprint)
     names = {id(parameter): name for name, parameter in copies.items()}
     total = sum(parameter.nbytes for parameter in copies.values())
     progress, seen = ByteProgress(total, what="fingerprint"), set()
@@ -160,12 +154,12 @@ def ask_source(
         return read_whole(blueprint.source, name).to(dtype)
 
     with weights_on_demand(model, read):
-        found = ask(model, questions, torch.device("cpu"))
+        found = ask(model, blueprint.family, questions, torch.device("cpu"))
     progress.close()
     return found
 
 
-def ask_model(model: nn.Module, questions: Fingerprint) -> Fingerprint:
+def ask_model(model: nn.Module, family: Family, questions: Fingerprint) -> Fingerprint:
     """The answer of a model on the CPU, computed in float32; one weight is cast at a time.
 
     The model is of no use afterwards. What it ties stays tied.
@@ -174,12 +168,12 @@ def ask_model(model: nn.Module, questions: Fingerprint) -> Fingerprint:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # T5 looks at the data type of a weight before it calls the weight's module
+                # some look at the data type of a weight before they call the weight's module
                 there = torch.empty_like(parameter, dtype=torch.float32, device="meta")
                 module._parameters[name] = nn.Parameter(there, requires_grad=False)
                 held[id(module._parameters[name])] = parameter.detach()
     with weights_on_demand(model, lambda parameter: held[id(parameter)].float()):
-        return ask(model, questions, torch.device("cpu"))
+        return ask(model, family, questions, torch.device("cpu"))
 
 
 @contextmanager
@@ -211,53 +205,6 @@ def weights_on_demand(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) 
             handle.remove()
 
 
-# -- the check of every run ------------------------------------------------------------------------
-
-
-def check(model: Any, blueprint: Blueprint, config: BackboneConfig, engine: Engine) -> None:
-    """Raise `BackboneError` if a placed backbone does not give the logits it was stored with.
-
-    Collective; does nothing for a folder without a fingerprint. Adapters are off meanwhile.
-    """
-    if blueprint.manifest is None:
-        return
-    stored = blueprint.manifest.fingerprint
-    check_questions(stored, blueprint)
-    with adapters_off(model):
-        found = difference(stored, ask(model, stored, engine.device))
-    how = config.dtype if config.quantise == "none" else config.quantise
-    tolerance = tolerance_of(stored, how)
-    # one rank's weights may be wrong alone; all have to leave together
-    worst = max(engine.gather_objects(found))
-    if worst > tolerance:
-        raise BackboneError(
-            f"{blueprint.folder}: the backbone in {how}, {engine.placement}, does not give the "
-            f"logits it was stored with: they differ by {worst:.2g} of their spread, more than "
-            f"{tolerance:g}; its weights are wrong or wrongly tied: check the folder with "
-            "`python launch/convert.py RECIPE verify=true`"
-        )
-    log.info("backbone: its stored logits to %.1e of their spread (%s)", worst, how)
-
-
-def check_questions(stored: Fingerprint, blueprint: Blueprint) -> None:
-    """Raise `BackboneError` unless a fingerprint asks what this backbone can be asked."""
-    place, size = f"{blueprint.folder}/{MANIFEST}: fingerprint", blueprint.model_config.vocab_size
-    shape = (len(stored.input_ids), len(stored.input_ids[0]) if stored.input_ids else 0)
-    answers = (shape[0], len(stored.decoder_input_ids[0]) if stored.decoder_input_ids else 0)
-    asked = {
-        "input_ids": (stored.input_ids, shape, size),
-        "attention_mask": (stored.attention_mask, shape, 2),
-        "decoder_input_ids": (stored.decoder_input_ids, answers, size),
-        "vocabulary": ([stored.vocabulary], (1, len(stored.vocabulary)), size),
-    }
-    for name, (rows, (n_rows, width), end) in asked.items():
-        if not width or len(rows) != n_rows or {len(row) for row in rows} != {width}:
-            raise BackboneError(f"{place}.{name}: not {n_rows} rows of {width}; {WAY_OUT}")
-        foreign = [token for row in rows for token in row if not 0 <= token < end]
-        if foreign:
-            raise BackboneError(f"{place}.{name}: {foreign[0]} is not in 0..{end - 1}; {WAY_OUT}")
-
-
 def tolerance_of(stored: Fingerprint, how: str) -> float:
     """The largest difference that a right backbone makes, by its data type or quantisation."""
     if how == "bfloat16":
@@ -265,16 +212,22 @@ def tolerance_of(stored: Fingerprint, how: str) -> float:
     return TOLERANCES[how]
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the bare backbone inside the block, whatever its adapted linears do outside of it."""
-    before = [
-        (module, module.is_off) for module in model.modules() if isinstance(module, AdaptedLinear)
-    ]
-    for module, _ in before:
-        module.is_off = True
-    try:
-        yield
-    finally:
-        for module, was_off in before:
-            module.is_off = was_off
+def check_questions(stored: Fingerprint, blueprint: Blueprint) -> None:
+    """Raise `BackboneError` unless a fingerprint asks what this backbone can be asked."""
+    place, size = f"{blueprint.folder}/{MANIFEST}: fingerprint", blueprint.model_config.vocab_size
+    if len(stored.inputs) != len(stored.targets) or len(set(map(len, stored.targets))) > 1:
+        raise BackboneError(
+            f"{place}: {len(stored.inputs)} inputs, targets of "
+            f"{', '.join(str(len(row)) for row in stored.targets) or 'no'} tokens; {WAY_OUT}"
+        )
+    asked = {
+        "inputs": stored.inputs,
+        "targets": stored.targets,
+        "vocabulary": [stored.vocabulary],
+    }
+    for name, rows in asked.items():
+        if not rows or not all(rows):
+            raise BackboneError(f"{place}.{name}: a row without a token; {WAY_OUT}")
+        foreign = [token for row in rows for token in row if not 0 <= token < size]
+        if foreign:
+            raise BackboneError(f"{place}.{name}: {foreign[0]} is not in 0..{size - 1}; {WAY_OUT}")

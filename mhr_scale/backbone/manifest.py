@@ -19,7 +19,7 @@ from mhr_scale.run.files import hash_file, read_object, write_json
 from mhr_scale.run.runlog import ByteProgress
 
 MANIFEST = "mhr_scale.json"
-SCHEMA = 1
+SCHEMA = 2
 WAY_OUT = "copy the folder again, or convert anew"
 
 
@@ -30,13 +30,13 @@ class Fingerprint:
     B rows, L tokens, V entries of the vocabulary.
     """
 
-    input_ids: list[list[int]]
-    attention_mask: list[list[int]]
-    decoder_input_ids: list[list[int]]
+    inputs: list[list[int]]
+    targets: list[list[int]]
+    """What follows each input; no logit depends on its last token."""
     vocabulary: list[int]
     """The entries of the vocabulary whose logits are kept."""
     logits: list[list[list[float]]]
-    """(B, L, V), for every row and position of the decoder."""
+    """(B, L, V), for every row and target position."""
     norms: list[list[float]]
     """(B, L), over the whole vocabulary."""
     noise: float
@@ -54,7 +54,7 @@ class Manifest:
     tied: dict[str, str]
     """Names that stand for a tensor stored under another name."""
     left_out: list[str]
-    """Tensors of the source that no T5 has any use for."""
+    """Tensors of the source that the model has no use for."""
     files: dict[str, FileFacts]
     fingerprint: Fingerprint
 
@@ -100,8 +100,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def check_weights(folder: Path, manifest: Manifest, source: WeightSource) -> None:
-    """Raise `BackboneError` if the weights are not what was written: names, files, data type."""
+def check_weights(
+    folder: Path, manifest: Manifest, source: WeightSource, ties: dict[str, str]
+) -> None:
+    """Raise `BackboneError` if the weights are not what was written: names, files, ties, data type.
+
+    `ties` are those that the weights themselves tell.
+    """
     for name in sorted(source.names()):
         file = source.file(name)
         assert file is not None
@@ -116,9 +121,15 @@ def check_weights(folder: Path, manifest: Manifest, source: WeightSource) -> Non
             raise BackboneError(
                 f"{file}: {name} is {dtype}, {MANIFEST} says {manifest.dtype}; {WAY_OUT}"
             )
-    for name, own in manifest.tied.items():
-        if own not in source.names():
-            raise BackboneError(f"{folder}: {name} is {own}, which is missing; {WAY_OUT}")
+    for name, target in manifest.tied.items():
+        if target not in source.names():
+            raise BackboneError(f"{folder}: {name} is {target}, which is missing; {WAY_OUT}")
+    for name in sorted(ties.keys() ^ manifest.tied.keys()):
+        told = manifest.tied.get(name, "a tensor of its own")
+        raise BackboneError(
+            f"{folder / MANIFEST}: says that {name} is {told}, the weights say "
+            f"{ties.get(name, 'a tensor of its own')}; {WAY_OUT}"
+        )
 
 
 def hash_files(files: dict[str, Path], *, what: str) -> dict[str, FileFacts]:

@@ -50,7 +50,7 @@ def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
             shape=tuple(parameter.shape),
             dtype=getattr(torch, dtype) if dtype else blueprint.source.read(name, 0, 1).dtype,
         )
-        for name, parameter in plan_copies(model, blueprint.source).items()
+        for name, parameter in plan_copies(model, blueprint).items()
     ]
 
 
@@ -107,12 +107,17 @@ def write_companions(
     The configuration is the backbone's own: whether its logits are scaled is told by what it says
     of tied embeddings, and whether they are tied by the names of the weights.
     """
-    raw: dict[str, Any] = {"model_type": "t5", **blueprint.facts.get("config", {})}
+    family, model_config = blueprint.family, blueprint.model_config
+    raw: dict[str, Any] = {
+        "model_type": model_config.model_type,
+        **blueprint.facts.get("config", {}),
+    }
     if blueprint.folder is not None:
         raw = read_object(blueprint.folder / "config.json", BackboneError)
-    raw["architectures"] = [blueprint.model_class.__name__]
-    if raw.get("decoder_start_token_id") is None:
-        raw["decoder_start_token_id"] = blueprint.model_config.decoder_start_token_id
+    raw["architectures"] = [family.model_class(model_config).__name__]
+    for name, value in family.required_fields(model_config).items():
+        if raw.get(name) is None:
+            raw[name] = value
     raw.pop("dtype", None)
     largest = max(weights, key=lambda weight: weight.n_bytes)
     raw["torch_dtype"] = str(largest.dtype).removeprefix("torch.")

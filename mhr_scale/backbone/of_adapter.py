@@ -9,7 +9,7 @@ import torch
 from mhr_scale.adapters import find_sites
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.sites import check_splits
+from mhr_scale.adapters.sites import Site, check_splits
 from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError
@@ -79,8 +79,13 @@ def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:
     check_backbone(Path(adapter), card, model)
 
 
-def check_adapter(blueprint: Blueprint, config: AdapterConfig) -> None:
-    """Raise `LayoutError` if the adapter does not fit the backbone, before any weight is read."""
+def find_sites_of(blueprint: Blueprint, config: AdapterConfig) -> tuple[Site, ...]:
+    """The linears that an adapter of these settings wraps, before any weight is read.
+
+    Raises `LayoutError` if the adapter does not fit the backbone.
+    """
     with torch.device("meta"):
         model = make_model(blueprint)
-    check_splits(find_sites(model, config.layout), n_splits=config.n_splits, kind=config.kind)
+    sites = find_sites(model, config.layout)
+    check_splits(sites, n_splits=config.n_splits, kind=config.kind)
+    return sites

@@ -1,31 +1,30 @@
 """Frozen linears in 8 or 4 bits: which ones they are, and how bitsandbytes makes them.
 
-Every linear in the blocks of encoder and decoder is quantised, `wo` too; embeddings, norms,
-position biases and `lm_head` keep the backbone's data type. T5 casts what it hands to `wo` to the
-data type of `wo.weight` unless that is int8 (transformers leaves `wo` alone for that reason), so
-4-bit weights are stored as bytes that pass for numbers of the backbone's data type: then the cast
-changes nothing. The product in 8 bits holds on to its input, whether or not `recompute:
-non_reentrant` would drop it.
+Every linear in the blocks is quantised; embeddings, norms, position biases and the head keep the
+backbone's data type. T5 casts what it hands to `wo` to the data type of `wo.weight` unless that is
+int8 (transformers leaves `wo` alone for that reason), so 4-bit weights are stored as bytes that
+pass for numbers of the backbone's data type: then the cast changes nothing. The product in 8 bits
+holds on to its input, whether or not `recompute: non_reentrant` would drop it.
 """
 
 import logging
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, EngineError
+from mhr_scale.families.family import last_part
 
-IN_BLOCK = re.compile(r"(encoder|decoder)\.block\.")
 #: int8: columns of activations with a value of this size stay unquantised (Dettmers et al. 2022).
 OUTLIER = 6.0
 #: nf4: so many weights of a row share a scale. The CPU kernel is wrong where a row ends in a block.
 BLOCK = 64
 
 
-def check(config: BackboneConfig, model_config: Any, *, ds_config: str | None = None) -> None:
+def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None = None) -> None:
     """Raise `EngineError` or `BackboneError` if this backbone cannot be quantised.
 
     `ds_config` names the DeepSpeed file that shards the backbone, if one does.
@@ -38,24 +37,34 @@ def check(config: BackboneConfig, model_config: Any, *, ds_config: str | None = 
             f"{ds_config} shards them; leave run.ds_config out, name a file of stage 0, or set "
             "quantise: none"
         )
-    widths = {
-        "d_model": model_config.d_model,
-        "num_heads * d_kv": model_config.num_heads * model_config.d_kv,
-        "d_ff": model_config.d_ff,
+    if config.quantise == "nf4":
+        with torch.device("meta"):
+            model = make_model(blueprint)
+        linears = list_linears(model, blueprint).items()
+        odd = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
+        if odd:
+            listed = ", ".join(f"{name} of {width}" for name, width in odd.items())
+            raise BackboneError(
+                f"backbone.quantise: nf4 takes rows of weights in blocks of {BLOCK}, and those of "
+                f"{listed} do not divide into them; use int8"
+            )
+
+
+def list_linears(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Linear]:
+    """The linears that get quantised, by name: those in the blocks."""
+    family, config = blueprint.family, blueprint.model_config
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and family.is_in_block(name, config)
     }
-    odd = [f"{name} {width}" for name, width in widths.items() if width % BLOCK]
-    if config.quantise == "nf4" and odd:
-        raise BackboneError(
-            f"backbone.quantise: nf4 takes weights in blocks of {BLOCK}, and {', '.join(odd)} is "
-            "no multiple of it; use int8"
-        )
 
 
-def allocate(model: nn.Module, kind: str, device: torch.device) -> None:
+def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.device) -> None:
     """Give a model on the meta device memory, but none to the linears that get quantised."""
+    left_out = {} if kind == "none" else list_linears(model, blueprint)
     for name, module in model.named_modules():
-        is_left_out = isinstance(module, nn.Linear) and IN_BLOCK.match(name)
-        if kind == "none" or not is_left_out:
+        if name not in left_out:
             module.to_empty(device=device, recurse=False)
 
 

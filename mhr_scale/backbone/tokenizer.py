@@ -6,22 +6,25 @@ from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.hub import TOKENIZER_FILES, find_folder
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, first_line
+from mhr_scale.families.table import TOKENIZERS
 
 #: A text whose characters hardly any vocabulary holds.
 UNSEEN = "\u16a0\ue000\U0001f9a4"
 
 
 def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
-    """The backbone's tokenizer, or `byt5`, which needs no files; no larger than the embeddings.
+    """The backbone's tokenizer, or one that needs no files; no larger than the embeddings.
 
     Raises `BackboneError` if it cannot be read. Without its files transformers would give a
     tokenizer that knows no words, and no error.
     """
-    from transformers import AutoTokenizer, ByT5Tokenizer
+    from transformers import AutoTokenizer
 
-    name = config.tokenizer or ("byt5" if blueprint.folder is None else None)
-    if name == "byt5":
-        tokenizer = ByT5Tokenizer()
+    name = config.tokenizer
+    if name is None and blueprint.folder is None:
+        name = blueprint.family.default_tokenizer
+    if name in TOKENIZERS:
+        tokenizer = TOKENIZERS[name]()
     else:
         folder = blueprint.folder
         if name is not None:

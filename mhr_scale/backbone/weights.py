@@ -5,7 +5,7 @@ Ranks of a sharded backbone ask for their own range of each tensor; nobody has t
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,10 +136,15 @@ class PickledSource:
 
 
 class RandomSource:
-    """Random weights by T5's own rules, each tensor a function of the seed and its name alone."""
+    """Random weights by an architecture's own rules, each a function of the seed and its name."""
 
-    def __init__(self, config: Any, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-        self._config, self._shapes, self._seed = config, shapes, seed
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        seed: int,
+        make: Callable[[str, tuple[int, ...], torch.Generator], Tensor],
+    ) -> None:
+        self._shapes, self._seed, self._make = shapes, seed, make
         self._last: tuple[str, Tensor] | None = None
 
     def names(self) -> frozenset[str]:
@@ -156,30 +161,31 @@ class RandomSource:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
         if self._last is None or self._last[0] != name:
-            self._last = (name, self._make(name))
+            generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
+            self._last = (name, self._make(name, self._shapes[name], generator))
         return self._last[1].reshape(-1)[start:stop]
-
-    def _make(self, name: str) -> Tensor:
-        c, factor = self._config, self._config.initializer_factor
-        tensor = torch.empty(self._shapes[name])
-        if "layer_norm" in name:
-            return tensor.fill_(factor)
-        last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        std = {
-            "shared": 1.0,
-            "lm_head": 1.0,
-            "q": (c.d_model * c.d_kv) ** -0.5,
-            "o": (c.num_heads * c.d_kv) ** -0.5,
-            "wo": c.d_ff**-0.5,
-        }.get(last, c.d_model**-0.5)
-        generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
-        return tensor.normal_(0.0, factor * std, generator=generator)
 
 
 def read_whole(source: WeightSource, name: str) -> Tensor:
     """A tensor of a source in its own shape."""
     shape = source.shape(name)
     return source.read(name, 0, prod(shape)).reshape(shape)
+
+
+def is_equal(source: WeightSource, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are the same, bit for bit; a part is read at a time."""
+    shape = source.shape(name)
+    if shape != source.shape(other) or len(shape) != 2:
+        return False
+    step = max(1, shape[1]) * 1024
+    total = shape[0] * shape[1]
+    return all(
+        torch.equal(
+            source.read(name, start, min(start + step, total)),
+            source.read(other, start, min(start + step, total)),
+        )
+        for start in range(0, total, step)
+    )
 
 
 def open_weights(folder: Path) -> WeightSource:

@@ -158,4 +158,4 @@ def check_quantise(
 ) -> None:
     """Raise `EngineError` or `BackboneError` if the backbone cannot be quantised where it lies."""
     sharding = ds_file if is_sharded(ds_content) else None
-    quantise.check(config, blueprint.model_config, ds_config=sharding)
+    quantise.check(config, blueprint, ds_config=sharding)

@@ -1,6 +1,6 @@
 """Processes, placement of the backbone, and the one collective of a step.
 
-The only module that imports deepspeed. DeepSpeed carries the frozen weights (ZeRO-3 sharding,
+DeepSpeed carries the frozen weights (ZeRO-3 sharding,
 gathering, offload); it never sees an adapter parameter, so it cannot partition, cast or reduce one.
 """
 
@@ -19,18 +19,14 @@ from torch import Tensor, nn
 from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
-from mhr_scale.backbone.modes import (
-    fuse,
-    order_gradients,
-    require_input_gradients,
-    set_dropout,
-    set_recompute,
-)
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine import nvme
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill
+from mhr_scale.engine.gradients import order_gradients, require_input_gradients
 from mhr_scale.errors import EngineError
+from mhr_scale.families.family import Family
+from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.run import stopping
 from mhr_scale.run.runlog import rank, ranks_here, world_size
 
@@ -38,17 +34,32 @@ from mhr_scale.run.runlog import rank, ranks_here, world_size
 class Engine:
     """One process of a run: its rank, its device, and the backbone in its placement."""
 
-    def __init__(self, ds_content: dict[str, Any], *, timeout_seconds: float) -> None:
-        self.rank = rank()
-        self.world_size = world_size()
+    def __init__(
+        self,
+        ds_content: dict[str, Any],
+        *,
+        timeout_seconds: float,
+        device: torch.device | None = None,
+    ) -> None:
+        """Take this rank's GPU, or the CPU, and join the ranks that the launcher started.
+
+        With a `device` the process is alone on it, whatever a launcher says; on the meta device
+        weights have no memory and are never filled.
+        """
+        is_alone = device is not None
+        self.rank = 0 if is_alone else rank()
+        self.world_size = 1 if is_alone else world_size()
         self.is_sharded = is_sharded(ds_content)
+        assert not (is_alone and self.is_sharded), "shards need their group of ranks"
         self.timeout = timedelta(seconds=timeout_seconds)
         self._ds_content = ds_content
         self._runtime: Any = None
         self._sequence: _ModuleSequence | None = None
         self._patient: Any = None
+        self.device = torch.device("cpu") if device is None else device
+        if device is not None:
+            return
         on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-        self.device = torch.device("cpu")
         if not on_gpu and self.world_size > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
         if on_gpu:
@@ -96,21 +107,25 @@ class Engine:
         else:
             with torch.device("meta"):
                 model = make_model(blueprint).to(getattr(torch, config.dtype))
-            quantise.allocate(model, config.quantise, self.device)
+            quantise.allocate(model, blueprint, config.quantise, self.device)
             tie(model, blueprint)
             model.requires_grad_(False)
-        self._fill(model, config, blueprint)
-        fuse(model, config)
+        if self.device.type != "meta":
+            blueprint.family.fill_buffers(model, blueprint.model_config)
+            rank = self.rank if self.is_sharded else None
+            fill(model, blueprint, kind=config.quantise, rank=rank, device=self.device)
+        blueprint.family.fuse(model, config)
         set_dropout(model, config.dropout)
         set_recompute(model, config.recompute)
         return model
 
-    def _fill(self, model: nn.Module, config: BackboneConfig, blueprint: Blueprint) -> None:
-        rank = self.rank if self.is_sharded else None
-        fill(model, blueprint.source, kind=config.quantise, rank=rank, device=self.device)
-
     def prepare(
-        self, model: nn.Module, config: BackboneConfig, *, always_backward: bool = False
+        self,
+        model: nn.Module,
+        family: Family,
+        config: BackboneConfig,
+        *,
+        always_backward: bool = False,
     ) -> nn.Module:
         """Install the runtime that gathers sharded weights; adapters must sit in place already.
 
@@ -120,10 +135,10 @@ class Engine:
         adapter: ranks with other adapters stay in step.
         """
         if not self.is_sharded:
-            order_gradients(model)
+            order_gradients(model, family)
             return model
         if always_backward:
-            require_input_gradients(model)
+            require_input_gradients(model, family)
         deepspeed = import_deepspeed()
         for part in model.modules():
             if isinstance(part, AdaptedLinear | Siblings):
@@ -136,6 +151,15 @@ class Engine:
         if self.world_size > 1:
             self._sequence = _ModuleSequence(module)
         return module
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where the backbone lies, for the record of a run."""
+        return {
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "placement": self.placement,
+        }
 
     def after_backward(self) -> None:
         """Release gathered weights that no backward hook released. Call after each backward pass.

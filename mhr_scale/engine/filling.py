@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.backbone import quantise
-from mhr_scale.backbone.blueprint import plan_copies
+from mhr_scale.backbone.blueprint import Blueprint, plan_copies
 from mhr_scale.backbone.weights import WeightSource, read_whole
 from mhr_scale.engine import nvme
 from mhr_scale.errors import EngineError
@@ -15,14 +15,14 @@ from mhr_scale.run.runlog import ByteProgress
 
 @torch.no_grad()
 def fill(
-    model: nn.Module, source: WeightSource, *, kind: str, rank: int | None, device: torch.device
+    model: nn.Module, blueprint: Blueprint, *, kind: str, rank: int | None, device: torch.device
 ) -> None:
-    """Copy every weight of a source into its place, under a progress bar.
+    """Copy every weight of a blueprint into its place, under a progress bar.
 
     `rank` is this process's number among those that a ZeRO-3 model is sharded over, None for a
     replicated one, whose linears that are still on the meta device get quantised to `kind`.
     """
-    copies = plan_copies(model, source)
+    copies, source = plan_copies(model, blueprint), blueprint.source
     total = sum(_held_bytes(parameter, rank) for parameter in copies.values())
     progress = ByteProgress(total, what="read backbone")
     for name, parameter in copies.items():

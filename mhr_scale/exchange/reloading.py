@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
-from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies, tie
 from mhr_scale.backbone.merging import merge
 from mhr_scale.backbone.shards import Weight
 from mhr_scale.backbone.weights import read_whole
 from mhr_scale.errors import AdapterError, first_line
+from mhr_scale.families.packed import EncodedRow
 
 #: Largest difference of logits, as a share of the largest logit, between two that are the same.
 LIMIT = 1e-5
@@ -28,7 +29,7 @@ N_ROWS, N_INPUTS, N_TARGETS = 8, 12, 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class ExportedAdapter:
     """A folder that is written, and what it has to agree with.
 
     `make` gives the adapter that goes into it; it lies at `folder` below the target. Compared are
@@ -47,17 +48,20 @@ class Part:
         return self.task_ids if self.what == "whole" else (0,) * N_ROWS
 
 
-class Bench:
-    """A backbone that adapters are put into by turns, and the rows that they answer."""
+class LogitsCheck:
+    """A backbone that adapters are put into by turns, and the rows whose logits are compared."""
 
     def __init__(self, blueprint: Blueprint) -> None:
+        self._family = blueprint.family
         self._model = _load(blueprint)
         generator = torch.Generator().manual_seed(0)
-        vocab_size = blueprint.model_config.vocab_size
-        self._rows = {
-            name: torch.randint(2, vocab_size, (N_ROWS, length), generator=generator)
-            for name, length in (("input_ids", N_INPUTS), ("decoder_input_ids", N_TARGETS))
-        }
+        size = blueprint.model_config.vocab_size
+        inputs, targets = (
+            torch.randint(2, size, (N_ROWS, length), generator=generator).numpy()
+            for length in (N_INPUTS, N_TARGETS)
+        )
+        rows = [EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)]
+        self._packed = self._family.pack(rows, blueprint.model_config, pad_multiple=1)
 
     def own(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
         """Logits of our adapter; a task of its own for every row."""
@@ -67,7 +71,7 @@ class Bench:
                 return self._logits(self._model)
         finally:
             detach(self._model)
-            adapter.linears = []
+            adapter.release()
 
     def peft(self, folder: Path, task_ids: Sequence[int]) -> Tensor:
         """Logits of a PEFT folder under stock PEFT; Poly reads the tasks, one for every row.
@@ -111,9 +115,9 @@ class Bench:
         del self._model
         try:
             with _quiet():
-                self._model, found = blueprint.model_class.from_pretrained(
-                    folder, dtype=torch.float32, output_loading_info=True
-                )
+                self._model, found = self._family.model_class(
+                    blueprint.model_config
+                ).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         except Exception as error:
             raise AdapterError(f"transformers does not load it: {first_line(error)}") from error
         odd = {kind: sorted(map(str, names))[:3] for kind, names in found.items() if names}
@@ -123,48 +127,55 @@ class Bench:
 
     @torch.no_grad()
     def _logits(self, model: Any, **extra: Tensor) -> Tensor:
-        logits: Tensor = model(**self._rows, **extra, use_cache=False).logits
-        return logits
+        packed = replace(self._packed, inputs={**self._packed.inputs, **extra})
+        return self._family.logits(model, packed)
 
 
-def check_peft(bench: Bench, part: Part, folder: Path) -> float:
+def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> float:
     """The difference that stock PEFT makes.
 
     Raises `AdapterError` if it is too large, or a single adapter is not stored bit for bit.
     """
-    expected = bench.own(part.original, part.task_ids)
-    found = _check(bench.peft(folder, part.own_ids), expected, what="what stock PEFT loads")
-    if not part.make().config.is_routed:
-        _check_tensors(peft_folders.open_adapter(folder)[1], part.make())
+    expected = check.own(exported.original, exported.task_ids)
+    found = _check(check.peft(folder, exported.own_ids), expected, what="what stock PEFT loads")
+    if not exported.make().config.is_routed:
+        _check_tensors(peft_folders.open_adapter(folder)[1], exported.make())
     return found
 
 
-def check_native(bench: Bench, part: Part, folder: Path, *, peft_folder: Path | None) -> float:
+def check_native(
+    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, peft_folder: Path | None
+) -> float:
     """The difference that an artefact makes, from stock PEFT where it was made of a PEFT folder.
 
     Raises `AdapterError` if it is too large, or a stored bit is another.
     """
     again = artefact.load(folder)
-    _check_tensors(again, part.make())
-    if part.what == "whole" and peft_folder is not None:
-        expected = bench.peft(peft_folder, part.task_ids)
+    _check_tensors(again, exported.make())
+    if exported.what == "whole" and peft_folder is not None:
+        expected = check.peft(peft_folder, exported.task_ids)
     else:
-        expected = bench.own(part.original, part.task_ids)
-    return _check(bench.own(again, part.own_ids), expected, what="the artefact")
+        expected = check.own(exported.original, exported.task_ids)
+    return _check(check.own(again, exported.own_ids), expected, what="the artefact")
 
 
 def check_merged(
-    bench: Bench, part: Part, folder: Path, *, blueprint: Blueprint, weights: Sequence[Weight]
+    check: LogitsCheck,
+    exported: ExportedAdapter,
+    folder: Path,
+    *,
+    blueprint: Blueprint,
+    weights: Sequence[Weight],
 ) -> tuple[float, float]:
     """The largest difference that merging makes, and the one that rounding the weights adds.
 
     Compared are the sum before it is rounded, with the original, and the files, with the rounded
     sum. Raises `AdapterError` if one of these is too large.
     """
-    expected = bench.own(part.original, part.task_ids)
-    exact, rounded = bench.merge(part.make(), weights)
+    expected = check.own(exported.original, exported.task_ids)
+    exact, rounded = check.merge(exported.make(), weights)
     merged = _check(exact, expected, what="the merged weights")
-    stored = _check(bench.stock(blueprint, folder), rounded, what="what transformers loads")
+    stored = _check(check.stock(blueprint, folder), rounded, what="what transformers loads")
     return max(merged, stored), _difference(rounded, exact)
 
 
@@ -206,7 +217,8 @@ def _load(blueprint: Blueprint) -> nn.Module:
     model = model.to_empty(device="cpu")
     tie(model, blueprint)
     model.requires_grad_(False)
-    for name, parameter in plan_copies(model, blueprint.source).items():
+    blueprint.family.fill_buffers(model, blueprint.model_config)
+    for name, parameter in plan_copies(model, blueprint).items():
         parameter.data.copy_(read_whole(blueprint.source, name))
     return model
 

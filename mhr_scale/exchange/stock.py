@@ -1,13 +1,14 @@
 """A backbone with a LoRA in it, of stock parts alone, for one process.
 
-transformers loads the backbone, in 8 or 4 bits by bitsandbytes; it leaves T5's `wo` in the
-backbone's data type, since T5 casts what it hands to `wo` to the data type of that weight. PEFT
-loads the LoRA and writes it; the optimizer is torch's, transformers' or bitsandbytes'.
+transformers loads the backbone, in 8 or 4 bits by bitsandbytes, but for what an architecture wants
+in the backbone's data type (T5 its `wo`). PEFT loads the LoRA and writes it; the optimizer is
+torch's, transformers' or bitsandbytes'.
 """
 
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.reference_checkpoints import read_safetensors
 from mhr_scale.backbone import hub, quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model
-from mhr_scale.backbone.modes import set_dropout, set_recompute
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
+from mhr_scale.families.modes import set_dropout, set_recompute
+from mhr_scale.families.table import complete
 from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
@@ -118,10 +120,10 @@ def load_model(
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
     """The frozen backbone as transformers loads it."""
-    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+    import transformers
     from transformers.utils import logging
 
-    dtype = getattr(torch, config.dtype)
+    dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
         "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
         "nf4": {
@@ -133,11 +135,13 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     }
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if config.quantise != "none":
-        options["quantization_config"] = BitsAndBytesConfig(**settings[config.quantise])
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            **settings[config.quantise]
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings about ties and tensors are errors of ours, below
     try:
-        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+        model, info = getattr(transformers, family.auto_class).from_pretrained(
             blueprint.folder, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -152,17 +156,28 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
         raise BackboneError(
             f"backbone.name: {config.name} does not fill the model: {some(odd)}; fetch it again"
         )
-    if model.lm_head.weight is model.shared.weight and not blueprint.is_lm_head_tied:
+    tied = find_foreign_tie(model, blueprint.ties)
+    if tied is not None:
         raise BackboneError(
-            f"backbone.name: transformers has tied the lm_head of {config.name}, which is a tensor "
-            "of its own in the checkpoint; use adapt, which reads it as it is"
+            f"backbone.name: transformers has tied {tied} of {config.name}, which is a tensor of "
+            "its own in the checkpoint; use adapt, which reads it as it is"
         )
-    model.config.decoder_start_token_id = blueprint.model_config.decoder_start_token_id
+    complete(model.config, family)
     model.requires_grad_(False)
     quantise.keep_format(model)
     set_dropout(model, config.dropout)
     set_recompute(model, config.recompute)
     return model
+
+
+def find_foreign_tie(model: nn.Module, ties: Mapping[str, str]) -> str | None:
+    """A parameter that is one with another, though the checkpoint does not say so."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(parameter, name)
+        if ties.get(name, name) != ties.get(owner, owner):
+            return name
+    return None
 
 
 def write_peft(model: Any, folder: Path, source: Path) -> None:

@@ -1,6 +1,6 @@
 """Faster parts of a frozen T5, put in place of transformers' own; weights and names stay.
 
-Three switches of `BackboneConfig`; tests/benchmarks/README.md says what each saves and what it
+Three switches of a backbone's settings; tests/benchmarks/README.md says what each saves and what it
 changes in the logits:
 
 fused_attention   bias and mask merged once per stack, not once per layer; q, k and v together
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 
-from mhr_scale.adapters.linear import call_together
-from mhr_scale.config import BackboneConfig
+from mhr_scale.families.family import Settings
+from mhr_scale.families.siblings import call_together
 
 
-def install(model: nn.Module, config: BackboneConfig) -> None:
-    """Exchange the classes of T5's attentions, gated feed-forwards and norms, as `config` says.
+def install(model: nn.Module, settings: Settings) -> None:
+    """Exchange the classes of T5's attentions, gated feed-forwards and norms, as `settings` say.
 
     Before adapters are attached: they ask the modules which of their linears share an input.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("M")
         part: Any = None
-        if kind == "T5Attention" and config.fused_attention:
+        if kind == "T5Attention" and settings.fused_attention:
             part = CrossAttention if name.endswith("EncDecAttention") else SelfAttention
         elif kind == "T5DenseGatedActDense":
             part = GatedFeedForward
             is_tanh = type(module.act).__name__ in TANH_GELUS
-            module.is_fused_gelu = config.fused_gelu and is_tanh
-        elif kind == "T5LayerNorm" and config.fused_norm:
+            module.is_fused_gelu = settings.fused_gelu and is_tanh
+        elif kind == "T5LayerNorm" and settings.fused_norm:
             part = Norm
         if part is not None:
             module.__class__ = fused_class(part, type(module))

@@ -1,19 +1,15 @@
 """The run folder of `adapt`: jobs can be added to it, but not changed."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.errors import RunError
+from mhr_scale.jobs.adapt_inputs import AdaptInputs
 from mhr_scale.jobs.job import as_folder
-from mhr_scale.run.run_folder import check_writable, differences, listed, read_recipe, write_recipe
-from mhr_scale.run.runlog import record_provenance
-from mhr_scale.tasks.task import Intake
+from mhr_scale.run.run_folder import REJECTS, RunFolder, differences
 
 #: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.
-FREE_TO_CHANGE = (
+FREE = (
     "shots.seeds",
     "tasks.tasks",
     "waves.",
@@ -24,48 +20,37 @@ FREE_TO_CHANGE = (
 )
 
 
-def check_folder(config: AdaptConfig) -> None:
-    """Raise `RunError` if the folder holds jobs of other settings."""
-    folder = Path(config.run.folder)
-    check_writable(folder)
-    file = folder / "config.yaml"
-    if not file.exists():
-        return
-    before = read_recipe(AdaptConfig, file)
+def open_folder(config: AdaptConfig) -> RunFolder[AdaptConfig]:
+    """The folder of a run, found good; raises `RunError` if it holds jobs of other settings."""
+    folder = RunFolder(config.run.folder, AdaptConfig, free=FREE)
+    folder.check_writable()
+    kept = folder.read_recipe()
+    before = {} if kept is None else kept.variants
     changed = [
-        difference
-        for key, difference in differences(before, config)
-        if not key.startswith(FREE_TO_CHANGE)
+        f"variants.{name}.{difference}"
+        for name in sorted(before.keys() & config.variants.keys())
+        for _, difference in differences(before[name], config.variants[name])
     ]
-    for name in sorted(before.variants.keys() & config.variants.keys()):
-        pairs = differences(before.variants[name], config.variants[name])
-        changed += [f"variants.{name}.{difference}" for _, difference in pairs]
-    if changed and any(folder.glob("jobs/*/*/*")):
-        raise RunError(
-            f"{folder}: holds jobs of other settings ({listed(changed)}); tasks, seeds and "
-            "variants can be added, anything else needs another run.folder"
-        )
+    folder.check(
+        config,
+        is_begun=kept is not None and any(folder.path.glob("jobs/*/*/*")),
+        holds="jobs",
+        more=changed,
+        way_out="tasks, seeds and variants can be added, anything else needs another run.folder",
+    )
+    return folder
 
 
-def rank0_open_folder(
-    config: AdaptConfig, engine: Engine, blueprint: Blueprint, intake: Intake
-) -> None:
+def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Engine) -> None:
     """Write what a reader of the run needs before its first number.
 
     A variant that has jobs stays in the stored recipe, also where the new one leaves it out: under
     other settings it must not come back.
     """
-    folder = Path(config.run.folder)
-    file = folder / "config.yaml"
-    known = read_recipe(AdaptConfig, file).variants if file.exists() else {}
-    begun = {job.name for job in folder.glob("jobs/*/*/*")}
-    kept = {name: variant for name, variant in known.items() if as_folder(name) in begun}
-    write_recipe(file, replace(config, variants={**kept, **config.variants}))
-    intake.write(folder / "rejects.jsonl")
-    record_provenance(
-        folder / "provenance.json",
-        world_size=engine.world_size,
-        device=str(engine.device),
-        placement=engine.placement,
-        backbone=blueprint.facts,
-    )
+    config, kept = inputs.config, folder.read_recipe()
+    begun = {job.name for job in folder.path.glob("jobs/*/*/*")}
+    known = {} if kept is None else kept.variants
+    variants = {name: variant for name, variant in known.items() if as_folder(name) in begun}
+    folder.keep_recipe(replace(config, variants={**variants, **config.variants}))
+    inputs.intake.write(folder.path / REJECTS)
+    folder.record_start(**engine.facts, backbone=inputs.backbone.blueprint.facts)

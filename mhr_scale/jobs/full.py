@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig
+from mhr_scale.config import AdaptConfig, OptimConfig
 from mhr_scale.engine.ds_config import is_sharded
+from mhr_scale.engine.opened import OpenedBackbone
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs import job_optim
 from mhr_scale.jobs.wave import Wave
@@ -32,23 +33,23 @@ from mhr_scale.training import optim
 WEIGHTS = "backbone.safetensors"
 
 
-def check_backbone_jobs(
-    config: AdaptConfig, backbone: BackboneConfig, ds_content: dict[str, Any]
-) -> None:
+def check_backbone_jobs(config: AdaptConfig, backbone: OpenedBackbone) -> None:
     """Raise `ConfigError` if a variant is to train a backbone that is sharded or not float32."""
     if not config.backbone_variants:
         return
     place = f"variants.{config.backbone_variants[0]}.kind: backbone"
-    if is_sharded(ds_content):
+    if is_sharded(backbone.ds_content):
         raise ConfigError(
             f"{place} trains weights that are whole on every rank, and {config.run.ds_config} "
             "shards them; leave run.ds_config out, or name a file of stage 0"
         )
-    if backbone.dtype != "float32":
+    if backbone.config.dtype != "float32":
         way_out = "backbone.dtype: float32"
         if any(variant.adapter for variant in config.variants.values()):
             way_out = "backbone_dtype: float32 for all variants (the adapter brings the other one)"
-        raise ConfigError(f"{place} trains weights in float32, not {backbone.dtype}; set {way_out}")
+        raise ConfigError(
+            f"{place} trains weights in float32, not {backbone.config.dtype}; set {way_out}"
+        )
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ def as_folder(text: str) -> str:
 
 
 @dataclass(slots=True)
-class Standing:
+class JobProgress:
     """How far a job is: what its saved steps keep, and at the end its result."""
 
     best_step: int = -1
@@ -70,8 +70,8 @@ class Standing:
         return False
 
     @classmethod
-    def read(cls, progress: Mapping[str, Any], *, place: Path) -> "Standing":
-        """From what a saved step keeps; raises `RunError` naming `place` if it is no standing."""
+    def read(cls, progress: Mapping[str, Any], *, place: Path) -> "JobProgress":
+        """From what a saved step keeps; raises `RunError` naming `place` if it is none."""
         try:
             values = progress["standing"]
             evaluations = [(int(step), float(score)) for step, score in values["evaluations"]]
@@ -79,18 +79,18 @@ class Standing:
             score = None if best is None else float(best)
             return cls(int(values["best_step"]), score, int(values["worse"]), evaluations)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RunError(f"{place}: not the standing of a job ({error!r}); delete it") from error
+            raise RunError(f"{place}: not the progress of a job ({error!r}); delete it") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
+class JobState:
     """Where a job stands on disk: finished, or the saved step it goes on from (0: none)."""
 
     is_finished: bool
     step: int
 
 
-def stage(job: Job, run: Path) -> Stage:
+def find_state(job: Job, run: Path) -> JobState:
     """Look a job up in the run folder; a damaged save is set aside. One process calls it.
 
     What a finished job that was killed amid its cleaning has left goes.
@@ -100,7 +100,7 @@ def stage(job: Job, run: Path) -> Stage:
     if is_finished:
         clean(job, run)
     step = None if is_finished else checkpoint.find_whole(folder, or_anew=True)
-    return Stage(is_finished=is_finished, step=step or 0)
+    return JobState(is_finished=is_finished, step=step or 0)
 
 
 def write_result(job: Job, run: Path, result: Mapping[str, Any]) -> None:

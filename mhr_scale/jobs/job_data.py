@@ -9,8 +9,9 @@ import numpy as np
 
 from mhr_scale.config import AdaptConfig, BatchConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.passes.scoring import ChoiceRow
-from mhr_scale.rows.encode import Encoder, Ids
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.rows.encode import Encoder
 from mhr_scale.scores.questions import Question, ask, encode
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.suites import FewShotTask
@@ -18,28 +19,11 @@ from mhr_scale.tasks.task import Example
 
 
 @dataclass(frozen=True, slots=True)
-class TrainRow:
-    """A training example: its input, the choices whose likelihood counts, and the right one.
-
-    Under the loss `language_model` the target is the only choice.
-    """
-
-    input_ids: Ids
-    choices: tuple[Ids, ...]
-    label: int
-
-    @property
-    def n_choice_tokens(self) -> int:
-        """Decoder positions the row takes."""
-        return sum(len(choice) for choice in self.choices)
-
-
-@dataclass(frozen=True, slots=True)
-class Exam:
+class ScoredSet:
     """Rows to score: their questions and token ids, in the same order."""
 
     questions: tuple[Question, ...]
-    rows: tuple[ChoiceRow, ...]
+    rows: tuple[EncodedRow, ...]
 
 
 def round_up(length: int) -> int:
@@ -54,11 +38,11 @@ class JobData:
 
     few_shot: FewShotTask
     config: AdaptConfig
-    test: Exam
-    selection: Exam | None
+    test: ScoredSet
+    selection: ScoredSet | None
     _encoder: Encoder
-    _rows: dict[tuple[str, tuple[str, ...]], TrainRow] = field(default_factory=dict)
-    _epoch: tuple[int, tuple[TrainRow, ...]] = (-1, ())
+    _rows: dict[tuple[str, tuple[str, ...]], EncodedRow] = field(default_factory=dict)
+    _epoch: tuple[int, tuple[EncodedRow, ...]] = (-1, ())
 
     @property
     def batch_size(self) -> int:
@@ -70,7 +54,7 @@ class JobData:
         """Whole batches in an epoch; what is left over is dropped."""
         return self.few_shot.n_rows // self.batch_size
 
-    def batch(self, step: int) -> Sequence[TrainRow]:
+    def batch(self, step: int) -> Sequence[EncodedRow]:
         """The rows of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
@@ -80,7 +64,7 @@ class JobData:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """What every batch is padded to: of the longest input and decoder row of all, rounded up.
+        """What every batch is padded to: of the longest input and targets of all, rounded up.
 
         It depends on nothing else: sums over wider rows round differently, and Adam and Adafactor
         blow a rounding error up wherever a gradient is next to nothing. So a job gets the very bits
@@ -91,10 +75,10 @@ class JobData:
             for example in self.few_shot.task.train
             for choices in self._answers(example)
         ]
-        longest = max(len(r.input_ids) for r in rows), max(r.n_choice_tokens for r in rows)
+        longest = max(len(r.input_ids) for r in rows), max(r.n_answer_tokens for r in rows)
         return round_up(longest[0]), round_up(longest[1])
 
-    def _draw(self, epoch: int) -> tuple[TrainRow, ...]:
+    def _draw(self, epoch: int) -> tuple[EncodedRow, ...]:
         task, seed = self.few_shot.task.name, self.few_shot.seed
         examples = self.few_shot.draw(epoch)
         order = np.random.Generator(np.random.PCG64(seed_from("order", task, seed, epoch)))
@@ -103,29 +87,31 @@ class JobData:
         )
 
     def _answers(self, example: Example) -> list[tuple[str, ...]]:
-        """What the decoder may be given: all choices, or one of the references that are drawn."""
+        """The answers that a row may have: all choices, or one of the references that are drawn."""
         protocol = self.config.protocol
         if protocol.loss == "t_few":
             return [example.choices]
         references = example.targets if protocol.references == "random" else example.targets[:1]
         return [(reference,) for reference in references]
 
-    def _row(self, example: Example, epoch: int) -> TrainRow:
+    def _row(self, example: Example, epoch: int) -> EncodedRow:
         answers = self._answers(example)
         which = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
         label = example.label if self.config.protocol.loss == "t_few" else 0
         assert label is not None
         return replace(self._encode(example, answers[which]), label=label)
 
-    def _encode(self, example: Example, choices: tuple[str, ...]) -> TrainRow:
+    def _encode(self, example: Example, choices: tuple[str, ...]) -> EncodedRow:
         key = (example.input, choices)
         if key not in self._rows:
             (input_ids,) = self._encoder.inputs([example])
-            self._rows[key] = TrainRow(input_ids, tuple(self._encoder.answers(choices)), 0)
+            self._rows[key] = EncodedRow(input_ids, self._encoder.answers(choices))
         return self._rows[key]
 
 
-def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> JobData:
+def open_data(
+    few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any, family: Family
+) -> JobData:
     """Check a task's seed at the door and tokenise what it is scored on."""
     task, protocol = few_shot.task, config.protocol
     if protocol.loss == "t_few":
@@ -148,20 +134,17 @@ def open_data(few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any) -> Job
         chosen = task.validation
     elif config.selection.on == "shots":
         chosen = few_shot.selection
+
+    def make_set(examples: tuple[Example, ...]) -> ScoredSet:
+        asked = replace(task, test=examples)
+        questions = ask(asked, config.scoring)
+        rows = encode([asked], questions, {task.name: 0}, tokenizer, family, config.scoring)
+        return ScoredSet(tuple(questions), tuple(rows))
+
     return JobData(
         few_shot,
         config,
-        test=_exam(few_shot, task.test, config, tokenizer),
-        selection=_exam(few_shot, chosen, config, tokenizer) if chosen else None,
-        _encoder=Encoder(task, tokenizer, lengths),
+        test=make_set(task.test),
+        selection=make_set(chosen) if chosen else None,
+        _encoder=Encoder(task, tokenizer, lengths, family),
     )
-
-
-def _exam(
-    few_shot: FewShotTask, examples: tuple[Example, ...], config: AdaptConfig, tokenizer: Any
-) -> Exam:
-    asked = replace(few_shot.task, test=examples)
-    questions = ask(asked, config.scoring)
-    numbers = {asked.name: 0}
-    rows = encode([asked], questions, numbers, tokenizer, config.scoring)
-    return Exam(tuple(questions), tuple(rows))

@@ -76,13 +76,13 @@ def _step_adamw(
 def make_job_optimizer(wave: Adapter, config: OptimConfig) -> Optimizer:
     """The optimizer of a wave, every job at the rates of `config` until `set_job_rates`.
 
-    It makes the wave's routing gradients dense. Clip with `clip_jobs` before each step.
+    Routing gradients of a wave are dense. Clip with `clip_jobs` before each step.
     """
     groups = [group for group in make_groups(wave, config) if group["params"][0].requires_grad]
     names = {group["name"] for group in groups}
     assert names, "nothing in this wave trains"
     assert wave.config.private or "inventory" not in names, "jobs cannot train a shared inventory"
-    wave.row_gradients = False
+    assert not wave.row_gradients, "jobs move their own rows, all of them"
     optimizer: Optimizer
     if config.name == "adamw":
         optimizer = AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)

@@ -7,19 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.config import AdaptConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow
 from mhr_scale.jobs.job import Job, clean, write_result
-from mhr_scale.jobs.job_data import Exam
+from mhr_scale.jobs.job_data import ScoredSet
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import Member, StepValues, Wave
-from mhr_scale.passes import scoring
-from mhr_scale.passes.scoring import Batch, ChoiceRow
+from mhr_scale.passes.scoring import generate_answers
+from mhr_scale.rows.batching import Batch, cut_batches
 from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_text
 from mhr_scale.run.runlog import Metrics, Progress, log
@@ -36,21 +38,17 @@ class Runner:
         self,
         config: AdaptConfig,
         *,
-        engine: Engine,
-        model: Any,
-        linears: Mapping[str, AdaptedLinear],
+        placed: PlacedBackbone,
         tokenizer: Any,
         backbone_facts: dict[str, Any],
         total_steps: int,
     ) -> None:
         self.config = config
-        self.engine = engine
-        self.model = model
-        self.linears = linears
+        self.placed = placed
         self.tokenizer = tokenizer
         self.backbone_facts = backbone_facts
         self.folder = Path(config.run.folder)
-        self.lockstep = Lockstep(engine, self._run_dummy)
+        self.lockstep = Lockstep(placed.engine, self._run_dummy)
         self.writer = Writer()
         self.lost: list[str] = []
         self.progress = Progress(total_steps, start=0, what="adapt", unit="job-step")
@@ -59,7 +57,7 @@ class Runner:
 
     def run(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
         """Train a wave until its last job is finished; `facts` of a job go into its result."""
-        wave.adapter.bind(self.linears)
+        wave.adapter.bind(self.placed.adapted)
         begun = wave.step
         logs = {
             member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun or -1)
@@ -86,12 +84,8 @@ class Runner:
             self._evaluate(wave, range(len(wave.members)), logs)
         while wave.members:
             self.lockstep.turn("train")
-            self.model.train()
-            values = wave.train_step(
-                self.model,
-                device=self.engine.device,
-                after_backward=self.engine.after_backward,
-            )
+            self.placed.model.train()
+            values = wave.train_step(self.placed)
             self._log(wave, values, logs)
             self._drop_lost(wave, values)
             self._evaluate(wave, self._due(wave), logs)
@@ -127,7 +121,7 @@ class Runner:
         if numbers:
             wave.drop(numbers)
             if wave.members:
-                wave.adapter.bind(self.linears)
+                wave.adapter.bind(self.placed.adapted)
 
     def _save(self, wave: Wave, logs: Mapping[Job, Metrics]) -> None:
         every = self.config.waves.save_every
@@ -151,7 +145,7 @@ class Runner:
             write = wave.copy(number, self.folder, backbone=self.backbone_facts)
             if write is not None:
                 writes += [logs[member.job].flush, write]
-            folder, best = member.job.folder(self.folder), member.standing.best_step
+            folder, best = member.job.folder(self.folder), member.progress.best_step
             writes.append(partial(_drop_older, folder / "best", best))
         self.writer.submit(lambda: [write() for write in writes])
 
@@ -170,29 +164,29 @@ class Runner:
 
     def _left_over(self, wave: Wave) -> list[int]:
         """Jobs to evaluate at the step they were saved at: stopped before they were through."""
-        evaluations = {n: wave.members[n].standing.evaluations for n in self._due(wave)}
-        return [n for n, found in evaluations.items() if not found or found[-1][0] != wave.step]
+        evaluations = {n: wave.members[n].progress.evaluations for n in self._due(wave)}
+        return [n for n, past in evaluations.items() if not past or past[-1][0] != wave.step]
 
     def _evaluate(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
         """Score jobs on the rows that select, and keep those that are better than before."""
         selects_on_test = self.config.selection.on == "test"
         if self.config.selection.on == "last" or not numbers:
             return
-        exams = []
+        sets = []
         for number in numbers:
             data = wave.members[number].data
-            exam = data.test if selects_on_test else data.selection
-            assert exam is not None
-            exams.append((number, exam))
+            scored = data.test if selects_on_test else data.selection
+            assert scored is not None
+            sets.append((number, scored))
         lost = []
-        for (number, _), lines in zip(exams, self.score(wave.adapter, exams), strict=True):
+        for (number, _), lines in zip(sets, self.score(wave.adapter, sets), strict=True):
             member = wave.members[number]
             if lines is None:
                 lost.append(number)
                 continue
             score = summary.mean_points(lines)
             logs[member.job].write({"step": wave.step, "score": score})
-            if member.standing.take(wave.step, score):
+            if member.progress.take(wave.step, score):
                 self._keep(wave, number, lines if selects_on_test else [])
         self._note_lost(wave, lost, what="a score")
         self._drop(wave, lost)
@@ -207,37 +201,35 @@ class Runner:
         return folder
 
     def score(
-        self, adapter: Adapter, exams: Sequence[tuple[int, Exam]]
+        self, adapter: Adapter, sets: Sequence[tuple[int, ScoredSet]]
     ) -> list[list[dict[str, Any]] | None]:
-        """Score exams under the slots they are given with; the lines of each, in order.
+        """Score sets of rows under the slots they are given with; the lines of each, in order.
 
         None where the scores of a slot are no numbers.
         """
-        rows: list[ChoiceRow] = []
+        rows: list[EncodedRow] = []
         asked: list[tuple[int, Question]] = []
-        for exam_number, (slot, exam) in enumerate(exams):
-            for row, question in zip(exam.rows, exam.questions, strict=True):
+        for set_number, (slot, scored) in enumerate(sets):
+            for row, question in zip(scored.rows, scored.questions, strict=True):
                 rows.append(replace(row, number=len(rows), task=slot))
-                asked.append((exam_number, question))
-        self.model.eval()
-        found: dict[int, dict[str, Any]] = {}
+                asked.append((set_number, question))
+        self.placed.model.eval()
+        judged: dict[int, dict[str, Any]] = {}
         options = self.config.scoring
-        for kind, run, todo in answerers(
-            rows, self.model, adapter, self.tokenizer, options, self.engine
-        ):
-            for batch in scoring.fill_batches(todo, options.max_tokens):
+        for kind, run, todo in answerers(rows, self.placed, adapter, self.tokenizer, options):
+            for batch in cut_batches(todo, max_tokens=options.max_tokens):
                 for row, value in self._answer(kind, run, batch):
-                    found[row.number] = judge(asked[row.number][1], value)
-        lines: list[list[dict[str, Any]]] = [[] for _ in exams]
-        for number, (exam_number, _) in enumerate(asked):
-            if number in found:
-                lines[exam_number].append(found[number])
-        whole = [len(exam.rows) for _, exam in exams]
-        return [own if len(own) == n else None for own, n in zip(lines, whole, strict=True)]
+                    judged[row.number] = judge(asked[row.number][1], value)
+        lines: list[list[dict[str, Any]]] = [[] for _ in sets]
+        for number, (set_number, _) in enumerate(asked):
+            if number in judged:
+                lines[set_number].append(judged[number])
+        counts = [len(scored.rows) for _, scored in sets]
+        return [part if len(part) == n else None for part, n in zip(lines, counts, strict=True)]
 
     def _answer(
         self, kind: str, run: Callable[[Batch], list[Any]], batch: Batch
-    ) -> list[tuple[ChoiceRow, Any]]:
+    ) -> list[tuple[EncodedRow, Any]]:
         """Rows of a batch with their answers; without those of slots whose scores are no numbers.
 
         Such a slot spoils its batch: each of the others is asked again by itself.
@@ -261,18 +253,18 @@ class Runner:
             number
             for number, member in enumerate(wave.members)
             if wave.step >= member.steps
-            or (patience is not None and member.standing.worse >= patience)
+            or (patience is not None and member.progress.worse >= patience)
         ]
         if not done:
             return
         folders = []
         for number in done:
-            standing = wave.members[number].standing
+            progress = wave.members[number].progress
             if self.config.selection.on == "last":
-                standing.best_step = wave.step
+                progress.best_step = wave.step
                 self._keep(wave, number, [])
             folder = wave.members[number].job.folder(self.folder)
-            folders.append(folder / "best" / f"{standing.best_step:06d}")
+            folders.append(folder / "best" / f"{progress.best_step:06d}")
         lost = []
         if self.config.selection.on != "test":
             lost = self._score_best(wave, done, folders)
@@ -293,23 +285,23 @@ class Runner:
         Returns the jobs whose scores are no numbers.
         """
         best = wave.kept(numbers, folders)
-        best.bind(self.linears)
+        best.bind(self.placed.adapted)
         tests = [wave.members[number].data.test for number in numbers]
-        exams = list(enumerate(tests))
+        sets = list(enumerate(tests))
         lost = []
-        for number, folder, lines in zip(numbers, folders, self.score(best, exams), strict=True):
+        for number, folder, lines in zip(numbers, folders, self.score(best, sets), strict=True):
             if lines is None:
                 lost.append(number)
             else:
                 write_text(folder / summary.SCORES, to_json_lines(lines))
-        wave.adapter.bind(self.linears)
+        wave.adapter.bind(self.placed.adapted)
         return lost
 
     def _write_result(self, wave: Wave, number: int, best: Path, facts: Mapping[str, Any]) -> None:
         """Move the best checkpoint into place, then write the result, then clean up."""
         self.writer.wait()  # it may be about to write what is cleaned up
         member = wave.members[number]
-        folder, standing = member.job.folder(self.folder), member.standing
+        folder, progress = member.job.folder(self.folder), member.progress
         wave.publish(number, best, folder, backbone=self.backbone_facts)
         lines = summary.read_scores(best / summary.SCORES)
         if len(lines) != len(member.data.test.rows):
@@ -322,8 +314,8 @@ class Runner:
                 "score": summary.mean_points(lines),
                 "metric": lines[0]["metric"],
                 "examples": len(lines),
-                "best_step": standing.best_step,
-                "evaluations": standing.evaluations,
+                "best_step": progress.best_step,
+                "evaluations": progress.evaluations,
                 **facts,
             },
         )
@@ -339,35 +331,30 @@ class Runner:
 
     def _run_dummy(self, kind: str) -> None:
         """One pass of a kind with one row of a few tokens, through the same modules."""
-        bound = [(linear, linear.is_off) for linear in self.linears.values()]
-        for linear, _ in bound:
-            linear.is_off = True
-        ids = torch.full((1, scoring.PAD_MULTIPLE), self.model.config.eos_token_id or 1)
-        ids = ids.to(self.engine.device)
-        was_training = self.model.training
+        placed, model, options = self.placed, self.placed.model, self.config.scoring
+        token = self.tokenizer.eos_token_id
+        row = EncodedRow(np.full(PAD_MULTIPLE, token), (np.full(1, token),))
+        was_training = model.training
         try:
-            self.model.train(kind == "train")
-            if kind == "generate":
-                with torch.no_grad():
-                    self.model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        num_beams=self.config.scoring.beams,
-                        do_sample=False,
-                        max_new_tokens=self.config.scoring.max_new_tokens,
-                        use_cache=True,
-                        synced_gpus=True,
+            model.train(kind == "train")
+            with adapters_off(model):
+                if kind == "generate":
+                    generate_answers(
+                        placed,
+                        None,
+                        [row],
+                        self.tokenizer,
+                        beams=options.beams,
+                        max_new_tokens=options.max_new_tokens,
                     )
-                return
-            with torch.set_grad_enabled(kind == "train"):
-                output = self.model(input_ids=ids, decoder_input_ids=ids[:, :1], use_cache=False)
-                if kind == "train":
-                    output.logits.float().sum().backward()
-                    self.engine.after_backward()
+                    return
+                with torch.set_grad_enabled(kind == "train"):
+                    logits_BDV = placed.logits(placed.pack([row]))
+                    if kind == "train":
+                        logits_BDV.float().sum().backward()
+                        placed.engine.after_backward()
         finally:
-            self.model.train(was_training)
-            for linear, is_off in bound:
-                linear.is_off = is_off
+            model.train(was_training)
 
 
 def _drop_older(folder: Path, best: int) -> None:

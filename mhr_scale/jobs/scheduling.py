@@ -16,7 +16,7 @@ USABLE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outlook:
+class JobEstimate:
     """What is known of a job before it starts; the shape of its batches in rows and tokens."""
 
     job: Job
@@ -35,10 +35,10 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedWave:
     """The jobs of a wave to be."""
 
-    jobs: tuple[Outlook, ...]
+    jobs: tuple[JobEstimate, ...]
 
     @property
     def variant(self) -> str:
@@ -52,37 +52,39 @@ class Planned:
 
     @property
     def cost(self) -> float:
-        """Cost of the wave, in the unit of `Outlook.cost`."""
-        return sum(outlook.cost for outlook in self.jobs)
+        """Cost of the wave, in the unit of `JobEstimate.cost`."""
+        return sum(estimate.cost for estimate in self.jobs)
 
 
 def plan_waves(
-    outlooks: Sequence[Outlook], *, size: int, world_size: int, alone: Sequence[str] = ()
-) -> list[Planned]:
+    estimates: Sequence[JobEstimate], *, size: int, world_size: int, alone: Sequence[str] = ()
+) -> list[PlannedWave]:
     """Cut jobs into waves of at most `size`, small enough that every rank gets some.
 
     Jobs of the variants in `alone` share no pass. The result depends on the set of jobs alone.
     """
-    if not outlooks:
+    if not estimates:
         return []
-    size = max(1, min(size, -(-len(outlooks) // world_size)))
-    groups: dict[tuple[str, int, int, int, int], list[Outlook]] = {}
-    for one in sorted(outlooks, key=lambda o: (o.steps, o.job)):
-        key = (one.job.variant, one.step, one.batch_size, one.width, one.depth)
-        groups.setdefault(key, []).append(one)
+    size = max(1, min(size, -(-len(estimates) // world_size)))
+    groups: dict[tuple[str, int, int, int, int], list[JobEstimate]] = {}
+    for job in sorted(estimates, key=lambda e: (e.steps, e.job)):
+        key = (job.job.variant, job.step, job.batch_size, job.width, job.depth)
+        groups.setdefault(key, []).append(job)
     waves = []
     for key, members in sorted(groups.items()):
-        own_size = 1 if key[0] in alone else size
-        n_waves = -(-len(members) // own_size)
+        most = 1 if key[0] in alone else size
+        n_waves = -(-len(members) // most)
         even = -(-len(members) // n_waves)
-        waves += [Planned(tuple(members[at : at + even])) for at in range(0, len(members), even)]
+        waves += [
+            PlannedWave(tuple(members[at : at + even])) for at in range(0, len(members), even)
+        ]
     return waves
 
 
-def deal(waves: Sequence[Planned], world_size: int) -> list[list[Planned]]:
+def assign_waves(waves: Sequence[PlannedWave], world_size: int) -> list[list[PlannedWave]]:
     """Each rank's waves: the dearest first, each to the rank with the least to do so far."""
     loads = [0.0] * world_size
-    dealt: list[list[Planned]] = [[] for _ in range(world_size)]
+    dealt: list[list[PlannedWave]] = [[] for _ in range(world_size)]
     for wave in sorted(waves, key=lambda w: (-w.cost, w.jobs[0].job)):
         rank = loads.index(min(loads))
         dealt[rank].append(wave)

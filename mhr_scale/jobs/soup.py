@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import BackboneError, RunError, first_line
+from mhr_scale.families.encoder_decoder import encoder_of
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes import scoring
-from mhr_scale.passes.scoring import ChoiceRow
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.runlog import Progress
@@ -33,12 +34,10 @@ MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kitchen:
-    """What embedding takes: the prepared model, its adapters' linears, its tokenizer."""
+class TaskEmbedder:
+    """What embeds texts: the placed backbone and its tokenizer, or a sentence encoder."""
 
-    engine: Engine
-    model: Any
-    linears: Mapping[str, AdaptedLinear]
+    placed: PlacedBackbone
     tokenizer: Any
     max_input_tokens: int
 
@@ -48,21 +47,18 @@ def gather_similar(
     names: Sequence[str],
     tasks: Mapping[K, Task],
     settings: SoupConfig,
-    kitchen: Kitchen,
+    embedder: TaskEmbedder,
 ) -> dict[K, list[str]]:
     """The most similar training tasks of each task, by the inputs of its training examples.
 
-    `source` is the run that trained private adapters for the tasks `names`. Collective; leaves all
-    adapters off.
+    `source` is the run that trained private adapters for the tasks `names`. Collective.
     """
-    for linear in kitchen.linears.values():
-        linear.is_off = True
-    known = gather_embeddings(source_tasks(source, names, settings.examples), settings, kitchen)
+    known_tasks = source_tasks(source, names, settings.examples)
     new = {key: _first(task, task.train, settings.examples) for key, task in tasks.items()}
-    return {
-        key: most_similar(vector, known, settings.adapters)
-        for key, vector in gather_embeddings(new, settings, kitchen).items()
-    }
+    with adapters_off(embedder.placed.model):
+        known = gather_embeddings(known_tasks, settings, embedder)
+        vectors = gather_embeddings(new, settings, embedder)
+    return {key: most_similar(vector, known, settings.adapters) for key, vector in vectors.items()}
 
 
 def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str, Task]:
@@ -72,11 +68,11 @@ def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str,
     """
     file = find_recipe(adapter)
     reading = open_suite(load(PretrainConfig, file).tasks)
-    found = {task.name: _first(task, task.train, examples) for task in reading.tasks}
-    missing = sorted(set(names) - found.keys())
+    tasks = {task.name: _first(task, task.train, examples) for task in reading.tasks}
+    missing = sorted(set(names) - tasks.keys())
     if missing:
         raise RunError(f"{file}: its data lack {len(missing)} task(s), such as {missing[0]}")
-    return {name: found[name] for name in names}
+    return {name: tasks[name] for name in names}
 
 
 def find_recipe(adapter: str) -> Path:
@@ -100,48 +96,45 @@ def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
 
 
 def gather_embeddings(
-    tasks: Mapping[K, Task], settings: SoupConfig, kitchen: Kitchen
+    tasks: Mapping[K, Task], settings: SoupConfig, embedder: TaskEmbedder
 ) -> dict[K, Tensor]:
     """Mean embedding of each task's training inputs, of length 1. Collective.
 
     The adapters in the model must be off.
     """
-    engine, model = kitchen.engine, kitchen.model
+    placed = embedder.placed
     if settings.encoder is not None:
-        encode = load_sentence_encoder(settings.encoder, engine.device)
+        encode = load_sentence_encoder(settings.encoder, placed.device)
         return {
             key: _unit(encode([example.input for example in task.train]))
             for key, task in tasks.items()
         }
-    lengths = BatchConfig(max_input_tokens=kitchen.max_input_tokens)
-    rows: list[ChoiceRow] = []
+    lengths = BatchConfig(max_input_tokens=embedder.max_input_tokens)
+    rows: list[EncodedRow] = []
     counts = []
     for task in tasks.values():
-        inputs = Encoder(task, kitchen.tokenizer, lengths).inputs(task.train)
-        rows += [ChoiceRow(len(rows) + n, 0, input_ids) for n, input_ids in enumerate(inputs)]
+        encoder = Encoder(task, embedder.tokenizer, lengths, placed.family)
+        inputs = encoder.inputs(task.train)
+        rows += [EncodedRow(ids, number=len(rows) + n) for n, ids in enumerate(inputs)]
         counts.append(len(inputs))
-    model.eval()
-    found: dict[int, list[float]] = {}
-    run: Callable[[list[ChoiceRow]], list[list[float]]] = partial(
-        _embed, model, device=engine.device
-    )
+    placed.model.eval()
+    embeddings: dict[int, list[float]] = {}
     progress = Progress(len(rows), start=0, what="embed", unit="example")
-    for results in scoring.score(rows, run, engine=engine, max_tokens=MAX_TOKENS):
-        found.update(results)
+    run: Callable[[list[EncodedRow]], list[list[float]]] = partial(_embed, placed)
+    for results in scoring.score(rows, run, engine=placed.engine, max_tokens=MAX_TOKENS):
+        embeddings.update(results)
         progress.advance("similar tasks", by=len(results))
     progress.close()
-    vectors = torch.tensor([found[number] for number in range(len(rows))])
+    vectors = torch.tensor([embeddings[number] for number in range(len(rows))])
     parts = vectors.split(counts)
     return {key: _unit(part) for key, part in zip(tasks, parts, strict=True)}
 
 
 @torch.no_grad()
-def _embed(model: Any, batch: list[ChoiceRow], *, device: torch.device) -> list[list[float]]:
-    inputs = scoring.pad_inputs(
-        [row.input_ids for row in batch], pad_id=model.config.pad_token_id, device=device
-    )
-    found: list[list[float]] = mean_states(model.get_encoder(), inputs).tolist()
-    return found
+def _embed(placed: PlacedBackbone, batch: list[EncodedRow]) -> list[list[float]]:
+    states_BLH, mask_BL = placed.family.states(placed.model, placed.pack(batch))
+    embeddings: list[list[float]] = mean_states(states_BLH, mask_BL).tolist()
+    return embeddings
 
 
 def _unit(vectors_EH: Tensor) -> Tensor:
@@ -154,13 +147,10 @@ def most_similar(vector: Tensor, others: Mapping[str, Tensor], count: int) -> li
     return sorted(similarity, key=lambda name: (-similarity[name], name))[:count]
 
 
-def mean_states(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The states of an encoder averaged over the tokens of each text: (B, H)."""
-    states_BLH = encoder(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-    ).last_hidden_state.float()
-    mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
-    mean_BH: Tensor = (states_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+def mean_states(states_BLH: Tensor, mask_BL: Tensor) -> Tensor:
+    """Hidden states averaged over the tokens of each text: (B, H), float32."""
+    mask_BL1 = mask_BL.unsqueeze(-1)
+    mean_BH: Tensor = (states_BLH.float() * mask_BL1).sum(1) / mask_BL1.sum(1)
     return mean_BH
 
 
@@ -179,15 +169,17 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
             f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "
             "folder or a hub id"
         ) from error
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    encoder = encoder_of(model)
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
-        found = []
+        vectors = []
         for start in range(0, len(texts), 32):
             part = texts[start : start + 32]
-            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            found.append(mean_states(encoder, inputs.to(device)).cpu())
-        return torch.cat(found)
+            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
+            names = ("input_ids", "attention_mask")
+            states = encoder(**{name: inputs[name] for name in names}).last_hidden_state
+            vectors.append(mean_states(states, inputs["attention_mask"]).cpu())
+        return torch.cat(vectors)
 
     return encode

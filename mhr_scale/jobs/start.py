@@ -110,7 +110,7 @@ def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bo
     first = adapters[0]
     config = replace(first.config, private=not routing_only)
     assert all(adapter.config == first.config for adapter in adapters)
-    wave = Adapter(config, first.sites, task_names=names)
+    wave = Adapter(config, first.sites, task_names=names, is_wave=True)
     with torch.no_grad():
         for number, adapter in enumerate(adapters):
             if wave.routing_logits is not None and adapter.routing_logits is not None:
@@ -120,7 +120,6 @@ def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bo
             ):
                 (mine if routing_only else mine[:, number]).copy_(theirs)
     wave.inventory.requires_grad_(not routing_only)
-    wave.is_wave = True
     return wave
 
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.config import AdaptConfig, OptimConfig, ScheduleConfig, VariantConfig
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs import job_optim
-from mhr_scale.jobs.job import Job, Standing
-from mhr_scale.jobs.job_data import JobData, TrainRow
+from mhr_scale.jobs.job import Job, JobProgress
+from mhr_scale.jobs.job_data import JobData
 from mhr_scale.jobs.start import stack, trained_numbers, unstack
-from mhr_scale.passes import few_shot
+from mhr_scale.passes import few_shot_loss
 from mhr_scale.passes.losses import Loss
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim
@@ -37,7 +39,7 @@ class Member:
     job: Job
     data: JobData
     steps: int
-    standing: Standing = field(default_factory=Standing)
+    progress: JobProgress = field(default_factory=JobProgress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Wave:
             step=int(saved[0].progress["step"]) if saved else 0,
         )
         if saved:
-            states = [one.optimizer for one in saved]
+            states = [job.optimizer for job in saved]
             folders = [member.job.folder(Path(config.run.folder)) for member in members]
             places = [str(checkpoint.step_folder(folder, wave.step)) for folder in folders]
             job_optim.load_job_states(wave.adapter, wave.optimizer, states, places=places)
@@ -124,29 +126,28 @@ class Wave:
 
     # -- one step --------------------------------------------------------------------------------
 
-    def train_step(self, model: Any, *, device: torch.device, after_backward: Any) -> StepValues:
+    def train_step(self, placed: PlacedBackbone) -> StepValues:
         """Train every job by one step; gradients of jobs that have none finite change nothing."""
         batches = [member.data.batch(self.step) for member in self.members]
         rows, counts = [row for batch in batches for row in batch], [len(b) for b in batches]
         owners = [number for number, batch in enumerate(batches) for _ in batch]
         factors = self._set_rates()
         with self.adapter.slots(owners, seeds=self._seeds(batches)) as slots:
-            parts = few_shot.forward(
+            parts = few_shot_loss.forward(
                 self.config.protocol,
-                model,
+                placed,
                 rows,
                 lambda _, part: _job_means(part, counts),
-                device=device,
                 at_least=self.members[0].data.shape,
             )
             slots.backward(parts["loss"].sum())
-            after_backward()
+            placed.engine.after_backward()
         norm_J = self._update(factors)
         self.step += 1
         names = [*parts, "grad_norm"]
         measured = torch.stack([*(part.detach().float() for part in parts.values()), norm_J])
-        found = dict(zip(names, measured.tolist(), strict=True))
-        return StepValues({**found, "lr": [self._optim.lr * factor for factor in factors]})
+        values = dict(zip(names, measured.tolist(), strict=True))
+        return StepValues({**values, "lr": [self._optim.lr * factor for factor in factors]})
 
     def _update(self, factors: Sequence[float]) -> Tensor:
         """Clip, step and drop the gradients; returns the jobs' norms (J,) before clipping."""
@@ -170,7 +171,7 @@ class Wave:
         )
         return factors
 
-    def _seeds(self, batches: Sequence[Sequence[TrainRow]]) -> list[int]:
+    def _seeds(self, batches: Sequence[Sequence[EncodedRow]]) -> list[int]:
         """One seed per row for policies that draw numbers; a job's own, whoever is beside it."""
         return [
             seed_from("noise", member.job.name, self.step, row)
@@ -207,7 +208,7 @@ class Wave:
         artefact.save(
             artefact.load(kept),
             folder / "adapter",
-            step=self.members[number].standing.best_step,
+            step=self.members[number].progress.best_step,
             backbone=backbone,
             origin=self._origin(number),
         )
@@ -245,7 +246,7 @@ class Wave:
             self.take(number),
             job_optim.job_state(self.adapter, self.optimizer, number),
             step=self.step,
-            progress={"standing": asdict(member.standing)},
+            progress={"standing": asdict(member.progress)},
             backbone=backbone,
             origin=self._origin(number),
             keep=1,

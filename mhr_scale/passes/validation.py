@@ -1,60 +1,50 @@
 """Losses of fixed rows, all ranks in step: validation, and what else is measured on such rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.packed import Packed
 from mhr_scale.passes import losses
-from mhr_scale.rows.batching import Batch, Pick
+from mhr_scale.rows.batching import Batch, deal
 
 
-def forward(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> losses.Loss:
+def forward(placed: PlacedBackbone, packed: Packed, *, label_smoothing: float = 0.0) -> losses.Loss:
     """Loss of each row: the frozen model with the slots in use."""
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        use_cache=False,
-    )
-    return losses.language_model(output.logits, batch.labels, label_smoothing=label_smoothing)
+    logits_BDV = placed.logits(packed)
+    return losses.language_model(logits_BDV, packed.labels_BD, label_smoothing=label_smoothing)
 
 
-def dealt(chunks: Sequence[list[Pick]], engine: Engine) -> Iterator[tuple[list[Pick], bool]]:
-    """This rank's micro batches of all, and whether each counts.
-
-    Every rank gets equally many, for sharded weights are gathered together: the last round is
-    filled up with a micro batch that does not count.
-    """
-    for start in range(0, len(chunks), engine.world_size):
-        number = start + engine.rank
-        yield chunks[min(number, len(chunks) - 1)], number < len(chunks)
+def iter_packed(
+    placed: PlacedBackbone, batches: Sequence[Batch], *, pad_multiple: int
+) -> Iterator[tuple[Packed, bool]]:
+    """This rank's batches of all, packed, and whether each counts; some are run for company."""
+    engine = placed.engine
+    rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
+    for batch, is_counted in rounds:
+        if batch is not None:
+            yield placed.pack(batch, pad_multiple=pad_multiple), is_counted
 
 
 @torch.no_grad()
 def reduce_losses(
-    model: nn.Module,
-    adapter: Adapter,
-    chunks: Sequence[list[Pick]],
-    *,
-    collate: Callable[[list[Pick]], Batch],
-    engine: Engine,
+    placed: PlacedBackbone, adapter: Adapter, batches: Sequence[Batch], *, pad_multiple: int
 ) -> dict[str, Any]:
     """Mean loss per target token, overall and by task, of the tasks that have rows. Collective."""
-    sums = torch.zeros(2, len(adapter.task_names), dtype=torch.float64, device=engine.device)
-    model.eval()
-    for chunk, is_counted in dealt(chunks, engine):
-        batch = collate(chunk).to(engine.device)
-        with adapter.slots(batch.task_ids):
-            loss = forward(model, batch)
+    device = placed.device
+    sums = torch.zeros(2, len(adapter.task_names), dtype=torch.float64, device=device)
+    placed.model.eval()
+    for packed, is_counted in iter_packed(placed, batches, pad_multiple=pad_multiple):
+        with adapter.slots(packed.tasks):
+            loss = forward(placed, packed)
         if is_counted:
-            index = torch.tensor(batch.task_ids, device=engine.device)
+            index = torch.tensor(packed.tasks, device=device)
             sums[0].index_add_(0, index, loss.sum.double())
             sums[1].index_add_(0, index, loss.count.double())
-    engine.reduce_sum(sums)
+    placed.engine.reduce_sum(sums)
     totals, counts = sums.tolist()
     by_task = {
         name: total / count

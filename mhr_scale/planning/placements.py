@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from mhr_scale.backbone.blueprint import Blueprint, make_model
-from mhr_scale.backbone.quantise import BLOCK, IN_BLOCK
+from mhr_scale.backbone.quantise import BLOCK, list_linears
 from mhr_scale.engine.ds_config import read_ds_config
 from mhr_scale.engine.nvme import PREFETCHED
 from mhr_scale.planning.hardware import Machines
@@ -39,11 +38,7 @@ def weigh(blueprint: Blueprint) -> Weights:
     """Count a backbone's numbers, without memory for them."""
     with torch.device("meta"):
         model = make_model(blueprint)
-    linears = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and IN_BLOCK.match(name)
-    ]
+    linears = list_linears(model, blueprint).values()
     sizes = [linear.weight.numel() for linear in linears]
     return Weights(
         total=sum(parameter.numel() for parameter in model.parameters()),

@@ -16,7 +16,7 @@ from mhr_scale.config import (
     WorkloadConfig,
 )
 from mhr_scale.errors import ConfigError, UserError
-from mhr_scale.jobs.opened_jobs import one_backbone
+from mhr_scale.jobs.adapt_inputs import one_backbone
 from mhr_scale.jobs.start import config_of
 from mhr_scale.recipe.reading import load
 from mhr_scale.tasks.t0.mixtures import list_prompts

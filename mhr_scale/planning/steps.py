@@ -4,18 +4,17 @@ Each is the program's own step (`Trainer.accumulate`, `Wave.train_step`, `scorin
 that `Engine.build` and `Engine.prepare` put together without memory.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter, find_sites
-from mhr_scale.adapters.methods import wrap
-from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -25,14 +24,20 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone, place
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.job_data import TrainRow
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.passes import scoring
-from mhr_scale.passes.scoring import ChoiceRow
-from mhr_scale.planning.tracing import GpuKernels, Trace, Tracker, combine, imagination, imagine
-from mhr_scale.rows.batching import Batch
+from mhr_scale.planning.tracing import (
+    GpuKernels,
+    StepCounter,
+    Trace,
+    combine,
+    fake_tensors,
+    give_place,
+)
 from mhr_scale.training import optim
 from mhr_scale.training.trainer import Trainer
 
@@ -56,94 +61,88 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Positions in encoder and decoder."""
+        """Positions of inputs and targets."""
         return self.rows * (self.width + self.n_choices * self.depth)
 
 
 def at_depth(blueprint: Blueprint, count: Callable[[Blueprint], Trace]) -> Trace:
-    """The counts for a blueprint, from two or three shallow models: they are linear in depth."""
-    whole = (blueprint.model_config.num_layers, blueprint.model_config.num_decoder_layers)
-    if max(whole) <= DEEPER:
+    """The counts for a blueprint, from some shallow models: they are linear in each stack's depth.
+
+    Stacks of the same depth are made deeper together.
+    """
+    blocks = blueprint.family.blocks(blueprint.model_config)
+    depths = {stack: its.count for stack, its in blocks.items()}
+    if max(depths.values()) <= DEEPER:
         return count(blueprint)
-    low = tuple(min(SHALLOW, n) for n in whole)
-    base = count(_shallow(blueprint, *low))
-    if whole[0] == whole[1]:
-        more = whole[0] - low[0]
-        deeper = count(_shallow(blueprint, low[0] + 1, low[1] + 1))
-        return combine([(1.0 - more, base), (float(more), deeper)])
+    low = {stack: min(SHALLOW, depth) for stack, depth in depths.items()}
+    base = count(_shallow(blueprint, low))
     parts = []
-    for which, name in enumerate(("encoder", "decoder")):
-        more = whole[which] - low[which]
+    for depth in dict.fromkeys(depths.values()):
+        deeper = {s: n + (depths[s] == depth) for s, n in low.items()}
+        more = depth - min(SHALLOW, depth)
         if more:
-            one = (low[0] + 1, low[1]) if name == "encoder" else (low[0], low[1] + 1)
-            parts.append((float(more), count(_shallow(blueprint, *one))))
+            parts.append((float(more), count(_shallow(blueprint, deeper))))
     rest = 1.0 - sum(factor for factor, _ in parts)
     return combine([(rest, base), *parts])
 
 
-def _shallow(blueprint: Blueprint, encoder: int, decoder: int) -> Blueprint:
-    config = copy.deepcopy(blueprint.model_config)
-    config.num_layers, config.num_decoder_layers = encoder, decoder
+def _shallow(blueprint: Blueprint, depths: Mapping[str, int]) -> Blueprint:
+    config = blueprint.family.resize(blueprint.model_config, depths)
     return replace(blueprint, model_config=config)
 
 
-class Draughtsman(Engine):
-    """An engine whose backbone is replicated, has no memory, and is never filled."""
+@dataclass(frozen=True, slots=True)
+class ImaginedModel:
+    """A backbone and its adapter whose tensors have shapes but no memory."""
 
-    def __init__(self) -> None:
-        self.rank, self.world_size, self.is_sharded = 0, 1, False
-        self.device = torch.device("meta")
-        self._ds_content: dict[str, Any] = {}
-        self._runtime = self._sequence = None
-
-    def _fill(self, model: nn.Module, config: BackboneConfig, blueprint: Blueprint) -> None:
-        """Leave the weights where they are: nowhere."""
-
-
-@dataclass(slots=True)
-class Drawing:
-    """A model and its adapter on the meta device."""
-
-    engine: Draughtsman
-    model: Any
+    placed: PlacedBackbone
     adapter: Adapter | None
 
 
-def draw(
+def imagine_model(
     blueprint: Blueprint,
     config: BackboneConfig,
     make: Callable[[nn.Module], Adapter] | None,
     *,
     always_backward: bool = False,
-) -> Drawing:
+) -> ImaginedModel:
     """Build backbone and adapter as a run does; `make` makes the adapter for a bare model."""
-    engine, config = Draughtsman(), replace(config, quantise="none")
-    model = engine.build(config, blueprint)
+    config = replace(config, quantise="none")
     adapter = None
     if make is not None:
         with torch.device("meta"):
-            adapter = make(model)
-        adapter.bind(wrap(model, adapter.sites))
-    model = engine.prepare(model, config, always_backward=always_backward)
-    return Drawing(engine, model, adapter)
+            adapter = make(make_model(blueprint))
+    nowhere = Engine({}, timeout_seconds=0.0, device=torch.device("meta"))
+    sites = () if adapter is None else adapter.sites
+    placed = place(nowhere, config, blueprint, sites, always_backward=always_backward)
+    if adapter is not None:
+        adapter.bind(placed.adapted)
+    return ImaginedModel(placed, adapter)
 
 
-def fresh(config: AdapterConfig, n_tasks: int) -> Callable[[nn.Module], Adapter]:
+def fresh(
+    config: AdapterConfig, n_tasks: int, *, row_gradients: bool = False
+) -> Callable[[nn.Module], Adapter]:
     """Makes an adapter of some settings for a bare model."""
     names = [str(number) for number in range(n_tasks)]
-    return lambda model: Adapter(config, find_sites(model, config.layout), task_names=names)
+    return lambda model: Adapter(
+        config, find_sites(model, config.layout), task_names=names, row_gradients=row_gradients
+    )
 
 
 @contextmanager
-def watched(drawing: Drawing, n_logits: int, *, on_gpu: bool) -> Iterator[Tracker]:
-    """The block in which the model of a drawing runs and is counted."""
-    tracker, kernels = Tracker(n_logits=n_logits), GpuKernels() if on_gpu else nullcontext()
-    with imagination():
-        modules = [drawing.model, *([drawing.adapter] if drawing.adapter is not None else [])]
-        imagine(*modules)
-        drawing.engine.device = torch.device("cpu")
-        with kernels, tracker.watch(drawing.model):
-            yield tracker
+def counted(
+    imagined: ImaginedModel, n_logits: int, *, on_gpu: bool
+) -> Iterator[tuple[StepCounter, PlacedBackbone]]:
+    """The block in which the model runs and is counted, on tensors that say they are on the CPU."""
+    counter, kernels = StepCounter(n_logits=n_logits), GpuKernels() if on_gpu else nullcontext()
+    placed, adapter = imagined.placed, imagined.adapter
+    on_cpu = Engine({}, timeout_seconds=0.0, device=torch.device("cpu"))
+    blocks = placed.family.blocks(placed.model.config)
+    with fake_tensors():
+        give_place(placed.model, *([adapter] if adapter is not None else []))
+        with kernels, counter.watch(placed.model, blocks):
+            yield counter, replace(placed, engine=on_cpu)
 
 
 def trace_pretraining(
@@ -159,48 +158,42 @@ def trace_pretraining(
 
     With `accumulates` the micro step is one that finds gradients of another.
     """
-    drawing = draw(blueprint, config.backbone, fresh(config.adapter, n_tasks))
-    adapter = drawing.adapter
+    row_gradients = optim.has_row_gradients(config.optim)
+    make = fresh(config.adapter, n_tasks, row_gradients=row_gradients)
+    imagined = imagine_model(blueprint, config.backbone, make)
+    adapter = imagined.adapter
     assert adapter is not None
     n_logits = shape.rows * shape.depth * blueprint.model_config.vocab_size
-    with watched(drawing, n_logits, on_gpu=on_gpu) as tracker:
+    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
         nothing: Any = None
         trainer = Trainer(
             config,
-            engine=drawing.engine,
-            model=drawing.model,
+            placed=placed,
             adapter=adapter,
             tokens=nothing,
             batches=nothing,
             backbone_facts={},
         )
-        batch = make_batch(shape)
-        _make_state(trainer, batch.task_ids)
+        packed = placed.pack(make_rows(shape))
+        _make_state(trainer, packed.tasks)
         for _ in range(2 if accumulates else 1):
-            tracker.forget_peaks()
-            trainer.accumulate([batch])
-        _start_update(tracker)
+            counter.forget_peaks()
+            trainer.accumulate([packed])
+        _start_update(counter)
         norm = optim.gradient_norm(adapter.parameters())
         if config.optim.clip_norm is not None:
             optim.clip_gradients(adapter.parameters(), norm, config.optim.clip_norm)
         trainer.optimizer.step()
-        tracker.held = _held(adapter, trainer.optimizer)
-        return tracker.trace()
+        counter.held = _held(adapter, trainer.optimizer)
+        return counter.trace()
 
 
-def make_batch(shape: Shape) -> Batch:
-    """A micro batch of a shape, its tasks side by side."""
+def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
+    """Rows of a shape, their tasks side by side."""
+    ids, answer = np.ones(shape.width, dtype=np.int64), np.ones(shape.depth, dtype=np.int64)
+    answers = (answer,) * shape.n_choices if has_answers else ()
     tasks = sorted(row % shape.n_tasks for row in range(shape.rows))
-    input_ids = torch.ones(shape.rows, shape.width, dtype=torch.long)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        labels=torch.ones(shape.rows, shape.depth, dtype=torch.long),
-        task_ids=tuple(tasks),
-        numbers=tuple(range(shape.rows)),
-        n_tokens=shape.tokens,
-        n_input_tokens=shape.rows * shape.width,
-    )
+    return [EncodedRow(ids, answers, task=task, number=n) for n, task in enumerate(tasks)]
 
 
 def _make_state(trainer: Trainer, task_ids: Sequence[int]) -> None:
@@ -216,10 +209,10 @@ def _make_state(trainer: Trainer, task_ids: Sequence[int]) -> None:
     trainer.optimizer.zero_grad()
 
 
-def _start_update(tracker: Tracker) -> None:
-    tracker.is_update = True
-    tracker.segment = "update"
-    tracker.note()
+def _start_update(counter: StepCounter) -> None:
+    counter.is_update = True
+    counter.segment = "update"
+    counter.note()
 
 
 def _held(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -245,10 +238,10 @@ def _size(tensor: Tensor) -> float:
 class ShapedData:
     """What a wave asks of a job's data: every batch has one shape."""
 
-    rows: Sequence[TrainRow]
+    rows: Sequence[EncodedRow]
     shape: tuple[int, int]
 
-    def batch(self, step: int) -> Sequence[TrainRow]:
+    def batch(self, step: int) -> Sequence[EncodedRow]:
         """The rows of any step."""
         return self.rows
 
@@ -256,7 +249,7 @@ class ShapedData:
 def trace_wave(
     config: AdaptConfig,
     variant: VariantConfig,
-    own: AdapterConfig,
+    settings: AdapterConfig,
     blueprint: Blueprint,
     frozen: BackboneConfig,
     shape: Shape,
@@ -264,44 +257,44 @@ def trace_wave(
     n_jobs: int,
     on_gpu: bool,
 ) -> Trace:
-    """One step of a wave of `n_jobs`; `own` are a job's adapter settings, `shape` its batch."""
+    """One step of a wave of `n_jobs`; `settings` are a job's adapter, `shape` its batch."""
     names = [f"job {number}" for number in range(n_jobs)]
-    alone = fresh(replace(own, private=False), 1)
+    alone = fresh(replace(settings, private=False), 1)
 
     def make(model: nn.Module) -> Adapter:
         return stack(names, [alone(model)] * n_jobs, routing_only=variant.kind == "routing")
 
-    drawing = draw(blueprint, frozen, make, always_backward=True)
-    assert drawing.adapter is not None
+    imagined = imagine_model(blueprint, frozen, make, always_backward=True)
+    assert imagined.adapter is not None
     depth = shape.n_choices * shape.depth
-    data: Any = ShapedData([train_row(shape)] * shape.rows, (shape.width, depth))
+    data: Any = ShapedData(make_rows(replace(shape, n_tasks=1)), (shape.width, depth))
     jobs = [Job(task=name, seed=0, variant="planned") for name in names]
     members = [Member(job, data, config.protocol.steps) for job in jobs]
     n_logits = n_jobs * shape.rows * depth * blueprint.model_config.vocab_size
-    with watched(drawing, n_logits, on_gpu=on_gpu) as tracker:
-        wave = Wave(config, variant, members, drawing.adapter, step=0)
-        drawing.model.train()
+    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
+        wave = Wave(config, variant, members, imagined.adapter, step=0)
+        engine: Any = _Watched(placed.engine, lambda: _finish_backward(counter, wave))
+        placed.model.train()
         for _ in range(2):
-            tracker.forget_peaks()
-            tracker.is_update = False
-            wave.train_step(
-                drawing.model,
-                device=drawing.engine.device,
-                after_backward=lambda: _finish_backward(tracker, wave),
-            )
-        gradients = tracker.held["gradients"]
-        tracker.held = {**_held(wave.adapter, wave.optimizer), "gradients": gradients}
-        return tracker.trace()
+            counter.forget_peaks()
+            counter.is_update = False
+            wave.train_step(replace(placed, engine=engine))
+        gradients = counter.held["gradients"]
+        counter.held = {**_held(wave.adapter, wave.optimizer), "gradients": gradients}
+        return counter.trace()
 
 
-def _finish_backward(tracker: Tracker, wave: Wave) -> None:
-    tracker.held = _held(wave.adapter, wave.optimizer)
-    _start_update(tracker)
+class _Watched:
+    """An engine that tells when a backward pass is over."""
+
+    def __init__(self, engine: Engine, after_backward: Callable[[], None]) -> None:
+        self.device = engine.device
+        self.after_backward = after_backward
 
 
-def train_row(shape: Shape) -> TrainRow:
-    """A training row of a shape."""
-    return TrainRow([1] * shape.width, ([1] * shape.depth,) * shape.n_choices, 0)  # type: ignore[arg-type]
+def _finish_backward(counter: StepCounter, wave: Wave) -> None:
+    counter.held = _held(wave.adapter, wave.optimizer)
+    _start_update(counter)
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -309,7 +302,7 @@ def train_row(shape: Shape) -> TrainRow:
 
 def trace_scoring(
     options: ScoringConfig,
-    own: AdapterConfig | None,
+    settings: AdapterConfig | None,
     blueprint: Blueprint,
     frozen: BackboneConfig,
     shape: Shape,
@@ -317,45 +310,20 @@ def trace_scoring(
     new_tokens: int = 0,
     on_gpu: bool,
 ) -> Trace:
-    """One batch of ranked choices, or of answers of `new_tokens`; without `own` settings bare."""
-    make = None if own is None else fresh(own, shape.n_tasks)
-    drawing = draw(blueprint, replace(frozen, recompute="none"), make)
-    drawing.model.eval()
-    tasks = sorted(row % shape.n_tasks for row in range(shape.rows))
-    choices = () if new_tokens else (([1] * shape.depth,) * shape.n_choices)
-    rows: Any = [
-        ChoiceRow(number, task, [1] * shape.width, choices)  # type: ignore[arg-type]
-        for number, task in enumerate(tasks)
-    ]
+    """One batch of ranked choices, or of answers of `new_tokens`; without `settings` bare."""
+    make = None if settings is None else fresh(settings, shape.n_tasks)
+    imagined = imagine_model(blueprint, replace(frozen, recompute="none"), make)
+    adapter = imagined.adapter
+    imagined.placed.model.eval()
+    rows = make_rows(shape, has_answers=not new_tokens)
     n_logits = shape.rows * shape.n_choices * shape.depth * blueprint.model_config.vocab_size
-    with watched(drawing, n_logits, on_gpu=on_gpu) as tracker:
+    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
         if new_tokens:
-            with torch.no_grad():
-                _generate(drawing, tasks, shape, beams=options.beams, new_tokens=new_tokens)
+            slots = nullcontext() if adapter is None else adapter.slots([r.task for r in rows])
+            with torch.no_grad(), slots:
+                placed.family.run_generation(
+                    placed.model, placed.pack(rows), beams=options.beams, new_tokens=new_tokens
+                )
         else:
-            scoring.choice_losses(drawing.model, drawing.adapter, rows)
-        return tracker.trace()
-
-
-def _generate(
-    drawing: Drawing, tasks: list[int], shape: Shape, *, beams: int, new_tokens: int
-) -> None:
-    """What generation runs: the encoder, then the decoder token by token over its cache.
-
-    transformers' own loop asks the values of tensors when to stop, and these have none.
-    """
-    model, adapter = drawing.model, drawing.adapter
-    ids = torch.ones(shape.rows, shape.width, dtype=torch.long)
-    with nullcontext() if adapter is None else adapter.slots(tasks):
-        states = model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        states["last_hidden_state"] = states.last_hidden_state.repeat_interleave(beams, 0)
-        mask, cache = torch.ones_like(ids).repeat_interleave(beams, 0), None
-        for _ in range(new_tokens):
-            output = model(
-                encoder_outputs=states,
-                attention_mask=mask,
-                decoder_input_ids=ids.new_ones(shape.rows * beams, 1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
+            scoring.choice_losses(placed, adapter, rows)
+        return counter.trace()

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mhr_scale.families.family import Blocks
+
 aten = torch.ops.aten
 #: Allocations that start no kernel.
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
@@ -77,7 +79,7 @@ def combine(parts: Sequence[tuple[float, Trace]]) -> Trace:
 
 
 @dataclass(slots=True)
-class Tracker:
+class StepCounter:
     """Live bytes and operations of the code inside its `watch` block."""
 
     n_logits: int
@@ -94,14 +96,12 @@ class Tracker:
     _hooks: list[Any] = field(default_factory=list)
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator["Tracker"]:
-        """Count inside the block; the blocks of `model` tell the segments."""
-        for name, module in model.named_modules():
-            stack, _, place = name.partition(".block.")
-            if place.isdigit():
-                last = len(model.get_submodule(f"{stack}.block")) - 1  # type: ignore[arg-type]
-                which = {0: "first", last: "last"}.get(int(place), "inner")
-                where = f"{stack} {which}"
+    def watch(self, model: nn.Module, blocks: Mapping[str, Blocks]) -> Iterator["StepCounter"]:
+        """Count inside the block; the blocks of the model's stacks tell the segments."""
+        for stack, its in blocks.items():
+            for number, name in enumerate(its.list_modules()):
+                which = {0: "first", its.count - 1: "last"}.get(number, "inner")
+                where, module = f"{stack} {which}", model.get_submodule(name)
                 self._hooks += [
                     module.register_forward_pre_hook(partial(self._enter, where)),
                     module.register_forward_hook(partial(self._leave, where)),
@@ -182,11 +182,11 @@ class Tracker:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Hands every operation to a tracker."""
+    """Hands every operation to a counter."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, counter: StepCounter) -> None:
         super().__init__()
-        self.tracker = tracker
+        self.counter = counter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,20 +194,20 @@ class _Dispatch(TorchDispatchMode):
             return _any_number(args[0])
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for tensor in inputs:
-            self.tracker.know(tensor)
+            self.counter.know(tensor)
         result = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        is_new = any([self.tracker.hold(tensor) for tensor in outputs])
+        is_new = any([self.counter.hold(tensor) for tensor in outputs])
         name = func._schema.name.split("::")[1]
         copied = [t for t in inputs if name in COPY_FIRST and not t.is_contiguous()]
-        logits = [t for t in copied if t.numel() == self.tracker.n_logits]
-        self.tracker.note(sum(map(_numel_bytes, copied)), sum(map(_numel_bytes, logits)))
+        logits = [t for t in copied if t.numel() == self.counter.n_logits]
+        self.counter.note(sum(map(_numel_bytes, copied)), sum(map(_numel_bytes, logits)))
         is_kernel = func.namespace == "aten" and name not in NO_KERNEL
         if is_kernel and (is_new or func._schema.is_mutable):
             moved = sum(_numel_bytes(t) for t in (*inputs, *outputs))
             flop = float(_flop(func, name, args, kwargs, result))
-            tracker = self.tracker
-            (tracker.update if tracker.is_update else tracker.passes)[flop, moved] += 1
+            counter = self.counter
+            (counter.update if counter.is_update else counter.passes)[flop, moved] += 1
         return result
 
 
@@ -239,20 +239,20 @@ def _flop(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> float:
     return counted(*args, **kwargs, out_val=result) if counted is not None else 0.0
 
 
-# -- imagined tensors ------------------------------------------------------------------------------
+# -- fake tensors ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def imagination() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """The block in which tensors are made without memory, and the generator stays as it was."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
-def imagine(*modules: nn.Module) -> None:
+def give_place(*modules: nn.Module) -> None:
     """Give the parameters of modules on the meta device a place, still without memory; ties stay.
 
-    Call it inside `imagination`.
+    Call it inside `fake_tensors`.
     """
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in (part for whole in modules for part in whole.modules()):

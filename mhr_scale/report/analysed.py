@@ -1,12 +1,12 @@
 """What `analyse` found out: gradient alignment, routing and the inventory's skills."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhr_scale.analysis import ANALYSIS
 from mhr_scale.errors import RunError
+from mhr_scale.families.table import shorten
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
 from mhr_scale.report.runs import Run
@@ -14,15 +14,6 @@ from mhr_scale.report.runs import Run
 SKILL = "skill {}"
 #: Statistics of routing from 0 to 1, of a group and over all; effective skills are a count.
 STATISTICS = ("sparsity", "discreteness", "entropy")
-#: Parts of module names, and what pictures say for them.
-SHORTER = (
-    (r"\bencoder\.block\.", "enc."),
-    (r"\bdecoder\.block\.", "dec."),
-    (r"\.layer\.\d+\.", "."),
-    ("SelfAttention", "self"),
-    ("EncDecAttention", "cross"),
-    ("DenseReluDense", "ff"),
-)
 
 
 def analysed(runs: Sequence[Run]) -> list[Section]:
@@ -115,7 +106,7 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
         Table(caption="Routing over all groups", columns=["figure", "value"], rows=figures)
     ]
     names = [group["name"] for group in groups]
-    brief = modules(names)
+    brief = shorten(names)
     usage = [group["usage"] for group in groups]
     svg = heat_map(
         usage,
@@ -174,7 +165,7 @@ def inventory(found: Mapping[str, Any]) -> list[Block]:
     heads = [SKILL.format(skill) for skill in skills]
     svg = heat_map(
         norms,
-        modules(names),
+        shorten(names),
         skills,
         title="Norms of the skills' updates",
         x="skill",
@@ -228,16 +219,6 @@ def parameters(runs: Sequence[Run]) -> Section:
 
 
 # -- matrices --------------------------------------------------------------------------------------
-
-
-def modules(names: Sequence[str]) -> list[str]:
-    """Names of a T5's linears or routing groups, as short as a picture wants them."""
-    made = []
-    for name in names:
-        for word, brief in SHORTER:
-            name = re.sub(word, brief, name)
-        made.append(name)
-    return made if len(set(made)) == len(set(names)) else list(names)
 
 
 def symmetric(matrix: Sequence[Sequence[float]]) -> Scale:

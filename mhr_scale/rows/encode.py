@@ -1,25 +1,16 @@
-"""One task's texts to token ids: cutting, closing with end-of-sequence, counting what was cut."""
+"""One task's texts to token ids: cut, closed, and what was cut counted."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mhr_scale.config import BatchConfig
 from mhr_scale.errors import DataError
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow, Ids
 from mhr_scale.tasks.task import Example, Task
-
-Ids = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tokenised example, end-of-sequence tokens included."""
-
-    input_ids: Ids
-    targets: tuple[Ids, ...]
 
 
 class RowList(Protocol):
@@ -27,9 +18,9 @@ class RowList(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Row: ...
+    def __getitem__(self, index: int, /) -> EncodedRow: ...
 
-    def __iter__(self) -> Iterator[Row]: ...
+    def __iter__(self) -> Iterator[EncodedRow]: ...
 
 
 @dataclass(slots=True)
@@ -60,20 +51,23 @@ class Cuts:
 
 
 class Encoder:
-    """Tokenises the rows of one task and counts what it cut.
+    """Tokenises the rows of one task, closes them as the family does, and counts what it cut.
 
-    Over-long inputs lose tokens at their end, in front of the task's `suffix`; over-long targets
-    keep their end-of-sequence token.
+    Over-long inputs lose tokens on the family's side, in front of the task's `suffix`; over-long
+    targets lose their end but for the end-of-sequence token.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, config: BatchConfig) -> None:
+    def __init__(self, task: Task, tokenizer: Any, config: BatchConfig, family: Family) -> None:
         self.cuts = Cuts()
-        self._tokenizer, self._config = tokenizer, config
-        self._limit = task.max_input_tokens or config.max_input_tokens
+        self._tokenizer, self._config, self._family = tokenizer, config, family
+        closing = [family.close([], side, tokenizer) for side in ("input", "target")]
+        self._most_input = (task.max_input_tokens or config.max_input_tokens) - len(closing[0])
+        self._most_target = config.max_target_tokens - len(closing[1])
         self._suffix_text = task.suffix
         self._suffix = self._ids([task.suffix])[0] if task.suffix else []
-        if len(self._suffix) + 2 > self._limit:
-            raise DataError(f"task {task.name}: max_input_tokens {self._limit} is below its suffix")
+        if len(self._suffix) + 1 > self._most_input:
+            limit = self._most_input + len(closing[0])
+            raise DataError(f"task {task.name}: max_input_tokens {limit} is below its suffix")
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -82,15 +76,14 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def rows(self, examples: Sequence[Example]) -> list[Row]:
-        """Tokenise examples in one call per side."""
+    def rows(self, examples: Sequence[Example]) -> list[EncodedRow]:
+        """Tokenise examples, their targets as answers, in one call per side."""
         inputs = self._ids([example.input for example in examples])
-        targets = self._ids([text for example in examples for text in example.targets])
-        rows, used = [], 0
+        texts = iter(self._ids([text for example in examples for text in example.targets]))
+        rows = []
         for example, input_ids in zip(examples, inputs, strict=True):
-            own = targets[used : used + len(example.targets)]
-            used += len(example.targets)
-            row = self._row(example, input_ids, own)
+            targets = [next(texts) for _ in example.targets]
+            row = self._row(example, input_ids, targets)
             if row is not None:
                 rows.append(row)
         return rows
@@ -101,39 +94,40 @@ class Encoder:
         inputs = self._ids([example.input for example in examples])
         return [self._input(example, ids) for example, ids in zip(examples, inputs, strict=True)]
 
-    def answers(self, texts: Sequence[str]) -> list[Ids]:
-        """Texts as answers: cut like targets, closed with the end-of-sequence token."""
-        limit = self._config.max_target_tokens - 1
-        return [self._close(ids[:limit]) for ids in self._ids(texts)]
+    def answers(self, texts: Sequence[str]) -> tuple[Ids, ...]:
+        """Texts as answers: cut and closed like targets."""
+        return tuple(self._target(ids) for ids in self._ids(texts))
 
-    def _row(self, example: Example, input_ids: list[int], targets: list[list[int]]) -> Row | None:
-        cuts, limit = self.cuts, self._config.max_target_tokens
+    def _row(
+        self, example: Example, input_ids: list[int], targets: list[list[int]]
+    ) -> EncodedRow | None:
+        cuts = self.cuts
         cuts.rows += 1
-        is_long_target = any(len(target) + 1 > limit for target in targets)
-        if self._config.too_long == "drop" and (self._is_long(input_ids) or is_long_target):
+        is_long = len(input_ids) > self._most_input
+        is_long_target = any(len(target) > self._most_target for target in targets)
+        if self._config.too_long == "drop" and (is_long or is_long_target):
             cuts.dropped += 1
             return None
         cuts.targets += is_long_target
-        closed = tuple(self._close(target[: limit - 1]) for target in targets)
-        return Row(self._input(example, input_ids), closed)
-
-    def _is_long(self, input_ids: list[int]) -> bool:
-        return len(input_ids) + 1 > self._limit
+        return EncodedRow(self._input(example, input_ids), tuple(map(self._target, targets)))
 
     def _input(self, example: Example, ids: list[int]) -> Ids:
         """An input closed, and cut where it is too long."""
-        if not self._is_long(ids):
-            return self._close(ids)
-        self.cuts.inputs += 1
-        if self._suffix:
-            (ids,) = self._ids([example.input.removesuffix(self._suffix_text)])
-        return self._close(ids[: self._limit - 1 - len(self._suffix)] + self._suffix)
+        if len(ids) > self._most_input:
+            self.cuts.inputs += 1
+            if self._suffix:
+                (ids,) = self._ids([example.input.removesuffix(self._suffix_text)])
+            most = self._most_input - len(self._suffix)
+            kept = ids[:most] if self._family.cut_side == "right" else ids[-most:]
+            ids = kept + self._suffix
+        return np.asarray(self._family.close(ids, "input", self._tokenizer), dtype=np.int32)
 
-    def _close(self, ids: list[int]) -> Ids:
-        return np.asarray([*ids, self._tokenizer.eos_token_id], dtype=np.int32)
+    def _target(self, ids: list[int]) -> Ids:
+        cut = ids[: self._most_target]
+        return np.asarray(self._family.close(cut, "target", self._tokenizer), dtype=np.int32)
 
 
-def check_rows_left(task: Task, rows: Sequence[Row], config: BatchConfig) -> None:
+def check_rows_left(task: Task, rows: Sequence[EncodedRow], config: BatchConfig) -> None:
     """Raise `DataError` if `too_long: drop` left a task without a training row."""
     if task.train and not rows:
         raise DataError(

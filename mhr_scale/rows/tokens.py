@@ -3,9 +3,10 @@
     <cache>/<hash>/   manifest.json  rejects.jsonl  00000.train.arrow  00000.validation.arrow  ...
 
 The hash is that of everything the ids depend on: task settings, source files, reader code,
-tokenizer, lengths. A folder is filled under another name, task by task, and renamed when it is
-complete; an interrupted build goes on with the tasks that are missing. One process of a machine
-builds, the others wait for its lock, so ranks need no collective and a killed build blocks nobody.
+tokenizer, how the family closes and cuts, lengths. A folder is filled under another name, task by
+task, and renamed when it is complete; an interrupted build goes on with the tasks that are missing.
+One process of a machine builds, the others wait for its lock, so ranks need no collective and a
+killed build blocks nobody.
 """
 
 import fcntl
@@ -28,7 +29,9 @@ from pyarrow import ipc
 
 from mhr_scale.config import BatchConfig
 from mhr_scale.errors import DataError
-from mhr_scale.rows.encode import Cuts, Encoder, Row, check_rows_left
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
 from mhr_scale.run.files import hash_file, write_json
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
@@ -52,10 +55,10 @@ class TaskTokens:
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[EncodedRow]:
         return (self[row] for row in range(self._size))
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> EncodedRow:
         number, row = divmod(range(self._size)[index], BATCH_ROWS)
         if number not in self._views:
             inputs, targets = self._batches[number].columns
@@ -63,7 +66,7 @@ class TaskTokens:
             arrays = (*columns, targets.values.values)
             self._views[number] = tuple(a.to_numpy(zero_copy_only=True) for a in arrays)
         starts, ids, first, target_starts, target_ids = self._views[number]
-        return Row(
+        return EncodedRow(
             ids[starts[row] : starts[row + 1]],
             tuple(
                 target_ids[target_starts[t] : target_starts[t + 1]]
@@ -107,6 +110,7 @@ def open_tokens(
     suite: Suite,
     tokenizer: Any,
     batch: BatchConfig,
+    family: Family,
     *,
     cache: str | None = None,
     on_bad: str | None = None,
@@ -116,11 +120,11 @@ def open_tokens(
     Without `cache` it is kept in memory. `on_bad` overrides the policy for unusable rows. Raises
     `DataError` for sources that cannot be used and for a cache that is not what it says.
     """
-    manifest = describe(suite, tokenizer, batch)
+    manifest = describe(suite, tokenizer, batch, family)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if cache is None:
         reading = open_suite(suite, on_bad=on_bad)
-        made = [_tokenise(task, tokenizer, batch) for task in reading.tasks]
+        made = [_tokenise(task, tokenizer, batch, family) for task in reading.tasks]
         reading.intake.check()
         return TokenSet(
             cards=[card for card, _ in made],
@@ -134,11 +138,11 @@ def open_tokens(
         Path(cache).mkdir(parents=True, exist_ok=True)
         with _lock(Path(cache) / f".{key[:24]}.lock"):
             if not (folder / "manifest.json").is_file():
-                _build(folder, suite, tokenizer, batch, manifest, on_bad)
+                _build(folder, suite, tokenizer, batch, family, manifest, on_bad)
     return _load(folder, manifest, key)
 
 
-def describe(suite: Suite, tokenizer: Any, batch: BatchConfig) -> dict[str, Any]:
+def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -> dict[str, Any]:
     """Everything the token ids depend on, as JSON values."""
     code = hashlib.sha256()
     tasks = Path(__file__).parents[1] / "tasks"
@@ -152,6 +156,8 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig) -> dict[str, Any]
         "sources": [_fingerprint(path) for path in source_files(suite)],
         "code": code.hexdigest(),
         "tokenizer": _tokenizer_hash(tokenizer),
+        "closing": [family.close([], side, tokenizer) for side in ("input", "target")],
+        "cut_side": family.cut_side,
         "max_input_tokens": batch.max_input_tokens,
         "max_target_tokens": batch.max_target_tokens,
         "too_long": batch.too_long,
@@ -176,10 +182,10 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _tokenise(
-    task: Task, tokenizer: Any, batch: BatchConfig
+    task: Task, tokenizer: Any, batch: BatchConfig, family: Family
 ) -> tuple[TaskCard, dict[str, list[pa.RecordBatch]]]:
     """One task's card and record batches by fold."""
-    encoder = Encoder(task, tokenizer, batch)
+    encoder = Encoder(task, tokenizer, batch, family)
     rows = {"train": encoder.rows(task.train), "validation": encoder.rows(task.validation)}
     check_rows_left(task, rows["train"], batch)
     kind = _id_type(tokenizer)
@@ -193,7 +199,7 @@ def _tokenise(
         n_train=len(rows["train"]),
         n_validation=len(rows["validation"]),
         mean_input_tokens=sum(len(row.input_ids) for row in rows["train"]) / n_train,
-        mean_target_tokens=sum(len(row.targets[0]) for row in rows["train"]) / n_train,
+        mean_target_tokens=sum(len(row.answers[0]) for row in rows["train"]) / n_train,
     )
     return card, {fold: list(_batches(rows[fold], kind)) for fold in FOLDS}
 
@@ -203,13 +209,13 @@ def _id_type(tokenizer: Any) -> pa.DataType:
     return pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
 
 
-def _batches(rows: Sequence[Row], kind: pa.DataType) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Sequence[EncodedRow], kind: pa.DataType) -> Iterator[pa.RecordBatch]:
     """Rows as record batches of BATCH_ROWS: list<ids>, list<list<ids>>."""
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows[start : start + BATCH_ROWS]
         inputs = _lists([row.input_ids for row in part], kind)
-        targets = _lists([target for row in part for target in row.targets], kind)
-        counts = np.cumsum([0, *(len(row.targets) for row in part)], dtype=np.int32)
+        targets = _lists([target for row in part for target in row.answers], kind)
+        counts = np.cumsum([0, *(len(row.answers) for row in part)], dtype=np.int32)
         nested = pa.ListArray.from_arrays(pa.array(counts), targets)
         yield pa.RecordBatch.from_arrays([inputs, nested], ["input_ids", "targets"])
 
@@ -225,6 +231,7 @@ def _build(
     suite: Suite,
     tokenizer: Any,
     batch: BatchConfig,
+    family: Family,
     manifest: dict[str, Any],
     on_bad: str | None,
 ) -> None:
@@ -238,7 +245,7 @@ def _build(
     for number, task in enumerate(reading.tasks):
         done = partial / f"{number:05d}.json"
         if not done.is_file():
-            card, folds = _tokenise(task, tokenizer, batch)
+            card, folds = _tokenise(task, tokenizer, batch, family)
             for fold in FOLDS:
                 _write(partial / f"{number:05d}.{fold}.arrow", folds[fold], tokenizer)
             write_json(done, asdict(card))

@@ -7,9 +7,12 @@ from typing import Any
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import BatchConfig, ScoringConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError
-from mhr_scale.passes.scoring import Batch, ChoiceRow, generate_answers, rank_choices
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes.scoring import generate_answers, rank_choices
+from mhr_scale.rows.batching import Batch
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks import metrics
@@ -29,7 +32,7 @@ class Question:
 def judge(question: Question, value: Any) -> dict[str, Any]:
     """One line of scores.jsonl from the choice scores or the generated text of a question."""
     example = question.example
-    line = {
+    line: dict[str, Any] = {
         "id": question.id,
         "task": question.task,
         "example": example.id,
@@ -39,8 +42,9 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
     if question.metric == "accuracy":
         label = example.label
         assert label is not None
-        found = {"choice_scores": value, "prediction": metrics.best_choice(value), "label": label}
-        return {**line, **found, "points": metrics.accuracy(value, label)}
+        prediction = metrics.best_choice(value)
+        line |= {"choice_scores": value, "prediction": prediction, "label": label}
+        return {**line, "points": metrics.accuracy(value, label)}
     points = metrics.TEXT_METRICS[question.metric](value, example.targets)
     return {**line, "prediction": value, "references": list(example.targets), "points": points}
 
@@ -70,49 +74,46 @@ def encode(
     questions: Sequence[Question],
     numbers: dict[str, int],
     tokenizer: Any,
+    family: Family,
     config: ScoringConfig,
-) -> list[ChoiceRow]:
-    """Token ids of every question, in their order; choices only where they are ranked."""
+) -> list[EncodedRow]:
+    """Token ids of every question, in their order; answers only where they are ranked."""
     lengths = BatchConfig(
         max_input_tokens=config.max_input_tokens,
         max_target_tokens=config.max_choice_tokens,
     )
-    rows: list[ChoiceRow] = []
+    rows: list[EncodedRow] = []
     for task in tasks:
-        encoder = Encoder(task, tokenizer, lengths)
+        encoder = Encoder(task, tokenizer, lengths, family)
         for input_ids in encoder.inputs(task.test):
-            question = questions[len(rows)]
-            ranked = question.example.choices if question.metric == "accuracy" else ()
-            choices = tuple(encoder.answers(ranked))
-            rows.append(ChoiceRow(len(rows), numbers[task.name], input_ids, choices))
+            number = len(rows)
+            is_ranked = questions[number].metric == "accuracy"
+            choices = questions[number].example.choices if is_ranked else ()
+            answers = encoder.answers(choices)
+            rows.append(EncodedRow(input_ids, answers, task=numbers[task.name], number=number))
         if encoder.cuts.inputs:
             log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
     return rows
 
 
 def answerers(
-    rows: Sequence[ChoiceRow],
-    model: Any,
+    rows: Sequence[EncodedRow],
+    placed: PlacedBackbone,
     adapter: Adapter | None,
     tokenizer: Any,
     options: ScoringConfig,
-    engine: Engine,
-) -> list[tuple[str, Callable[[Batch], list[Any]], list[ChoiceRow]]]:
+) -> list[tuple[str, Callable[[Batch], list[Any]], list[EncodedRow]]]:
     """What answers a batch of which rows: `rank` those with choices, `generate` the others."""
-    rank = partial(
-        rank_choices, model, adapter, length_norm=options.length_norm, device=engine.device
-    )
+    rank = partial(rank_choices, placed, adapter, length_norm=options.length_norm)
     generate = partial(
         generate_answers,
-        model,
+        placed,
         adapter,
         tokenizer=tokenizer,
         beams=options.beams,
         max_new_tokens=options.max_new_tokens,
-        synced=engine.is_sharded,
-        device=engine.device,
     )
     return [
-        ("rank", rank, [row for row in rows if row.choices]),
-        ("generate", generate, [row for row in rows if not row.choices]),
+        ("rank", rank, [row for row in rows if row.answers]),
+        ("generate", generate, [row for row in rows if not row.answers]),
     ]

@@ -162,15 +162,22 @@ def make_groups(adapter: Adapter, config: OptimConfig) -> list[dict[str, Any]]:
     return groups
 
 
+def has_row_gradients(config: OptimConfig) -> bool:
+    """Whether an adapter's routing gradients may stay sparse over tasks.
+
+    Under Adafactor a row without a gradient stays as it is; AdamW's momentum moves it too.
+    """
+    return config.name == "adafactor"
+
+
 def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
     """The optimizer of an adapter: one group for the inventory, one for the routing logits.
 
     Under Adafactor every adapted linear (of every task, where inventories are private) keeps
-    statistics of its own, and routing gradients stay sparse over tasks. AdamW's momentum moves
-    rows without a gradient too, so there they are dense.
+    statistics of its own.
     """
+    assert has_row_gradients(config) or not adapter.row_gradients, "AdamW moves every row"
     groups = make_groups(adapter, config)
-    adapter.row_gradients = config.name == "adafactor"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
     for group in groups:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from mhr_scale.adapters import Adapter
 from mhr_scale.analysis.monitor import Monitor
 from mhr_scale.config import PretrainConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DivergenceError, RunError
+from mhr_scale.families.packed import Packed
 from mhr_scale.passes import validation
-from mhr_scale.rows import batching
-from mhr_scale.rows.batching import Batch, StepBatches
+from mhr_scale.rows.batching import StepBatches, cut_batches, number_rows
 from mhr_scale.rows.tokens import TokenSet
 from mhr_scale.run import stopping, tracking
 from mhr_scale.run.runlog import Metrics, Progress, log
@@ -42,7 +42,7 @@ class StepSums:
     examples: int = 0
     tokens: int = 0
     positions: int = 0
-    row_losses: list[tuple[Batch, Tensor]] = field(default_factory=list)
+    row_losses: list[tuple[Packed, Tensor]] = field(default_factory=list)
 
 
 class Trainer:
@@ -52,8 +52,7 @@ class Trainer:
         self,
         config: PretrainConfig,
         *,
-        engine: Engine,
-        model: nn.Module,
+        placed: PlacedBackbone,
         adapter: Adapter,
         tokens: TokenSet,
         batches: StepBatches,
@@ -62,8 +61,8 @@ class Trainer:
         monitor: Monitor | None = None,
     ) -> None:
         self.config = config
-        self.engine = engine
-        self.model = model
+        self.placed = placed
+        self.engine = placed.engine
         self.adapter = adapter
         self.tokens = tokens
         self.batches = batches
@@ -113,7 +112,7 @@ class Trainer:
             progress.close()
         self.engine.gather_barrier()
 
-    def _train_step(self, micro_batches: list[Batch], begun: float) -> dict[str, float]:
+    def _train_step(self, micro_batches: list[Packed], begun: float) -> dict[str, float]:
         """One optimizer step, logged where that is due; returns its figures."""
         config = self.config
         rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
@@ -140,34 +139,34 @@ class Trainer:
         self.engine.gather_barrier()
         raise stopping.stop(f"step {self.step} is saved")
 
-    def accumulate(self, micro_batches: list[Batch]) -> StepSums:
+    def accumulate(self, micro_batches: list[Packed]) -> StepSums:
         """Forward and backward passes of this rank's micro batches of a step.
 
         Gradients of the summed loss accumulate in the adapter's parameters.
         """
         config, sums = self.config, StepSums()
-        self.model.train()
-        for number, host_batch in enumerate(micro_batches):
-            batch = host_batch.to(self.engine.device)
+        self.placed.model.train()
+        for number, on_host in enumerate(micro_batches):
+            packed = on_host.to(self.engine.device)
             torch.manual_seed(
                 seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
             )
-            seeds = [seed_from("noise", config.run.seed, n) for n in batch.numbers]
+            seeds = [seed_from("noise", config.run.seed, row.number) for row in packed.rows]
             with self.adapter.slots(
-                batch.task_ids,
+                packed.tasks,
                 seeds=seeds,
                 uniform_share=optim.uniform_share(config.schedule, self.step),
             ) as slots:
                 loss = validation.forward(
-                    self.model, batch, label_smoothing=config.loss.label_smoothing
+                    self.placed, packed, label_smoothing=config.loss.label_smoothing
                 )
                 slots.backward(loss.sum.sum())
                 self.engine.after_backward()
-            sums.row_losses.append((batch, loss.sum.detach()))
-            sums.examples += len(batch.task_ids)
-            sums.tokens += batch.n_tokens
-            sums.loss_tokens += batch.n_tokens - batch.n_input_tokens
-            sums.positions += batch.input_ids.numel() + batch.labels.numel()
+            sums.row_losses.append((packed, loss.sum.detach()))
+            sums.examples += len(packed.rows)
+            sums.tokens += packed.n_input_tokens + packed.n_target_tokens
+            sums.loss_tokens += packed.n_target_tokens
+            sums.positions += packed.n_positions
         self.engine.check_same_modules()
         return sums
 
@@ -229,8 +228,8 @@ class Trainer:
         names = self.adapter.task_names
         mine = {
             names[task]
-            for batch, row_losses in sums.row_losses
-            for task, value in zip(batch.task_ids, row_losses.tolist(), strict=True)
+            for packed, row_losses in sums.row_losses
+            for task, value in zip(packed.tasks, row_losses.tolist(), strict=True)
             if not math.isfinite(value)
         }
         found = sorted(set().union(*self.engine.gather_objects(mine)))
@@ -249,13 +248,12 @@ class Trainer:
 
     def validate(self) -> dict[str, Any]:
         """Mean loss per target token on all validation rows, overall and by task. Collective."""
-        picks = batching.number_rows(self.tokens.validation)
+        rows, batch = number_rows(self.tokens.validation), self.config.batch
         return validation.reduce_losses(
-            self.model,
+            self.placed,
             self.adapter,
-            batching.cut_micro_batches(picks, self.config.batch.micro_batch_size),
-            collate=self.batches.collate,
-            engine=self.engine,
+            cut_batches(rows, max_rows=batch.micro_batch_size),
+            pad_multiple=batch.pad_multiple,
         )
 
     # -- saving and resuming ---------------------------------------------------------------------

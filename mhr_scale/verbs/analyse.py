@@ -11,31 +11,27 @@ from typing import Any
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.adapters.methods import wrap
 from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
-from mhr_scale.analysis.alignment import Alignment, TaskRows
+from mhr_scale.analysis.alignment import AlignedTask, Alignment
 from mhr_scale.analysis.inventory_statistics import describe_inventory
 from mhr_scale.analysis.printed import table
 from mhr_scale.analysis.routing_statistics import clustered_order, describe_routing
-from mhr_scale.backbone import fingerprint
-from mhr_scale.backbone.of_adapter import backbone_facts, backbone_of, blueprint_of, check_fit
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
-from mhr_scale.engine.ds_config import check_quantise, read_ds_config
-from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import open_backbone
 from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
 from mhr_scale.jobs.start import source_numbers, variant_numbers
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run.files import write_json
-from mhr_scale.run.run_folder import check_writable, read_recipe, write_recipe
-from mhr_scale.run.runlog import Progress, log, rank, record_provenance
+from mhr_scale.run.run_folder import RunFolder
+from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
+class AlignmentData:
     """Where the rows of an alignment come from, and how they are cut."""
 
     tasks: Suite
@@ -48,27 +44,27 @@ def analyse(config: AnalyseConfig) -> Path:
 
     Collective where alignment is measured; without it rank 0 alone works.
     """
-    check_folder(Path(config.run.folder))
+    folder = open_folder(config)
     card, adapter = open_adapter(config.adapter)
     sources = find_sources(config, adapter)
     if sources is not None:
-        align(config, card, adapter, sources)
+        align(config, folder, card, adapter, sources)
     elif rank() == 0:
         facts = {"world_size": 1, "placement": "none"}
-        rank0_report(config, adapter, None, rows=0, facts=facts)
-    return Path(config.run.folder)
+        rank0_report(config, folder, adapter, None, rows=0, facts=facts)
+    return folder.path
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `RunError` if the folder cannot be written to or holds something else."""
-    check_writable(folder)
-    if (folder / "config.yaml").exists():
-        read_recipe(AnalyseConfig, folder / "config.yaml")
-    elif (folder / "adapter").exists():
-        raise RunError(f"{folder}: holds an adapter; use another run.folder")
+def open_folder(config: AnalyseConfig) -> RunFolder[AnalyseConfig]:
+    """The folder to write to; raises `RunError` if it holds something else."""
+    folder = RunFolder(config.run.folder, AnalyseConfig)
+    folder.check(config, is_begun=False, holds="an analysis")
+    if folder.read_recipe() is None and (folder.path / "adapter").exists():
+        raise RunError(f"{folder.path}: holds an adapter; use another run.folder")
+    return folder
 
 
-def find_sources(config: AnalyseConfig, adapter: Adapter) -> Sources | None:
+def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | None:
     """The rows to measure alignment on; None where there is none, and the log says why."""
     asked = config.alignment
     if asked is None:
@@ -98,7 +94,7 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> Sources | None:
         max_input_tokens=asked.max_input_tokens or base.max_input_tokens,
         max_target_tokens=asked.max_target_tokens or base.max_target_tokens,
     )
-    return Sources(tasks=tasks, batch=batch, token_cache=cache)
+    return AlignmentData(tasks=tasks, batch=batch, token_cache=cache)
 
 
 def read_source_recipe(folder: Path) -> PretrainConfig | None:
@@ -109,59 +105,59 @@ def read_source_recipe(folder: Path) -> PretrainConfig | None:
         return None
 
 
-def align(config: AnalyseConfig, card: Card, adapter: Adapter, sources: Sources) -> None:
+def align(
+    config: AnalyseConfig,
+    folder: RunFolder[AnalyseConfig],
+    card: Card,
+    adapter: Adapter,
+    sources: AlignmentData,
+) -> None:
     """Place the backbone, measure alignment on it, and report. Collective."""
     asked = config.alignment
     assert asked is not None, "find_sources comes first"
-    ds_content = read_ds_config(config.run.ds_config)
-    own = backbone_of(
+    backbone_config = backbone_of(
         config.adapter,
         card,
         config.backbone_moved_to,
         dtype=config.backbone_dtype,
         quantise=config.backbone_quantise,
     )
-    blueprint = blueprint_of(config.adapter, own)
-    check_quantise(own, blueprint, ds_content, config.run.ds_config)
-    check_fit(config.adapter, card, blueprint)
-    tokenizer = load_tokenizer(own, blueprint)
-    tokens = open_tokens(sources.tasks, tokenizer, sources.batch, cache=sources.token_cache)
+    opened = open_backbone(
+        backbone_config,
+        ds_config=config.run.ds_config,
+        timeout_seconds=config.run.timeout_seconds,
+        adapter=config.adapter,
+    )
+    check_fit(config.adapter, card, opened.blueprint)
+    tokens = open_tokens(
+        sources.tasks, opened.tokenizer, sources.batch, opened.family, cache=sources.token_cache
+    )
     tasks = choose_tasks(config.adapter, adapter, tokens, asked)
-    engine = Engine(ds_content, timeout_seconds=config.run.timeout_seconds)
-    try:
-        model = engine.build(own, blueprint)
-        linears = wrap(model, adapter.sites)
-        model = engine.prepare(model, own).eval()
-        fingerprint.check(model, blueprint, own, engine)
-        adapter.bind(linears)
-        subject = alignment.Subject(
-            engine=engine,
-            model=model,
+    with opened.placed(adapter.sites) as placed:
+        engine = placed.engine
+        adapter.bind(placed.adapted)
+        source = alignment.GradientSource(
+            placed=placed,
             adapter=adapter,
             micro_batch_size=asked.micro_batch_size,
-            pad_id=tokenizer.pad_token_id,
             pad_multiple=sources.batch.pad_multiple,
         )
         progress = Progress(len(tasks), start=0, what="alignment", unit="task")
-        found = alignment.gather_alignment(subject, tasks, advance=progress.advance)
+        measured = alignment.gather_alignment(source, tasks, advance=progress.advance)
         progress.close()
         if engine.rank == 0:
             facts = {
-                "world_size": engine.world_size,
-                "device": str(engine.device),
-                "placement": engine.placement,
-                "backbone": backbone_facts(own, blueprint),
+                **engine.facts,
+                "backbone": opened.facts,
                 "data": {"tokens": tokens.fingerprint},
             }
-            rank0_report(config, adapter, found, rows=asked.rows, facts=facts)
+            rank0_report(config, folder, adapter, measured, rows=asked.rows, facts=facts)
         engine.gather_barrier()
-    finally:
-        engine.close()
 
 
 def choose_tasks(
     path: str, adapter: Adapter, tokens: TokenSet, asked: AlignmentConfig
-) -> list[TaskRows]:
+) -> list[AlignedTask]:
     """The sampled tasks with their rows, under their numbers in the adapter.
 
     Where all tasks share one slot, any task will do. Raises `AdapterError` for tasks without a
@@ -190,20 +186,22 @@ def choose_tasks(
 
 def rank0_report(
     config: AnalyseConfig,
+    folder: RunFolder[AnalyseConfig],
     adapter: Adapter,
-    found: Alignment | None,
+    measured: Alignment | None,
     *,
     rows: int,
     facts: dict[str, Any],
 ) -> None:
     """Write the analysis and print it."""
-    folder = Path(config.run.folder)
-    analysis = describe(config.adapter, adapter, found, rows=rows)
-    (folder / ANALYSIS).unlink(missing_ok=True)  # none under a recipe it was not made by
-    write_recipe(folder / "config.yaml", config)
-    record_provenance(folder / "provenance.json", **facts)
-    write_json(folder / ANALYSIS, analysis)
-    log.info("\n%s\n  analysis %s", table(analysis), folder / ANALYSIS)
+    analysis = describe(config.adapter, adapter, measured, rows=rows)
+    file = folder.path / ANALYSIS
+    file.unlink(missing_ok=True)  # none under a recipe it was not made by
+    folder.keep_recipe(config)
+    folder.record_start(**facts)
+    write_json(file, analysis)
+    blocks = {site.name: site.routing_group("block", 1) for site in adapter.sites}
+    log.info("\n%s\n  analysis %s", table(analysis, blocks), file)
 
 
 def describe(path: str, adapter: Adapter, found: Alignment | None, *, rows: int) -> dict[str, Any]:

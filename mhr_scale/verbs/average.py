@@ -17,7 +17,7 @@ from mhr_scale.recipe.reading import load
 from mhr_scale.run.run_folder import write_recipe
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.training import checkpoint
-from mhr_scale.training.opening import prepare, rank0_open_folder
+from mhr_scale.training.opening import opened_training
 
 
 def average(config: AverageConfig) -> Path:
@@ -70,16 +70,10 @@ def continue_training(config: AverageConfig, source: Adapter) -> None:
         schedule=ScheduleConfig(steps=extra, warmup_fraction=config.warmup_fraction),
         run=config.run,
     )
-    trainer = prepare(recipe, start=start, save_steps=tuple(k for k in config.steps if k))
-    try:
-        trainer.resume()
-        if trainer.engine.rank == 0:
-            rank0_open_folder(trainer)
-        trainer.engine.gather_barrier()
+    save_steps = tuple(steps for steps in config.steps if steps)
+    with opened_training(recipe, start=start, save_steps=save_steps) as trainer:
         log.info("%d extra steps of the %s on %s", extra, config.trainable, config.source)
         trainer.train()
-    finally:
-        trainer.engine.close()
 
 
 def under_uniform_routing(source: Adapter) -> Adapter:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mhr_scale.backbone import conversion, fingerprint, hub, merging
-from mhr_scale.backbone.blueprint import Blueprint, read_blueprint, tied_names
+from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.backbone.manifest import (
     MANIFEST,
     SCHEMA,
@@ -61,7 +61,7 @@ def convert(config: ConvertConfig) -> Path:
                 schema=SCHEMA,
                 source=source_of(blueprint),
                 dtype=config.dtype,
-                tied=tied_names(blueprint),
+                tied=blueprint.ties,
                 left_out=left_out,
                 files=files,
                 fingerprint=answers,
@@ -72,7 +72,7 @@ def convert(config: ConvertConfig) -> Path:
     return target
 
 
-# -- at the door -----------------------------------------------------------------------------------
+# -- before anything is written --------------------------------------------------------------------
 
 
 def check_places(name: str, target: Path) -> None:
@@ -138,7 +138,9 @@ def compare(
     try:
         model = stock.load_backbone(settings, blueprint, torch.device("cpu"))
         found = conversion.check_answer(
-            fingerprint.ask_model(model, answers), answers, what="what was written"
+            fingerprint.ask_model(model, blueprint.family, answers),
+            answers,
+            what="what was written",
         )
     except BackboneError as error:
         raise BackboneError(
@@ -193,5 +195,5 @@ def closing(
         f"use: backbone.name={config.folder}",
     ]
     if left_out:
-        lines.insert(1, f"left out, unused by T5: {', '.join(left_out)}")
+        lines.insert(1, f"left out, of no use to the model: {', '.join(left_out)}")
     return "\n  ".join(lines)

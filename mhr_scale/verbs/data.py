@@ -25,7 +25,12 @@ def check_data(config: PretrainConfig) -> None:
     tokenizer = load_tokenizer(config.backbone, blueprint)
     policy = getattr(config.tasks, "intake", None)
     tokens = open_tokens(
-        config.tasks, tokenizer, config.batch, cache=config.run.token_cache, on_bad="skip"
+        config.tasks,
+        tokenizer,
+        config.batch,
+        blueprint.family,
+        cache=config.run.token_cache,
+        on_bad="skip",
     )
     sys.stdout.write(report(tokens))
     check_refused(tokens, on_bad=policy.on_bad if policy else "reject")

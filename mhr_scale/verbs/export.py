@@ -12,6 +12,7 @@ from typing import Any
 from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
+from mhr_scale.adapters.sites import family_of_sites
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit
@@ -20,8 +21,8 @@ from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import AdapterError
 from mhr_scale.exchange.reloading import (
     N_ROWS,
-    Bench,
-    Part,
+    ExportedAdapter,
+    LogitsCheck,
     check_merged,
     check_native,
     check_peft,
@@ -35,7 +36,7 @@ from mhr_scale.run.runlog import Progress, log, rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ExportInputs:
     """What is exported from: the stored adapter, and its backbone where one is needed."""
 
     card: artefact.Card
@@ -55,19 +56,19 @@ def export(config: ExportConfig) -> Path:
     if rank():
         return target
     check_target(target)
-    source = open_source(config)
-    parts = choose(config, source)
+    inputs = open_inputs(config)
+    parts = choose(config, inputs)
     with moved_into_place(target) as folder:
-        write(config, source, parts, folder)
-        found = check(config, source, parts, folder) if config.check else "not checked"
-    log.info("%s", closing(config, source, parts, found=found))
+        write(config, inputs, parts, folder)
+        found = check(config, inputs, parts, folder) if config.check else "not checked"
+    log.info("%s", closing(config, inputs, parts, found=found))
     return target
 
 
-# --- at the door
+# --- before anything is written
 
 
-def open_source(config: ExportConfig) -> Source:
+def open_inputs(config: ExportConfig) -> ExportInputs:
     """Read the adapter, and of its backbone what the format or the check needs; no weight yet.
 
     Raises `AdapterError` if the adapter is of another backbone, or is half of a trained backbone.
@@ -96,7 +97,7 @@ def open_source(config: ExportConfig) -> Source:
             blueprint = merging.with_weights(blueprint, file)
         weights = merging.plan_weights(blueprint, config.dtype)
         check_free_space(nearest_folder(Path(config.folder)), weights, what="the merged backbone")
-    return Source(
+    return ExportInputs(
         card=card,
         stored=stored,
         settings=settings,
@@ -118,11 +119,11 @@ def open_backbone(config: ExportConfig, card: artefact.Card) -> BackboneConfig:
 # --- what is exported
 
 
-def choose(config: ExportConfig, source: Source) -> list[Part]:
+def choose(config: ExportConfig, inputs: ExportInputs) -> list[ExportedAdapter]:
     """What is exported; raises `AdapterError` if the adapter does not have it."""
-    what = config.what or natural_choice(config, source.stored)
+    what = config.what or natural_choice(config, inputs.stored)
     try:
-        parts = parts_of(what, config, source.stored)
+        parts = parts_of(what, config, inputs.stored)
         first = parts[0].make()
     except AdapterError as error:
         raise AdapterError(f"{config.adapter}: {error}") from error
@@ -148,12 +149,12 @@ def natural_choice(config: ExportConfig, stored: Adapter) -> str:
     return "task" if own and len(stored.task_names) == 1 else "average"
 
 
-def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[Part]:
+def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedAdapter]:
     """The parts of `what`; single adapters stand for their own average."""
     if what in ("task", "all_tasks"):
         names = stored.task_names if what == "all_tasks" else [config.task or stored.task_names[0]]
         return [
-            Part(
+            ExportedAdapter(
                 what=what,
                 make=partial(collapse, stored, name),
                 original=stored,
@@ -165,52 +166,56 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[Part]:
     if what == "whole" or (what == "average" and is_single(stored)):
         numbers = spread(len(stored.task_names))
         rows = tuple(numbers[row % len(numbers)] for row in range(N_ROWS))
-        return [Part(what="whole", make=lambda: stored, original=stored, task_ids=rows)]
+        return [ExportedAdapter(what="whole", make=lambda: stored, original=stored, task_ids=rows)]
     single = soup(stored, config.tasks) if what == "soup" else mean_of(stored)
-    return [Part(what=what, make=lambda: single, original=single)]
+    return [ExportedAdapter(what=what, make=lambda: single, original=single)]
 
 
 # --- writing
 
 
-def write(config: ExportConfig, source: Source, parts: list[Part], folder: Path) -> None:
+def write(
+    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], folder: Path
+) -> None:
     """Write every part below `folder`, and the recipe beside them."""
     is_many = parts[0].what == "all_tasks"
     progress = Progress(len(parts), start=0, what="export", unit="task") if is_many else None
     for part in parts:
         try:
-            write_part(config, source, part, folder / part.folder)
+            write_part(config, inputs, part, folder / part.folder)
         except AdapterError as error:
             raise AdapterError(str(error).replace(str(folder), config.folder)) from error
         if progress:
             progress.advance(part.folder)
     if progress:
         progress.close()
-        names = {part.folder: source.stored.task_names[part.task_ids[0]] for part in parts}
+        names = {part.folder: inputs.stored.task_names[part.task_ids[0]] for part in parts}
         write_json(folder / "tasks.json", names)
     write_text(folder / "export.yaml", to_yaml(config))
 
 
-def write_part(config: ExportConfig, source: Source, part: Part, folder: Path) -> None:
+def write_part(
+    config: ExportConfig, inputs: ExportInputs, part: ExportedAdapter, folder: Path
+) -> None:
     """Write one adapter in the format asked for."""
-    adapter, name = part.make(), base_name(source.facts)
+    adapter, name = part.make(), base_name(inputs.facts)
     if config.format == "native":
         origin = {"exported_from": config.adapter, "what": part.what}
-        artefact.save(adapter, folder, step=source.card.step, backbone=source.facts, origin=origin)
+        artefact.save(adapter, folder, step=inputs.card.step, backbone=inputs.facts, origin=origin)
     elif config.format == "peft_poly":
         peft_folders.write_peft_poly(adapter, folder, base_model=name)
     elif config.format == "merged":
-        assert source.blueprint is not None
-        assert source.settings is not None
+        assert inputs.blueprint is not None
+        assert inputs.settings is not None
         merging.write_merged(
             adapter,
             folder,
-            blueprint=source.blueprint,
-            weights=source.weights,
+            blueprint=inputs.blueprint,
+            weights=inputs.weights,
             max_shard_bytes=config.max_shard_bytes,
         )
         merging.write_companions(
-            folder, blueprint=source.blueprint, settings=source.settings, weights=source.weights
+            folder, blueprint=inputs.blueprint, settings=inputs.settings, weights=inputs.weights
         )
     elif adapter.config.kind == "ia3":
         peft_folders.write_peft_ia3(adapter, folder, base_model=name)
@@ -227,29 +232,31 @@ def base_name(facts: dict[str, Any]) -> str | None:
 # --- comparing and telling
 
 
-def check(config: ExportConfig, source: Source, parts: list[Part], folder: Path) -> str:
+def check(
+    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], folder: Path
+) -> str:
     """Compare logits of what was written with the original's; returns what to say of it.
 
     Of many tasks some are compared. Raises `AdapterError` if anything differs.
     """
-    assert source.blueprint is not None
-    weights = merging.plan_weights(source.blueprint, "float32")
+    assert inputs.blueprint is not None
+    weights = merging.plan_weights(inputs.blueprint, "float32")
     size = sum(weight.n_bytes for weight in weights) / 1e9
     log.info("comparing logits, which takes the backbone in float32: %.2g GB of memory", size)
-    bench = Bench(source.blueprint)
-    is_peft = source.card.origin.get("format", "").startswith("PEFT")
+    logits = LogitsCheck(inputs.blueprint)
+    is_peft = inputs.card.origin.get("format", "").startswith("PEFT")
     peft_folder = Path(config.adapter) if is_peft else None
     numbers, worst, moved = spread(len(parts)), 0.0, 0.0
     try:
         for part, place in ((parts[n], folder / parts[n].folder) for n in numbers):
             if config.format == "merged":
                 found, moved = check_merged(
-                    bench, part, place, blueprint=source.blueprint, weights=source.weights
+                    logits, part, place, blueprint=inputs.blueprint, weights=inputs.weights
                 )
             elif config.format == "native":
-                found = check_native(bench, part, place, peft_folder=peft_folder)
+                found = check_native(logits, part, place, peft_folder=peft_folder)
             else:
-                found = check_peft(bench, part, place)
+                found = check_peft(logits, part, place)
             worst = max(worst, found)
     except AdapterError as error:
         raise AdapterError(f"{config.folder}: not exported: {error}") from error
@@ -260,18 +267,21 @@ def check(config: ExportConfig, source: Source, parts: list[Part], folder: Path)
     return f"{len(numbers)} of {len(parts)} tasks: {text}" if len(parts) > 1 else text
 
 
-def closing(config: ExportConfig, source: Source, parts: list[Part], *, found: str) -> str:
+def closing(
+    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], *, found: str
+) -> str:
     """What was written, how well it agrees, and the lines that load it."""
-    base = base_name(source.facts) or "FOLDER OF THE BACKBONE"
+    base = base_name(inputs.facts) or "FOLDER OF THE BACKBONE"
     place = str(Path(config.folder) / parts[0].folder)
-    load = "model = AutoModelForSeq2SeqLM.from_pretrained"
+    auto_class = family_of_sites(inputs.stored.sites).auto_class
+    load = f"model = {auto_class}.from_pretrained"
     lines = {
-        "merged": ["from transformers import AutoModelForSeq2SeqLM", f'{load}("{place}")'],
+        "merged": [f"from transformers import {auto_class}", f'{load}("{place}")'],
         "native": ["from mhr_scale import load_adapter", f'adapter = load_adapter("{place}")'],
     }.get(
         config.format,
         [
-            "from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM",
+            f"from peft import PeftModel; from transformers import {auto_class}",
             f'{load}("{base}")',
             f'model = PeftModel.from_pretrained(model, "{place}")',
         ],
@@ -281,7 +291,7 @@ def closing(config: ExportConfig, source: Source, parts: list[Part], *, found: s
     names = {
         "whole": "the adapter as it is",
         "average": "the average",
-        "task": f"task {source.stored.task_names[parts[0].task_ids[0]]}",
+        "task": f"task {inputs.stored.task_names[parts[0].task_ids[0]]}",
         "all_tasks": f"{len(parts)} tasks, a folder each",
         "soup": f"the soup of {', '.join(config.tasks)}",
     }

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale.backbone import fingerprint, quantise
+from mhr_scale.adapters.wrapping import AdaptedModel
+from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.backbone.of_adapter import backbone_facts
 from mhr_scale.backbone.tokenizer import load_tokenizer
@@ -34,17 +35,21 @@ from mhr_scale.config import (
     ShotsConfig,
     VariantConfig,
 )
+from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
 from mhr_scale.exchange import stock
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import RESULT
-from mhr_scale.jobs.job_data import JobData, TrainRow, open_data
-from mhr_scale.passes import few_shot as passes
-from mhr_scale.passes import scoring
+from mhr_scale.jobs.job_data import JobData, open_data
+from mhr_scale.passes import few_shot_loss
+from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
 from mhr_scale.run.files import to_json_lines, write_json, write_text
-from mhr_scale.run.run_folder import check_writable, differences, listed, read_recipe, write_recipe
-from mhr_scale.run.runlog import Metrics, Progress, log, record_provenance, world_size
+from mhr_scale.run.run_folder import REJECTS, RunFolder
+from mhr_scale.run.runlog import Metrics, Progress, log, world_size
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge
@@ -55,11 +60,11 @@ from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may differ when a run goes on: where and how fast, not what.
-FREE_TO_CHANGE = ("run.", "micro_batch_size", "scoring.max_tokens", "backbone.recompute")
+FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "backbone.recompute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
+class FinetuneInputs:
     """What is read and found good before any weight of the backbone is."""
 
     source: Path
@@ -70,17 +75,12 @@ class Opening:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """The loaded model and what it runs on."""
+class LoadedModel:
+    """The loaded model: the backbone ready for passes, whose linears have the LoRA inside."""
 
     model: Any
-    engine: Engine
+    placed: PlacedBackbone
     tokenizer: Any
-
-    @property
-    def base(self) -> Any:
-        """The backbone, whose linears have the LoRA inside."""
-        return self.model.get_base_model()
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -93,52 +93,70 @@ def finetune(config: FinetuneConfig) -> Path:
 
     The same command goes on from the last saved step.
     """
-    folder = Path(config.run.folder)
     check_alone()
-    check_folder(config)
+    folder = RunFolder(config.run.folder, FinetuneConfig, free=FREE)
+    path = folder.path
+    folder.check(
+        config,
+        is_begun=(path / BEFORE).exists(),
+        holds="a run",
+        way_out="use another run.folder",
+    )
     tracking.check(config.run.trackers)
-    if (folder / RESULT).is_file():
-        log.info("%s is finished: %s", folder, folder / RESULT)
-        return folder / "adapter"
-    opening = open_run(config)
+    if (path / RESULT).is_file():
+        log.info("%s is finished: %s", path, path / RESULT)
+        return path / "adapter"
+    inputs = open_inputs(config)
     engine = Engine({}, timeout_seconds=60.0)
-    open_folder(config, opening, engine.device)
-    start = checkpoint.find_whole(folder) or 0
-    source = checkpoint.step_folder(folder, start) if start else opening.source
-    model = stock.load_model(config.backbone, opening.blueprint, source, engine.device)
-    loaded = Loaded(model=model, engine=engine, tokenizer=opening.tokenizer)
-    with model.disable_adapter():
-        fingerprint.check(loaded.base, opening.blueprint, config.backbone, engine)
+    begin(folder, config, inputs, engine.device)
+    start = checkpoint.find_whole(path) or 0
+    source = checkpoint.step_folder(path, start) if start else inputs.source
+    loaded = load(config, inputs, engine, source)
     optimizer = stock.make_optimizer(config.optim, loaded.trained, engine.device)
     if start:
         stock.load_optimizer(optimizer, source)
-    announce(config, opening, loaded, start=start)
+    announce(config, inputs, loaded, start=start)
     with stopping.held():
-        before = examine(config, opening, loaded, folder / BEFORE)
-        train(config, opening, loaded, optimizer, start=start)
-        after = examine(config, opening, loaded, folder / summary.SCORES)
-    stock.write_peft(model, folder / "adapter", opening.source)
-    close(config, opening, loaded, before=before, after=after)
-    return folder / "adapter"
+        before = evaluate(config, inputs, loaded, path / BEFORE)
+        train(config, inputs, loaded, optimizer, start=start)
+        after = evaluate(config, inputs, loaded, path / summary.SCORES)
+    stock.write_peft(loaded.model, path / "adapter", inputs.source)
+    close(config, inputs, loaded, before=before, after=after)
+    return path / "adapter"
 
 
-# -- at the door -----------------------------------------------------------------------------------
+def load(
+    config: FinetuneConfig, inputs: FinetuneInputs, engine: Engine, source: Path
+) -> LoadedModel:
+    """Load the backbone and its LoRA with stock parts; check what the bare backbone computes."""
+    blueprint = inputs.blueprint
+    model = stock.load_model(config.backbone, blueprint, source, engine.device)
+    base = model.get_base_model()
+    with model.disable_adapter():
+        check_backbone(base, blueprint, config.backbone, engine)
+    placed = PlacedBackbone(
+        engine=engine, family=blueprint.family, model=base, adapted=AdaptedModel(base, {})
+    )
+    return LoadedModel(model=model, placed=placed, tokenizer=inputs.tokenizer)
 
 
-def open_run(config: FinetuneConfig) -> Opening:
+# -- before a weight is read -----------------------------------------------------------------------
+
+
+def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
     """Read and check the adapter, the backbone's configuration and the task."""
     source = stock.find_peft_lora(config.adapter)
     blueprint = read_blueprint(config.backbone)
-    quantise.check(config.backbone, blueprint.model_config)
+    quantise.check(config.backbone, blueprint)
     stock.check_fit(source, blueprint, config.backbone)
     tokenizer = load_tokenizer(config.backbone, blueprint)
-    data, intake = read_data(config, tokenizer)
-    return Opening(
+    data, intake = read_data(config, tokenizer, blueprint.family)
+    return FinetuneInputs(
         source=source, blueprint=blueprint, tokenizer=tokenizer, data=data, intake=intake
     )
 
 
-def read_data(config: FinetuneConfig, tokenizer: Any) -> tuple[JobData, Intake]:
+def read_data(config: FinetuneConfig, tokenizer: Any, family: Family) -> tuple[JobData, Intake]:
     """The rows of the task; raises `ConfigError` if the suite has no such task."""
     tasks = config.tasks.only(config.task)
     shots, seed = config.shots, config.shots.seed
@@ -152,12 +170,12 @@ def read_data(config: FinetuneConfig, tokenizer: Any) -> tuple[JobData, Intake]:
         run=AdaptRunConfig(folder=config.run.folder),
     )
     examples = config.scoring.examples
-    found, intake = read_few_shot(tasks, adaptation.shots, seed=seed, examples=examples)
-    named = {few_shot.task.name: few_shot for few_shot in found}
+    few_shot_tasks, intake = read_few_shot(tasks, adaptation.shots, seed=seed, examples=examples)
+    named = {few_shot.task.name: few_shot for few_shot in few_shot_tasks}
     if config.task not in named:
         hint = did_you_mean(config.task, named)
         raise ConfigError(f"task: suite {tasks.suite} has no task '{config.task}'{hint}")
-    return open_data(named[config.task], adaptation, tokenizer), intake
+    return open_data(named[config.task], adaptation, tokenizer, family), intake
 
 
 def check_alone() -> None:
@@ -169,44 +187,31 @@ def check_alone() -> None:
         )
 
 
-def check_folder(config: FinetuneConfig) -> None:
-    """Raise `RunError` if the folder holds a run with other settings."""
-    folder = Path(config.run.folder)
-    check_writable(folder)
-    file = folder / "config.yaml"
-    if not file.exists():
-        return
-    changed = [
-        difference
-        for key, difference in differences(read_recipe(FinetuneConfig, file), config)
-        if not key.startswith(FREE_TO_CHANGE)
-    ]
-    if changed and (folder / BEFORE).exists():
-        raise RunError(
-            f"{folder}: holds a run with other settings ({listed(changed)}); use another run.folder"
-        )
-
-
-def open_folder(config: FinetuneConfig, opening: Opening, device: torch.device) -> None:
+def begin(
+    folder: RunFolder[FinetuneConfig],
+    config: FinetuneConfig,
+    inputs: FinetuneInputs,
+    device: torch.device,
+) -> None:
     """Write what a reader of the run needs before its first number."""
-    folder = Path(config.run.folder)
-    write_recipe(folder / "config.yaml", config)
-    opening.intake.write(folder / "rejects.jsonl")
-    record_provenance(
-        folder / "provenance.json",
+    folder.keep_recipe(config)
+    inputs.intake.write(folder.path / REJECTS)
+    folder.record_start(
         device=str(device),
-        backbone=backbone_facts(config.backbone, opening.blueprint),
-        adapter=str(opening.source),
+        backbone=backbone_facts(config.backbone, inputs.blueprint),
+        adapter=str(inputs.source),
     )
 
 
-def announce(config: FinetuneConfig, opening: Opening, loaded: Loaded, *, start: int) -> None:
+def announce(
+    config: FinetuneConfig, inputs: FinetuneInputs, loaded: LoadedModel, *, start: int
+) -> None:
     """Say in plain words what is about to happen."""
-    data, weights = opening.data, list(loaded.model.parameters())
+    data, weights = inputs.data, list(loaded.model.parameters())
     log.info(
         "%s on %s, seed %d: %d training examples, %d to score; %s trainable numbers over %s "
         "(%s, quantise: %s, %.2f GB) on %s; steps %d to %d, %d examples each",
-        opening.source,
+        inputs.source,
         config.task,
         config.shots.seed,
         data.few_shot.n_rows,
@@ -216,7 +221,7 @@ def announce(config: FinetuneConfig, opening: Opening, loaded: Loaded, *, start:
         config.backbone.dtype,
         config.backbone.quantise,
         sum(weight.numel() * weight.element_size() for weight in weights) / 1e9,
-        loaded.engine.device,
+        loaded.placed.device,
         start + 1,
         config.protocol.steps,
         data.batch_size,
@@ -227,7 +232,12 @@ def announce(config: FinetuneConfig, opening: Opening, loaded: Loaded, *, start:
 
 
 def train(
-    config: FinetuneConfig, opening: Opening, loaded: Loaded, optimizer: Optimizer, *, start: int
+    config: FinetuneConfig,
+    inputs: FinetuneInputs,
+    loaded: LoadedModel,
+    optimizer: Optimizer,
+    *,
+    start: int,
 ) -> None:
     """Train to the last step, logging and saving on the way."""
     protocol, run, folder = config.protocol, config.run, Path(config.run.folder)
@@ -236,7 +246,7 @@ def train(
     )
     tracked = tracking.opened(run.trackers, folder, resume_step=start)
     progress = Progress(protocol.steps, start=start, what="finetune")
-    loaded.base.train()
+    loaded.placed.model.train()
     with Writer() as writer, tracked as track:
         metrics = Metrics(folder / "metrics.jsonl", resume_step=start, also=track)
         for number in range(start, protocol.steps):
@@ -244,7 +254,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             writer.check()
-            values = train_step(config, loaded, optimizer, opening.data.batch(number), number)
+            values = train_step(config, loaded, optimizer, inputs.data.batch(number), number)
             step = number + 1
             odd = [name for name, value in values.items() if not math.isfinite(value)]
             if odd:
@@ -257,7 +267,7 @@ def train(
             if step == protocol.steps or is_due or is_stopped:
                 copy = stock.copy_step(loaded.model, optimizer)
                 write = partial(_write_step, metrics, loaded.model, copy, folder, step)
-                writer.submit(partial(write, opening.source))
+                writer.submit(partial(write, inputs.source))
             progress.advance(f"loss {values['loss']:.4f}")
             if is_stopped:
                 writer.wait()
@@ -275,25 +285,24 @@ def _write_step(
 
 def train_step(
     config: FinetuneConfig,
-    loaded: Loaded,
+    loaded: LoadedModel,
     optimizer: Optimizer,
-    rows: Sequence[TrainRow],
+    rows: Sequence[EncodedRow],
     number: int,
 ) -> dict[str, float]:
     """One update; returns the losses and the norm of the gradient before clipping.
 
     Sums of the parts are divided by the counts of the whole batch: how it is cut does not matter.
     """
-    counts, size = passes.count(rows, config.protocol), config.micro_batch_size
+    counts, size = few_shot_loss.count(rows, config.protocol), config.micro_batch_size
     sums: dict[str, Tensor] = {}
     for start in range(0, len(rows), size):
         torch.manual_seed(seed_from("dropout", config.shots.seed, number, start))
-        parts = passes.forward(
+        parts = few_shot_loss.forward(
             config.protocol,
-            loaded.base,
+            loaded.placed,
             rows[start : start + size],
             lambda name, part: part.sum.sum() / counts[name],
-            device=loaded.engine.device,
         )
         parts["loss"].backward()
         for name, part in parts.items():
@@ -309,34 +318,39 @@ def train_step(
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def examine(config: FinetuneConfig, opening: Opening, loaded: Loaded, file: Path) -> float:
+def evaluate(
+    config: FinetuneConfig, inputs: FinetuneInputs, loaded: LoadedModel, file: Path
+) -> float:
     """Score the task's test rows, unless `file` has their scores already; returns the mean."""
-    exam, found = opening.data.test, {}
+    test = inputs.data.test
     if not file.exists():
-        options = config.scoring
-        runs = answerers(exam.rows, loaded.base, None, loaded.tokenizer, options, loaded.engine)
-        progress = Progress(len(exam.rows), start=0, what="evaluate", unit="example")
-        for _, run, todo in runs:
-            for batch in scoring.fill_batches(todo, options.max_tokens):
+        options, judged = config.scoring, {}
+        progress = Progress(len(test.rows), start=0, what="evaluate", unit="example")
+        for _, run, todo in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
+            for batch in cut_batches(todo, max_tokens=options.max_tokens):
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")
                 for row, value in zip(batch, run(batch), strict=True):
-                    found[row.number] = judge(exam.questions[row.number], value)
+                    judged[row.number] = judge(test.questions[row.number], value)
                     progress.advance(config.task)
         progress.close()
-        lines = [found[number] for number in range(len(exam.rows))]
-        write_text(file, to_json_lines(lines))
+        write_text(file, to_json_lines([judged[number] for number in range(len(test.rows))]))
     scores = summary.read_scores(file)
-    if len(scores) != len(exam.rows):
+    if len(scores) != len(test.rows):
         raise RunError(f"{file}: not the scores of all its rows; delete it and run again")
     return summary.mean_points(scores)
 
 
 def close(
-    config: FinetuneConfig, opening: Opening, loaded: Loaded, *, before: float, after: float
+    config: FinetuneConfig,
+    inputs: FinetuneInputs,
+    loaded: LoadedModel,
+    *,
+    before: float,
+    after: float,
 ) -> None:
     """Write the result, the last file of a run, and say where everything lies."""
-    folder, questions = Path(config.run.folder), opening.data.test.questions
+    folder, questions = Path(config.run.folder), inputs.data.test.questions
     result = {
         "task": config.task,
         "seed": config.shots.seed,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mhr_scale.config import PretrainConfig
 from mhr_scale.run.runlog import log, read_metric
-from mhr_scale.training.opening import prepare, rank0_open_folder
+from mhr_scale.training.opening import opened_training
 from mhr_scale.training.trainer import Trainer
 
 
@@ -13,18 +13,11 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Collective: every rank calls it. The same command goes on from the last saved step.
     """
-    trainer = prepare(config)
-    try:
-        trainer.resume()
-        if trainer.engine.rank == 0:
-            rank0_open_folder(trainer)
-        trainer.engine.gather_barrier()
+    with opened_training(config) as trainer:
         announce(trainer)
         trainer.train()
         if trainer.engine.rank == 0:
             summarise(trainer)
-    finally:
-        trainer.engine.close()
     return Path(config.run.folder) / "adapter"
 
 

@@ -15,10 +15,10 @@ from mhr_scale.adapters.methods import wrap
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.jobs.begin import open_wave
+from mhr_scale.jobs.adapt_inputs import Opening, all_sites, open_jobs
 from mhr_scale.jobs.full import WEIGHTS, named_weights
 from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.opened_jobs import Opening, all_sites, open_jobs
+from mhr_scale.jobs.open_waves import open_wave
 from mhr_scale.jobs.scheduling import Planned
 from mhr_scale.jobs.wave import StepValues, Wave
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from mhr_scale.adapters import AdapterConfig, artefact
 from mhr_scale.config import AdaptConfig, BackboneConfig, SelectionConfig, ShotsConfig, WavesConfig
 from mhr_scale.errors import DivergenceError
+from mhr_scale.jobs.adapt_inputs import open_jobs
 from mhr_scale.jobs.full import WEIGHTS, FullWave
-from mhr_scale.jobs.opened_jobs import open_jobs
 from mhr_scale.passes import scoring
 from mhr_scale.verbs.adapt import adapt
 

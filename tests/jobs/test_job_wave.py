@@ -20,8 +20,8 @@ from small_jobs import (
 )
 
 from mhr_scale.config import AdapterConfig, VariantConfig
-from mhr_scale.jobs.begin import saved_of
 from mhr_scale.jobs.job import Standing
+from mhr_scale.jobs.open_waves import saved_of
 from mhr_scale.jobs.wave import Member, Wave
 
 IA3 = AdapterConfig(kind="ia3", layout="light", n_skills=1)

@@ -36,7 +36,7 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.errors import DivergenceError
-from mhr_scale.jobs.opened_jobs import open_jobs
+from mhr_scale.jobs.adapt_inputs import open_jobs
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.scores import comparison, summary
 from mhr_scale.verbs.adapt import adapt

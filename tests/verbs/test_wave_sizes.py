@@ -9,7 +9,7 @@ from measured_steps import wave_peak
 from small_runs import BARE, LORA, make_config, write_rows
 
 from mhr_scale.config import AdaptConfig, AdapterConfig, VariantConfig
-from mhr_scale.jobs.opened_jobs import Opening, open_jobs
+from mhr_scale.jobs.adapt_inputs import Opening, open_jobs
 from mhr_scale.jobs.scheduling import LARGEST, Outlook, wave_size
 from mhr_scale.planning.steps import Shape
 from mhr_scale.planning.wave_size import job_bytes

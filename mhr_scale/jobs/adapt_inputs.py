@@ -3,38 +3,36 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from mhr_scale.adapters import Adapter, find_sites
+from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.adapters.sites import Site
-from mhr_scale.backbone.blueprint import Blueprint, make_model
-from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_adapter, check_fit
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.blueprint import make_model
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, find_sites_of
 from mhr_scale.config import AdaptConfig, BackboneConfig
+from mhr_scale.engine.opened import OpenedBackbone, open_backbone
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs import soup
+from mhr_scale.jobs.full import check_backbone_jobs
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.job_data import JobData, open_data
-from mhr_scale.jobs.scheduling import Outlook
+from mhr_scale.jobs.scheduling import JobEstimate
 from mhr_scale.jobs.start import check_variant
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
-    """What is read and found good before any weight is: sources, backbone, data, jobs."""
+class AdaptInputs:
+    """Sources, backbone, data and jobs, all found good."""
 
     config: AdaptConfig
     sources: dict[str, Adapter]
-    backbone: BackboneConfig
-    blueprint: Blueprint
+    backbone: OpenedBackbone
     sites: dict[str, tuple[Site, ...]]
-    tokenizer: Any
     data: dict[tuple[str, int], JobData]
     intake: Intake
     jobs: list[Job]
@@ -48,12 +46,12 @@ class Opening:
         """Optimizer steps of a job."""
         return self.config.variants[job.variant].steps or self.config.protocol.steps
 
-    def outlook(self, job: Job, *, step: int) -> Outlook:
+    def estimate(self, job: Job, *, step: int) -> JobEstimate:
         """What a job that stands at `step` will take."""
         data = self.data[job.task, job.seed]
         width, depth = data.shape
-        scored = sum(len(row.input_ids) + row.n_choice_tokens for row in data.test.rows)
-        return Outlook(
+        scored = sum(len(row.input_ids) + row.n_answer_tokens for row in data.test.rows)
+        return JobEstimate(
             job=job,
             step=step,
             steps=self.steps(job),
@@ -63,8 +61,15 @@ class Opening:
             scored_tokens=scored,
         )
 
+    def list_sites(self) -> list[Site]:
+        """Every linear that some variant adapts, in the order of the model."""
+        with torch.device("meta"):
+            model = make_model(self.backbone.blueprint)
+        known = {site.name: site for sites in self.sites.values() for site in sites}
+        return [known[name] for name, _ in model.named_modules() if name in known]
 
-def open_jobs(config: AdaptConfig) -> Opening:
+
+def open_jobs(config: AdaptConfig) -> AdaptInputs:
     """Read and check sources, backbone, tasks and variants; no weight is read."""
     paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
     opened = {path: open_adapter(path) for path in paths}
@@ -73,22 +78,22 @@ def open_jobs(config: AdaptConfig) -> Opening:
         check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)
         if variant.kind == "soup":
             soup.find_recipe(str(variant.adapter))
-    own_backbone = one_backbone(config, {path: card for path, (card, _) in opened.items()})
-    named = None if config.backbone is not None or not paths else paths[0]
-    blueprint = blueprint_of(named, own_backbone)
+    backbone = open_backbone(
+        one_backbone(config, {path: card for path, (card, _) in opened.items()}),
+        ds_config=config.run.ds_config,
+        timeout_seconds=config.run.timeout_seconds,
+        adapter=None if config.backbone is not None or not paths else paths[0],
+    )
+    check_backbone_jobs(config, backbone)
     for path, (card, _) in opened.items():
-        check_fit(path, card, blueprint)
-    with torch.device("meta"):
-        bare = make_model(blueprint)
+        check_fit(path, card, backbone.blueprint)
     sites = {}
     for name, variant in config.variants.items():
         if variant.adapter:
             sites[name] = sources[variant.adapter].sites
         else:
             assert variant.fresh is not None
-            check_adapter(blueprint, variant.fresh)
-            sites[name] = find_sites(bare, variant.fresh.layout)
-    tokenizer = load_tokenizer(own_backbone, blueprint)
+            sites[name] = find_sites_of(backbone.blueprint, variant.fresh)
     data: dict[tuple[str, int], JobData] = {}
     intake = Intake()
     for seed in config.shots.seeds:
@@ -96,18 +101,17 @@ def open_jobs(config: AdaptConfig) -> Opening:
             config.tasks, config.shots, seed=seed, examples=config.scoring.examples
         )
         for task in few_shot:
-            data[task.task.name, seed] = open_data(task, config, tokenizer)
+            rows = open_data(task, config, backbone.tokenizer, backbone.family)
+            data[task.task.name, seed] = rows
     jobs = [
         Job(task=task, seed=seed, variant=variant)
         for (task, seed), variant in itertools.product(data, config.variants)
     ]
-    return Opening(
+    return AdaptInputs(
         config=config,
         sources=sources,
-        backbone=own_backbone,
-        blueprint=blueprint,
+        backbone=backbone,
         sites=sites,
-        tokenizer=tokenizer,
         data=data,
         intake=intake,
         jobs=jobs,
@@ -116,21 +120,21 @@ def open_jobs(config: AdaptConfig) -> Opening:
 
 def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConfig:
     """The backbone of all variants; raises `ConfigError` if they have several."""
-    found = {
+    backbones = {
         path: backbone_of(path, card, config.backbone_moved_to) for path, card in cards.items()
     }
     if config.backbone is not None:
-        found["backbone"] = config.backbone
-    if not found:
+        backbones["backbone"] = config.backbone
+    if not backbones:
         raise ConfigError("backbone: required where every variant is fresh")
     if config.backbone is None and config.backbone_dtype is None:
-        dtypes = {own.dtype for own in found.values()}
+        dtypes = {backbone.dtype for backbone in backbones.values()}
         if len(dtypes) > 1:
             raise ConfigError(
                 f"variants: adapters trained over {' and '.join(sorted(dtypes))} backbones; set "
                 "backbone_dtype"
             )
-    (first, chosen), *others = found.items()
+    (first, chosen), *others = backbones.items()
     for path, other in others:
         if (other.name, other.config, other.config_seed) != (
             chosen.name,
@@ -160,9 +164,3 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
             f"{chosen.quantise} ones cannot be; set backbone_quantise: none for all variants"
         )
     return chosen
-
-
-def all_sites(opening: Opening, model: torch.nn.Module) -> list[Site]:
-    """Every linear that some variant adapts, in the order of the model."""
-    known = {site.name: site for sites in opening.sites.values() for site in sites}
-    return [known[name] for name, _ in model.named_modules() if name in known]

@@ -1,0 +1,38 @@
+"""The check of every run: does the placed backbone give the logits it was stored with?"""
+
+from typing import Any
+
+from mhr_scale.adapters.wrapping import adapters_off
+from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.fingerprint import ask, check_questions, difference, tolerance_of
+from mhr_scale.config import BackboneConfig
+from mhr_scale.engine.engine import Engine
+from mhr_scale.errors import BackboneError
+from mhr_scale.run.runlog import log
+
+
+def check_backbone(
+    model: Any, blueprint: Blueprint, config: BackboneConfig, engine: Engine
+) -> None:
+    """Raise `BackboneError` if a placed backbone does not give the logits it was stored with.
+
+    Collective; does nothing for a folder without a fingerprint. Adapters are off meanwhile.
+    """
+    if blueprint.manifest is None:
+        return
+    stored = blueprint.manifest.fingerprint
+    check_questions(stored, blueprint)
+    with adapters_off(model):
+        measured = difference(stored, ask(model, blueprint.family, stored, engine.device))
+    how = config.dtype if config.quantise == "none" else config.quantise
+    tolerance = tolerance_of(stored, how)
+    # one rank's weights may be wrong alone; all have to leave together
+    worst = max(engine.gather_objects(measured))
+    if worst > tolerance:
+        raise BackboneError(
+            f"{blueprint.folder}: the backbone in {how}, {engine.placement}, does not give the "
+            f"logits it was stored with: they differ by {worst:.2g} of their spread, more than "
+            f"{tolerance:g}; its weights are wrong or wrongly tied: check the folder with "
+            "`python launch/convert.py RECIPE verify=true`"
+        )
+    log.info("backbone: its stored logits to %.1e of their spread (%s)", worst, how)

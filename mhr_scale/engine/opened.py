@@ -1,0 +1,131 @@
+"""The one way in: a backbone found good before a weight is read, then placed, adapted, checked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhr_scale.adapters.sites import Site
+from mhr_scale.adapters.wrapping import AdaptedModel, wrap
+from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.of_adapter import backbone_facts, blueprint_of
+from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.config import BackboneConfig
+from mhr_scale.engine.check_backbone import check_backbone
+from mhr_scale.engine.ds_config import check_quantise, read_ds_config
+from mhr_scale.engine.engine import Engine
+from mhr_scale.families.family import Family
+from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedBackbone:
+    """A backbone ready for passes: its model in the engine's placement, its linears wrapped."""
+
+    engine: Engine
+    family: Family
+    model: Any
+    adapted: AdaptedModel
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.engine.device
+
+    def pack(
+        self,
+        rows: Sequence[EncodedRow],
+        *,
+        pad_multiple: int = PAD_MULTIPLE,
+        at_least: tuple[int, int] = (0, 0),
+    ) -> Packed:
+        """Rows as the model takes them, on its device (`Family.pack`)."""
+        config = self.model.config
+        packed = self.family.pack(rows, config, pad_multiple=pad_multiple, at_least=at_least)
+        return packed.to(self.device)
+
+    def logits(self, packed: Packed) -> Tensor:
+        """Logits (B, D, V) at the target positions, with the slots in use."""
+        return self.family.logits(self.model, packed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedBackbone:
+    """A backbone that is found good, where it will lie included; no weight is read yet."""
+
+    config: BackboneConfig
+    blueprint: Blueprint
+    tokenizer: Any
+    ds_content: dict[str, Any]
+    timeout_seconds: float
+
+    @property
+    def family(self) -> Family:
+        """What is special about it."""
+        return self.blueprint.family
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an adapter's card says of it."""
+        return backbone_facts(self.config, self.blueprint)
+
+    @contextmanager
+    def placed(
+        self, sites: Sequence[Site], *, always_backward: bool = False
+    ) -> Iterator[PlacedBackbone]:
+        """The backbone in its placement inside the block, with these linears wrapped. Collective.
+
+        `always_backward` makes every backward pass run through every sharded module, whichever of
+        them have an adapter: ranks with other adapters stay in step. Raises `BackboneError` if it
+        does not give the logits it was stored with.
+        """
+        engine = Engine(self.ds_content, timeout_seconds=self.timeout_seconds)
+        try:
+            yield place(engine, self.config, self.blueprint, sites, always_backward=always_backward)
+        finally:
+            engine.close()
+
+
+def open_backbone(
+    config: BackboneConfig,
+    *,
+    ds_config: str | None,
+    timeout_seconds: float,
+    adapter: str | None = None,
+) -> OpenedBackbone:
+    """Read and check the DeepSpeed file, the backbone's configuration and files, its tokenizer.
+
+    Errors name the `adapter` that names the backbone, if one does. Raises `EngineError` or
+    `BackboneError`.
+    """
+    ds_content = read_ds_config(ds_config)
+    blueprint = blueprint_of(adapter, config)
+    check_quantise(config, blueprint, ds_content, ds_config)
+    return OpenedBackbone(
+        config=config,
+        blueprint=blueprint,
+        tokenizer=load_tokenizer(config, blueprint),
+        ds_content=ds_content,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def place(
+    engine: Engine,
+    config: BackboneConfig,
+    blueprint: Blueprint,
+    sites: Sequence[Site],
+    *,
+    always_backward: bool = False,
+) -> PlacedBackbone:
+    """Build the backbone where the engine puts it, wrap its linears, check what it computes."""
+    family = blueprint.family
+    model = engine.build(config, blueprint)
+    adapted = wrap(model, sites)
+    model = engine.prepare(model, family, config, always_backward=always_backward)
+    if engine.device.type != "meta":
+        check_backbone(model, blueprint, config, engine)
+    return PlacedBackbone(engine=engine, family=family, model=model, adapted=adapted)

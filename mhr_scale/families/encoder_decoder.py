@@ -1,0 +1,194 @@
+"""The form of encoder-decoder backbones: inputs to the encoder, answers to the decoder.
+
+All answers of a row stand side by side in one decoder row, under a mask that is causal inside an
+answer and shut between answers. Where positions count by the distance of two tokens only, as T5's
+do, every answer sees what it would see alone, while the encoder and the keys and values of
+cross-attention run once per row.
+
+Shape letters: B rows, L input tokens, D target positions, V vocabulary, H width.
+"""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mhr_scale.families.family import Blocks, Family, Position, Side
+from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, lay_answers, pad_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPattern:
+    """The blocks of a stack; `depth` is what the configuration calls their number."""
+
+    name: str
+    depth: str
+    sublayers: tuple[tuple[str, ...], ...]
+
+    def at(self, count: int) -> Blocks:
+        """So many of these blocks."""
+        return Blocks(name=self.name, count=count, sublayers=self.sublayers)
+
+
+def below(module: str, linears: Sequence[str]) -> tuple[str, ...]:
+    """Names of the linears of a module, as a pattern lists them."""
+    return tuple(f"{module}.{linear}" for linear in linears)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoder(Family):
+    """A family of encoder-decoders whose blocks are known by name."""
+
+    patterns: Mapping[str, BlockPattern]
+    """By stack, in the model's own order."""
+
+    peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+
+    # -- blocks and linears ----------------------------------------------------------------------
+
+    def blocks(self, config: Any) -> dict[str, Blocks]:
+        """The blocks of encoder and decoder."""
+        return {
+            stack: pattern.at(getattr(config, pattern.depth))
+            for stack, pattern in self.patterns.items()
+        }
+
+    def blocks_of(self, names: Sequence[str]) -> dict[str, Blocks]:
+        """As many blocks as leave fewest of the named ones missing or too many."""
+        seen: dict[str, set[int]] = {stack: set() for stack in self.patterns}
+        for position in map(self.find_position, names):
+            if position is not None:
+                seen[position.stack].add(position.block)
+        return {
+            stack: self.patterns[stack].at(_likeliest_depth(numbers))
+            for stack, numbers in seen.items()
+        }
+
+    def find_position(self, name: str) -> Position | None:
+        """Where the linear of this name sits, if it is one of the family's."""
+        for stack, pattern in self.patterns.items():
+            number, _, linear = name.removeprefix(f"{pattern.name}.").partition(".")
+            for sublayer, linears in enumerate(pattern.sublayers):
+                if linear in linears and name == f"{pattern.name}.{number}.{linear}":
+                    return Position(stack, int(number), sublayer) if number.isdecimal() else None
+        return None
+
+    def find_prefix(self, name: str) -> int | None:
+        """Where the name of a block begins in a longer name; None if there is none in it."""
+        places = (name.find(f"{pattern.name}.") for pattern in self.patterns.values())
+        return min((place for place in places if place >= 0), default=None)
+
+    def resize(self, config: Any, depths: Mapping[str, int]) -> Any:
+        """The configuration with so many blocks per stack."""
+        resized = copy.deepcopy(config)
+        for stack, count in depths.items():
+            setattr(resized, self.patterns[stack].depth, count)
+        return resized
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
+        """Ids with the end-of-sequence token, on either side."""
+        return [*ids, tokenizer.eos_token_id]
+
+    @abstractmethod
+    def start_id(self, config: Any) -> int:
+        """The token that every answer begins behind."""
+
+    def pack(
+        self,
+        rows: Sequence[EncodedRow],
+        config: Any,
+        *,
+        pad_multiple: int = PAD_MULTIPLE,
+        at_least: tuple[int, int] = (0, 0),
+    ) -> Packed:
+        """Inputs for the encoder, answers side by side for the decoder."""
+        width, depth = at_least
+        pad_id: int = config.pad_token_id
+        input_ids, mask = pad_ids(
+            [row.input_ids for row in rows], pad_id=pad_id, multiple=pad_multiple, at_least=width
+        )
+        read, labels, choices, starts = lay_answers(
+            rows, start_id=self.start_id(config), pad_id=pad_id, at_least=depth
+        )
+        return Packed(
+            rows=tuple(rows),
+            inputs={"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": read},
+            labels_BD=labels,
+            choices_BD=choices,
+            starts=starts,
+        )
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def logits(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V) of the decoder; of several answers a row each sees itself alone."""
+        mask = None
+        if packed.n_choices > 1:
+            mask = shut_between(packed.choices_BD, model.get_input_embeddings().weight.dtype)
+        output = model(**packed.inputs, decoder_attention_mask=mask, use_cache=False)
+        logits_BDV: Tensor = output.logits
+        return logits_BDV
+
+    def generate(
+        self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
+    ) -> list[list[int]]:
+        """What the decoder writes; its start token is a special one, which no text shows."""
+        inputs = self._encoder_inputs(rows, model.config, device)
+        ids: list[list[int]] = model.generate(**inputs, **options).tolist()
+        return ids
+
+    def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
+        """The encoder's states of the inputs (B, L, H), and their mask (B, L)."""
+        inputs = {name: packed.inputs[name] for name in ("input_ids", "attention_mask")}
+        return model.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"]
+
+    def run_generation(self, model: Any, packed: Packed, *, beams: int, new_tokens: int) -> None:
+        """The encoder, then the decoder token by token over its cache."""
+        ids, mask = packed.inputs["input_ids"], packed.inputs["attention_mask"]
+        states = model.get_encoder()(input_ids=ids, attention_mask=mask)
+        states["last_hidden_state"] = states.last_hidden_state.repeat_interleave(beams, 0)
+        mask, cache = mask.repeat_interleave(beams, 0), None
+        for _ in range(new_tokens):
+            output = model(
+                encoder_outputs=states,
+                attention_mask=mask,
+                decoder_input_ids=ids.new_ones(len(ids) * beams, 1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+
+    def _encoder_inputs(
+        self, rows: Sequence[EncodedRow], config: Any, device: torch.device
+    ) -> dict[str, Tensor]:
+        ids, mask = pad_ids([row.input_ids for row in rows], pad_id=config.pad_token_id)
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def encoder_of(model: Any) -> Any:
+    """What of a model reads texts: its encoder, or all of it where it has no other part."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def shut_between(choices_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, D, D): 0 where a token may look, the smallest number elsewhere.
+
+    A token may look at those of its own answer before it. Not boolean: eager attention would add it
+    up as zeros and ones.
+    """
+    is_open_BDD = (choices_BD[:, :, None] == choices_BD[:, None, :]).tril()
+    shut = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=choices_BD.device)
+    return torch.where(is_open_BDD, torch.zeros_like(shut), shut)[:, None]
+
+
+def _likeliest_depth(numbers: set[int]) -> int:
+    """Number of blocks of a stack for which fewest of the blocks seen are missing or too many."""
+    depths = (number + 1 for number in sorted(numbers, reverse=True))
+    return min(depths, key=lambda n: n - 2 * sum(seen < n for seen in numbers), default=1)

@@ -1,0 +1,257 @@
+"""What differs between backbones: the questions that one object per family answers.
+
+Nothing outside this room names a model type, a class or a module of one architecture, or asks
+whether a backbone has an encoder. Two forms cover all: encoder-decoder (`encoder_decoder`), and
+decoder-only, which answers the same questions. A family is stateless; a model's configuration is
+handed to it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
+
+Side = Literal["input", "target"]
+
+
+class Settings(Protocol):
+    """What of a backbone's settings a family reads (`BackboneConfig`)."""
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether attention runs its parts together."""
+
+    @property
+    def fused_gelu(self) -> bool:
+        """Whether a gated activation is one operation."""
+
+    @property
+    def fused_norm(self) -> bool:
+        """Whether a norm is one operation."""
+
+
+class Position(NamedTuple):
+    """Where a linear sits: its stack, block and sub-layer."""
+
+    stack: str
+    block: int
+    sublayer: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """The blocks of one stack: the module that lists them, their number, and what lies in each.
+
+    `sublayers` are the linears of each sub-layer by their names below the block, in the model's own
+    order.
+    """
+
+    name: str
+    count: int
+    sublayers: tuple[tuple[str, ...], ...]
+
+    def list_linears(self, endings: Sequence[str]) -> list[str]:
+        """Names of the linears whose last part is one of `endings`, in the model's own order."""
+        return [
+            f"{self.name}.{number}.{linear}"
+            for number in range(self.count)
+            for linears in self.sublayers
+            for linear in linears
+            if last_part(linear) in endings
+        ]
+
+    def list_modules(self) -> list[str]:
+        """Names of the blocks themselves."""
+        return [f"{self.name}.{number}" for number in range(self.count)]
+
+
+def last_part(name: str) -> str:
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
+    """Everything in which backbones of one family differ from others.
+
+    `layouts` maps a layout to the last name parts of the linears it wraps, `inputs` those linears
+    that do not read the backbone's width to the one whose outputs they read. `abbreviations` are
+    patterns of names with what stands for them in pictures.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layouts: Mapping[str, tuple[str, ...]]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    abbreviations: tuple[tuple[str, str], ...] = ()
+
+    peft_task_type: ClassVar[str]
+    """What PEFT calls the form."""
+    auto_class: ClassVar[str]
+    """transformers' class that loads a model of this form by its configuration."""
+    peft_feed_forward: ClassVar[tuple[str, ...]] = ()
+    """Linears whose inputs PEFT's IA3 scales where its configuration does not say which."""
+    default_fields: ClassVar[Mapping[str, Any]] = {}
+    """Fields of a configuration that a recipe may leave out."""
+    default_tokenizer: ClassVar[str] = "byt5"
+    """The tokenizer of random weights."""
+    cut_side: ClassVar[Literal["left", "right"]] = "right"
+    """Where an input that is too long loses tokens."""
+
+    # -- configuration ---------------------------------------------------------------------------
+
+    def matches(self, config: Any) -> bool:
+        """Whether a configuration is one of this family."""
+        return config.model_type in self.model_types
+
+    @abstractmethod
+    def make_config(self, fields: Mapping[str, Any]) -> Any:
+        """A configuration of a recipe's fields; raises `BackboneError` if no model has them."""
+
+    @abstractmethod
+    def check_config(self, config: Any, place: str) -> None:
+        """Raise `BackboneError` for sizes and settings that no model can have."""
+
+    def required_fields(self, config: Any) -> dict[str, Any]:
+        """Settings that a model cannot do without and that folders may leave out, with values."""
+        return {}
+
+    def known_fields(self, name: str) -> dict[str, Any] | None:
+        """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
+        return None
+
+    def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a config.json a model without weights is made from."""
+        return dict(raw)
+
+    def width_of(self, raw: Mapping[str, Any]) -> int | None:
+        """The backbone's width, as a config.json has it."""
+        return None
+
+    # -- blocks and linears ----------------------------------------------------------------------
+
+    @abstractmethod
+    def blocks(self, config: Any) -> dict[str, Blocks]:
+        """The blocks of a model with this configuration, by stack."""
+
+    @abstractmethod
+    def blocks_of(self, names: Sequence[str]) -> dict[str, Blocks]:
+        """The blocks that linears of these names imply, where there is no configuration."""
+
+    @abstractmethod
+    def find_position(self, name: str) -> Position | None:
+        """Where the linear of this name sits, if it is one of the family's."""
+
+    @abstractmethod
+    def find_prefix(self, name: str) -> int | None:
+        """Where, in a name that another program has prefixed, the name of a linear begins."""
+
+    def is_in_block(self, name: str, config: Any) -> bool:
+        """Whether a module or a parameter lies in a block."""
+        return any(name.startswith(f"{blocks.name}.") for blocks in self.blocks(config).values())
+
+    @abstractmethod
+    def resize(self, config: Any, depths: Mapping[str, int]) -> Any:
+        """The configuration with so many blocks per stack."""
+
+    # -- the module ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def model_class(self, config: Any) -> Any:
+        """transformers' class, imported here: not where parameters are being sharded."""
+
+    def build(self, config: Any) -> nn.Module:
+        """The module on whatever device the context says, its weights unfilled, nothing tied."""
+        from transformers import initialization
+
+        with initialization.no_init_weights(), initialization.no_tie_weights():
+            model: nn.Module = self.model_class(config)(config)
+        return model
+
+    def fill_buffers(self, model: nn.Module, config: Any) -> None:  # noqa: B027
+        """Compute the buffers that no checkpoint holds, on the device where they lie."""
+
+    @abstractmethod
+    def find_ties(
+        self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
+    ) -> dict[str, str]:
+        """Names that stand for a tensor of another name.
+
+        By a config.json, the names in a checkpoint, and whether two of its tensors are the same.
+        """
+
+    def tie(self, model: Any, ties: Mapping[str, str]) -> None:
+        """Make the tied parameters one, and leave all others alone."""
+        for name, target in ties.items():
+            module, _, parameter = name.rpartition(".")
+            setattr(model.get_submodule(module), parameter, model.get_parameter(target))
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a checkpoint may hold a tensor of this name that no model has any use for."""
+        return False
+
+    @abstractmethod
+    def random_weight(
+        self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
+    ) -> Tensor:
+        """A weight by the architecture's own rules of initialisation, float32."""
+
+    def fuse(self, model: nn.Module, settings: Settings) -> None:  # noqa: B027
+        """Put faster parts in place, where the family has some; before adapters are attached."""
+
+    def norms(self, model: nn.Module) -> list[nn.Module]:
+        """The normalisations of a model."""
+        return [part for part in model.modules() if type(part).__name__.endswith("Norm")]
+
+    def embeddings(self, model: Any) -> list[nn.Module]:
+        """The modules that turn token ids into states."""
+        return [model.get_input_embeddings()]
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
+        """Ids with the beginning and end of sequence that an input or a target has."""
+
+    @abstractmethod
+    def pack(
+        self,
+        rows: Sequence[EncodedRow],
+        config: Any,
+        *,
+        pad_multiple: int = PAD_MULTIPLE,
+        at_least: tuple[int, int] = (0, 0),
+    ) -> Packed:
+        """Rows as the model takes them, on the host.
+
+        Inputs are padded to a multiple of `pad_multiple`; inputs and targets to the lengths
+        `at_least`, or wider.
+        """
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def logits(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
+
+    @abstractmethod
+    def generate(
+        self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
+    ) -> list[list[int]]:
+        """The ids of an answer to each row, new tokens only; `options` are those of `generate`."""
+
+    @abstractmethod
+    def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states of the inputs (B, L, H) and their mask (B, L): for comparing tasks."""
+
+    @abstractmethod
+    def run_generation(self, model: Any, packed: Packed, *, beams: int, new_tokens: int) -> None:
+        """The passes of a generation of `new_tokens` without asking a tensor's value.
+
+        For counting on tensors that have none.
+        """

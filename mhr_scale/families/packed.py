@@ -1,0 +1,151 @@
+"""The two shapes of a row on its way into a model: token ids, then tensors.
+
+Shape letters: B rows, L tokens of an input, D target positions, answers side by side.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mhr_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ids = NDArray[Any]
+else:  # adapters, which know families, need torch alone
+    Ids = Any
+
+#: The label of a position that has no token to predict, as torch's cross-entropy knows it.
+IGNORE = -100
+#: Inputs are padded to a multiple of this many tokens: attention kernels want aligned masks.
+PAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A row of text as token ids.
+
+    `answers` are the references of a training row, the choices of a ranked one, or nothing where an
+    answer is to be generated; each ends with an end-of-sequence token. `label` tells which of them
+    is right. `task` is the number of the row's task, or job, whose slot it reads; `number` its
+    place in the stream, or in the list that is scored.
+    """
+
+    input_ids: Ids
+    answers: tuple[Ids, ...] = ()
+    label: int = 0
+    task: int = 0
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(len(answer) for answer in self.answers):
+            raise DataError(f"row {self.number}: an answer has no tokens; close it first")
+
+    @property
+    def n_answer_tokens(self) -> int:
+        """Target positions the row takes, all answers side by side."""
+        return sum(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Some rows as a model takes them, and what it is to predict: the one argument of a pass.
+
+    `inputs` are tensors by the names under which the model takes them. `labels_BD` holds the token
+    to predict at each target position, `IGNORE` where padded; `choices_BD` which of its row's
+    answers a position belongs to, -1 where padded; `starts`, per row, where each answer begins.
+    """
+
+    rows: tuple[EncodedRow, ...]
+    inputs: Mapping[str, Tensor]
+    labels_BD: Tensor
+    choices_BD: Tensor
+    starts: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def tasks(self) -> tuple[int, ...]:
+        """The slot that each row reads."""
+        return tuple(row.task for row in self.rows)
+
+    @cached_property
+    def n_choices(self) -> int:
+        """The most answers that a row has."""
+        return max(len(starts) for starts in self.starts)
+
+    @property
+    def n_input_tokens(self) -> int:
+        """Tokens of the inputs, padding apart."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def n_target_tokens(self) -> int:
+        """Tokens to predict."""
+        return sum(row.n_answer_tokens for row in self.rows)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of the model's inputs and of the targets, padding included."""
+        return self.inputs["input_ids"].numel() + self.labels_BD.numel()
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same rows with their tensors on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            labels_BD=move(self.labels_BD),
+            choices_BD=move(self.choices_BD),
+        )
+
+
+def pad_ids(
+    inputs: Sequence[Ids], *, pad_id: int, multiple: int = PAD_MULTIPLE, at_least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask (B, L), padded on the right to a multiple of `multiple` tokens."""
+    import numpy as np
+
+    width = max(at_least, *(len(ids) for ids in inputs))
+    width = -(-width // multiple) * multiple
+    input_ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(inputs), width), dtype=np.int64)
+    for row, ids in enumerate(inputs):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+
+
+def lay_answers(
+    rows: Sequence[EncodedRow], *, start_id: int, pad_id: int, at_least: int = 0
+) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[int, ...], ...]]:
+    """Answers side by side, as wide as the row with most tokens or wider: (B, D) each.
+
+    Returns the tokens that are read, each answer's shifted by one behind `start_id`; the labels;
+    the answer of each position; and where each begins.
+    """
+    import numpy as np
+
+    shape = (len(rows), max(at_least, *(row.n_answer_tokens for row in rows)))
+    read = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    choices = np.full(shape, -1, dtype=np.int64)
+    starts = []
+    for number, row in enumerate(rows):
+        begins, at = [], 0
+        for choice, answer in enumerate(row.answers):
+            end = at + len(answer)
+            read[number, at] = start_id
+            read[number, at + 1 : end] = answer[:-1]
+            labels[number, at:end] = answer
+            choices[number, at:end] = choice
+            begins.append(at)
+            at = end
+        starts.append(tuple(begins))
+    return (*map(torch.from_numpy, (read, labels, choices)), tuple(starts))  # type: ignore[return-value]

@@ -1,0 +1,284 @@
+"""T5 and mT5: names of their linears, their configuration, ties, weights and start token."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mhr_scale.errors import BackboneError, did_you_mean, first_line
+from mhr_scale.families.encoder_decoder import BlockPattern, EncoderDecoder, below
+from mhr_scale.families.family import Settings
+
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+#: Names that are the embedding by definition of the architecture.
+EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+#: Settings of T5Config that have to be at least 1, and the largest that any T5 could have.
+SIZES = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 20,
+    "d_kv": 1 << 20,
+    "d_ff": 1 << 20,
+    "num_layers": 1000,
+    "num_decoder_layers": 1000,
+    "num_heads": 1 << 16,
+    "relative_attention_num_buckets": 1 << 16,
+    "relative_attention_max_distance": 1 << 24,
+}
+#: What of a config.json a model without weights is made from.
+SIZE_FIELDS = (
+    *SIZES,
+    "feed_forward_proj",
+    "dropout_rate",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "decoder_start_token_id",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5(EncoderDecoder):
+    """A family of T5s whose feed-forward is gated, or is not."""
+
+    is_gated: bool
+
+    peft_feed_forward: ClassVar[tuple[str, ...]] = ("wo",)
+    default_fields: ClassVar[Mapping[str, Any]] = {"decoder_start_token_id": 0}
+
+    # -- configuration ---------------------------------------------------------------------------
+
+    def matches(self, config: Any) -> bool:
+        """By model type and by the kind of the feed-forward."""
+        is_gated = bool(getattr(config, "is_gated_act", False))
+        return config.model_type in self.model_types and is_gated == self.is_gated
+
+    def make_config(self, fields: Mapping[str, Any]) -> Any:
+        """transformers' T5Config of a recipe's fields; raises `BackboneError` if no T5 has them."""
+        from transformers import T5Config
+
+        known = {field.name for field in dataclasses.fields(T5Config)}
+        known |= {"tie_word_embeddings", "decoder_start_token_id"}
+        for name in sorted(set(fields) - known):
+            hint = did_you_mean(name, known)
+            raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
+        try:
+            return T5Config(**fields)
+        except Exception as error:
+            raise BackboneError(f"backbone.config: {first_line(error)}") from error
+
+    def check_config(self, config: Any, place: str) -> None:
+        """Raise `BackboneError` for sizes and activations that no T5 can have."""
+        from transformers.activations import ACT2FN
+
+        for name, largest in SIZES.items():
+            size = getattr(config, name)
+            if not isinstance(size, int) or not 1 <= size <= largest:
+                is_small = isinstance(size, int) and size < 1
+                bound = "at least 1" if is_small else f"a whole number in 1..{largest}"
+                raise BackboneError(f"{place}: {name} {size} is not {bound}")
+        _check_attention(config, place)
+        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            token = getattr(config, name, None)
+            is_token = isinstance(token, int) and 0 <= token < config.vocab_size
+            if token is not None and not is_token:
+                raise BackboneError(f"{place}: {name} {token} is not in 0..{config.vocab_size - 1}")
+        if not 0.0 <= config.dropout_rate < 1.0:
+            raise BackboneError(f"{place}: dropout_rate {config.dropout_rate} is not in [0, 1)")
+        if config.dense_act_fn not in ACT2FN:
+            known = did_you_mean(config.dense_act_fn, ACT2FN)
+            raise BackboneError(
+                f"{place}: feed_forward_proj: no activation '{config.dense_act_fn}'{known}"
+            )
+
+    def required_fields(self, config: Any) -> dict[str, Any]:
+        """The decoder's start token, by default the one for padding."""
+        start = getattr(config, "decoder_start_token_id", None)
+        return {"decoder_start_token_id": config.pad_token_id if start is None else start}
+
+    def known_fields(self, name: str) -> dict[str, Any] | None:
+        """T5 v1.1, LM-adapt, T0 and FLAN, by hub id."""
+        return KNOWN.get(name)
+
+    def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that are set, of those that a model's shapes follow from."""
+        return {name: raw[name] for name in SIZE_FIELDS if raw.get(name) is not None}
+
+    def width_of(self, raw: Mapping[str, Any]) -> int | None:
+        """The width of encoder and decoder."""
+        return raw.get("d_model")
+
+    # -- the module ------------------------------------------------------------------------------
+
+    def model_class(self, config: Any) -> Any:
+        """The class of T5, or of mT5."""
+        from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+
+        is_mt5 = config.model_type == "mt5"
+        return MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration
+
+    def find_ties(
+        self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
+    ) -> dict[str, str]:
+        """The embedding's copies; the head too where it is absent, or said and found to be equal.
+
+        transformers ties an untied head to the embedding without a word when it loads under ZeRO-3
+        (T0, T5 v1.1, FLAN), and saves `tie_word_embeddings: true` whatever the model has.
+        """
+        says_tied = raw.get("tie_word_embeddings", True) is not False
+        is_equal = says_tied and EMBEDDING in names and HEAD in names and are_equal(HEAD, EMBEDDING)
+        is_tied = HEAD not in names or is_equal
+        return dict.fromkeys((*EMBEDDING_ALIASES, *((HEAD,) if is_tied else ())), EMBEDDING)
+
+    def tie(self, model: Any, ties: Mapping[str, str]) -> None:
+        """Make the tied parameters one, and let the configuration say so."""
+        super().tie(model, ties)
+        model.config.tie_word_embeddings = HEAD in ties
+
+    def is_unused(self, name: str) -> bool:
+        """Old checkpoints have a position bias in cross-attention, which none is computed from."""
+        return "EncDecAttention" in name and name.endswith(".relative_attention_bias.weight")
+
+    def random_weight(
+        self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
+    ) -> Tensor:
+        """A weight by T5's own rules."""
+        c, factor = config, config.initializer_factor
+        tensor = torch.empty(shape)
+        if "layer_norm" in name:
+            return tensor.fill_(factor)
+        last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        std = {
+            "shared": 1.0,
+            "lm_head": 1.0,
+            "q": (c.d_model * c.d_kv) ** -0.5,
+            "o": (c.num_heads * c.d_kv) ** -0.5,
+            "wo": c.d_ff**-0.5,
+        }.get(last, c.d_model**-0.5)
+        return tensor.normal_(0.0, factor * std, generator=generator)
+
+    def fuse(self, model: nn.Module, settings: Settings) -> None:
+        """Faster attention, feed-forward and norms (`t5_fused`)."""
+        from mhr_scale.families import t5_fused
+
+        t5_fused.install(model, settings)
+
+    def embeddings(self, model: Any) -> list[nn.Module]:
+        """Encoder and decoder have modules of their own for one tensor."""
+        return [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens]
+
+    def start_id(self, config: Any) -> int:
+        """The decoder's start token."""
+        start: int = config.decoder_start_token_id
+        return start
+
+
+def make_byte_tokenizer() -> Any:
+    """ByT5's tokenizer: a token for each byte of UTF-8."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
+def _check_attention(config: Any, place: str) -> None:
+    """Raise `BackboneError` for buckets of distances that T5's logarithm is not defined for."""
+    buckets = config.relative_attention_num_buckets
+    distance = config.relative_attention_max_distance
+    if buckets < 4 or distance <= buckets // 2:
+        raise BackboneError(
+            f"{place}: relative_attention_num_buckets {buckets} is below 4, or no less than twice "
+            f"relative_attention_max_distance {distance}"
+        )
+    for name in ("layer_norm_epsilon", "initializer_factor"):
+        value = getattr(config, name)
+        if not (isinstance(value, int | float) and 0.0 <= value < float("inf")):
+            raise BackboneError(f"{place}: {name} {value} is not a number from 0")
+
+
+def _make_family(*, name: str, model_types: tuple[str, ...], wide: Sequence[str]) -> T5:
+    """T5s whose feed-forward has the linears `wide`, then wo."""
+    attention, feed_forward = ("q", "k", "v", "o"), (*wide, "wo")
+    return T5(
+        name=name,
+        model_types=model_types,
+        is_gated=len(wide) > 1,
+        patterns={
+            "encoder": BlockPattern(
+                name="encoder.block",
+                depth="num_layers",
+                sublayers=(
+                    below("layer.0.SelfAttention", attention),
+                    below("layer.1.DenseReluDense", feed_forward),
+                ),
+            ),
+            "decoder": BlockPattern(
+                name="decoder.block",
+                depth="num_decoder_layers",
+                sublayers=(
+                    below("layer.0.SelfAttention", attention),
+                    below("layer.1.EncDecAttention", attention),
+                    below("layer.2.DenseReluDense", feed_forward),
+                ),
+            ),
+        },
+        layouts={
+            "full": (*attention, *feed_forward),
+            "light": ("k", "v", wide[-1]),
+            "attention": attention,
+        },
+        inputs={"o": "v", "wo": wide[-1]},
+        abbreviations=ABBREVIATIONS,
+    )
+
+
+#: Parts of names, and what pictures say for them.
+ABBREVIATIONS = (
+    (r"\bencoder\.block\.", "enc."),
+    (r"\bdecoder\.block\.", "dec."),
+    (r"\.layer\.\d+\.", "."),
+    ("SelfAttention", "self"),
+    ("EncDecAttention", "cross"),
+    ("DenseReluDense", "ff"),
+)
+
+GATED = _make_family(
+    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
+    model_types=("t5", "mt5"),
+    wide=("wi_0", "wi_1"),
+)
+UNGATED = _make_family(name="T5 v1.0 (ungated)", model_types=("t5",), wide=("wi",))
+
+
+# -- known sizes -----------------------------------------------------------------------------------
+
+
+def _sizes(d_model: int, d_ff: int, heads: int, layers: int) -> dict[str, Any]:
+    return {
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "vocab_size": 32128,
+        "d_kv": 64,
+        "d_model": d_model,
+        "d_ff": d_ff,
+        "num_heads": heads,
+        "num_layers": layers,
+    }
+
+
+#: T5 v1.1 by size: what LM-adapt, T0 and FLAN are too.
+_V1_1 = {
+    "small": _sizes(512, 1024, 6, 8),
+    "base": _sizes(768, 2048, 12, 12),
+    "large": _sizes(1024, 2816, 16, 24),
+    "xl": _sizes(2048, 5120, 32, 24),
+    "xxl": _sizes(4096, 10240, 64, 24),
+}
+#: Fields of T5Config by hub id: known ones need no hub.
+KNOWN = {
+    **{f"google/t5-v1_1-{size}": fields for size, fields in _V1_1.items()},
+    **{f"google/t5-{size}-lm-adapt": fields for size, fields in _V1_1.items()},
+    **{f"google/flan-t5-{size}": fields for size, fields in _V1_1.items()},
+    **{f"bigscience/{name}": _V1_1["xxl"] for name in ("T0", "T0p", "T0pp")},
+    "bigscience/T0_3B": _V1_1["xl"],
+}

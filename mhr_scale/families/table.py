@@ -1,0 +1,115 @@
+"""The table of backbone families, and the family that a backbone, or a linear's name, belongs to.
+
+A new family is one object here.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhr_scale.errors import BackboneError, LayoutError, first_line
+from mhr_scale.families.family import Family
+from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
+from mhr_scale.run.files import read_object
+
+FAMILIES: tuple[Family, ...] = (GATED, UNGATED)
+#: Tokenizers that need no files, by what a recipe calls them.
+TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
+#: The model type of a recipe's fields that do not say one.
+DEFAULT_TYPE = "t5"
+
+
+def _known_types() -> str:
+    return ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.model_types))
+
+
+def find_family(config: Any) -> Family:
+    """The family of a model's configuration; raises `LayoutError` for an unknown one."""
+    for family in FAMILIES:
+        if family.matches(config):
+            return family
+    raise LayoutError(
+        f"no layout for backbones of type '{config.model_type}'; known types: {_known_types()} "
+        "(a new family is one object in mhr_scale/families/table.py)"
+    )
+
+
+def make_config(given: Mapping[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
+    """Family and configuration of a recipe's fields, and the fields with what they leave out.
+
+    Raises `BackboneError` if no model has them.
+    """
+    family = _of_type(DEFAULT_TYPE)
+    fields = {**family.default_fields, **given}
+    config = family.make_config(fields)
+    family.check_config(config, "backbone.config")
+    return find_family(config), config, fields
+
+
+def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
+    """Family and configuration of a folder, as transformers reads it and as it is written.
+
+    Raises `BackboneError` if it is none of a known family.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BackboneError(f"{folder}: not a backbone folder (no {file.name} here)")
+    raw: dict[str, Any] = read_object(file, BackboneError)
+    if not any(raw.get("model_type") in family.model_types for family in FAMILIES):
+        raise BackboneError(
+            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {_known_types()}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise BackboneError(f"{file}: {first_line(error)}") from error
+    family = _of_type(raw["model_type"])
+    family.check_config(config, str(file))
+    complete(config, family)
+    return find_family(config), config, raw
+
+
+def complete(config: Any, family: Family) -> None:
+    """Set what a configuration leaves out and a model needs."""
+    for name, value in family.required_fields(config).items():
+        setattr(config, name, value)
+
+
+def _of_type(model_type: str) -> Family:
+    """The first family of a model type: what it says of configurations holds for all of them."""
+    return next(family for family in FAMILIES if model_type in family.model_types)
+
+
+def known_fields(name: str) -> dict[str, Any] | None:
+    """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
+    known = (family.known_fields(name) for family in FAMILIES)
+    return next((fields for fields in known if fields is not None), None)
+
+
+def family_of_linears(names: Iterable[str]) -> Family:
+    """The family that knows most of these linears."""
+    names = tuple(names)
+    return max(
+        FAMILIES,
+        key=lambda family: sum(family.find_position(name) is not None for name in names),
+    )
+
+
+def find_prefix(name: str) -> int | None:
+    """Where, in a name that another program has prefixed, the name of a known linear begins."""
+    places = (family.find_prefix(name) for family in FAMILIES)
+    return next((place for place in places if place is not None), None)
+
+
+def shorten(names: Sequence[str]) -> list[str]:
+    """Names of linears or routing groups, as short as a picture wants them, none the same."""
+    pairs = dict.fromkeys(pair for family in FAMILIES for pair in family.abbreviations)
+    made = []
+    for name in names:
+        for pattern, brief in pairs:
+            name = re.sub(pattern, brief, name)
+        made.append(name)
+    return made if len(set(made)) == len(set(names)) else list(names)

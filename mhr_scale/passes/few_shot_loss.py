@@ -1,0 +1,60 @@
+"""A training pass of few-shot jobs: rows through the model, and the protocol's loss of them.
+
+Shape letters: B batch rows, D target positions with choices side by side, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mhr_scale.config import ProtocolConfig
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes import losses
+from mhr_scale.passes.losses import Loss
+
+
+def forward(
+    protocol: ProtocolConfig,
+    placed: PlacedBackbone,
+    rows: Sequence[EncodedRow],
+    mean: Callable[[str, Loss], Tensor],
+    *,
+    at_least: tuple[int, int] = (0, 0),
+) -> dict[str, Tensor]:
+    """The `loss` of some rows, and under T-Few its parts `lm`, `mc` and `ul`.
+
+    `mean` divides the sums of a part by what counts: per job of a wave, or, where one job's batch
+    takes several passes, by the counts of the whole batch, which `count` gives. Inputs and targets
+    are padded to the lengths `at_least`, or wider.
+    """
+    packed = placed.pack(rows, at_least=at_least)
+    logits_BDV = placed.logits(packed)
+    if protocol.loss == "language_model":
+        loss = losses.language_model(
+            logits_BDV, packed.labels_BD, label_smoothing=protocol.label_smoothing
+        )
+        if protocol.normalise == "examples":
+            loss = Loss(loss.sum, torch.ones_like(loss.count))
+        return {"loss": mean("lm", loss)}
+    three = losses.tfew(
+        logits_BDV,
+        packed.labels_BD,
+        packed.choices_BD,
+        torch.tensor([row.label for row in rows], device=logits_BDV.device),
+        n_choices=packed.n_choices,
+        length_norm=protocol.length_norm,
+    )
+    lm, mc, ul = mean("lm", three.lm), mean("mc", three.mc), mean("ul", three.ul)
+    total = lm + protocol.mc_weight * mc + protocol.ul_weight * ul
+    return {"loss": total, "lm": lm, "mc": mc, "ul": ul}
+
+
+def count(rows: Sequence[EncodedRow], protocol: ProtocolConfig) -> dict[str, int]:
+    """What the loss of a batch, or each part of T-Few's, is divided by."""
+    right = sum(len(row.answers[row.label]) for row in rows)
+    if protocol.loss == "t_few":
+        every = sum(row.n_answer_tokens for row in rows)
+        return {"lm": right, "mc": len(rows), "ul": every - right}
+    return {"lm": right if protocol.normalise == "tokens" else len(rows)}
