@@ -13,15 +13,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.config import AdaptConfig, AdapterConfig, BackboneConfig, PretrainConfig
 from mhr_scale.engine.engine import Engine
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.passes import scoring
-from mhr_scale.passes.scoring import ChoiceRow
 from mhr_scale.planning import steps
 from mhr_scale.planning.steps import Shape
 from mhr_scale.training import optim
@@ -124,7 +124,7 @@ def scoring_peak(backbone: BackboneConfig, own: AdapterConfig, shape: Shape) -> 
     engine, model, adapter, _ = open_model(backbone, steps.fresh(own, shape.n_tasks))
     model.eval()
     rows = [
-        ChoiceRow(
+        EncodedRow(
             n,
             n % shape.n_tasks,
             [1] * (shape.width - (n == 0)),  # one is padded: its mask shuts something out

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.backbone.blueprint import EMBEDDING_ALIASES
+from mhr_scale.families.t5 import EMBEDDING_ALIASES
 
 SIZES = {
     "d_model": 16,

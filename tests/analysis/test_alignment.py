@@ -11,9 +11,9 @@ from small_subjects import CONFIGS, NAMES, direct_cosines, make_setup
 
 from mhr_scale.analysis import alignment
 from mhr_scale.analysis.alignment import cosines, fixed_rows, gather_alignment, mean_of_pairs
-from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import AdapterConfig, BatchConfig, JsonlTasks
 from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.families.modes import set_recompute
 from mhr_scale.rows.tokens import open_tokens
 
 

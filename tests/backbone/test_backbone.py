@@ -10,9 +10,9 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.modes import order_gradients
 from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
+from mhr_scale.families.modes import order_gradients
 
 # -- weights from a folder ------------------------------------------------------------------------
 

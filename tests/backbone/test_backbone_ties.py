@@ -7,8 +7,8 @@ from small_t5 import CARD, SIZES, small_t5
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.backbone.blueprint import EMBEDDING_ALIASES, read_blueprint
 from mhr_scale.config import BackboneConfig
+from mhr_scale.families.t5 import EMBEDDING_ALIASES, read_blueprint
 
 TIES = [
     # the configuration says tied | lm_head in the checkpoint | so it is tied

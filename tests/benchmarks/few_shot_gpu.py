@@ -15,9 +15,9 @@ from few_shot_peft import Method, PeftLoop
 from few_shot_ways import Bench, Setting, Waves, Way
 
 from mhr_scale.adapters import find_sites
-from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
-from mhr_scale.backbone.modes import order_gradients, set_dropout
+from mhr_scale.families.modes import order_gradients, set_dropout
 from mhr_scale.run.runlog import Progress
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.collapse import average
-from mhr_scale.jobs.job_data import TrainRow
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.training.optim import rate_factor
 
 Method = Literal["lora", "poly"]
@@ -143,7 +143,7 @@ class PeftLoop:
         job.model.unload()
 
 
-def collate(rows: Sequence[TrainRow], device: torch.device) -> dict[str, Tensor]:
+def collate(rows: Sequence[EncodedRow], device: torch.device) -> dict[str, Tensor]:
     """A batch for transformers' own loss, padded to the longest row, labels with -100."""
 
     def padded(lists: Sequence[Any], value: int) -> Tensor:

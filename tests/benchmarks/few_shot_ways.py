@@ -14,8 +14,8 @@ import torch
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.adapters.linear import AdaptedLinear
-from mhr_scale.adapters.methods import wrap
 from mhr_scale.adapters.sites import Site
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import (
     AdaptConfig,
@@ -28,8 +28,9 @@ from mhr_scale.config import (
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
 from mhr_scale.engine.engine import Engine
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.job_data import TrainRow, round_up
+from mhr_scale.jobs.job_data import round_up
 from mhr_scale.jobs.start import start
 from mhr_scale.jobs.wave import Member, Wave
 
@@ -82,7 +83,7 @@ class Rows:
     """Rows of one job, with what `Wave` reads of a `JobData`."""
 
     setting: Setting
-    rows: tuple[TrainRow, ...]
+    rows: tuple[EncodedRow, ...]
 
     @classmethod
     def draw(cls, setting: Setting, job: int) -> "Rows":
@@ -95,7 +96,7 @@ class Rows:
         return cls(
             setting,
             tuple(
-                TrainRow(ids(setting.tokens), (ids(setting.target_tokens),), 0)
+                EncodedRow(ids(setting.tokens), (ids(setting.target_tokens),), 0)
                 for _ in range(4 * setting.rows)
             ),
         )
@@ -109,7 +110,7 @@ class Rows:
         """What `JobData` would pad to."""
         return round_up(self.setting.tokens), round_up(self.setting.target_tokens)
 
-    def batch(self, step: int) -> Sequence[TrainRow]:
+    def batch(self, step: int) -> Sequence[EncodedRow]:
         """The rows of a step."""
         at = step * self.setting.rows % len(self.rows)
         return self.rows[at : at + self.setting.rows]

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.passes.scoring import ChoiceRow, rank_choices
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes.scoring import rank_choices
 
 N_ROWS, N_CHOICES, N_INPUTS, MAX_CHOICE = 8, 4, 256, 6
 VOCABULARY = 32128
@@ -70,7 +71,7 @@ def make_model() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config).eval()
 
 
-def make_rows() -> list[ChoiceRow]:
+def make_rows() -> list[EncodedRow]:
     """Rows of 256 input tokens with four choices of 2 to 6 tokens."""
     draw = np.random.default_rng(0)
 
@@ -78,7 +79,7 @@ def make_rows() -> list[ChoiceRow]:
         return np.append(draw.integers(2, VOCABULARY, length - 1), 1)
 
     return [
-        ChoiceRow(
+        EncodedRow(
             number,
             0,
             ids(N_INPUTS),
@@ -88,13 +89,13 @@ def make_rows() -> list[ChoiceRow]:
     ]
 
 
-def packed(model: T5ForConditionalGeneration, rows: list[ChoiceRow]) -> Tensor:
+def packed(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
     """The library's way."""
     return torch.tensor(rank_choices(model, None, rows, length_norm=1.0))
 
 
 @torch.no_grad()
-def looped(model: T5ForConditionalGeneration, rows: list[ChoiceRow]) -> Tensor:
+def looped(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
     """One call of the whole model per choice."""
     inputs_BL = torch.tensor(np.stack([row.input_ids for row in rows]))
     scores = []
@@ -111,7 +112,7 @@ def looped(model: T5ForConditionalGeneration, rows: list[ChoiceRow]) -> Tensor:
 
 
 @torch.no_grad()
-def repeated(model: T5ForConditionalGeneration, rows: list[ChoiceRow]) -> Tensor:
+def repeated(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
     """The encoder once, then one decoder row per choice."""
     inputs_BL = torch.tensor(np.stack([row.input_ids for row in rows]))
     mask_BL = torch.ones_like(inputs_BL)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhr_scale.adapters import AdapterConfig, attach, linear
-from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families import t5_fused
+from mhr_scale.families.modes import set_recompute
 
 LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 SWITCHES = ("attention", "gelu", "norm")

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from mhr_scale.adapters import AdapterConfig, artefact
-from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.jobs.adapt_inputs import Opening, all_sites, open_jobs
+from mhr_scale.jobs.adapt_inputs import AdaptInputs, all_sites, open_jobs
 from mhr_scale.jobs.full import WEIGHTS, named_weights
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.open_waves import open_wave
-from mhr_scale.jobs.scheduling import Planned
+from mhr_scale.jobs.scheduling import PlannedWave
 from mhr_scale.jobs.wave import StepValues, Wave
 
 TOY = BackboneConfig(name="builtin:toy", dtype="float32")
@@ -63,14 +63,14 @@ class Bench:
     """What the verb opens, for one job after the other by hand."""
 
     def __init__(self, config: AdaptConfig) -> None:
-        self.opening: Opening = open_jobs(config)
+        self.opening: AdaptInputs = open_jobs(config)
         self.engine = Engine({}, timeout_seconds=60.0)
         self.model: Any = self.engine.build(self.opening.backbone, self.opening.blueprint)
         self.linears = wrap(self.model, all_sites(self.opening, self.model))
         self.engine.prepare(self.model, self.opening.backbone)
 
     def open(self, number: int = 0) -> Wave:
-        planned = Planned((self.opening.outlook(self.opening.jobs[number], step=0),))
+        planned = PlannedWave((self.opening.outlook(self.opening.jobs[number], step=0),))
         return open_wave(self.opening, planned, {}, device=self.engine.device)
 
     def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:

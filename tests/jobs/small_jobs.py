@@ -11,10 +11,9 @@ from adapters.tiny import make_t5, randomise
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, AdapterConfig, artefact, find_sites
-from mhr_scale.adapters.methods import wrap
 from mhr_scale.adapters.sites import Site
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import read_blueprint
-from mhr_scale.backbone.modes import order_gradients
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
@@ -26,6 +25,7 @@ from mhr_scale.config import (
     ToyTasks,
     VariantConfig,
 )
+from mhr_scale.families.modes import order_gradients
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.start import start

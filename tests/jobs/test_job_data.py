@@ -10,7 +10,8 @@ from small_jobs import make_config, make_data, make_examples, make_few_shot, mak
 
 from mhr_scale.config import SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.jobs.job_data import JobData, TrainRow, open_data, round_up
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.jobs.job_data import JobData, open_data, round_up
 
 CONFIG = make_config()
 
@@ -106,7 +107,7 @@ def test_examples_that_change_from_epoch_to_epoch_are_drawn_for_each():
 # --- rows
 
 
-def by_input(data: JobData, steps: int = 4) -> dict[str, TrainRow]:
+def by_input(data: JobData, steps: int = 4) -> dict[str, EncodedRow]:
     rows = [row for step in range(steps) for row in data.batch(step)]
     return {text(row.input_ids): row for row in rows}
 

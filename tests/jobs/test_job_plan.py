@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhr_scale.jobs.job import Job, as_folder
-from mhr_scale.jobs.scheduling import LARGEST, Outlook, Planned, deal, plan_waves, wave_size
+from mhr_scale.jobs.scheduling import LARGEST, JobEstimate, PlannedWave, deal, plan_waves, wave_size
 
 few = settings(max_examples=100, deadline=None)
 
 
-def outlook(number: int, variant: str = "MHR", **changes) -> Outlook:
-    one = Outlook(
+def outlook(number: int, variant: str = "MHR", **changes) -> JobEstimate:
+    one = JobEstimate(
         job=Job(task=f"task{number:02}", seed=0, variant=variant),
         step=0,
         steps=100,
@@ -27,7 +27,7 @@ def outlook(number: int, variant: str = "MHR", **changes) -> Outlook:
 
 
 @st.composite
-def outlooks(draw) -> list[Outlook]:
+def outlooks(draw) -> list[JobEstimate]:
     """Jobs of a few variants, shapes and saved steps, each job once."""
     keys = draw(
         st.lists(st.tuples(st.integers(0, 9), st.sampled_from("ab")), unique=True, max_size=20)
@@ -51,7 +51,7 @@ sizes = st.integers(1, 8)
 ranks = st.integers(1, 5)
 
 
-def kind(one: Outlook) -> tuple[object, ...]:
+def kind(one: JobEstimate) -> tuple[object, ...]:
     return (one.job.variant, one.step, one.batch_size, one.width, one.depth)
 
 
@@ -208,11 +208,11 @@ def test_other_names_are_other_folders(names):
 
 def test_a_wave_costs_what_its_jobs_cost():
     jobs = (outlook(0), outlook(1, scored_tokens=7))
-    assert Planned(jobs).cost == jobs[0].cost + jobs[1].cost
+    assert PlannedWave(jobs).cost == jobs[0].cost + jobs[1].cost
 
 
 def test_the_order_of_equal_waves_is_that_of_their_jobs():
-    waves = [Planned((outlook(n),)) for n in range(6)]
+    waves = [PlannedWave((outlook(n),)) for n in range(6)]
     random.Random(0).shuffle(waves)
     dealt = deal(waves, 3)
     assert [[wave.jobs[0].job.task for wave in mine] for mine in dealt] == [

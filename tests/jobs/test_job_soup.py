@@ -9,7 +9,7 @@ import torch
 from processes import ROOT
 
 from mhr_scale.adapters import attach, find_sites
-from mhr_scale.adapters.methods import wrap
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ from mhr_scale.engine.ds_config import read_ds_config
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.jobs.soup import (
-    Kitchen,
+    TaskEmbedder,
     gather_embeddings,
     gather_similar,
     most_similar,
@@ -38,13 +38,13 @@ SETTINGS = SoupConfig(adapters=3, examples=12)
 
 
 @pytest.fixture(scope="module")
-def kitchen() -> Kitchen:
+def kitchen() -> TaskEmbedder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         engine = Engine(read_ds_config(None), timeout_seconds=60.0)
     blueprint = read_blueprint(BARE)
     model = engine.build(BARE, blueprint)
-    return Kitchen(
+    return TaskEmbedder(
         engine=engine,
         model=model,
         linears=wrap(model, find_sites(model, "attention")),
@@ -67,7 +67,7 @@ def tasks() -> dict[str, toy.Task]:
     return {task.name: task for task in toy.make_tasks(SUITE)}
 
 
-def silence(kitchen: Kitchen) -> None:
+def silence(kitchen: TaskEmbedder) -> None:
     for linear in kitchen.linears.values():
         linear.is_off = True
 
@@ -76,7 +76,7 @@ def silence(kitchen: Kitchen) -> None:
 
 
 @torch.no_grad()
-def embed_plainly(kitchen: Kitchen, task) -> torch.Tensor:
+def embed_plainly(kitchen: TaskEmbedder, task) -> torch.Tensor:
     """Encoder states averaged over tokens, then over examples; one example at a time."""
     rows = Encoder(task, kitchen.tokenizer, load(PretrainConfig, TOY).batch).rows(task.train)
     encoder = kitchen.model.get_encoder()

@@ -20,7 +20,7 @@ from small_jobs import (
 )
 
 from mhr_scale.config import AdapterConfig, VariantConfig
-from mhr_scale.jobs.job import Standing
+from mhr_scale.jobs.job import JobProgress
 from mhr_scale.jobs.open_waves import saved_of
 from mhr_scale.jobs.wave import Member, Wave
 
@@ -270,7 +270,7 @@ def test_only_the_newest_saved_step_of_a_job_stays(benches, tmp_path):
 
 
 def test_of_equal_scores_the_first_one_is_the_best():
-    standing = Standing()
+    standing = JobProgress()
     assert [standing.take(n, score) for n, score in enumerate([1.0, 3.0, 3.0, 2.0, 4.0])] == [
         True,
         True,
@@ -279,4 +279,4 @@ def test_of_equal_scores_the_first_one_is_the_best():
         True,
     ]
     assert (standing.best_step, standing.best_score, standing.worse) == (4, 4.0, 0)
-    assert Standing.read({"standing": asdict(standing)}, place=Path()) == standing
+    assert JobProgress.read({"standing": asdict(standing)}, place=Path()) == standing

@@ -162,7 +162,7 @@ def test_stock_peft_loads_the_new_adapter_and_agrees_with_our_reader(run: Path) 
 
 
 def backbone_linears(model: Any, adapter: Adapter) -> Any:
-    from mhr_scale.adapters.methods import wrap
+    from mhr_scale.adapters.wrapping import wrap
 
     return wrap(model, adapter.sites)
 

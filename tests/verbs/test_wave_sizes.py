@@ -9,8 +9,8 @@ from measured_steps import wave_peak
 from small_runs import BARE, LORA, make_config, write_rows
 
 from mhr_scale.config import AdaptConfig, AdapterConfig, VariantConfig
-from mhr_scale.jobs.adapt_inputs import Opening, open_jobs
-from mhr_scale.jobs.scheduling import LARGEST, Outlook, wave_size
+from mhr_scale.jobs.adapt_inputs import AdaptInputs, open_jobs
+from mhr_scale.jobs.scheduling import LARGEST, JobEstimate, wave_size
 from mhr_scale.planning.steps import Shape
 from mhr_scale.planning.wave_size import job_bytes
 
@@ -20,23 +20,25 @@ MHR = VariantConfig(fresh=AdapterConfig(rank=2, n_skills=4, n_splits=4))
 
 
 @pytest.fixture(scope="module")
-def opening(tmp_path_factory: pytest.TempPathFactory) -> Opening:
+def opening(tmp_path_factory: pytest.TempPathFactory) -> AdaptInputs:
     folder = tmp_path_factory.mktemp("waves")
     variants = {"LoRA": LORA, "MHR": MHR}
     return open_jobs(make_config(folder / "run", write_rows(folder), variants, backbone=BARE))
 
 
 @pytest.fixture(scope="module")
-def outlooks(opening: Opening) -> list[Outlook]:
+def outlooks(opening: AdaptInputs) -> list[JobEstimate]:
     return [opening.outlook(job, step=0) for job in opening.jobs]
 
 
-def counted(opening: Opening, outlooks: Sequence[Outlook], **changes: Any) -> float:
+def counted(opening: AdaptInputs, outlooks: Sequence[JobEstimate], **changes: Any) -> float:
     changed = [replace(one, **changes) for one in outlooks]
     return job_bytes(opening, changed, on_gpu=False)
 
 
-def test_the_variant_that_trains_most_is_counted(opening: Opening, outlooks: list[Outlook]) -> None:
+def test_the_variant_that_trains_most_is_counted(
+    opening: AdaptInputs, outlooks: list[JobEstimate]
+) -> None:
     of_mhr = [one for one in outlooks if one.job.variant == "MHR"]
     of_lora = [one for one in outlooks if one.job.variant == "LoRA"]
     whole = counted(opening, outlooks)
@@ -45,7 +47,7 @@ def test_the_variant_that_trains_most_is_counted(opening: Opening, outlooks: lis
 
 @pytest.mark.parametrize("what", ["batch_size", "width", "depth"])
 def test_the_largest_batch_of_any_job_is_counted(
-    opening: Opening, outlooks: list[Outlook], what: str
+    opening: AdaptInputs, outlooks: list[JobEstimate], what: str
 ) -> None:
     first, *rest = outlooks
     larger = replace(first, **{what: 2 * getattr(first, what)})
@@ -53,7 +55,7 @@ def test_the_largest_batch_of_any_job_is_counted(
 
 
 def test_a_wave_of_three_takes_what_three_jobs_are_said_to_take(
-    opening: Opening, outlooks: list[Outlook]
+    opening: AdaptInputs, outlooks: list[JobEstimate]
 ) -> None:
     """The profiler sees what a step adds; each job's own tensors lie there before."""
     one = outlooks[0]
@@ -65,7 +67,7 @@ def test_a_wave_of_three_takes_what_three_jobs_are_said_to_take(
 
 
 def test_a_machine_with_room_takes_the_largest_wave(
-    opening: Opening, outlooks: list[Outlook]
+    opening: AdaptInputs, outlooks: list[JobEstimate]
 ) -> None:
     needed = counted(opening, outlooks)
     assert wave_size(100 * LARGEST * needed, needed) == LARGEST

@@ -21,8 +21,9 @@ from small_jobs import (
 from torch.nn import functional as F
 
 from mhr_scale.config import VariantConfig
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
-from mhr_scale.jobs.job_data import TrainRow, open_data
+from mhr_scale.jobs.job_data import open_data
 from mhr_scale.jobs.wave import Member
 
 #: The first step of a constant schedule changes the adapter only after the losses are measured.
@@ -42,7 +43,7 @@ class Alone:
         self.adapter = attach_copy(self.model, case.open().take(number))
 
     @torch.no_grad()
-    def logits(self, row: TrainRow, choice: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, row: EncodedRow, choice: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of one choice behind its input, nothing padded."""
         labels = torch.tensor(row.choices[choice], dtype=torch.long)[None]
         with self.adapter.slots([0]):
@@ -50,7 +51,7 @@ class Alone:
         return output.logits[0], labels[0]
 
     @torch.no_grad()
-    def loss_of_transformers(self, rows: list[TrainRow]) -> float:
+    def loss_of_transformers(self, rows: list[EncodedRow]) -> float:
         """The loss that the model computes itself for a batch with labels."""
         inputs, labels = (
             torch.nn.utils.rnn.pad_sequence(

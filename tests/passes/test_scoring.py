@@ -14,7 +14,7 @@ from mhr_scale.adapters import AdapterConfig
 from mhr_scale.errors import DataError, DivergenceError
 from mhr_scale.passes.losses import tfew
 from mhr_scale.passes.scoring import (
-    ChoiceRow,
+    EncodedRow,
     deal,
     fill_batches,
     generate_answers,
@@ -43,7 +43,7 @@ def make_rows(choices=CHOICES, seed=0):
         return np.append(draw.integers(2, 64, length - 1), 1).astype(np.int32)
 
     return [
-        ChoiceRow(10 + n, (2, 0, 1)[n % 3], ids(3 + 7 * n % 11), tuple(ids(c) for c in lengths))
+        EncodedRow(10 + n, (2, 0, 1)[n % 3], ids(3 + 7 * n % 11), tuple(ids(c) for c in lengths))
         for n, lengths in enumerate(choices)
     ]
 
@@ -175,9 +175,9 @@ def test_training_ranks_packed_choices_by_the_scores_of_evaluation():
 
 def test_rows_that_cannot_be_ranked():
     with pytest.raises(DataError, match="row 3: a choice has no tokens"):
-        ChoiceRow(3, 0, np.array([1]), (np.array([1]), np.array([])))
+        EncodedRow(3, 0, np.array([1]), (np.array([1]), np.array([])))
     with pytest.raises(DataError, match="row 3: no choices"):
-        rank_choices(make_t5(), None, [ChoiceRow(3, 0, np.array([1]))], length_norm=1.0)
+        rank_choices(make_t5(), None, [EncodedRow(3, 0, np.array([1]))], length_norm=1.0)
 
 
 def test_scores_that_are_no_numbers_stop_the_job():
@@ -227,7 +227,7 @@ def test_answers_of_the_bare_backbone():
 def random_rows(n_rows, seed=0):
     draw = np.random.default_rng(seed)
     return [
-        ChoiceRow(
+        EncodedRow(
             number,
             int(draw.integers(5)),
             np.ones(draw.integers(1, 60), dtype=np.int32),

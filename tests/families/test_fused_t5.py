@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from mhr_scale.backbone import modes
-from mhr_scale.backbone.modes import set_recompute
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families import t5_fused
+from mhr_scale.families.modes import set_recompute
 from mhr_scale.passes import scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
@@ -215,7 +215,7 @@ def test_packed_choices_under_their_own_mask_score_the_same(dtype: str) -> None:
         return tuple(torch.randint(2, 96, (length,), generator=generator).tolist())
 
     rows = [
-        scoring.ChoiceRow(number, 0, ids(5 + number), tuple(ids(n) for n in (1, 3, 2 + number)))
+        scoring.EncodedRow(number, 0, ids(5 + number), tuple(ids(n) for n in (1, 3, 2 + number)))
         for number in range(3)
     ]
     bare = stock(dtype=dtype).eval()
