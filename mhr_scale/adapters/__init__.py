@@ -1,4 +1,8 @@
-"""Adapters: slots, the adapted linear, inventories, routing. Needs torch alone."""
+"""Adapters: sites, inventory, routing, slots, products; their files. Needs torch alone.
+
+Other rooms import: artefact, collapse, config, linear, peft_folders, reference_checkpoints,
+routing, sites, wrapping.
+"""
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.methods import Adapter, attach

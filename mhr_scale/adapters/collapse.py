@@ -15,7 +15,7 @@ from mhr_scale.errors import AdapterError
 def average(adapter: Adapter) -> Adapter:
     """Return the averaged adapter: the mean of A and of B over the skills, routing ignored.
 
-    The result is one ordinary LoRA (or (IA)3 vector) of the same rank (method notes 1.4, 1.6).
+    The result is one ordinary LoRA (or (IA)3 vector) of the same rank (docs/method.md 3, 6).
     Of private inventories it is the mean over the tasks too.
     """
     if adapter.config.private:

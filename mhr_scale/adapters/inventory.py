@@ -5,7 +5,7 @@ split, O out features of one split (I * Q and O * Q are the full widths).
 
 All linears of one shape live in one tensor per side, so that mixing them is one batched product.
 Per linear the tensors are those of the reference: A (Q, S, I, R) is split along the input,
-B (Q, S, R, O) along the output (method notes 1.4); an (IA)3 skill is a vector l (Q, S, O). Where
+B (Q, S, R, O) along the output (docs/method.md 3); an (IA)3 skill is a vector l (Q, S, O). Where
 inventories are private to tasks, each of these has T in front.
 """
 
@@ -80,7 +80,7 @@ class Inventory(nn.Module):
 def _init_site(
     config: AdapterConfig, site: Site, copies: tuple[int, ...], *, seed: int
 ) -> dict[str, Tensor]:
-    """Initial skills of one linear (method notes 1.1): A ~ U(-c, c), c = 1 / sqrt(3 d_in); B = 0.
+    """Initial skills of one linear (docs/method.md 1): A ~ U(-c, c), c = 1 / sqrt(3 d_in); B = 0.
 
     `d_in` is the full input width, so the distribution does not depend on the number of splits.
     The numbers depend on the seed and the linear's name alone.

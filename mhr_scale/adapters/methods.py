@@ -91,7 +91,7 @@ class Adapter(nn.Module):
         `task_ids` holds one task number or name per example, on the host. `seeds`, one integer per
         example, feeds policies that draw numbers while the model trains; by default they come from
         torch's global generator. `uniform_share` moves every mixing weight that far towards 1 / S
-        (annealing, method notes 1.9). Raises `AdapterError` for unknown tasks or ids on a device.
+        (annealing, docs/method.md 9). Raises `AdapterError` for unknown tasks or ids on a device.
         """
         ids = self.check_task_ids(task_ids)
         seeds = self._row_seeds(len(ids), seeds)

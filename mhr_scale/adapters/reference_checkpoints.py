@@ -5,7 +5,7 @@ Shape letters: T tasks, Q splits, S skills, I and O features of one split, R ran
 The method's reference implementation stores per adapted linear `<linear>.lora_a` (Q, S, I, R) and
 `<linear>.lora_b` (Q, S, R, O), a plain LoRA without Q and S, (IA)3 as `<linear>.multi_lora_b` (O),
 and routing as `<linear>.selector.module_logits` (T, Q * S) under the first of the linears that
-share a table, or under each of them (method notes 1.1 to 1.5). Alpha is in no tensor.
+share a table, or under each of them (docs/method.md 1 to 5). Alpha is in no tensor.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""From routing logits to mixing weights (method notes 1.3).
+"""From routing logits to mixing weights (docs/method.md 2).
 
 Shape letters: U slots, T tasks, G routing groups, Q splits, S skills.
 

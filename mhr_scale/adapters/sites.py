@@ -27,7 +27,7 @@ class Site:
     sublayer: int
 
     def routing_group(self, granularity: str, block_span: int) -> str:
-        """Name of the routing table this linear reads (method notes 1.5)."""
+        """Name of the routing table this linear reads (docs/method.md 4)."""
         return {
             "linear": self.name,
             "sublayer": f"{self.stack}.block.{self.block}.layer.{self.sublayer}",

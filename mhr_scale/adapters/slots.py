@@ -28,7 +28,7 @@ def mix_pairs(
     """Mix the skills of N linears for U slots: A^q = sum_s w_qs A_qs, B^q likewise.
 
     Returns A (N, U, Q * I, R), the splits side by side along the input, and scale * B
-    (N, U, R, Q * O), side by side along the output (method notes 1.4). Without weights the slots
+    (N, U, R, Q * O), side by side along the output (docs/method.md 3). Without weights the slots
     are single skills as they stand (LoRA).
     """
     if w_UNQS is None:

@@ -1,1 +1,4 @@
-"""What differs between backbones: one object per family, and the table of them."""
+"""What differs between backbones: one object per family, and the shapes of a row.
+
+Other rooms import: encoder_decoder, family, modes, packed, siblings, table.
+"""

@@ -123,6 +123,7 @@ class EncoderDecoder(Family):
             labels_BD=labels,
             choices_BD=choices,
             starts=starts,
+            n_positions=input_ids.numel() + labels.numel(),
         )
 
     # -- passes ----------------------------------------------------------------------------------

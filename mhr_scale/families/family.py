@@ -237,7 +237,10 @@ class Family(ABC):
 
     @abstractmethod
     def logits(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
+        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it.
+
+        The model is called as a whole, never a part of it: PEFT may be wrapped around it.
+        """
 
     @abstractmethod
     def generate(

@@ -56,7 +56,7 @@ class EncodedRow:
 class Packed:
     """Some rows as a model takes them, and what it is to predict: the one argument of a pass.
 
-    `inputs` are tensors by the names under which the model takes them. `labels_BD` holds the token
+    `inputs` are the tensors that the family's passes hand to the model. `labels_BD` holds the token
     to predict at each target position, `IGNORE` where padded; `choices_BD` which of its row's
     answers a position belongs to, -1 where padded; `starts`, per row, where each answer begins.
     """
@@ -66,6 +66,8 @@ class Packed:
     labels_BD: Tensor
     choices_BD: Tensor
     starts: tuple[tuple[int, ...], ...]
+    n_positions: int
+    """Positions that the model computes, padding included."""
 
     @cached_property
     def tasks(self) -> tuple[int, ...]:
@@ -86,11 +88,6 @@ class Packed:
     def n_target_tokens(self) -> int:
         """Tokens to predict."""
         return sum(row.n_answer_tokens for row in self.rows)
-
-    @property
-    def n_positions(self) -> int:
-        """Positions of the model's inputs and of the targets, padding included."""
-        return self.inputs["input_ids"].numel() + self.labels_BD.numel()
 
     def to(self, device: torch.device) -> "Packed":
         """The same rows with their tensors on `device`."""

@@ -3,4 +3,7 @@
 A job is (task, seed, variant): its own trainable tensors, data order, learning rate, clipping and
 best checkpoint. A wave is the jobs that step together: an adapter whose tasks are the jobs, so that
 each batch row points at its job's slot.
+
+Other rooms import: adapt_inputs, folder, job, job_data, open_waves, runner, scheduling, soup,
+start, wave.
 """

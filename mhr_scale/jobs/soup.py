@@ -1,4 +1,4 @@
-"""AdapterSoup: which training tasks are like a new one (method notes 1.8).
+"""AdapterSoup: which training tasks are like a new one (docs/method.md 8).
 
 A task is the mean of its training examples' sentence embeddings; tasks are compared by cosine. The
 encoder is the frozen backbone's own, its states averaged over the tokens, or a sentence encoder.

@@ -1,4 +1,4 @@
-"""What a job starts from: one adapter of one task, by variant (method notes 1.6 to 1.8).
+"""What a job starts from: one adapter of one task, by variant (docs/method.md 7 and 8).
 
 | kind | tensors at the start | trained |
 |---|---|---|

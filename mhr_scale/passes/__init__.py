@@ -1,1 +1,4 @@
-"""Rows through the model: losses, validation, ranked choices, generated answers."""
+"""Rows through the model: losses, validation, ranked choices, generated answers.
+
+Other rooms import: few_shot_loss, losses, scoring, validation.
+"""

@@ -55,7 +55,7 @@ def tfew(
     n_choices: int,
     length_norm: float = 1.0,
 ) -> TFewLosses:
-    """T-Few's losses over packed answer choices, any number per row (method notes 3.3).
+    """T-Few's losses over packed answer choices, any number per row (docs/method.md 11).
 
     `choices_BD` is the choice that a position belongs to, -1 where padded; `labels_BD` the token to
     predict there, end of sequence included; `right_B` the right choice. lm: negative log-likelihood

@@ -1,1 +1,4 @@
-"""One HTML file about runs: pictures and tables from what lies in their folders, nothing else."""
+"""One HTML file about runs of any kind.
+
+Other rooms import: build, page, runs.
+"""

@@ -1,1 +1,4 @@
-"""From answers to scores: questions, summaries, comparisons."""
+"""From answers to scores: questions, summaries, comparisons.
+
+Other rooms import: comparison, questions, summary.
+"""

@@ -99,7 +99,7 @@ def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several seeds of one setting, both ways of the reference protocol (method notes 3.4).
+    """Several seeds of one setting, both ways of the reference protocol (docs/method.md 12).
 
     `median_then_mean`: median over seeds per task, then mean over tasks (R2). `mean_then_std`: mean
     over tasks per seed, then mean and standard deviation over seeds (R1, the paper's +-). Raises

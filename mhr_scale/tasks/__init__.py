@@ -1,1 +1,4 @@
-"""Task readers, the canonical example, and the mixture of tasks."""
+"""Examples and where they come from: suites, the mixture of their tasks, metrics.
+
+Other rooms import: json_lines, jsonl, metrics, mixture, suite, suites, superni, task, toy.
+"""

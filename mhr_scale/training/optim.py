@@ -253,7 +253,7 @@ def rate_factor(config: ScheduleConfig, step: int) -> float:
 
 
 def uniform_share(config: ScheduleConfig, step: int) -> float:
-    """How far routing is moved to uniform in step `step`, counted from 0 (method notes 1.9).
+    """How far routing is moved to uniform in step `step`, counted from 0 (docs/method.md 9).
 
     1 - cos(pi / 2 * progress), where progress goes from 0 to 1 over the last
     `anneal_routing_steps` steps; the last step trains the average itself.

@@ -1,6 +1,6 @@
 """The verb `average`: an inventory in, its mean as one ordinary adapter out.
 
-Extra steps go on with the training mixture of the source run (method notes 1.9): a fresh optimizer,
+Extra steps go on with the training mixture of the source run (docs/method.md 9): a fresh optimizer,
 a restarted schedule over the largest number of steps, and the averaged adapter of every number in
 the list, so that one run gives all columns of a table. A plain LoRA can be given the same steps.
 """
