@@ -48,7 +48,7 @@ def commands() -> list[str]:
 
 def tree() -> set[str]:
     """Paths of the files under `mhr_scale/` that the README's tree names."""
-    section = README.split("## The tree")[1].split("Each module imports only")[0]
+    section = README.split("## The tree")[1].split("Thousands of damaged inputs")[0]
     found, folders = set(), [""]
     for line in section.splitlines():
         entry = re.match(r"^( +)(\S+)", line)
