@@ -191,5 +191,5 @@ def test_a_task_without_shots_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no few-shot files of rte"):
         read(config, folder=str(tmp_path / "shots"))
     (tmp_path / "rte.train.jsonl").unlink()
-    with pytest.raises(DataError, match="no rows of rte to draw shots from"):
+    with pytest.raises(DataError, match="no rows of rte to draw shots from; add its split 'train'"):
         read(config)

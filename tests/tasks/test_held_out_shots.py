@@ -8,16 +8,14 @@ import pytest
 from held_out_files import (
     RTE,
     RTE_TEMPLATES,
-    configure,
     template,
     write_rows,
     write_templates,
 )
 
-from mhr_scale.config import HeldOutTasks
 from mhr_scale.errors import ConfigError, DataError
 from mhr_scale.tasks.t0.held_out_prompts import Prompts
-from mhr_scale.tasks.t0.held_out_rows import TASKS
+from mhr_scale.tasks.t0.held_out_rows import TASKS, find_rows
 from mhr_scale.tasks.t0.held_out_shots import (
     check_shots,
     draw_rows,
@@ -47,11 +45,11 @@ def files(shared):
 
 
 def prompts_of(shared, task):
-    templates = shared / "data" / "promptsource_templates" / "templates"
-    return Prompts(
-        TASKS[task],
-        HeldOutTasks(suite="t0_eval", folder="none", templates=str(templates)),
-    )
+    return open_prompts(shared / "data" / "promptsource_templates" / "templates", task)
+
+
+def open_prompts(folder, task):
+    return Prompts(TASKS[task], folder=folder, max_characters=2048, seed=42)
 
 
 def rte_rows(count):
@@ -65,7 +63,11 @@ def write_shots(folder, *rows, count=None, seed=0, task="rte"):
 
 def rte_prompts(folder, *templates):
     write_templates(folder, "super_glue", "rte", *(templates or RTE_TEMPLATES))
-    return Prompts(TASKS["rte"], configure(folder))
+    return open_prompts(folder / "templates", "rte")
+
+
+def draw_rte(folder, **options):
+    return draw_rows(find_rows(TASKS["rte"], "train", folder=folder), "rte", **options)
 
 
 # Real files
@@ -223,9 +225,9 @@ def test_a_seed_that_numpy_does_not_take_is_an_error():
 def test_shots_are_drawn_from_the_train_split(tmp_path):
     write_rows(tmp_path / "rte.train.jsonl", *rte_rows(100))
     write_rows(tmp_path / "rte.validation.jsonl", RTE)
-    rows = draw_rows(configure(tmp_path), "rte", seed=5)
+    rows = draw_rte(tmp_path, seed=5)
     assert [row.idx for row in rows] == first_shuffled(range(100), seed=5, count=32)
-    assert draw_rows(configure(tmp_path), "rte", seed=5, shots=3) == rows[:3]
+    assert draw_rte(tmp_path, seed=5, shots=3) == rows[:3]
 
 
 def test_a_bad_row_of_the_train_split_counts_only_if_it_is_drawn(tmp_path):
@@ -233,10 +235,10 @@ def test_a_bad_row_of_the_train_split_counts_only_if_it_is_drawn(tmp_path):
     rows = rte_rows(20)
     rows[order[4]]["label"] = -1
     write_rows(tmp_path / "rte.train.jsonl", *rows)
-    drawn = draw_rows(configure(tmp_path), "rte", seed=5, shots=4)
+    drawn = draw_rte(tmp_path, seed=5, shots=4)
     assert [row.idx for row in drawn] == order[:4]
     with pytest.raises(DataError, match="hidden label"):
-        draw_rows(configure(tmp_path), "rte", seed=5, shots=5)
+        draw_rte(tmp_path, seed=5, shots=5)
 
 
 def test_a_broken_line_of_the_train_split_is_an_error(tmp_path):
@@ -244,18 +246,13 @@ def test_a_broken_line_of_the_train_split_is_an_error(tmp_path):
     with (tmp_path / "rte.train.jsonl").open("a") as lines:
         lines.write("oops\n")
     with pytest.raises(DataError, match=r"train\.jsonl:21: malformed JSON"):
-        draw_rows(configure(tmp_path), "rte", seed=5, shots=1)
+        draw_rte(tmp_path, seed=5, shots=1)
 
 
 def test_too_small_a_train_split_is_an_error(tmp_path):
     write_rows(tmp_path / "rte.train.jsonl", *rte_rows(31))
     with pytest.raises(DataError, match="rte: 31 rows cannot fill 32 shots"):
-        draw_rows(configure(tmp_path), "rte", seed=5)
-
-
-def test_no_train_split_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no rows of rte to draw shots from; add its split 'train'"):
-        draw_rows(configure(tmp_path), "rte", seed=5)
+        draw_rte(tmp_path, seed=5)
 
 
 # Epochs

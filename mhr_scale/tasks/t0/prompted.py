@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.run.runlog import log
@@ -29,9 +29,6 @@ from mhr_scale.tasks.t0.held_out_rows import number_rows, read_saved
 from mhr_scale.tasks.t0.p3 import BATCH_ROWS, all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
-
-if TYPE_CHECKING:
-    from mhr_scale.tasks.t0.mixtures import T0Tasks
 
 SPLIT = "train"
 HUB = "hub"
@@ -54,30 +51,29 @@ class Source:
     prompter: Prompter
 
 
-def open_source(config: "T0Tasks", wanted: Mapping[str, str]) -> Source:
+def open_source(
+    name: str, wanted: Mapping[str, str], *, templates: Path, prompter: Prompter
+) -> Source:
     """Find the templates of the wanted prompts, and the rows of their data sets as far as there.
 
-    `wanted` has the `<dataset>[/<subset>]` of every prompt. Raises `DataError` naming every prompt
-    without a template.
+    `name` is `HUB` or a folder of raw rows, `templates` the folder of templates. `wanted` has the
+    `<dataset>[/<subset>]` of every prompt. Raises `DataError` naming every prompt without a
+    template.
     """
-    templates = _find_templates(Path(config.templates or ""), wanted)
-    folder = Path(config.source).expanduser()
-    if config.source != HUB and not folder.is_dir():
+    by_prompt = _find_templates(templates, wanted)
+    folder = Path(name).expanduser()
+    if name != HUB and not folder.is_dir():
         raise DataError(
-            f"tasks.source: no folder '{config.source}' (looked in {Path.cwd()}); with "
+            f"tasks.source: no folder '{name}' (looked in {Path.cwd()}); with "
             f"tasks.templates give a folder of raw rows or '{HUB}'"
         )
-    find = _find_on_hub if config.source == HUB else partial(_find_in_folder, folder)
-    found = {data_set: find(data_set) for data_set in sorted(set(wanted.values()))}
+    find = _find_on_hub if name == HUB else partial(_find_in_folder, folder)
+    readers = {data_set: find(data_set) for data_set in sorted(set(wanted.values()))}
     return Source(
-        name=config.source,
-        rows={data_set: reader for data_set, reader in found.items() if reader},
-        templates=templates,
-        prompter=Prompter(
-            max_characters=config.max_characters,
-            seed=config.seed,
-            empty_render=config.empty_render,
-        ),
+        name=name,
+        rows={data_set: reader for data_set, reader in readers.items() if reader},
+        templates=by_prompt,
+        prompter=prompter,
     )
 
 
