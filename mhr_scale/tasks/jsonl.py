@@ -157,7 +157,11 @@ def _read_rows(
             _warn_unknown(line, warned)
             named = line.row.get("task")
             task = named if isinstance(named, str) else source.task or "?"
-            problem = _problem(line.row, source=source, policy=policy)
+            problem = (
+                _type_problem(line.row)
+                or _text_problem(line.row, has_task=source.task is not None, policy=policy)
+                or _choice_problem(line.row, fold=source.fold)
+            )
             if problem is None:
                 prefix = source.path.stem if task == source.task else inner
                 example = _make_example(line, default_id=f"{prefix}:{line.place.line}")
@@ -180,15 +184,6 @@ def _warn_unknown(line: Line, seen: set[str]) -> None:
     for key in line.row.keys() - FIELDS.keys() - seen:
         seen.add(key)
         log.warning("%s: unknown key %a is not read%s", line.place, key, did_you_mean(key, FIELDS))
-
-
-def _problem(row: dict[str, Any], *, source: Source, policy: IntakeConfig) -> str | None:
-    """Say why a row cannot be used, or nothing."""
-    return (
-        _type_problem(row)
-        or _text_problem(row, has_task=source.task is not None, policy=policy)
-        or _choice_problem(row, fold=source.fold)
-    )
 
 
 def _type_problem(row: dict[str, Any]) -> str | None:

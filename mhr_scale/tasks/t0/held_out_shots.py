@@ -172,10 +172,10 @@ def _list_counts(folder: Path, task: HeldOut) -> dict[int, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of few-shot files")
     paths = [path for name in (task.alias, task.name) if name for path in folder.glob(f"{name}/*")]
-    found = {path: re.fullmatch("([0-9]+)_shot", path.name) for path in paths if path.is_dir()}
-    return {int(match[1]): path for path, match in found.items() if match}
+    matches = {path: re.fullmatch("([0-9]+)_shot", path.name) for path in paths if path.is_dir()}
+    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def _list_seeds(folder: Path) -> list[int]:
-    found = (re.fullmatch(r"([0-9]+)_seed\.jsonl", path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(r"([0-9]+)_seed\.jsonl", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)

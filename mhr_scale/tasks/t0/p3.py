@@ -173,19 +173,19 @@ def _open_hub(name: str, setting: str) -> Source:
 
 def _make_source(name: str, files: list[str], *, fetch: Callable[[str], Path]) -> Source:
     """Sort files by layout, config and split; exactly one layout must be there."""
-    found: dict[str, Splits] = {}
+    by_layout: dict[str, Splits] = {}
     for file in files:
         for layout, pattern in LAYOUTS.items():
             match = pattern.fullmatch(file)
             if match:
-                configs = found.setdefault(layout, {})
+                configs = by_layout.setdefault(layout, {})
                 configs.setdefault(match[1], {}).setdefault(match[2], []).append(file)
-    if not found:
+    if not by_layout:
         raise DataError(f"{name}: nothing of P3 here; looked for {LOOKED_FOR}")
-    if len(found) > 1:
-        kinds = ", ".join(sorted(found))
+    if len(by_layout) > 1:
+        kinds = ", ".join(sorted(by_layout))
         raise DataError(f"{name}: layouts side by side ({kinds}); keep one of {LOOKED_FOR}")
-    ((layout, splits),) = found.items()
+    ((layout, splits),) = by_layout.items()
     if layout == "parquet":
         for config, files_of in splits.items():
             for split, shards in files_of.items():

@@ -125,18 +125,18 @@ def read_examples(
 def _find_templates(folder: Path, wanted: Mapping[str, str]) -> dict[str, Template]:
     if not folder.is_dir():
         raise DataError(f"tasks.templates: no folder '{folder}' (looked in {Path.cwd()})")
-    found: dict[str, Template] = {}
+    by_prompt: dict[str, Template] = {}
     for data_set in sorted(set(wanted.values())):
         if (folder / data_set / FILE).is_file():
             templates = load_templates(folder, *_split(data_set))
-            found.update((template.config_name, template) for template in templates)
-    missing = sorted(wanted.keys() - found.keys())
+            by_prompt.update((template.config_name, template) for template in templates)
+    missing = sorted(wanted.keys() - by_prompt.keys())
     if missing:
         raise DataError(
             f"tasks.templates: {folder} lacks {len(missing)} of {len(wanted)} prompts: "
             f"{', '.join(missing)}; add their templates or name the other prompts in tasks.tasks"
         )
-    return {name: found[name] for name in wanted}
+    return {name: by_prompt[name] for name in wanted}
 
 
 def _split(data_set: str) -> tuple[str, str | None]:

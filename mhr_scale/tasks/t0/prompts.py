@@ -328,9 +328,9 @@ def _make_template(
     place = f"{place}: template '{fields['name']}'"
     if not isinstance(fields.get("answer_choices"), str | None):
         raise DataError(f"{place}: 'answer_choices' is no text")
-    if (found := fields["jinja"].count(SEPARATOR)) != 1:
+    if (n_separators := fields["jinja"].count(SEPARATOR)) != 1:
         raise DataError(
-            f"{place}: 'jinja' has {found} '{SEPARATOR}', expected <input> ||| <target>"
+            f"{place}: 'jinja' has {n_separators} '{SEPARATOR}', expected <input> ||| <target>"
         )
     for name in ("jinja", "answer_choices"):
         try:
