@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
-from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows, kind_of
 from mhr_scale.tasks.jsonl import FOLDS
 from mhr_scale.tasks.task import Intake, Place
 
-Reader = Callable[[Intake], Iterator[Line]]
+Reader = Callable[[Intake], Iterator[JsonLine]]
 
 KINDS: dict[str, type] = {"idx": int, "endings": list, "span2_index": int}
 """Types of the fields that are not text."""
@@ -177,7 +177,7 @@ def read_rows(task: HeldOut, reader: Reader, intake: Intake) -> Iterator[RawRow]
             yield row
 
 
-def check_row(task: HeldOut, line: Line) -> RawRow:
+def check_row(task: HeldOut, line: JsonLine) -> RawRow:
     """Check a raw row, number it and read its label; a `ValueError` says what is wrong with it.
 
     `fields` of the result hold number and label as well, under `idx` and `label`. The field that
@@ -273,11 +273,11 @@ def _list_local(task: HeldOut, folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _read_jsonl(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
+def _read_jsonl(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
     return iter_rows(path, task=task.name, intake=intake)
 
 
-def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
+def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as text:
             rows = list(csv.DictReader(text, restkey="rest"))
@@ -290,7 +290,7 @@ def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
     return number_rows(named, source=str(path))
 
 
-def read_saved(path: Path) -> Iterator[Line]:
+def read_saved(path: Path) -> Iterator[JsonLine]:
     """Yield the rows of what `save_to_disk` of a `Dataset` wrote."""
     from datasets import load_from_disk
 
@@ -301,7 +301,7 @@ def read_saved(path: Path) -> Iterator[Line]:
     return number_rows(rows, source=str(path))
 
 
-def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
+def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[JsonLine]:
     from datasets import load_dataset
 
     name = "/".join(filter(None, (task.hub, task.subset)))
@@ -315,8 +315,8 @@ def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
     return number_rows(rows, source=f"{name}/{split}")
 
 
-def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[Line]:
+def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[JsonLine]:
     """Yield the rows of a table with their places, from 1 on."""
     for number, row in enumerate(rows, start=1):
         text = json.dumps(row, ensure_ascii=False, default=str)
-        yield Line(place=Place(file=source, line=number), text=text, row=row)
+        yield JsonLine(place=Place(file=source, line=number), text=text, row=row)

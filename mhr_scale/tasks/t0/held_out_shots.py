@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.json_lines import Line, iter_rows
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows
 from mhr_scale.tasks.t0.held_out_prompts import Prompts
 from mhr_scale.tasks.t0.held_out_rows import HeldOut, RawRow, Reader, find_task, read_rows
 from mhr_scale.tasks.t0.prompts import Template
@@ -51,7 +51,7 @@ def read_shots(folder: Path, task: str, *, seed: int, shots: int | None = None) 
         there = ", ".join(map(str, _list_seeds(counts[count]))) or "none"
         raise DataError(f"{path}: no seed {seed} of {task}; seeds there: {there}")
 
-    def reader(intake: Intake) -> Iterator[Line]:
+    def reader(intake: Intake) -> Iterator[JsonLine]:
         return iter_rows(path, task=task, intake=intake)
 
     rows = _read_all(held_out, reader)

@@ -24,7 +24,7 @@ from typing import Any
 
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.run.runlog import log
-from mhr_scale.tasks.json_lines import Line, iter_rows
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows
 from mhr_scale.tasks.t0.held_out_rows import number_rows, read_saved
 from mhr_scale.tasks.t0.p3 import BATCH_ROWS, all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
@@ -37,12 +37,12 @@ LOOKED_FOR = (
     "save_to_disk at <dataset>[/<subset>]"
 )
 
-Reader = Callable[[str, Intake], Iterator[Line]]
+Reader = Callable[[str, Intake], Iterator[JsonLine]]
 """Reads the rows of a data set; takes the name under which bad lines are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class RawSource:
     """Where raw rows are, by `<dataset>[/<subset>]`, and the templates of prompts by P3's name."""
 
     name: str
@@ -53,7 +53,7 @@ class Source:
 
 def open_source(
     name: str, wanted: Mapping[str, str], *, templates: Path, prompter: Prompter
-) -> Source:
+) -> RawSource:
     """Find the templates of the wanted prompts, and the rows of their data sets as far as there.
 
     `name` is `HUB` or a folder of raw rows, `templates` the folder of templates. `wanted` has the
@@ -69,7 +69,7 @@ def open_source(
         )
     find = _find_on_hub if name == HUB else partial(_find_in_folder, folder)
     readers = {data_set: find(data_set) for data_set in sorted(set(wanted.values()))}
-    return Source(
+    return RawSource(
         name=name,
         rows={data_set: reader for data_set, reader in readers.items() if reader},
         templates=by_prompt,
@@ -78,7 +78,7 @@ def open_source(
 
 
 def read_examples(
-    source: Source,
+    source: RawSource,
     config: str,
     *,
     max_rows: int | None = None,
@@ -176,11 +176,11 @@ def _find_in_folder(folder: Path, data_set: str) -> Reader | None:
     return next(iter(readers.values()), None)
 
 
-def _read_saved(folder: Path, _task: str, _intake: Intake) -> Iterator[Line]:
+def _read_saved(folder: Path, _task: str, _intake: Intake) -> Iterator[JsonLine]:
     return read_saved(folder)
 
 
-def _read_parquet(paths: list[Path]) -> Iterator[Line]:
+def _read_parquet(paths: list[Path]) -> Iterator[JsonLine]:
     from pyarrow.parquet import ParquetFile
 
     for path in paths:
@@ -192,7 +192,7 @@ def _read_parquet(paths: list[Path]) -> Iterator[Line]:
             yield from number_rows(rows, source=str(path))
 
 
-def _readable(lines: Iterator[Line], data_set: str) -> Iterator[Line]:
+def _readable(lines: Iterator[JsonLine], data_set: str) -> Iterator[JsonLine]:
     """Say of which data set the rows are that cannot be read any further."""
     try:
         yield from lines
