@@ -282,9 +282,12 @@ def test_storycloze_lies_among_the_other_files_too(shared, tmp_path):
     assert examples[0].targets == ("y",)
 
 
-def test_storycloze_asked_for_by_name_is_missing_like_any_other(tmp_path):
-    with pytest.raises(DataError, match=r"1 task\(s\): storycloze \(test wanted, nothing there\)"):
-        configure(tmp_path, tasks=("storycloze",)).read_tasks(Intake())
+@pytest.mark.parametrize("options", [{}, {"source": "hub", "folder": None}])
+def test_storycloze_asked_for_by_name_is_missing_like_any_other(tmp_path, options):
+    place = "the hub" if options else tmp_path
+    message = rf"{place}: no .* 1 task\(s\): storycloze \(test wanted, nothing there\)"
+    with pytest.raises(DataError, match=message):
+        configure(tmp_path, tasks=("storycloze",), **options).read_tasks(Intake())
 
 
 def test_a_storycloze_path_without_a_file_is_an_error(tmp_path):
