@@ -36,8 +36,8 @@ TEMPLATES_OF_T0 = {
 # T0's held-out tasks, real rows
 
 
-@pytest.fixture(scope="module")
-def t0(shared):
+@pytest.mark.parametrize("seed", [0, 42])
+def test_real_shots_have_t_few_s_numbers_under_all_templates(shared, seed):
     data = shared / "data"
     config = HeldOutTasks(
         suite="t0_eval",
@@ -46,32 +46,13 @@ def t0(shared):
         anli_split="dev",
         missing="skip",
     )
-    return config, str(data / "tfew_few_shot")
-
-
-@pytest.fixture(scope="module", params=[0, 42])
-def t0_tasks(request, t0):
-    config, folder = t0
-    return read(config, seed=request.param, folder=folder), request.param
-
-
-def test_real_shots_have_t_few_s_numbers_under_all_templates(t0_tasks):
-    tasks, seed = t0_tasks
+    tasks = read(config, seed=seed, folder=str(data / "tfew_few_shot"))
     check_promises(tasks, seed=seed)
     assert {one.task.name: one.n_rows for one in tasks} == SHOTS_OF_T0
     assert [one.task.name for one in tasks] == [name for name in TASKS if name in SHOTS_OF_T0]
     for one in tasks:
         assert len(one.task.train) == one.n_rows * TEMPLATES_OF_T0[one.task.name]
         assert (one.task.validation, one.selection) == ((), ())
-
-
-def test_real_shots_get_new_templates_every_epoch(t0_tasks):
-    for one in t0_tasks[0]:
-        epochs = [one.draw(epoch) for epoch in range(6)]
-        assert len({tuple(ids(epoch)) for epoch in epochs}) == 6
-        numbers = [[id.partition("/")[0] for id in ids(epoch)] for epoch in epochs]
-        assert all(epoch == numbers[0] for epoch in numbers)
-        assert one.draw(3) == epochs[3]
 
 
 # T0's held-out tasks, made rows

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,10 +13,6 @@ from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError
 from mhr_scale.tasks.json_lines import iter_rows
 from mhr_scale.tasks.task import Intake
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MHR_SHARED", ROOT / ".." / "shared"))
-SAMPLE = SHARED / "data" / "t0_open_sample"
 
 GOOD = b'{"input": "x", "target": "y"}'
 
@@ -342,11 +337,9 @@ def test_a_task_without_training_rows_can_be_read(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def t0_tasks():
-    if not SAMPLE.is_dir():
-        pytest.skip(f"no sample of T0 rows at {SAMPLE}; set MHR_SHARED")
+def t0_tasks(shared):
     intake = Intake(on_bad="error")
-    return read(SAMPLE, intake), intake
+    return read(shared / "data" / "t0_open_sample", intake), intake
 
 
 def test_the_t0_sample_has_111_tasks(t0_tasks):

@@ -2,19 +2,13 @@
 
 import json
 import logging
-import os
 import random
-from pathlib import Path
 
 import pytest
 
 from mhr_scale.config import SuperNITasks
 from mhr_scale.errors import DataError
 from mhr_scale.tasks.task import Intake
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MHR_SHARED", ROOT / ".." / "shared"))
-SAMPLE = SHARED / "data" / "superni_sample"
 
 
 def instances(count, **fields):
@@ -310,12 +304,15 @@ def test_an_empty_task_list_is_an_error(tmp_path):
 # Real tasks
 
 
+@pytest.fixture(scope="module")
+def sample(shared):
+    return shared / "data" / "superni_sample"
+
+
 @pytest.fixture(scope="module", params=["train", "test"])
-def real(request):
-    if not SAMPLE.is_dir():
-        pytest.skip(f"no sample of Super-NaturalInstructions at {SAMPLE}; set MHR_SHARED")
+def real(request, sample):
     intake = Intake(on_bad="error")
-    return request.param, read(SAMPLE, intake, fold=request.param), intake
+    return request.param, read(sample, intake, fold=request.param), intake
 
 
 def test_every_listed_task_of_the_sample_is_read(real):
@@ -323,9 +320,9 @@ def test_every_listed_task_of_the_sample_is_read(real):
     assert len(tasks) == {"train": 100, "test": 20}[fold]
 
 
-def test_every_instance_of_the_sample_is_taken(real):
+def test_every_instance_of_the_sample_is_taken(real, sample):
     _, tasks, intake = real
-    files = [SAMPLE / "tasks" / f"{task.name}.json" for task in tasks]
+    files = [sample / "tasks" / f"{task.name}.json" for task in tasks]
     assert intake.taken == sum(len(json.loads(file.read_text())["Instances"]) for file in files)
 
 
@@ -335,10 +332,10 @@ def test_every_task_of_the_sample_gives_100_rows_of_each_kind(real):
     assert counts == {(100, 100, 100 if fold == "test" else 0)}
 
 
-def test_the_prompt_of_a_real_task_of_the_paper_is_spelt_as_there(real):
+def test_the_prompt_of_a_real_task_of_the_paper_is_spelt_as_there(sample):
     name = "task1159_bard_analogical_reasoning_containers"
-    (task,) = read(SAMPLE, fold="test", tasks=(name,))
-    file = json.loads((SAMPLE / "tasks" / f"{name}.json").read_text())
+    (task,) = read(sample, fold="test", tasks=(name,))
+    file = json.loads((sample / "tasks" / f"{name}.json").read_text())
     assert task.test[0].input == (
         f"Task definition: {file['Definition'][0]}\nNow complete the following example -\n"
         f"Input: {file['Instances'][0]['input']}\nOutput:"
