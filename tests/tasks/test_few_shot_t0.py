@@ -70,6 +70,21 @@ def test_shots_are_drawn_from_the_train_split_where_there_are_no_files(tmp_path)
     assert numbers(read(config, seed=5, count=3)[0].draw(0)) == numbers(tasks[0].draw(0))[:3]
 
 
+def test_shots_get_other_templates_in_every_epoch_and_under_every_seed(tmp_path):
+    config = write_rte(tmp_path, shots=32)
+    (tmp_path / "shots/rte/32_shot/1_seed.jsonl").write_bytes(
+        (tmp_path / "shots/rte/32_shot/0_seed.jsonl").read_bytes()
+    )
+    epochs = [
+        one.draw(epoch)
+        for seed in (0, 1)
+        for one in read(config, seed=seed, folder=str(tmp_path / "shots"))
+        for epoch in range(6)
+    ]
+    assert len({tuple(ids(epoch)) for epoch in epochs}) == 12
+    assert all(numbers(epoch) == list(range(32)) for epoch in epochs)
+
+
 def test_evaluation_templates_are_those_of_the_seed_of_the_shots(tmp_path):
     config = write_rte(tmp_path, seed=99)
     tests = []

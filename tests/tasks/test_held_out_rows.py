@@ -139,6 +139,12 @@ def test_fields_are_cut(tmp_path):
     assert len(example.input) <= 20
 
 
+def test_random_wordings_follow_from_the_seed(tmp_path):
+    text = template("t", "{{ range(1000) | choice }} ||| {{answer_choices[label]}}")
+    inputs = [read_rte(tmp_path, RTE, templates=[text], seed=n).test[0].input for n in (1, 1, 2)]
+    assert inputs[0] == inputs[1] != inputs[2]
+
+
 def test_a_task_needs_a_template_of_its_original_task(tmp_path):
     with pytest.raises(DataError, match="no template of an original task for rte"):
         read_rte(tmp_path, RTE, templates=RTE_TEMPLATES[2:])
