@@ -14,7 +14,7 @@ from mhr_scale.tasks.task import Intake, Place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
+class JsonLine:
     """One line that holds a JSON object: where it stood, its text and the object."""
 
     place: Place
@@ -22,7 +22,7 @@ class Line:
     row: dict[str, Any]
 
 
-def iter_rows(path: Path, *, task: str, intake: Intake) -> Iterator[Line]:
+def iter_rows(path: Path, *, task: str, intake: Intake) -> Iterator[JsonLine]:
     """Yield the lines of `path` that hold a JSON object; refuse the others under the name `task`.
 
     Reads bytes line by line, so that a bad line costs only itself. The fields are the caller's.
@@ -42,7 +42,7 @@ def iter_rows(path: Path, *, task: str, intake: Intake) -> Iterator[Line]:
                 except ValueError as error:
                     intake.refuse(place=place, task=task, reason=str(error), text=text)
                 else:
-                    yield Line(place=place, text=text, row=row)
+                    yield JsonLine(place=place, text=text, row=row)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 

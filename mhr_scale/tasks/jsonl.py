@@ -34,7 +34,7 @@ from typing import Any, Literal
 from mhr_scale.errors import DataError, did_you_mean, shortened
 from mhr_scale.recipe import strict_yaml
 from mhr_scale.recipe.part import part
-from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows, kind_of
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task, hold_out
@@ -62,7 +62,7 @@ Rows = dict[str, dict[str, list[Example]]]  # task -> fold -> examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class FoldFile:
     """A file of rows of one fold; `task` is the one its rows belong to by default."""
 
     path: Path
@@ -90,13 +90,13 @@ class JsonlTasks(Suite):
     def read_tasks(self, intake: Intake) -> list[Task]:
         """Read every task below `folder`, sorted by name."""
         folder = Path(self.folder)
-        sources = _find_sources(folder)
-        file = folder / "tasks.yaml"
-        options = _load_options(file)
-        rows = _read_rows(sources, folder=folder, policy=self.intake, intake=intake)
+        files = _find_files(folder)
+        options_file = folder / "tasks.yaml"
+        options = _load_options(options_file)
+        rows = _read_rows(files, folder=folder, policy=self.intake, intake=intake)
         intake.check()
         for name in sorted(options.keys() - rows.keys()):
-            raise DataError(f"{file}: no task '{name}' here{did_you_mean(name, rows)}")
+            raise DataError(f"{options_file}: no task '{name}' here{did_you_mean(name, rows)}")
         return [
             _make_task(name, folds, options=options.get(name, {}), config=self)
             for name, folds in sorted(rows.items())
@@ -114,11 +114,11 @@ class JsonlTasks(Suite):
         )
 
 
-def _find_sources(folder: Path) -> list[Source]:
+def _find_files(folder: Path) -> list[FoldFile]:
     """List the files of rows, training ones first, so that a duplicate is the held-out row."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; set tasks.folder")
-    sources = []
+    files = []
     for path in (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}.jsonl")):
         *above, name = path.relative_to(folder).parts
         if any(part.startswith(".") for part in (*above, name)) or not path.is_file():
@@ -126,13 +126,13 @@ def _find_sources(folder: Path) -> list[Source]:
         if len(above) > 1:
             raise DataError(f"{path}: lies too deep; {LAYOUTS}")
         if above and above[0] in FOLDS:
-            sources.append(Source(path=path, fold=FOLDS[above[0]], task=None))
+            files.append(FoldFile(path=path, fold=FOLDS[above[0]], task=None))
         else:
-            sources.append(Source(path=path, fold=_fold_of(path), task=above[0] if above else None))
-    if not sources:
+            files.append(FoldFile(path=path, fold=_fold_of(path), task=above[0] if above else None))
+    if not files:
         raise DataError(f"{folder}: no JSONL file; {LAYOUTS}")
     order = list(FOLDS.values())
-    return sorted(sources, key=lambda source: (order.index(source.fold), source.path))
+    return sorted(files, key=lambda file: (order.index(file.fold), file.path))
 
 
 def _fold_of(path: Path) -> str:
@@ -145,50 +145,45 @@ def _fold_of(path: Path) -> str:
 
 
 def _read_rows(
-    sources: list[Source], *, folder: Path, policy: IntakeConfig, intake: Intake
+    files: list[FoldFile], *, folder: Path, policy: IntakeConfig, intake: Intake
 ) -> Rows:
     rows: Rows = defaultdict(lambda: {fold: [] for fold in FOLDS.values()})
     places: dict[str, dict[str, Place]] = defaultdict(dict)
-    for source in sources:
+    for file in files:
         taken, refused = intake.taken, len(intake.rejects)
-        inner = source.path.relative_to(folder).with_suffix("").as_posix()
+        inner = file.path.relative_to(folder).with_suffix("").as_posix()
         warned: set[str] = set()
-        for line in iter_rows(source.path, task=source.task or "?", intake=intake):
+        for line in iter_rows(file.path, task=file.task or "?", intake=intake):
             _warn_unknown(line, warned)
             named = line.row.get("task")
-            task = named if isinstance(named, str) else source.task or "?"
-            problem = _problem(line.row, source=source, policy=policy)
+            task = named if isinstance(named, str) else file.task or "?"
+            problem = (
+                _type_problem(line.row)
+                or _text_problem(line.row, has_task=file.task is not None, policy=policy)
+                or _choice_problem(line.row, fold=file.fold)
+            )
             if problem is None:
-                prefix = source.path.stem if task == source.task else inner
+                prefix = file.path.stem if task == file.task else inner
                 example = _make_example(line, default_id=f"{prefix}:{line.place.line}")
                 first = places[task].setdefault(example.id, line.place)
                 if first is not line.place:
                     problem = f"duplicate id {example.id!a}, first at {first}"
             if problem is None:
-                rows[task][source.fold].append(example)
+                rows[task][file.fold].append(example)
                 intake.take()
             else:
                 intake.refuse(place=line.place, task=task, reason=problem, text=line.text)
         if intake.taken == taken:
             bad = intake.rejects[refused:]
             why = f" (line {bad[0].place.line}: {bad[0].reason})" if bad else ""
-            raise DataError(f"{source.path}: no usable row{why}; mend the file or remove it")
+            raise DataError(f"{file.path}: no usable row{why}; mend the file or remove it")
     return dict(rows)
 
 
-def _warn_unknown(line: Line, seen: set[str]) -> None:
+def _warn_unknown(line: JsonLine, seen: set[str]) -> None:
     for key in line.row.keys() - FIELDS.keys() - seen:
         seen.add(key)
         log.warning("%s: unknown key %a is not read%s", line.place, key, did_you_mean(key, FIELDS))
-
-
-def _problem(row: dict[str, Any], *, source: Source, policy: IntakeConfig) -> str | None:
-    """Say why a row cannot be used, or nothing."""
-    return (
-        _type_problem(row)
-        or _text_problem(row, has_task=source.task is not None, policy=policy)
-        or _choice_problem(row, fold=source.fold)
-    )
 
 
 def _type_problem(row: dict[str, Any]) -> str | None:
@@ -234,7 +229,7 @@ def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
     return None
 
 
-def _make_example(line: Line, *, default_id: str) -> Example:
+def _make_example(line: JsonLine, *, default_id: str) -> Example:
     row = line.row
     target, label = row["target"], row.get("label")
     choices = tuple(row.get("choices") or ())

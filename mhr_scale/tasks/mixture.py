@@ -148,7 +148,7 @@ class MixturePlan:
     def samples(self, start: int, stop: int) -> list[Sample]:
         """Return samples `start` to `stop - 1` of the stream; a range may cross epochs."""
         assert 0 <= start <= stop, (start, stop)
-        found: list[Sample] = []
+        samples: list[Sample] = []
         while start < stop:
             epoch, place = divmod(start, self.epoch_size)
             block = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -156,11 +156,11 @@ class MixturePlan:
             first = place - int(self._starts[block])
             last = min(first + stop - start, len(tasks))
             numbers = range(start, start + last - first)
-            found.extend(
+            samples.extend(
                 map(Sample, numbers, tasks[first:last].tolist(), rows[first:last].tolist())
             )
             start = numbers.stop
-        return found
+        return samples
 
     def _draws_before(self, block: int) -> NDArray[np.int64]:
         """Return how often each task was drawn before a block; blocks count through all epochs.
@@ -172,11 +172,11 @@ class MixturePlan:
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tasks and rows of a block."""
-        found = self._blocks.pop(block, None) or self._make_block(block)
-        self._blocks[block] = found
+        content = self._blocks.pop(block, None) or self._make_block(block)
+        self._blocks[block] = content
         while len(self._blocks) > BLOCKS_KEPT:
             self._blocks.pop(next(iter(self._blocks)))
-        return found
+        return content
 
     def _make_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         before = self._draws_before(block)
@@ -358,8 +358,8 @@ def _permuted(
     for number in range(0, ROUNDS, 2):
         high = (high + (_words(keys, low * ROUNDS + number) >> 32)) % bases
         low = (low + (_words(keys, high * ROUNDS + number + 1) >> 32)) % others
-    found = high * others + low
-    outside = found >= sizes
+    images = high * others + low
+    outside = images >= sizes
     if outside.any():
-        found[outside] = _permuted(found[outside], sizes[outside], keys[outside])
-    return found
+        images[outside] = _permuted(images[outside], sizes[outside], keys[outside])
+    return images

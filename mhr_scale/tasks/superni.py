@@ -169,10 +169,10 @@ def _list_tasks(folder: Path, config: SuperNITasks) -> list[str]:
         raise DataError("; ".join(problems))
     if missing:
         log.warning("%d listed task(s) skipped, no file: %s", len(missing), some(missing))
-    found = [name for name in names if name not in missing]
-    if not found:
+    present = [name for name in names if name not in missing]
+    if not present:
         raise DataError(f"{path}: none of the listed tasks has a file in {folder / 'tasks'}")
-    return found
+    return present
 
 
 def _read_list(path: Path, splits: Path) -> set[str]:
@@ -218,7 +218,11 @@ def _read_task(path: Path, config: SuperNITasks, intake: Intake) -> Task:
         counts = f"{len(data['Instances'])} instances ({len(intake.rejects) - refused} refused)"
         raise DataError(f"{path}: {counts} cannot fill {_needs(config)}")
     if config.references == "all":
-        train = [row for whole in train for row in _one_each(whole)]
+        train = [
+            replace(row, id=f"{row.id}#{number}", targets=(target,))
+            for row in train
+            for number, target in enumerate(row.targets)
+        ]
     return Task(
         name=path.stem,
         train=tuple(train),
@@ -351,10 +355,3 @@ def _needs(config: SuperNITasks) -> str:
         f"{count} {key.removesuffix('_examples')} rows and a training row; lower tasks.{key} or "
         "name the other tasks in tasks.tasks"
     )
-
-
-def _one_each(row: Example) -> list[Example]:
-    return [
-        replace(row, id=f"{row.id}#{number}", targets=(target,))
-        for number, target in enumerate(row.targets)
-    ]

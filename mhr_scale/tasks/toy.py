@@ -322,10 +322,10 @@ def _distractors(name: str, symbols: str, rng: random.Random) -> list[str]:
 @cache
 def _rivals(name: str) -> tuple[tuple[str, ...], ...]:
     """Compositions with another operation only, map only, format only, and all remoter ones."""
-    own = PARTS[name]
+    primitives = PARTS[name]
     groups: tuple[list[str], ...] = ([], [], [], [])
     for rival, parts in PARTS.items():
-        changed = [kind for kind in range(len(own)) if parts[kind] != own[kind]]
+        changed = [kind for kind, part in enumerate(primitives) if parts[kind] != part]
         if changed:
             groups[changed[0] if len(changed) == 1 else -1].append(rival)
     return tuple(tuple(group) for group in groups)

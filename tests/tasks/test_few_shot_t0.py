@@ -1,7 +1,5 @@
 """Few-shot tasks of T0's held-out tasks: real rows, and made ones."""
 
-from dataclasses import replace
-
 import pytest
 from few_shot_tasks import check_promises, ids, read, write_rte
 from held_out_files import RTE, RTE_TEMPLATES, configure, template, write_rows
@@ -38,8 +36,8 @@ TEMPLATES_OF_T0 = {
 # T0's held-out tasks, real rows
 
 
-@pytest.fixture(scope="module")
-def t0(shared):
+@pytest.mark.parametrize("seed", [0, 42])
+def test_real_shots_have_t_few_s_numbers_under_all_templates(shared, seed):
     data = shared / "data"
     config = HeldOutTasks(
         suite="t0_eval",
@@ -48,67 +46,13 @@ def t0(shared):
         anli_split="dev",
         missing="skip",
     )
-    return config, str(data / "tfew_few_shot")
-
-
-@pytest.fixture(scope="module", params=[0, 42])
-def t0_tasks(request, t0):
-    config, folder = t0
-    return read(config, seed=request.param, folder=folder), request.param
-
-
-def test_real_shots_have_t_few_s_numbers_under_all_templates(t0_tasks):
-    tasks, seed = t0_tasks
+    tasks = read(config, seed=seed, folder=str(data / "tfew_few_shot"))
     check_promises(tasks, seed=seed)
     assert {one.task.name: one.n_rows for one in tasks} == SHOTS_OF_T0
     assert [one.task.name for one in tasks] == [name for name in TASKS if name in SHOTS_OF_T0]
     for one in tasks:
         assert len(one.task.train) == one.n_rows * TEMPLATES_OF_T0[one.task.name]
         assert (one.task.validation, one.selection) == ((), ())
-
-
-def test_real_shots_get_new_templates_every_epoch(t0_tasks):
-    for one in t0_tasks[0]:
-        epochs = [one.draw(epoch) for epoch in range(6)]
-        assert len({tuple(ids(epoch)) for epoch in epochs}) == 6
-        numbers = [[id.partition("/")[0] for id in ids(epoch)] for epoch in epochs]
-        assert all(epoch == numbers[0] for epoch in numbers)
-        assert one.draw(3) == epochs[3]
-
-
-def test_real_draws_do_not_depend_on_the_order_they_are_asked_in(t0, t0_tasks):
-    config, folder = t0
-    tasks, seed = t0_tasks
-    for one, again in zip(tasks, read(config, seed=seed, folder=folder), strict=True):
-        backwards = [again.draw(epoch) for epoch in (5, 4, 3)][::-1]
-        assert [one.draw(epoch) for epoch in (3, 4, 5)] == backwards
-        assert one.task == again.task
-
-
-def test_real_evaluation_rows_keep_one_template_for_each_seed(t0, t0_tasks):
-    config, folder = t0
-    tasks, seed = t0_tasks
-    wanted = replace(config, seed=seed).read_tasks(Intake())
-    for one, task, other in zip(tasks, wanted, read(config, seed=1, folder=folder), strict=True):
-        assert one.task.test == task.test
-        assert one.task.test != other.task.test
-        assert ids(one.task.test) == ids(other.task.test)
-        assert len(set(ids(one.task.test))) == len(one.task.test)
-
-
-def test_thirty_two_shots_of_anli_are_the_first_of_t_few_s_fifty(t0):
-    config, folder = t0
-    names = ("anli-r1", "anli-r2", "anli-r3")
-    config = replace(config, tasks=names)
-    for seed in (0, 42):
-        tasks = read(config, seed=seed, folder=folder, count=32)
-        assert [one.task.name for one in tasks] == list(names)
-        for one in tasks:
-            places = [row.place for row in one.draw(0)]
-            assert [place.line for place in places] == list(range(1, 33))
-            assert {place.file for place in places} == {
-                f"{folder}/{one.task.name}/50_shot/{seed}_seed.jsonl"
-            }
 
 
 # T0's held-out tasks, made rows
@@ -126,11 +70,30 @@ def test_shots_are_drawn_from_the_train_split_where_there_are_no_files(tmp_path)
     assert numbers(read(config, seed=5, count=3)[0].draw(0)) == numbers(tasks[0].draw(0))[:3]
 
 
+def test_shots_get_other_templates_in_every_epoch_and_under_every_seed(tmp_path):
+    config = write_rte(tmp_path, shots=32)
+    (tmp_path / "shots/rte/32_shot/1_seed.jsonl").write_bytes(
+        (tmp_path / "shots/rte/32_shot/0_seed.jsonl").read_bytes()
+    )
+    epochs = [
+        one.draw(epoch)
+        for seed in (0, 1)
+        for one in read(config, seed=seed, folder=str(tmp_path / "shots"))
+        for epoch in range(6)
+    ]
+    assert len({tuple(ids(epoch)) for epoch in epochs}) == 12
+    assert all(numbers(epoch) == list(range(32)) for epoch in epochs)
+
+
 def test_evaluation_templates_are_those_of_the_seed_of_the_shots(tmp_path):
     config = write_rte(tmp_path, seed=99)
+    tests = []
     for seed in (1, 2, 3):
         wanted = configure(tmp_path, tasks=("rte",), seed=seed).read_tasks(Intake())
-        assert read(config, seed=seed)[0].task.test == wanted[0].test
+        tests.append(read(config, seed=seed)[0].task.test)
+        assert tests[-1] == wanted[0].test
+    assert len(set(tests)) == 3
+    assert all(ids(test) == ids(tests[0]) for test in tests)
 
 
 def test_all_templates_of_evaluation_rows_are_kept_on_request(tmp_path):
@@ -175,7 +138,8 @@ def test_templates_that_no_shot_has_the_fields_of_are_left_out_with_a_warning(tm
     other = template("d", "{{genre}} {{premise}} ||| {{answer_choices[label]}}")
     config = write_rte(tmp_path, templates=(RTE_TEMPLATES[0], other))
     (one,) = read(config, count=4, set_aside=1)
-    assert {id.partition("/")[2] for id in ids(one.task.train)} == {"b"}
+    drawn = [row for epoch in range(20) for row in one.draw(epoch)]
+    assert {id.partition("/")[2] for id in ids((*one.task.train, *drawn))} == {"b"}
     assert "rte: templates left out: 'd' for 4 row(s) without genre" in caplog.text
 
 
@@ -185,11 +149,8 @@ def test_a_seed_that_t_few_s_draw_does_not_take_is_an_error(tmp_path, seed):
         read(write_rte(tmp_path), seed=seed)
 
 
-def test_a_task_without_shots_is_an_error(tmp_path):
+def test_a_task_without_a_train_split_is_an_error(tmp_path):
     config = write_rte(tmp_path)
-    (tmp_path / "shots").mkdir()
-    with pytest.raises(DataError, match="no few-shot files of rte"):
-        read(config, folder=str(tmp_path / "shots"))
     (tmp_path / "rte.train.jsonl").unlink()
-    with pytest.raises(DataError, match="no rows of rte to draw shots from"):
+    with pytest.raises(DataError, match="no rows of rte to draw shots from; add its split 'train'"):
         read(config)

@@ -42,6 +42,10 @@ CLOZE = [
 ]
 
 
+def templates_of(shared):
+    return shared / "data" / "promptsource_templates" / "templates"
+
+
 def configure_shared(shared, **options):
     options = {
         "folder": str(shared / "data" / "t0_eval_sets"),
@@ -49,8 +53,7 @@ def configure_shared(shared, **options):
         "missing": "skip",
         **options,
     }
-    templates = shared / "data" / "promptsource_templates" / "templates"
-    return HeldOutTasks(suite="t0_eval", templates=str(templates), **options)
+    return HeldOutTasks(suite="t0_eval", templates=str(templates_of(shared)), **options)
 
 
 def read_shared(shared, **options):
@@ -82,7 +85,8 @@ def every(shared):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_uses_the_templates_of_t_few(shared, name):
     task = TASKS[name]
-    found = [one.name for one in Prompts(task, configure_shared(shared)).templates]
+    prompts = Prompts(task, folder=templates_of(shared), max_characters=2048, seed=0)
+    found = [template.name for template in prompts.templates]
     listed = json.loads((shared / "reference" / "t0_tasks.json").read_text())["test_templates"]
     assert found == listed[task.alias or name]["used"]
     assert len(found) == N_TEMPLATES[name]
@@ -278,9 +282,12 @@ def test_storycloze_lies_among_the_other_files_too(shared, tmp_path):
     assert examples[0].targets == ("y",)
 
 
-def test_storycloze_asked_for_by_name_is_missing_like_any_other(tmp_path):
-    with pytest.raises(DataError, match=r"1 task\(s\): storycloze \(test wanted, nothing there\)"):
-        configure(tmp_path, tasks=("storycloze",)).read_tasks(Intake())
+@pytest.mark.parametrize("options", [{}, {"source": "hub", "folder": None}])
+def test_storycloze_asked_for_by_name_is_missing_like_any_other(tmp_path, options):
+    place = "the hub" if options else tmp_path
+    message = rf"{place}: no .* 1 task\(s\): storycloze \(test wanted, nothing there\)"
+    with pytest.raises(DataError, match=message):
+        configure(tmp_path, tasks=("storycloze",), **options).read_tasks(Intake())
 
 
 def test_a_storycloze_path_without_a_file_is_an_error(tmp_path):

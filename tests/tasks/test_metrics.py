@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from mhr_scale.tasks import jsonl, metrics
-from mhr_scale.tasks.metrics import METRICS, accuracy, best_choice, exact_match, rouge_l
+from mhr_scale.tasks import metrics
+from mhr_scale.tasks.metrics import accuracy, best_choice, exact_match, rouge_l
 
 REFERENCES = ["The cat sat.", "A dog ran away", "7 of them"]
 
@@ -82,7 +82,3 @@ def test_rouge_l_does_not_warn_of_answers_or_of_capitals(caplog, fresh_warning):
         rouge_l("", ["B"])
         rouge_l("\u732b", ["7"])
     assert not caplog.records
-
-
-def test_every_metric_that_task_files_may_name_is_there():
-    assert set(METRICS) == set(jsonl.METRICS)

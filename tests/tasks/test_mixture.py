@@ -123,14 +123,11 @@ def test_a_weight_of_an_unknown_task_names_the_nearest_one():
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_must_be_a_number_above_zero(weight):
-    with pytest.raises(ConfigError, match="task b: weight"):
-        make_plan(5, 5, weights={"b": weight})
-
-
-def test_a_tasks_own_weight_must_be_above_zero():
-    with pytest.raises(ConfigError, match="task b: weight 0"):
-        make_plan(5, 5, own={"b": {"weight": 0}})
+@pytest.mark.parametrize("giver", ["mixture", "task"])
+def test_a_weight_must_be_a_number_above_zero(weight, giver):
+    given = {"weights": {"b": weight}} if giver == "mixture" else {"own": {"b": {"weight": weight}}}
+    with pytest.raises(ConfigError, match=f"task b: weight {weight} is not a number above 0"):
+        make_plan(5, 5, **given)
 
 
 def test_a_tasks_own_cap_must_be_at_least_one():

@@ -115,10 +115,6 @@ def test_all_splits_of_a_config_are_found(hub):
 # -- how much is read --------------------------------------------------------------------------
 
 
-def test_only_the_first_rows_are_read(hub):
-    assert texts(read(hub, PLAIN, max_rows=5)) == texts(read(hub, PLAIN)[:5])
-
-
 def test_only_the_first_examples_are_taken_where_a_row_is_a_choice(hub):
     assert texts(read(hub, RANKED, max_rows=2)) == texts(read(hub, RANKED)[:2])
 

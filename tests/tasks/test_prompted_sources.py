@@ -122,22 +122,6 @@ def test_what_the_hub_does_not_give_is_missing(templates, monkeypatch, caplog, m
 # -- mistakes ----------------------------------------------------------------------------------
 
 
-def test_all_missing_data_sets_are_named_at_once(templates, tmp_path, caplog):
-    write(tmp_path, "ag_news", NEWS)
-    with pytest.raises(DataError) as caught:
-        read(templates, tmp_path)
-    absent = {prompt.raw for prompt in mixtures.list_prompts("T0")} - {"ag_news"}
-    assert f"{len(absent)} of 38 data sets" in str(caught.value)
-    assert all(name in caplog.text for name in absent)
-
-
-def test_missing_data_sets_are_skipped_on_demand(templates, tmp_path, caplog):
-    write(tmp_path, "ag_news", NEWS)
-    tasks = read(templates, tmp_path, CLASSIFY, BASED_ON, missing="skip")
-    assert [task.name for task in tasks] == [CLASSIFY]
-    assert "adversarial_qa/dbert" in caplog.text
-
-
 def test_a_folder_without_any_data_set_says_what_was_looked_for(templates, tmp_path):
     with pytest.raises(DataError, match=r"1 of 1 data sets .* looked for <dataset>\[/<subset>\]"):
         read(templates, tmp_path, CLASSIFY, missing="skip")

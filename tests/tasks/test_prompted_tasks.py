@@ -19,10 +19,8 @@ from prompted_rows import (
 from mhr_scale.config import IntakeConfig
 from mhr_scale.errors import DataError
 from mhr_scale.tasks.suites import open_suite
-from mhr_scale.tasks.t0 import mixtures
 from mhr_scale.tasks.task import Intake
 
-QUAREL = [p.name for p in mixtures.list_prompts("T0") if p.dataset == "quarel"]
 ABBREVIATION = "trec_fine_grained_ABBR"
 
 TREC = [
@@ -96,22 +94,7 @@ def test_every_variable_is_cut(templates, tmp_path):
     assert lengths[0] < 200 < 2000 < lengths[1] < 2200 < 5000 < lengths[2]
 
 
-def test_validation_rows_are_set_aside(templates, tmp_path):
-    write(tmp_path, "ag_news", NEWS * 8)
-    (task,) = read(templates, tmp_path, CLASSIFY, validation_examples=100)
-    assert (len(task.train), len(task.validation)) == (36, 4)
-
-
 # -- how many rows -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("max_rows", "count"), [(None, 2000), ("cap", 1941), (1990, 1990), (3, 3)])
-def test_rows_are_read_as_far_as_max_rows_says(templates, tmp_path, max_rows, count):
-    row = {"question": "Is it (A) hot or (B) cold?", "answer_index": 0, "world_literals": None}
-    row["world_literals"] = {"world1": ["hot"], "world2": ["cold"]}
-    write(tmp_path, "quarel", [row] * 2000)
-    (task,) = read(templates, tmp_path, QUAREL[0], max_rows=max_rows)
-    assert (len(task.train), task.cap) == (count, 1941)
 
 
 def test_max_rows_counts_raw_rows(templates, tmp_path):
@@ -189,14 +172,6 @@ def test_a_target_must_be_one_of_several_choices(tmp_path, choices, reason):
     with pytest.raises(DataError, match=f"no usable row .*{path}:1: {reason}"):
         read(made, tmp_path / "rows", CLASSIFY, intake=intake)
     assert [one.reason for one in intake.rejects] == [reason]
-
-
-def test_too_many_bad_rows_stop_the_suite(templates, tmp_path):
-    write(tmp_path, "ag_news", [*NEWS, *[{"label": 1}] * 11])
-    reading = open_suite(configure(templates, tmp_path, CLASSIFY))
-    assert len(list(reading.tasks)) == 1
-    with pytest.raises(DataError, match="11 of 16 rows refused"):
-        reading.intake.check()
 
 
 def test_the_first_bad_row_stops_the_suite_on_demand(templates, tmp_path):

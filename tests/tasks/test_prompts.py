@@ -203,7 +203,7 @@ def test_jinja_s_own_random_filter_is_seeded_too():
 
 def test_a_choice_is_the_same_in_every_process():
     code = (
-        "from mhr_scale.tasks.prompts import Prompter, Template\n"
+        "from mhr_scale.tasks.t0.prompts import Prompter, Template\n"
         f"made = Template(name='t', dataset='films', subset=None, jinja={CHOICE!r}, "
         "answer_choices=None, is_original_task=True, metrics=(), id='an-id')\n"
         "print(Prompter().render(made, {}, row_id='0').input)"

@@ -123,8 +123,3 @@ def test_an_empty_target_is_kept_on_request(tmp_path):
 def test_more_than_ten_refused_instances_stop(tmp_path):
     with pytest.raises(DataError, match="11 of 12 rows refused"):
         read(tmp_path, with_rows(GOOD, *[{}] * 11))
-
-
-def test_an_error_policy_stops_at_the_first_bad_instance(tmp_path):
-    with pytest.raises(DataError, match=r"t\.json:1: missing field 'id'"):
-        read(tmp_path, with_rows({}), Intake(on_bad="error"))

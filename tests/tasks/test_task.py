@@ -1,11 +1,11 @@
-"""Places of rows, how many refused rows are borne, and tasks that lack something."""
+"""Places of rows, how many refused rows are borne, and rows set aside for validation."""
 
 import json
 
 import pytest
 
 from mhr_scale.errors import DataError
-from mhr_scale.tasks.task import Example, Intake, Place, Task, check_not_empty
+from mhr_scale.tasks.task import Example, Intake, Place, hold_out
 
 
 def refuse(intake, count=1, text="{}"):
@@ -87,10 +87,27 @@ def test_a_reject_with_an_unpaired_surrogate_can_be_written_and_read_back(tmp_pa
     assert json.loads(written)["text"] == "\ud800"
 
 
-def test_a_task_without_training_rows_is_named():
-    with pytest.raises(DataError, match="no training example in task b;"):
-        check_not_empty(Task(name="b", train=()))
+def held_out(count, *, most=100, seed=1, name="t"):
+    rows = [Example(id=str(number), input="x", targets=("y",)) for number in range(count)]
+    train, validation = hold_out(rows, most=most, seed=seed, name=name)
+    return [int(row.id) for row in train], [int(row.id) for row in validation]
 
 
-def test_a_task_with_a_training_row_is_not_empty():
-    check_not_empty(Task(name="a", train=(Example(id="1", input="x", targets=("y",)),)))
+@pytest.mark.parametrize(
+    ("count", "most", "n_held_out"), [(29, 100, 2), (9, 100, 0), (1500, 100, 100), (100, 3, 3)]
+)
+def test_a_tenth_of_the_rows_is_set_aside_and_no_more_than_asked_for(count, most, n_held_out):
+    train, validation = held_out(count, most=most)
+    assert (len(train), len(validation)) == (count - n_held_out, n_held_out)
+
+
+def test_rows_set_aside_are_not_trained_on_and_all_keep_their_order():
+    train, validation = held_out(50)
+    assert sorted(train + validation) == list(range(50))
+    assert (sorted(train), sorted(validation)) == (train, validation)
+
+
+def test_the_rows_set_aside_follow_from_seed_and_task_alone():
+    assert held_out(200) == held_out(200)
+    chosen = {tuple(held_out(200, **change)[1]) for change in ({}, {"seed": 2}, {"name": "u"})}
+    assert len(chosen) == 3

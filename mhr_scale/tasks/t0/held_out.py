@@ -26,6 +26,7 @@ from mhr_scale.tasks.t0.held_out_rows import (
     Reader,
     find_rows,
     find_task,
+    open_storycloze,
     read_rows,
     what_is_there,
 )
@@ -80,7 +81,7 @@ class HeldOutTasks(Suite):
         """Read the evaluation rows of every task asked for, as the test examples of its `Task`."""
         made, short = [], []
         for task, reader in _find_all(self):
-            prompts = Prompts(task, self)
+            prompts = _open_prompts(task, self)
             examples, used = [], set()
             for row in read_rows(task, reader, intake):
                 for example in _render(prompts, row, config=self, intake=intake):
@@ -117,12 +118,19 @@ class HeldOutTasks(Suite):
 
     def draw_shots(self, task: Task, shots: ShotsConfig, *, seed: int) -> FewShotTask:
         """Shots are raw rows, each under a template drawn for every epoch."""
+        held_out = find_task(task.name)
         if shots.folder is None:
-            rows = draw_rows(self, task.name, seed=seed, shots=shots.count)
+            reader = find_rows(held_out, held_out.train, folder=_raw_folder(self))
+            if reader is None:
+                raise DataError(
+                    f"{self.folder or 'the hub'}: no rows of {task.name} to draw shots from; add "
+                    f"its split '{held_out.train}' or few-shot files"
+                )
+            rows = draw_rows(reader, task.name, seed=seed, shots=shots.count)
         else:
             rows = read_shots(Path(shots.folder), task.name, seed=seed, shots=shots.count)
         kept, aside = set_aside(rows, task=task.name, count=shots.set_aside)
-        prompts = Prompts(find_task(task.name), self)
+        prompts = _open_prompts(held_out, self)
         train = check_shots(prompts, kept)
         selection = selection_examples(prompts, aside, seed=seed)
         prompts.warn_left_out()
@@ -133,6 +141,16 @@ class HeldOutTasks(Suite):
             draw=lambda epoch: train_examples(prompts, kept, seed=seed, epoch=epoch),
             selection=selection,
         )
+
+
+def _open_prompts(task: HeldOut, config: HeldOutTasks) -> Prompts:
+    folder = Path(config.templates)
+    return Prompts(task, folder=folder, max_characters=config.max_characters, seed=config.seed)
+
+
+def _raw_folder(config: HeldOutTasks) -> Path | None:
+    """The folder of raw rows; None = the hub."""
+    return None if config.source == "hub" or config.folder is None else Path(config.folder)
 
 
 def _render(
@@ -162,18 +180,31 @@ def _find_all(config: HeldOutTasks) -> list[tuple[HeldOut, Reader]]:
     """Find the evaluation rows of every task asked for, or say which tasks have none."""
     place = config.folder or "the hub"
     asked = {find_task(name).name for name in config.tasks} or TASKS.keys()
-    readers = {name: find_rows(TASKS[name], config) for name in TASKS if name in asked}
-    found = [(TASKS[name], reader) for name, reader in readers.items() if reader]
+    splits = {
+        name: task.evaluation_split(config.anli_split)
+        for name, task in TASKS.items()
+        if name in asked
+    }
+    readers: dict[str, Reader | None] = {}
+    for name, split in splits.items():
+        if name == "storycloze" and config.storycloze:
+            readers[name] = open_storycloze(Path(config.storycloze))
+        else:
+            readers[name] = find_rows(TASKS[name], split, folder=_raw_folder(config))
+    tasks = [(TASKS[name], reader) for name, reader in readers.items() if reader]
     missing = [name for name, reader in readers.items() if not reader]
     if "storycloze" in missing and "storycloze" not in config.tasks:
         missing.remove("storycloze")
         log.warning(
             "storycloze left out: its rows are handed out on request only. A mean of this suite is "
             "over %d tasks instead of 11; name the file in tasks.storycloze",
-            len(found),
+            len(tasks),
         )
     if missing:
-        listed = ", ".join(what_is_there(TASKS[name], config) for name in missing)
+        folder = None if config.folder is None else Path(config.folder)
+        listed = ", ".join(
+            what_is_there(TASKS[name], splits[name], folder=folder) for name in missing
+        )
         if config.missing == "error":
             raise DataError(
                 f"{place}: no evaluation rows of {len(missing)} task(s): {listed}; add "
@@ -181,6 +212,6 @@ def _find_all(config: HeldOutTasks) -> list[tuple[HeldOut, Reader]]:
                 "tasks.missing: skip"
             )
         log.warning("%d task(s) skipped, no evaluation rows: %s", len(missing), listed)
-    if not found:
+    if not tasks:
         raise DataError(f"{place}: no evaluation rows of any task asked for")
-    return found
+    return tasks

@@ -7,7 +7,6 @@ and a warning says which templates were left out.
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2.meta import find_undeclared_variables
 
@@ -18,22 +17,22 @@ from mhr_scale.tasks.t0.held_out_rows import HeldOut, RawRow
 from mhr_scale.tasks.t0.prompts import SANDBOX, Prompter, Template, load_templates
 from mhr_scale.tasks.task import Example
 
-if TYPE_CHECKING:
-    from mhr_scale.tasks.t0.held_out import HeldOutTasks
-
 
 class Prompts:
-    """The templates of a held-out task, applied to its rows."""
+    """The templates of a held-out task, applied to its rows.
 
-    def __init__(self, task: HeldOut, config: "HeldOutTasks") -> None:
-        folder = Path(config.templates)
-        found = load_templates(folder, task.dataset, task.subset)
+    `folder` holds the templates of all data sets; `max_characters` and `seed` are the prompter's.
+    """
+
+    def __init__(self, task: HeldOut, *, folder: Path, max_characters: int, seed: int) -> None:
+        templates = load_templates(folder, task.dataset, task.subset)
+        originals = [template for template in templates if template.is_original_task]
         self.task = task
-        self.templates = [one for one in found if one.is_original_task][: task.first]
+        self.templates = originals[: task.first]
         if not self.templates:
             raise DataError(f"{folder}: no template of an original task for {task.name}")
         self._fields = {template.name: _fields_of(template) for template in self.templates}
-        self._prompter = Prompter(max_characters=config.max_characters, seed=config.seed)
+        self._prompter = Prompter(max_characters=max_characters, seed=seed)
         self._left_out: Counter[tuple[str, str]] = Counter()
 
     def applicable(self, row: RawRow) -> list[Template]:

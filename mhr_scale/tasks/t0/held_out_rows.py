@@ -19,17 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
-from mhr_scale.tasks.json_lines import Line, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows, kind_of
 from mhr_scale.tasks.jsonl import FOLDS
 from mhr_scale.tasks.task import Intake, Place
 
-if TYPE_CHECKING:
-    from mhr_scale.tasks.t0.held_out import HeldOutTasks
-
-Reader = Callable[[Intake], Iterator[Line]]
+Reader = Callable[[Intake], Iterator[JsonLine]]
 
 KINDS: dict[str, type] = {"idx": int, "endings": list, "span2_index": int}
 """Types of the fields that are not text."""
@@ -70,6 +67,10 @@ class HeldOut:
     shots: int = 32
     mhr_shots: int | None = None
     alias: str = ""
+
+    def evaluation_split(self, anli_split: str) -> str:
+        """The split that scores the task, as on the hub; ANLI's is `test` or `dev`."""
+        return self.evaluation.replace("test_", f"{anli_split}_")
 
 
 def _super_glue(name: str, *fields: str, size: int, **facts: Any) -> HeldOut:
@@ -176,7 +177,7 @@ def read_rows(task: HeldOut, reader: Reader, intake: Intake) -> Iterator[RawRow]
             yield row
 
 
-def check_row(task: HeldOut, line: Line) -> RawRow:
+def check_row(task: HeldOut, line: JsonLine) -> RawRow:
     """Check a raw row, number it and read its label; a `ValueError` says what is wrong with it.
 
     `fields` of the result hold number and label as well, under `idx` and `label`. The field that
@@ -223,20 +224,20 @@ def _read_number(name: str, value: object) -> int:
     return value
 
 
-def find_rows(
-    task: HeldOut, config: "HeldOutTasks", *, fold: Literal["evaluation", "train"] = "evaluation"
-) -> Reader | None:
-    """Return what reads the raw rows of one of a task's two splits, if they are anywhere."""
-    split = _evaluation_split(task, config) if fold == "evaluation" else task.train
-    if task.name == "storycloze" and fold == "evaluation" and config.storycloze:
-        path = Path(config.storycloze)
-        if not path.is_file():
-            raise DataError(f"tasks.storycloze: {path}: no such file")
-        return partial(_read_csv if path.suffix.lower() == ".csv" else _read_jsonl, path, task)
-    if config.source == "hub":
+def open_storycloze(path: Path) -> Reader:
+    """Return what reads the file of StoryCloze's test rows that a recipe names."""
+    if not path.is_file():
+        raise DataError(f"tasks.storycloze: {path}: no such file")
+    read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+    return partial(read, path, TASKS["storycloze"])
+
+
+def find_rows(task: HeldOut, split: str, *, folder: Path | None) -> Reader | None:
+    """Return what reads the raw rows of a split, if they are there; no folder = the hub."""
+    if folder is None:
         return partial(_read_hub, task, split) if task.hub else None
     wanted = _fold(task, split)
-    paths = [path for path in _list_local(task, config) if _fold(task, path.name) == wanted]
+    paths = [path for path in _list_local(task, folder) if _fold(task, path.name) == wanted]
     if len(paths) > 1:
         names = " and ".join(str(path) for path in paths)
         raise DataError(f"{names} are the same split of {task.name}; keep one of them")
@@ -247,15 +248,10 @@ def find_rows(
     return partial(_read_jsonl, paths[0], task)
 
 
-def what_is_there(task: HeldOut, config: "HeldOutTasks") -> str:
+def what_is_there(task: HeldOut, split: str, *, folder: Path | None) -> str:
     """Say which split of a task is wanted and what there is instead."""
-    names = ", ".join(path.name for path in _list_local(task, config))
-    return f"{task.name} ({_evaluation_split(task, config)} wanted, {names or 'nothing'} there)"
-
-
-def _evaluation_split(task: HeldOut, config: "HeldOutTasks") -> str:
-    """Return the name of the split that scores the task, as on the hub."""
-    return task.evaluation.replace("test_", f"{config.anli_split}_")
+    names = ", ".join(path.name for path in _list_local(task, folder)) if folder else ""
+    return f"{task.name} ({split} wanted, {names or 'nothing'} there)"
 
 
 def _fold(task: HeldOut, name: str) -> str | None:
@@ -264,11 +260,8 @@ def _fold(task: HeldOut, name: str) -> str | None:
     return FOLDS.get(word.removesuffix(f"_{task.name.rpartition('-')[2]}"))
 
 
-def _list_local(task: HeldOut, config: "HeldOutTasks") -> list[Path]:
+def _list_local(task: HeldOut, folder: Path) -> list[Path]:
     """List the files and saved folders of a task, whatever their split."""
-    if config.folder is None:
-        return []
-    folder = Path(config.folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; set tasks.folder")
     paths: set[Path] = set()
@@ -280,11 +273,11 @@ def _list_local(task: HeldOut, config: "HeldOutTasks") -> list[Path]:
     return sorted(paths)
 
 
-def _read_jsonl(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
+def _read_jsonl(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
     return iter_rows(path, task=task.name, intake=intake)
 
 
-def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
+def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as text:
             rows = list(csv.DictReader(text, restkey="rest"))
@@ -297,7 +290,7 @@ def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[Line]:
     return number_rows(named, source=str(path))
 
 
-def read_saved(path: Path) -> Iterator[Line]:
+def read_saved(path: Path) -> Iterator[JsonLine]:
     """Yield the rows of what `save_to_disk` of a `Dataset` wrote."""
     from datasets import load_from_disk
 
@@ -308,7 +301,7 @@ def read_saved(path: Path) -> Iterator[Line]:
     return number_rows(rows, source=str(path))
 
 
-def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
+def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[JsonLine]:
     from datasets import load_dataset
 
     name = "/".join(filter(None, (task.hub, task.subset)))
@@ -322,8 +315,8 @@ def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[Line]:
     return number_rows(rows, source=f"{name}/{split}")
 
 
-def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[Line]:
+def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[JsonLine]:
     """Yield the rows of a table with their places, from 1 on."""
     for number, row in enumerate(rows, start=1):
         text = json.dumps(row, ensure_ascii=False, default=str)
-        yield Line(place=Place(file=source, line=number), text=text, row=row)
+        yield JsonLine(place=Place(file=source, line=number), text=text, row=row)

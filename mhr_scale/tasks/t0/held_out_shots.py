@@ -12,26 +12,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from mhr_scale.errors import ConfigError, DataError
-from mhr_scale.tasks.json_lines import Line, iter_rows
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows
 from mhr_scale.tasks.t0.held_out_prompts import Prompts
-from mhr_scale.tasks.t0.held_out_rows import (
-    HeldOut,
-    RawRow,
-    Reader,
-    find_rows,
-    find_task,
-    read_rows,
-)
+from mhr_scale.tasks.t0.held_out_rows import HeldOut, RawRow, Reader, find_task, read_rows
 from mhr_scale.tasks.t0.prompts import Template
 from mhr_scale.tasks.task import Example, Intake
-
-if TYPE_CHECKING:
-    from mhr_scale.tasks.t0.held_out import HeldOutTasks
 
 T = TypeVar("T")
 
@@ -61,7 +51,7 @@ def read_shots(folder: Path, task: str, *, seed: int, shots: int | None = None) 
         there = ", ".join(map(str, _list_seeds(counts[count]))) or "none"
         raise DataError(f"{path}: no seed {seed} of {task}; seeds there: {there}")
 
-    def reader(intake: Intake) -> Iterator[Line]:
+    def reader(intake: Intake) -> Iterator[JsonLine]:
         return iter_rows(path, task=task, intake=intake)
 
     rows = _read_all(held_out, reader)
@@ -78,22 +68,14 @@ def list_seeds(folder: Path, task: str) -> list[int]:
     return sorted({seed for folder in folders for seed in _list_seeds(folder)})
 
 
-def draw_rows(
-    config: "HeldOutTasks", task: str, *, seed: int, shots: int | None = None
-) -> list[RawRow]:
-    """Draw few-shot rows from the train split, which lies where the evaluation rows do.
+def draw_rows(reader: Reader, task: str, *, seed: int, shots: int | None = None) -> list[RawRow]:
+    """Draw few-shot rows from the train split, which `reader` reads.
 
     A line that is no JSON object is an error, for without it the draw would be another one; what
     else is wrong with a row counts only if it is drawn.
     """
     held_out = find_task(task)
     shots = _count(held_out, shots)
-    reader = find_rows(held_out, config, fold="train")
-    if reader is None:
-        raise DataError(
-            f"{config.folder or 'the hub'}: no rows of {task} to draw shots from; add its split "
-            f"'{held_out.train}' or few-shot files"
-        )
     intake = Intake(on_bad="skip")
     lines = list(reader(intake))
     _check_none_refused(intake)
@@ -190,10 +172,10 @@ def _list_counts(folder: Path, task: HeldOut) -> dict[int, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of few-shot files")
     paths = [path for name in (task.alias, task.name) if name for path in folder.glob(f"{name}/*")]
-    found = {path: re.fullmatch("([0-9]+)_shot", path.name) for path in paths if path.is_dir()}
-    return {int(match[1]): path for path, match in found.items() if match}
+    matches = {path: re.fullmatch("([0-9]+)_shot", path.name) for path in paths if path.is_dir()}
+    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def _list_seeds(folder: Path) -> list[int]:
-    found = (re.fullmatch(r"([0-9]+)_seed\.jsonl", path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(r"([0-9]+)_seed\.jsonl", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)

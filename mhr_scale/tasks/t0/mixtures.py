@@ -31,7 +31,7 @@ from mhr_scale.recipe.part import part
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.t0 import p3, prompted
-from mhr_scale.tasks.t0.prompts import config_name
+from mhr_scale.tasks.t0.prompts import Prompter, config_name
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream, hold_out
 
 TABLE = Path(__file__).parent / "t0_mixture.json"
@@ -194,7 +194,16 @@ def _open_source(config: T0Tasks, prompts: Sequence[Prompt]) -> _Source:
             around=f"there are: {some(sorted(rendered.splits))}",
             read=partial(p3.read_examples, rendered, split=SPLIT),
         )
-    raw = prompted.open_source(config, {prompt.name: prompt.raw for prompt in prompts})
+    raw = prompted.open_source(
+        config.source,
+        {prompt.name: prompt.raw for prompt in prompts},
+        templates=Path(config.templates),
+        prompter=Prompter(
+            max_characters=config.max_characters,
+            seed=config.seed,
+            empty_render=config.empty_render,
+        ),
+    )
     is_hub = raw.name == prompted.HUB
     # A row's number alone would stand once per prompt in the task of a data set.
     read = partial(prompted.read_examples, raw, with_template=config.unit == "dataset")

@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class P3Source:
     """Where P3 is: its configs, their splits and the files of those, and how to get a file."""
 
     name: str
@@ -79,7 +79,7 @@ class Source:
     fetch: Callable[[str], Path]
 
 
-def open_source(name: str, *, setting: str = "source") -> Source:
+def open_source(name: str, *, setting: str = "source") -> P3Source:
     """Find out what is in a local folder or, if there is none, under a hub id.
 
     `setting` is what errors call the name. Without the hub, what it gave before is used.
@@ -96,7 +96,7 @@ def open_source(name: str, *, setting: str = "source") -> Source:
 
 
 def read_examples(
-    source: Source,
+    source: P3Source,
     config: str,
     *,
     split: str,
@@ -134,12 +134,12 @@ def read_examples(
     return examples
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path) -> P3Source:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
     return _make_source(str(folder), sorted(files), fetch=lambda file: folder / file)
 
 
-def _open_hub(name: str, setting: str) -> Source:
+def _open_hub(name: str, setting: str) -> P3Source:
     """List a data set of the hub; its files are downloaded one by one when they are read."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -171,28 +171,28 @@ def _open_hub(name: str, setting: str) -> Source:
     return _make_source(name, shards, fetch=fetch)
 
 
-def _make_source(name: str, files: list[str], *, fetch: Callable[[str], Path]) -> Source:
+def _make_source(name: str, files: list[str], *, fetch: Callable[[str], Path]) -> P3Source:
     """Sort files by layout, config and split; exactly one layout must be there."""
-    found: dict[str, Splits] = {}
+    by_layout: dict[str, Splits] = {}
     for file in files:
         for layout, pattern in LAYOUTS.items():
             match = pattern.fullmatch(file)
             if match:
-                configs = found.setdefault(layout, {})
+                configs = by_layout.setdefault(layout, {})
                 configs.setdefault(match[1], {}).setdefault(match[2], []).append(file)
-    if not found:
+    if not by_layout:
         raise DataError(f"{name}: nothing of P3 here; looked for {LOOKED_FOR}")
-    if len(found) > 1:
-        kinds = ", ".join(sorted(found))
+    if len(by_layout) > 1:
+        kinds = ", ".join(sorted(by_layout))
         raise DataError(f"{name}: layouts side by side ({kinds}); keep one of {LOOKED_FOR}")
-    ((layout, splits),) = found.items()
+    ((layout, splits),) = by_layout.items()
     if layout == "parquet":
         for config, files_of in splits.items():
             for split, shards in files_of.items():
                 files_of[split] = all_shards(shards, where=f"{name}/{config}")
     elif layout == "saved":
         splits = {config: _saved_splits(fetch(files[""][0])) for config, files in splits.items()}
-    return Source(name=name, layout=layout, splits=splits, fetch=fetch)
+    return P3Source(name=name, layout=layout, splits=splits, fetch=fetch)
 
 
 def all_shards(shards: list[str], *, where: str) -> list[str]:
@@ -214,7 +214,7 @@ def _saved_splits(path: Path) -> dict[str, list[str]]:
         raise DataError(f"{path}: no list of splits ({first_line(error)}); save it anew") from error
 
 
-def _iter_entries(source: Source, config: str, split: str, intake: Intake) -> Iterator[Entry]:
+def _iter_entries(source: P3Source, config: str, split: str, intake: Intake) -> Iterator[Entry]:
     """Yield the rows of a split, file by file and lazily, with the wanted columns alone."""
     for file in source.splits[config][split]:
         path, where = source.fetch(file), f"{source.name}/{file}"

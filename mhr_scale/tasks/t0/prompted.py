@@ -20,18 +20,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.run.runlog import log
-from mhr_scale.tasks.json_lines import Line, iter_rows
+from mhr_scale.tasks.json_lines import JsonLine, iter_rows
 from mhr_scale.tasks.t0.held_out_rows import number_rows, read_saved
 from mhr_scale.tasks.t0.p3 import BATCH_ROWS, all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
-
-if TYPE_CHECKING:
-    from mhr_scale.tasks.t0.mixtures import T0Tasks
 
 SPLIT = "train"
 HUB = "hub"
@@ -40,12 +37,12 @@ LOOKED_FOR = (
     "save_to_disk at <dataset>[/<subset>]"
 )
 
-Reader = Callable[[str, Intake], Iterator[Line]]
+Reader = Callable[[str, Intake], Iterator[JsonLine]]
 """Reads the rows of a data set; takes the name under which bad lines are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class RawSource:
     """Where raw rows are, by `<dataset>[/<subset>]`, and the templates of prompts by P3's name."""
 
     name: str
@@ -54,35 +51,34 @@ class Source:
     prompter: Prompter
 
 
-def open_source(config: "T0Tasks", wanted: Mapping[str, str]) -> Source:
+def open_source(
+    name: str, wanted: Mapping[str, str], *, templates: Path, prompter: Prompter
+) -> RawSource:
     """Find the templates of the wanted prompts, and the rows of their data sets as far as there.
 
-    `wanted` has the `<dataset>[/<subset>]` of every prompt. Raises `DataError` naming every prompt
-    without a template.
+    `name` is `HUB` or a folder of raw rows, `templates` the folder of templates. `wanted` has the
+    `<dataset>[/<subset>]` of every prompt. Raises `DataError` naming every prompt without a
+    template.
     """
-    templates = _find_templates(Path(config.templates or ""), wanted)
-    folder = Path(config.source).expanduser()
-    if config.source != HUB and not folder.is_dir():
+    by_prompt = _find_templates(templates, wanted)
+    folder = Path(name).expanduser()
+    if name != HUB and not folder.is_dir():
         raise DataError(
-            f"tasks.source: no folder '{config.source}' (looked in {Path.cwd()}); with "
+            f"tasks.source: no folder '{name}' (looked in {Path.cwd()}); with "
             f"tasks.templates give a folder of raw rows or '{HUB}'"
         )
-    find = _find_on_hub if config.source == HUB else partial(_find_in_folder, folder)
-    found = {data_set: find(data_set) for data_set in sorted(set(wanted.values()))}
-    return Source(
-        name=config.source,
-        rows={data_set: reader for data_set, reader in found.items() if reader},
-        templates=templates,
-        prompter=Prompter(
-            max_characters=config.max_characters,
-            seed=config.seed,
-            empty_render=config.empty_render,
-        ),
+    find = _find_on_hub if name == HUB else partial(_find_in_folder, folder)
+    readers = {data_set: find(data_set) for data_set in sorted(set(wanted.values()))}
+    return RawSource(
+        name=name,
+        rows={data_set: reader for data_set, reader in readers.items() if reader},
+        templates=by_prompt,
+        prompter=prompter,
     )
 
 
 def read_examples(
-    source: Source,
+    source: RawSource,
     config: str,
     *,
     max_rows: int | None = None,
@@ -129,18 +125,18 @@ def read_examples(
 def _find_templates(folder: Path, wanted: Mapping[str, str]) -> dict[str, Template]:
     if not folder.is_dir():
         raise DataError(f"tasks.templates: no folder '{folder}' (looked in {Path.cwd()})")
-    found: dict[str, Template] = {}
+    by_prompt: dict[str, Template] = {}
     for data_set in sorted(set(wanted.values())):
         if (folder / data_set / FILE).is_file():
             templates = load_templates(folder, *_split(data_set))
-            found.update((template.config_name, template) for template in templates)
-    missing = sorted(wanted.keys() - found.keys())
+            by_prompt.update((template.config_name, template) for template in templates)
+    missing = sorted(wanted.keys() - by_prompt.keys())
     if missing:
         raise DataError(
             f"tasks.templates: {folder} lacks {len(missing)} of {len(wanted)} prompts: "
             f"{', '.join(missing)}; add their templates or name the other prompts in tasks.tasks"
         )
-    return {name: found[name] for name in wanted}
+    return {name: by_prompt[name] for name in wanted}
 
 
 def _split(data_set: str) -> tuple[str, str | None]:
@@ -180,11 +176,11 @@ def _find_in_folder(folder: Path, data_set: str) -> Reader | None:
     return next(iter(readers.values()), None)
 
 
-def _read_saved(folder: Path, _task: str, _intake: Intake) -> Iterator[Line]:
+def _read_saved(folder: Path, _task: str, _intake: Intake) -> Iterator[JsonLine]:
     return read_saved(folder)
 
 
-def _read_parquet(paths: list[Path]) -> Iterator[Line]:
+def _read_parquet(paths: list[Path]) -> Iterator[JsonLine]:
     from pyarrow.parquet import ParquetFile
 
     for path in paths:
@@ -196,7 +192,7 @@ def _read_parquet(paths: list[Path]) -> Iterator[Line]:
             yield from number_rows(rows, source=str(path))
 
 
-def _readable(lines: Iterator[Line], data_set: str) -> Iterator[Line]:
+def _readable(lines: Iterator[JsonLine], data_set: str) -> Iterator[JsonLine]:
     """Say of which data set the rows are that cannot be read any further."""
     try:
         yield from lines

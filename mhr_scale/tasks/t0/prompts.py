@@ -269,7 +269,7 @@ class _Block:
     fields: dict[str, Any]
 
 
-class _Loader(yaml.SafeLoader):
+class _TemplateLoader(yaml.SafeLoader):
     """PyYAML's safe loader, with promptsource's two tags and without keys that stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -287,7 +287,7 @@ class _Loader(yaml.SafeLoader):
 
 
 for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, _Loader.construct_block)
+    _TemplateLoader.add_constructor(_tag, _TemplateLoader.construct_block)
 
 
 def _source(dataset: str, subset: str | None) -> str:
@@ -306,7 +306,7 @@ def _nothing_here(folder: Path, wanted: str) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_TemplateLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -328,9 +328,9 @@ def _make_template(
     place = f"{place}: template '{fields['name']}'"
     if not isinstance(fields.get("answer_choices"), str | None):
         raise DataError(f"{place}: 'answer_choices' is no text")
-    if (found := fields["jinja"].count(SEPARATOR)) != 1:
+    if (n_separators := fields["jinja"].count(SEPARATOR)) != 1:
         raise DataError(
-            f"{place}: 'jinja' has {found} '{SEPARATOR}', expected <input> ||| <target>"
+            f"{place}: 'jinja' has {n_separators} '{SEPARATOR}', expected <input> ||| <target>"
         )
     for name in ("jinja", "answer_choices"):
         try:
