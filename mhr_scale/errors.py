@@ -1,7 +1,7 @@
-"""Errors meant for the person at the keyboard, and the names they may have meant.
+"""Errors meant for the user, and hints for misspelt names.
 
 Every `UserError` ends a launched verb with exit code 2 and one line: what is wrong, where, and the
-way out. Anything else that escapes is a defect of ours and keeps its traceback.
+way out. Any other exception is a bug of ours and keeps its traceback.
 """
 
 import json
@@ -30,24 +30,24 @@ __all__ = [
 ]
 
 
-#: Characters of an error's text: the place stands at its beginning, the way out at its end.
+#: Longest error text, in characters; the middle is cut, as the way out comes at the end.
 LONGEST_TEXT = 900
-#: Characters of a user's text that an error quotes.
+#: Longest quotation of a user's text in an error, in characters.
 LONGEST_QUOTE = 40
 
 
 class ExitCode(IntEnum):
-    """What a launched verb tells whoever started it; launch/README.md has the table."""
+    """Exit codes of a launched verb; launch/README.md has the table."""
 
     DONE = 0
     DEFECT = 1
-    """An error of ours, with a traceback."""
+    """A bug of ours, with a traceback."""
     MISTAKE = 2
     """A `UserError`, or a disk, memory or stuck rank that the user can mend: one line."""
     ANOTHER_RANK = 69
     """This rank is fine and another one is not; that one's code is the one to look at."""
     AGAIN = 75
-    """Stopped by a signal; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+    """Stopped by a signal; the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
@@ -93,15 +93,15 @@ class DivergenceError(UserError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the known word that begins so or is closest, or nothing."""
+    """Return `; did you mean 'x'?` for a known word with this prefix, or the closest; else ''."""
     known = list(known)
-    begun = [one for one in known if len(word) > 1 and one.startswith(word)]
-    matches = begun or get_close_matches(word, known, n=1, cutoff=0.6)
+    completions = [name for name in known if len(word) > 1 and name.startswith(word)]
+    matches = completions or get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def one_line(text: str) -> str:
-    """Text with what does not print escaped, and the middle left out of one that is very long."""
+    """Text with unprintable characters escaped, and the middle of very long text left out."""
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if len(printable) <= LONGEST_TEXT:
         return printable
@@ -110,21 +110,21 @@ def one_line(text: str) -> str:
 
 
 def some(names: Iterable[str], *, shown: int = 10) -> str:
-    """The first names and how many more there are."""
+    """The first names, and the number of further ones."""
     listed = list(names)
     rest = len(listed) - shown
     return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shortened(text: str) -> str:
-    """The text in quotes, or its beginning."""
+    """The text in quotes, cut if it is long."""
     return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
 
 
 def describe_fault(fault: Mapping[str, Any], place: Iterable[object]) -> str:
-    """The name that a place is called by, what pydantic says is wrong there, and what stands there.
+    """A pydantic error as text: the dotted name of its place, the message, and the value there.
 
-    Where something is missing, that is all there is to say.
+    For a missing value there is no value to show.
     """
     name = ".".join(str(step) for step in place)
     message = fault["msg"][0].lower() + fault["msg"][1:]
@@ -134,7 +134,7 @@ def describe_fault(fault: Mapping[str, Any], place: Iterable[object]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
+    """The message of another library's error, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     n_lines = 2 if lines and lines[0].endswith(":") else 1
     return " ".join(lines[:n_lines])[:200] or type(error).__name__

@@ -13,11 +13,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.wrapping import wrap
-from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import AdaptConfig, AdapterConfig, BackboneConfig, PretrainConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.families.packed import EncodedRow
+from mhr_scale.engine.opened import PlacedBackbone, place
+from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
@@ -50,38 +50,40 @@ def peak_of(action: Callable[[], object], device: torch.device) -> float:
     return float(peak)
 
 
-def open_model(backbone: BackboneConfig, make: Any) -> tuple[Engine, Any, Any, Blueprint]:
+def open_model(backbone: BackboneConfig, make: Any) -> tuple[PlacedBackbone, Any]:
+    """The backbone where a run would put it, and the adapter that `make` makes, bound to it."""
     blueprint = read_blueprint(backbone)
-    engine = Engine({}, timeout_seconds=60.0)
-    model = engine.build(backbone, blueprint)
-    adapter = make(model) if make is not None else None
-    if adapter is not None:
-        adapter.bind(wrap(model, adapter.sites))
-    return engine, engine.prepare(model, backbone), adapter, blueprint
+    with torch.device("meta"):
+        bare = make_model(blueprint)
+    adapter = make(bare)
+    placed = place(Engine({}, timeout_seconds=60.0), backbone, blueprint, adapter.sites)
+    adapter.bind(placed.adapted)
+    return placed, adapter
 
 
-def with_padding(batch: Any) -> Any:
-    """The same batch, its last row one token shorter: real masks shut something out."""
-    batch.attention_mask[-1, -1] = 0
-    return batch
+def with_padding(packed: Packed) -> Packed:
+    """The same rows, the last one token shorter: real masks shut something out."""
+    packed.inputs["attention_mask"][-1, -1] = 0
+    return packed
 
 
 def pretraining_peak(config: PretrainConfig, shape: Shape, *, n_tasks: int) -> float:
-    engine, model, adapter, _ = open_model(config.backbone, steps.fresh(config.adapter, n_tasks))
+    row_gradients = optim.has_row_gradients(config.optim)
+    make = steps.fresh(config.adapter, n_tasks, row_gradients=row_gradients)
+    placed, adapter = open_model(config.backbone, make)
     trainer = Trainer(
         config,
-        engine=engine,
-        model=model,
+        placed=placed,
         adapter=adapter,
         tokens=NOTHING,
         batches=NOTHING,
         backbone_facts={},
     )
-    batch = with_padding(steps.make_batch(shape))
+    packed = with_padding(placed.pack(steps.make_rows(shape)))
 
     def step() -> None:
-        trainer.accumulate([batch])
-        trainer.accumulate([batch])
+        trainer.accumulate([packed])
+        trainer.accumulate([packed])
         norm = optim.gradient_norm(adapter.parameters())
         optim.clip_gradients(adapter.parameters(), norm, 1.0)
         trainer.optimizer.step()
@@ -91,7 +93,7 @@ def pretraining_peak(config: PretrainConfig, shape: Shape, *, n_tasks: int) -> f
         step()
         step()
 
-    return peak_of(first_and_second, engine.device)
+    return peak_of(first_and_second, placed.device)
 
 
 def wave_peak(config: AdaptConfig, name: str, shape: Shape, *, n_jobs: int) -> float:
@@ -104,36 +106,31 @@ def wave_peak(config: AdaptConfig, name: str, shape: Shape, *, n_jobs: int) -> f
     def make(model: Any) -> Adapter:
         return stack(names, [alone(model)] * n_jobs, routing_only=variant.kind == "routing")
 
-    engine, model, adapter, _ = open_model(config.backbone, make)
+    placed, adapter = open_model(config.backbone, make)
     depth = shape.n_choices * shape.depth
-    padded = steps.train_row(replace(shape, width=shape.width - 1))
-    rows = [steps.train_row(shape)] * (shape.rows - 1) + [padded]
-    data: Any = steps.ShapedData(rows, (shape.width, depth))
+    *rows, last = steps.make_rows(shape)
+    data: Any = steps.ShapedData([*rows, shorter(last)], (shape.width, depth))
     members = [Member(Job(task=one, seed=0, variant=name), data, 100) for one in names]
     wave = Wave(config, variant, members, adapter, step=0)
-    model.train()
+    placed.model.train()
 
     def two_steps() -> None:
         for _ in range(2):
-            wave.train_step(model, device=engine.device, after_backward=lambda: None)
+            wave.train_step(placed)
 
-    return peak_of(two_steps, engine.device)
+    return peak_of(two_steps, placed.device)
+
+
+def shorter(row: EncodedRow) -> EncodedRow:
+    """The row with one input token less: it is padded, and its mask shuts something out."""
+    return replace(row, input_ids=row.input_ids[:-1])
 
 
 def scoring_peak(backbone: BackboneConfig, own: AdapterConfig, shape: Shape) -> float:
-    engine, model, adapter, _ = open_model(backbone, steps.fresh(own, shape.n_tasks))
-    model.eval()
-    rows = [
-        EncodedRow(
-            n,
-            n % shape.n_tasks,
-            [1] * (shape.width - (n == 0)),  # one is padded: its mask shuts something out
-            ([1] * shape.depth,) * shape.n_choices,
-        )
-        for n in range(shape.rows)
-    ]
-    rows = sorted(rows, key=lambda row: row.task)
+    placed, adapter = open_model(backbone, steps.fresh(own, shape.n_tasks))
+    placed.model.eval()
+    first, *rows = steps.make_rows(shape)
+    batch = [shorter(first), *rows]
     return peak_of(
-        lambda: scoring.rank_choices(model, adapter, rows, length_norm=1.0, device=engine.device),
-        engine.device,
+        lambda: scoring.rank_choices(placed, adapter, batch, length_norm=1.0), placed.device
     )

@@ -10,7 +10,12 @@ from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.sites import Site
 from mhr_scale.config import OptimConfig
 from mhr_scale.jobs.job_optim import clip_jobs, make_job_optimizer, set_job_rates
-from mhr_scale.training.optim import clip_gradients, gradient_norm, make_optimizer
+from mhr_scale.training.optim import (
+    clip_gradients,
+    gradient_norm,
+    has_row_gradients,
+    make_optimizer,
+)
 
 N_JOBS, STEPS, CLIP_NORM = 3, 12, 1.0
 PLACES = [f"job {number}" for number in range(N_JOBS)]
@@ -35,9 +40,10 @@ OPTIMIZERS = {
 }
 
 
-def make_alone(kind, job: int, dtype=torch.float64) -> Adapter:
+def make_alone(kind, job: int, dtype=torch.float64, *, row_gradients=False) -> Adapter:
     """A job as an adapter of one task; jobs that train routing only share their inventory."""
-    alone = Adapter(CONFIGS[kind], SITES, task_names=[f"job{job}"]).to(dtype)
+    names = [f"job{job}"]
+    alone = Adapter(CONFIGS[kind], SITES, task_names=names, row_gradients=row_gradients).to(dtype)
     is_frozen = kind == "routing only"
     randomise(alone, seed=0 if is_frozen else job)
     if is_frozen:
@@ -155,6 +161,7 @@ def assert_same(found, expected) -> None:
 
 def start(kind, optim, n_jobs=N_JOBS, dtype=torch.float64):
     """Jobs, their wave and its optimizer."""
-    alones = [make_alone(kind, job, dtype) for job in range(n_jobs)]
+    rows = has_row_gradients(optim)
+    alones = [make_alone(kind, job, dtype, row_gradients=rows) for job in range(n_jobs)]
     wave = make_wave(alones)
     return alones, wave, make_job_optimizer(wave, optim)

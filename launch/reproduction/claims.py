@@ -1,4 +1,4 @@
-"""The paper's claims, what they are compared by, and the rule for verdicts, fixed before a run.
+"""The paper's claims, the measures they compare, and the rule for verdicts, fixed before a run.
 
 A claim is compared over seeds, pair by pair (see `statistics`):
 
@@ -10,7 +10,7 @@ A claim is compared over seeds, pair by pair (see `statistics`):
 Verdicts, from the 95 % t interval of the mean: a difference or slope *holds* if the interval lies
 above 0, *does not hold* if it lies below, else *cannot be told*; `equal` holds if the interval lies
 inside the margin, does not hold if it lies outside, else cannot be told. An order holds if all its
-pairs hold, and does not if one does not. p values are shown, and decide nothing.
+pairs hold, and does not hold if one of them does not. p values are shown but decide nothing.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A sentence and the measures that speak of it."""
+    """A sentence of the paper and the measures that test it."""
 
     id: str
     place: str
-    """Where in the paper; `control` for what it does not have."""
+    """Where in the paper; `control` for comparisons that it does not make."""
     text: str
     kind: Literal["greater", "order", "equal", "slope"]
     terms: tuple[str, ...]
@@ -49,7 +49,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotRun:
-    """A claim that this study cannot speak of, and why."""
+    """A claim that this study cannot test, and why."""
 
     id: str
     place: str
@@ -59,7 +59,7 @@ class NotRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What came out for a claim on a suite."""
+    """The result for one claim on one suite."""
 
     suite: str
     claim: Claim
@@ -68,11 +68,11 @@ class Finding:
     verdict: Verdict
     seeds: tuple[int, ...] = ()
     parts: dict[str, Paired] = field(default_factory=dict)
-    """The comparisons, by what is compared."""
+    """The comparisons, by the names of what is compared."""
     p_t: float | None = None
     p_flip: float | None = None
     reason: str = ""
-    """Why there is no comparison."""
+    """Why there is none, if there is no comparison."""
 
 
 def _few(*ways: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ TABLES = "few-shot tables"
 
 
 def claims_of(suite: Suite) -> tuple[Claim, ...]:
-    """The claims that a suite has something to say on, in the order of the paper."""
+    """The claims that a suite can test, in the order of the paper."""
     toy = (*_HEADS, *_SHARED_ROUTING) if suite.name == "toy" else ()
     controls = _CONTROLS if suite.name == "toy" else ()
     return (*_FEW_SHOT, *toy, *_AVERAGES, *_zero_shot(suite), *_alignment(suite), *controls)
@@ -216,7 +216,7 @@ _CONTROLS = (
 
 def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
     place, first, last = "Tab. 5", suite.steps[1], suite.steps[-1]
-    made = [
+    claims = [
         _greater(
             f"steps-{way.lower()}",
             place,
@@ -227,7 +227,7 @@ def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
         for way in ("Poly-mu", "MHR-mu")
     ]
     for k in dict.fromkeys((first, last)):
-        made += [
+        claims += [
             _greater(
                 f"zero-{way.lower()}-{k}",
                 place,
@@ -237,7 +237,7 @@ def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
             )
             for way in ("Poly-mu", "MHR-mu")
         ]
-    made.append(
+    claims.append(
         _greater(
             "zero-heads",
             place,
@@ -246,7 +246,7 @@ def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
             f"zero_shot/Poly-mu/{first}",
         )
     )
-    made.append(
+    claims.append(
         _equal(
             "steps-lora",
             place,
@@ -255,7 +255,7 @@ def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
             "zero_shot/LoRA/0",
         )
     )
-    return tuple(made)
+    return tuple(claims)
 
 
 def _alignment(suite: Suite) -> tuple[Claim, ...]:
@@ -307,12 +307,12 @@ NOT_RUN = (
 
 
 def judge(suite: Suite, measured: Measured) -> list[Finding]:
-    """What came out for every claim of a suite."""
+    """The result for every claim of a suite."""
     return [judge_claim(suite, claim, measured) for claim in claims_of(suite)]
 
 
 def judge_claim(suite: Suite, claim: Claim, measured: Measured) -> Finding:
-    """What came out for one claim, over the seeds that have all its measures."""
+    """The result for one claim, over the seeds that have all its measures."""
     missing = [term for term in claim.terms if term not in measured.values]
     seeds, values = measured.paired(*claim.terms)
     if missing or not seeds:
@@ -325,16 +325,16 @@ def judge_claim(suite: Suite, claim: Claim, measured: Measured) -> Finding:
             reason=reason,
         )
     parts = _parts(claim, values, suite.margin)
-    found = list(parts.values())
+    comparisons = list(parts.values())
     return Finding(
         suite=suite.name,
         claim=claim,
         margin=suite.margin,
-        verdict=verdict_of_all([verdict(one, claim, suite.margin) for one in found]),
+        verdict=verdict_of_all([verdict(paired, claim, suite.margin) for paired in comparisons]),
         seeds=tuple(seeds),
         parts=parts,
-        p_t=_largest([one.p_t for one in found]),
-        p_flip=_largest([one.p_flip for one in found]),
+        p_t=_largest([paired.p_t for paired in comparisons]),
+        p_flip=_largest([paired.p_flip for paired in comparisons]),
     )
 
 
@@ -343,17 +343,17 @@ def _parts(claim: Claim, values: Sequence[Sequence[float]], margin: float) -> di
     if claim.kind == "slope":
         slopes = slopes_over_log2(dict(zip(claim.keys, values, strict=True)))
         return {"slope over log2": against_zero(slopes)}
-    made = {}
+    parts = {}
     for (first, a), (second, b) in pairwise(zip(claim.terms, values, strict=True)):
         differences = [x - y for x, y in zip(a, b, strict=True)]
         is_equal = claim.kind == "equal"
         paired = within(differences, margin) if is_equal else against_zero(differences)
-        made[f"{first} - {second}"] = paired
-    return made
+        parts[f"{first} - {second}"] = paired
+    return parts
 
 
 def verdict(paired: Paired, claim: Claim, margin: float) -> Verdict:
-    """The declared rule, for one comparison."""
+    """The declared rule, applied to one comparison."""
     low, high = paired.low, paired.high
     if low is None or high is None:
         return "cannot be told"
@@ -367,10 +367,10 @@ def verdict(paired: Paired, claim: Claim, margin: float) -> Verdict:
 
 
 def verdict_of_all(verdicts: Sequence[Verdict]) -> Verdict:
-    """All parts have to hold; one that does not decides."""
+    """All comparisons have to hold; a single one that does not hold decides."""
     if "does not hold" in verdicts:
         return "does not hold"
-    return "holds" if all(one == "holds" for one in verdicts) else "cannot be told"
+    return "holds" if all(verdict == "holds" for verdict in verdicts) else "cannot be told"
 
 
 def _largest(p_values: Sequence[float | None]) -> float | None:
@@ -380,9 +380,9 @@ def _largest(p_values: Sequence[float | None]) -> float | None:
 
 def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     """Findings with Holm's correction over all of them that have a p, by both tests."""
-    made = [{**asdict(finding), "p_t_holm": None, "p_flip_holm": None} for finding in findings]
+    entries = [{**asdict(finding), "p_t_holm": None, "p_flip_holm": None} for finding in findings]
     for name in ("p_t", "p_flip"):
-        tested = [entry for entry in made if entry[name] is not None]
+        tested = [entry for entry in entries if entry[name] is not None]
         for entry, adjusted in zip(tested, holm([e[name] for e in tested]), strict=True):
             entry[f"{name}_holm"] = adjusted
-    return made
+    return entries

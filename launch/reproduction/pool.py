@@ -1,7 +1,7 @@
-"""Units in worker processes: dependencies, progress with time left, failures named at once.
+"""Units in worker processes: dependencies, progress with the time left, failures logged at once.
 
-A process per unit, forked from a server that has imported everything: a unit that is killed takes
-nothing with it, and starts in no time. Asked to stop, the pool asks its units, which save.
+Every unit has its own process, forked from a server that has imported everything: it starts fast,
+and if it is killed nothing else is affected. When asked to stop, the pool asks its units to save.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from reproduction.units_to_run import Unit
 
 Fate = Literal["done", "diverged", "failed", "left out"]
 
-#: What units see of the machine: one thread of one core each, and no accelerator.
+#: The environment of units: one thread each, and no accelerator.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "TOKENIZERS_PARALLELISM": "false",
 }
-#: What the server imports once; the latter are what verbs import when they run, seconds per unit.
+#: Imported once by the server: the units, and what verbs import late, which takes seconds.
 PRELOADED = [
     "reproduction.units",
     "deepspeed",
@@ -44,7 +44,7 @@ PRELOADED = [
 
 @dataclass(slots=True)
 class Clock:
-    """How much is done of all that is to be done, in expected seconds, and how long it took."""
+    """Progress in expected seconds, and the time it took; from both, the time left."""
 
     total: float
     workers: int
@@ -53,7 +53,7 @@ class Clock:
     took: float = 0.0
     """What they took."""
     settled: float = 0.0
-    """Expected seconds of what need not run any more, those included."""
+    """Expected seconds of all units that need not run any more, those included."""
 
     def end(self, unit: Unit, seconds: float) -> None:
         """A unit has ended."""
@@ -66,7 +66,7 @@ class Clock:
         self.settled += unit.seconds
 
     def left(self) -> str:
-        """The time left, by what units have taken so far."""
+        """The time left, extrapolated from the units that have ended."""
         pace = self.took / self.expected if self.expected else 1.0
         seconds = max(0.0, self.total - self.settled) * pace / self.workers
         return as_time(seconds)
@@ -82,7 +82,7 @@ class Pool:
     clock: Clock
     fates: dict[str, Fate] = field(default_factory=dict)
     processor_seconds: float = 0.0
-    """What all finished units have taken, in earlier starts too."""
+    """Of all finished units, those of earlier starts included."""
 
     @property
     def failed(self) -> list[str]:
@@ -143,14 +143,14 @@ class Pool:
         return all(self.fates.get(name) == "done" for name in unit.needs)
 
     def _leave_out(self, waiting: list[Unit]) -> None:
-        """Take out what can never run: it is diverged where a rate was tried, else left out."""
+        """Remove units that can never run: diverged if what they need is, else left out."""
         for unit in list(waiting):
-            found = {self.fates.get(name) for name in unit.needs} - {None, "done"}
-            if not found:
+            faults = {self.fates.get(name) for name in unit.needs} - {None, "done"}
+            if not faults:
                 continue
             waiting.remove(unit)
             self.clock.skip(unit)
-            if found == {"diverged"}:
+            if faults == {"diverged"}:
                 write_record(self.root, unit, "diverged", begun=None)
                 self.fates[unit.name] = "diverged"
             else:
@@ -164,10 +164,11 @@ class Pool:
             self.processor_seconds += record.processor_seconds
         else:
             file = log_file(self.root, unit)
-            log.error("%s failed (%s): %s; %s", unit.name, _said(code), _last_line(file), file)
+            ending = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+            log.error("%s failed (%s): %s; %s", unit.name, ending, _last_line(file), file)
 
     def _stop(self, running: dict[ForkServerProcess, tuple[Unit, float]]) -> None:
-        """Ask the running units to save and leave, wait for them, and leave too."""
+        """Ask the running units to save and exit, wait for them, and raise `Stopped`."""
         log.info("stopping: %d unit(s) save what they have", len(running))
         for process in running:
             process.terminate()
@@ -176,11 +177,7 @@ class Pool:
         raise stopping.stop("finished units are kept, the others go on from their last save")
 
 
-def _said(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-
-
 def _last_line(file: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not empty."""
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

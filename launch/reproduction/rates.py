@@ -1,9 +1,10 @@
 """The choice of learning rates from the scores on the search tasks.
 
-A family's pre-training rate is that with the highest mean, over its ways to adapt, of the best
-score of each; the rates of each way are the best at it. A rate that diverged for any task is never
-chosen. Of equal scores the lower rate counts. For zero-shot, where inputs differ from those of
-few-shot, the pre-training rate with the highest mean score over the numbers of extra steps.
+A family's pre-training rate is the one with the highest mean, over its ways to adapt, of each way's
+best score; the rates of each way are the best ones at that pre-training rate. A rate that diverged
+on any task is never chosen. Of equal scores the lower rate wins. For zero-shot, where inputs differ
+from those of few-shot, it is the pre-training rate with the highest mean score over the numbers of
+extra steps.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from reproduction.units_to_run import SEARCH, Rate, Rates, candidates, unit_name
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One point of the grid and its score; None where it diverged or is missing."""
+    """One point of the grid and its score; None if it diverged or is missing."""
 
     family: str
     regime: str
@@ -51,12 +52,12 @@ def _few_shot(
     regime = suite.regimes[0]
     name = unit_name(suite, SEARCH, "adapt", regime, method.name, f"{lr:g}")
     is_there = fates.get(name) in ("done", "diverged") and (root / name).is_dir()
-    found = compare(read_all_results(root / name))["variants"] if is_there else {}
+    variants = compare(read_all_results(root / name))["variants"] if is_there else {}
     trials = []
     for kind in dict.fromkeys(method.ways.values()):
         for variant, rate in candidates(method, kind, suite.grid).items():
-            values = found.get(variant, {})
-            is_whole = values.get("seeds") and not values["incomplete_seeds"]
+            values = variants.get(variant, {})
+            is_complete = values.get("seeds") and not values["incomplete_seeds"]
             trials.append(
                 Trial(
                     family=method.name,
@@ -65,7 +66,7 @@ def _few_shot(
                     pretrain_lr=lr,
                     lr=rate.lr,
                     routing_lr=rate.routing_lr,
-                    score=values["mean"] if is_whole else None,
+                    score=values["mean"] if is_complete else None,
                 )
             )
     return trials
@@ -77,7 +78,7 @@ def _zero_shot(
     regime = suite.regimes[-1]
     tail = (regime, method.name, f"{lr:g}")
     names = [unit_name(suite, SEARCH, "evaluate", *tail, k) for k in suite.steps]
-    is_whole = all(fates.get(name) == "done" for name in names)
+    is_complete = all(fates.get(name) == "done" for name in names)
     return Trial(
         family=method.name,
         regime=regime,
@@ -85,12 +86,12 @@ def _zero_shot(
         pretrain_lr=lr,
         lr=None,
         routing_lr=None,
-        score=fmean(zero_shot_score(root / name) for name in names) if is_whole else None,
+        score=fmean(zero_shot_score(root / name) for name in names) if is_complete else None,
     )
 
 
 def choose(suite: Suite, trials: list[Trial]) -> dict[str, Rates]:
-    """The rates of every family that has a whole row of scores; the others are named in the log."""
+    """The rates of every family with a score for all its ways; the log names the others."""
     chosen: dict[str, Rates] = {}
     for method in suite.searched:
         rates = _choose(method, [trial for trial in trials if trial.family == method.name], suite)
@@ -109,9 +110,9 @@ def _choose(method: Method, trials: list[Trial], suite: Suite) -> Rates | None:
             kind: _top([t for t in trials if t.way == kind and t.pretrain_lr == lr])
             for kind in kinds
         }
-        whole = {kind: trial for kind, trial in tops.items() if trial is not None}
-        if len(whole) == len(kinds):
-            best[lr] = whole
+        scored = {kind: trial for kind, trial in tops.items() if trial is not None}
+        if len(scored) == len(kinds):
+            best[lr] = scored
     if not best:
         return None
     few = max(best, key=lambda lr: (fmean(_score(t) for t in best[lr].values()), -lr))
@@ -127,7 +128,7 @@ def _choose(method: Method, trials: list[Trial], suite: Suite) -> Rates | None:
 
 
 def _top(trials: list[Trial]) -> Trial | None:
-    """The trial with the highest score, of equal ones the one with the lowest rates."""
+    """The trial with the highest score; of equal ones, the one with the lowest rates."""
     scored = [trial for trial in trials if trial.score is not None]
     if not scored:
         return None
@@ -142,7 +143,7 @@ def _score(trial: Trial) -> float:
 
 
 def to_json(trials: list[Trial], chosen: Mapping[str, Rates]) -> dict[str, Any]:
-    """The whole grid and what was chosen from it."""
+    """All trials of the grid, and the rates chosen from it."""
     return {
         "trials": [asdict(trial) for trial in trials],
         "chosen": {family: asdict(rates) for family, rates in chosen.items()},

@@ -1,7 +1,7 @@
-"""From the files of finished units to measures: one number per measure and seed.
+"""Measures read from the files of finished units: one number per measure and seed.
 
 few_shot/<way>              mean score over the held-out tasks
-zero_shot/<way>/<k>         the same without any shot, after k extra steps
+zero_shot/<way>/<k>         the same without training examples, after k extra steps
 alignment/<regime>/<method> mean gradient cosine over pairs of training tasks
 loss/<regime>/<method>      validation loss on the training tasks, at the end
 """
@@ -35,13 +35,13 @@ class Measured:
     )
     """By few-shot measure, seed and task."""
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By few-shot measure: numbers trained on the tasks together, and on one new task."""
+    """By few-shot measure: parameters trained on all tasks together, and on one new task."""
 
     def paired(self, *measures: str) -> tuple[list[int], list[list[float]]]:
         """The seeds that all measures have, and the values of each over them."""
-        found = [self.values.get(measure, {}) for measure in measures]
-        seeds = sorted(set.intersection(*(set(values) for values in found)))
-        return seeds, [[values[seed] for seed in seeds] for values in found]
+        columns = [self.values.get(measure, {}) for measure in measures]
+        seeds = sorted(set.intersection(*(set(values) for values in columns)))
+        return seeds, [[values[seed] for seed in seeds] for values in columns]
 
     def to_json(self) -> dict[str, Any]:
         """Every number with its seed."""
@@ -60,7 +60,7 @@ def _by_seed(values: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def measure(suite: Suite, root: Path, fates: Mapping[str, str]) -> Measured:
-    """Read what the finished units of the study have left."""
+    """Read the results of the finished units of the study."""
     measured = Measured()
     for seed in suite.seeds:
         for method in suite.methods:
@@ -84,7 +84,7 @@ def _few_shot(
     for way, values in compare(read_all_results(root / name))["variants"].items():
         key = f"few_shot/{way}"
         measured.values[key][seed] = values["mean"]
-        measured.per_task[key][seed] = values["median_per_task"]  # of the one seed there is
+        measured.per_task[key][seed] = values["median_per_task"]  # a unit has one seed
         measured.parameters[key] = (values["multi_task_numbers"], values["adaptation_numbers"])
 
 
@@ -113,7 +113,7 @@ def zero_shot_score(folder: Path) -> float:
 
 def alignment(folder: Path) -> float:
     """Mean cosine of an analysis; raises `RunError` where it has none."""
-    found = read_object(folder / ANALYSIS, RunError, way_out=WAY_OUT)["alignment"]
-    if found is None:
+    measured = read_object(folder / ANALYSIS, RunError, way_out=WAY_OUT)["alignment"]
+    if measured is None:
         raise RunError(f"{folder / ANALYSIS}: holds no gradient alignment; delete {folder}")
-    return float(found["mean"])
+    return float(measured["mean"])

@@ -1,8 +1,8 @@
 """Paired comparisons over seeds: intervals, t-tests, exact sign-flip tests, Holm's correction.
 
-Seeds are the unit: one difference per seed, two methods having the split, the shots and the order
-of a seed in common. With few seeds the sign-flip test cannot be small whatever is seen: its least
-two-sided p is 2 / 2**n, 0.0625 for five seeds.
+Seeds are the samples: one difference per seed, in which two methods share the task split, the shots
+and their order. With few seeds p of the sign-flip test is never small: its least two-sided value is
+2 / 2**n, 0.0625 for five seeds.
 """
 
 import math
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paired:
-    """One sample of differences; what a single seed cannot tell is None."""
+    """Statistics of one sample of differences; None where they need more than one seed."""
 
     n: int
     mean: float
@@ -95,14 +95,14 @@ def _flip(values: Sequence[float], alternative: str) -> float | None:
     """p of the exact sign-flip test of a mean of 0."""
     if len(values) < 2:
         return None
-    found: Any = stats.permutation_test(
+    outcome: Any = stats.permutation_test(
         (np.array(values, dtype=float),),
         np.mean,
         permutation_type="samples",
         n_resamples=np.inf,
         alternative=alternative,
     )
-    return float(found.pvalue)
+    return float(outcome.pvalue)
 
 
 def _larger(first: float | None, second: float | None) -> float | None:

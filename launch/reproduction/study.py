@@ -1,9 +1,9 @@
-"""The whole study: search, choice of rates, seeds, and what came out, in one folder.
+"""The whole study in one folder: the search for rates, all seeds, results and verdicts.
 
 <folder>/  results.json   every number with its seed, the grid of rates and what was chosen
            claims.json    every claim with its comparison and verdict
-           tables.md      both, to be read
-           study.json     what this folder is for, so that it goes on with nothing else
+           tables.md      both, as tables for readers
+           study.json     size of the study, which later starts have to match
            toy/, superni/, records/, logs/   the units (see `units`)
 """
 
@@ -38,7 +38,7 @@ class Options:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are errors like any other."""
+    """A parser that raises `ConfigError` instead of exiting."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(f"{message}; --help shows what there is")
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str], *, launch: Path) -> Options:
     """Read the command line; `launch` is the folder that holds `recipes/`.
 
-    Raises `ConfigError` for what it does not know.
+    Raises `ConfigError` for arguments that it does not know.
     """
     parser = _Parser(
         prog="python launch/reproduce.py",
@@ -78,29 +78,29 @@ def parse(argv: Sequence[str], *, launch: Path) -> Options:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A suite with its tasks and the units it is searched with."""
+    """A suite with its tasks and its units."""
 
     suite: Suite
     data: Data
     search: list[Unit]
     expected: list[Unit]
-    """The units of the study, for counting; their rates are chosen after the search."""
+    """The units of the study, to count them; their rates are chosen after the search."""
 
 
 def reproduce(options: Options) -> Path:
-    """Run what is not done yet and write what came out; returns the folder.
+    """Run what is not done yet and write the results; returns the folder.
 
-    The same command goes on. Raises `RunError` at the end if a unit failed.
+    The same command continues the study. Raises `RunError` at the end if a unit failed.
     """
     folder = options.folder
     opened = [_open(SUITES[name], options) for name in options.suites]
     _check_folder(options)
-    units = [unit for one in opened for unit in (*one.search, *one.expected)]
+    units = [unit for entry in opened for unit in (*entry.search, *entry.expected)]
     clock = Clock(total=sum(unit.seconds for unit in units), workers=options.workers)
     log.info(
         "%d units (%s), about %.0f minutes on %d core(s) of their own%s",
         len(units),
-        ", ".join(f"{one.suite.name}: {len(one.search)} + {len(one.expected)}" for one in opened),
+        ", ".join(f"{e.suite.name}: {len(e.search)} + {len(e.expected)}" for e in opened),
         clock.total / options.workers / 60,
         options.workers,
         "; quick: the figures tell nothing" if options.is_quick else "",
@@ -108,9 +108,8 @@ def reproduce(options: Options) -> Path:
     pool = Pool(folder, options.recipes, options.workers, clock)
     written: dict[str, dict[str, Any]] = {}
     findings: list[claims.Finding] = []
-    for one in opened:
-        found, judged = _run_suite(one, pool)
-        written[one.suite.name] = found
+    for entry in opened:
+        written[entry.suite.name], judged = _run_suite(entry, pool)
         findings += judged
         _write(options, written, findings, pool)
     failed = pool.failed
@@ -131,8 +130,9 @@ def _open(suite: Suite, options: Options) -> _Opened:
     suite = quick(suite) if options.is_quick else replace(suite, seeds=seeds)
     data = open_data(suite, root=options.folder, shared=options.shared)
     search = search_units(suite, data, options.folder)
-    some = {method.name: _any_rates(suite) for method in suite.searched}
-    return _Opened(suite, data, search, study_units(suite, data, options.folder, some))
+    rates_for_counting = {method.name: _any_rates(suite) for method in suite.searched}
+    expected = study_units(suite, data, options.folder, rates_for_counting)
+    return _Opened(suite, data, search, expected)
 
 
 def _any_rates(suite: Suite) -> Rates:
@@ -144,7 +144,7 @@ def _any_rates(suite: Suite) -> Rates:
 
 
 def _check_folder(options: Options) -> None:
-    """Raise `RunError` if the folder is for a study of another size."""
+    """Raise `RunError` if the folder holds a study of another size."""
     file = options.folder / "study.json"
     purpose = {"quick": options.is_quick, "seeds": options.seeds}
     if not file.exists():
@@ -156,17 +156,17 @@ def _check_folder(options: Options) -> None:
         raise RunError(f"{file}: the folder is for {before}, not {purpose}; use another --folder")
 
 
-def _run_suite(one: _Opened, pool: Pool) -> tuple[dict[str, Any], list[claims.Finding]]:
+def _run_suite(opened: _Opened, pool: Pool) -> tuple[dict[str, Any], list[claims.Finding]]:
     """Search, choose, run, measure, judge."""
-    suite = one.suite
+    suite = opened.suite
     log.info("%s: learning rates, on training tasks", suite.name)
-    pool.run(one.search)
+    pool.run(opened.search)
     trials = rates.read_trials(suite, pool.root, pool.fates)
     chosen = rates.choose(suite, trials)
     log.info("%s: %d seeds", suite.name, len(suite.seeds))
-    pool.run(study_units(suite, one.data, pool.root, chosen))
+    pool.run(study_units(suite, opened.data, pool.root, chosen))
     measured = results.measure(suite, pool.root, pool.fates)
-    found = {
+    numbers = {
         "title": suite.title,
         "metric": suite.metric,
         "seeds": list(suite.seeds),
@@ -177,11 +177,11 @@ def _run_suite(one: _Opened, pool: Pool) -> tuple[dict[str, Any], list[claims.Fi
             {"name": method.name, "ways": list(method.ways), "note": method.note}
             for method in suite.methods
         ],
-        "search_tasks": one.data.searched,
+        "search_tasks": opened.data.searched,
         "rates": rates.to_json(trials, chosen),
         **measured.to_json(),
     }
-    return found, claims.judge(suite, measured)
+    return numbers, claims.judge(suite, measured)
 
 
 def _write(
@@ -190,7 +190,7 @@ def _write(
     findings: Sequence[claims.Finding],
     pool: Pool,
 ) -> None:
-    """Write all three files from what is there so far."""
+    """Write all three files from the results so far."""
     numbers = {
         "schema": 1,
         "quick": options.is_quick,

@@ -1,6 +1,7 @@
 """The two suites of the study: methods, the ways each is adapted, and the size of everything.
 
-A suite has two sizes: the study, and a quick one that goes the same way and tells nothing.
+A suite has two sizes: the study, and a quick one that runs the same code and whose figures mean
+nothing.
 """
 
 from dataclasses import dataclass, field, replace
@@ -8,22 +9,22 @@ from typing import Literal
 
 Kind = Literal["full", "routing", "average", "soup"]
 
-#: Seed of the tasks that learning rates are chosen on; never one of the study's.
+#: Seed of the tasks that learning rates are chosen on; the study never uses it.
 SEARCH_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """What is pre-trained, and the ways in which that is adapted, by their names in tables."""
+    """What is pre-trained, and the ways to adapt it, by their names in tables."""
 
     name: str
     settings: tuple[str, ...] = ()
     """Overrides of the pre-training recipe."""
     ways: dict[str, Kind]
     family: str
-    """The method whose chosen learning rates it takes; its own name where it is searched."""
+    """The method whose learning rates it uses; its own name if they are searched for it."""
     instruction: str | None = None
-    """What its inputs say of the task, where that is not the regime's to say (toy)."""
+    """The instruction in its inputs, if not that of the regime (toy)."""
     note: str = ""
 
     @property
@@ -52,23 +53,23 @@ class Suite:
     """Points within which two methods count as about equal."""
     methods: tuple[Method, ...]
     zero_shot: dict[str, str]
-    """Name in tables of every method that is averaged and asked zero-shot, by method."""
+    """Name in tables of every method that is averaged and evaluated zero-shot, by method."""
     aligned: tuple[str, ...]
     """Methods whose gradients are compared."""
     regimes: tuple[str, ...]
-    """Instructions under which zero-shot methods and gradients are run; the first: few-shot."""
+    """Instructions for zero-shot evaluation and gradients; few-shot uses the first."""
     steps: tuple[int, ...]
     """Extra steps k of the averaged adapters."""
     grid: Grid
     n_search: int
-    """Training tasks that learning rates are chosen on, the others being trained on."""
+    """Training tasks that learning rates are chosen on; the search trains on the others."""
     n_held_out: int
-    """Held-out tasks adapted to and asked zero-shot, the first ones."""
+    """Held-out tasks that are adapted to and evaluated zero-shot, the first ones."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Further overrides of every recipe, by verb."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What a unit of each verb takes on one core (adapt: per way and task), for the time left."""
+    """Expected time of a unit of each verb on one core (adapt: per way and task)."""
 
     def method(self, name: str) -> Method:
         """A method by its name."""
@@ -87,7 +88,7 @@ def _adapter(**values: object) -> tuple[str, ...]:
 LORA = _adapter(n_skills=1, n_splits=1)
 
 
-#: The methods that both suites have.
+#: The methods of both suites.
 SHARED_METHODS = (
     Method(name="LoRA", settings=LORA, ways={"LoRA": "full"}, family="LoRA"),
     Method(
@@ -252,7 +253,7 @@ QUICK_OVERRIDES = {
 
 
 def quick(suite: Suite) -> Suite:
-    """The same way at a size that tells nothing: two of everything, and three steps."""
+    """The suite at a size whose figures mean nothing: two of everything, and three steps."""
     return replace(
         suite,
         methods=tuple(method for method in suite.methods if method.name in QUICK_METHODS),

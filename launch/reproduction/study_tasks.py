@@ -1,7 +1,7 @@
 """Which tasks the units of a suite read: those of a seed, and those of the search for rates.
 
-The search never sees a task that the study holds out. Toy: its tasks are held out under no seed of
-the study. SuperNI: its tasks are training tasks, in a folder of their own whose lists say so.
+The search never sees a task that the study holds out. Toy: tasks that are held out under no seed of
+the study. SuperNI: training tasks, listed in a folder that is written for the search.
 """
 
 import json
@@ -27,7 +27,7 @@ class Data:
     """Overrides that name the tasks, by verb."""
 
     study: Callable[[int], Overrides]
-    """Those of a seed of the study."""
+    """Those of one seed of the study."""
     search: Overrides
     searched: list[str]
     """Names of the tasks that rates are chosen on."""
@@ -73,13 +73,15 @@ def _superni(suite: Suite, root: Path, shared: Path) -> Data:
     names = _read_list(lists)
     random.Random(seed_from("search tasks", SEARCH_SEED)).shuffle(names)
     searched, fit = sorted(names[: suite.n_search]), sorted(names[suite.n_search :])
-    made = root / suite.name / "search_tasks"
-    _write_lists(made, folder / "tasks", train=fit, test=searched)
-    held_out = _first(_read_list(lists.with_name("test_tasks.txt")), suite)
+    search_folder = root / suite.name / "search_tasks"
+    _write_lists(search_folder, folder / "tasks", train=fit, test=searched)
+    held_out = _read_list(lists.with_name("test_tasks.txt"))
+    subset = (f"tasks.tasks={json.dumps(held_out[: suite.n_held_out])}",)
+    chosen = subset if suite.n_held_out < len(held_out) else ()
 
-    def overrides(place: Path, seed: int, *chosen: str) -> Overrides:
+    def overrides(place: Path, seed: int, *further: str) -> Overrides:
         tasks = (f"tasks.folder={place}", f"tasks.seed={seed}")
-        few = (*tasks, *chosen)
+        few = (*tasks, *further)
         return {
             "pretrain": (f"backbone.name={backbone}", *tasks),
             "adapt": few,
@@ -87,17 +89,10 @@ def _superni(suite: Suite, root: Path, shared: Path) -> Data:
         }
 
     return Data(
-        study=lambda seed: overrides(folder, seed, *held_out),
-        search=overrides(made, SEARCH_SEED),
+        study=lambda seed: overrides(folder, seed, *chosen),
+        search=overrides(search_folder, SEARCH_SEED),
         searched=searched,
     )
-
-
-def _first(names: list[str], suite: Suite) -> tuple[str, ...]:
-    """The override that keeps the first held-out tasks, where the suite takes not all of them."""
-    if suite.n_held_out >= len(names):
-        return ()
-    return (f"tasks.tasks={json.dumps(names[: suite.n_held_out])}",)
 
 
 def _read_list(file: Path) -> list[str]:
@@ -105,7 +100,7 @@ def _read_list(file: Path) -> list[str]:
 
 
 def _write_lists(folder: Path, tasks: Path, *, train: list[str], test: list[str]) -> None:
-    """A SuperNI folder over the same task files with other lists."""
+    """A SuperNI folder with other lists, linked to the same task files."""
     splits = folder / "splits" / "default"
     splits.mkdir(parents=True, exist_ok=True)
     write_text(splits / "train_tasks.txt", "\n".join(train) + "\n")

@@ -1,6 +1,6 @@
-"""tables.md: what results.json and claims.json say, as tables for people.
+"""tables.md: results.json and claims.json as tables for readers.
 
-Made from those two alone; a number that is not in them is not in a table.
+Every number comes from these two files.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,17 +29,16 @@ def write(results: Mapping[str, Any], claims: Mapping[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(_cell(word) for word in line) + " |\n" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A Markdown table."""
+    text = ""
+    for line in [head, ["---"] * len(head), *rows]:
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def spread(values: Mapping[str, float] | None, *, digits: int = 1) -> str:
-    """Mean and standard deviation over seeds; their number where it is one."""
+    """Mean and standard deviation over seeds; with one seed, a remark instead of the latter."""
     if not values:
         return NOTHING
     mean, std = mean_and_std(list(values.values()))
@@ -72,8 +71,8 @@ def _zero_shot(suite: Mapping[str, Any]) -> str:
 
 def _alignment(suite: Mapping[str, Any]) -> str:
     def row(kind: str, name: str) -> list[str]:
-        found = (suite["measures"].get(f"{kind}/{regime}/{name}") for regime in suite["regimes"])
-        return [spread(values, digits=3) for values in found]
+        keys = (f"{kind}/{regime}/{name}" for regime in suite["regimes"])
+        return [spread(suite["measures"].get(key), digits=3) for key in keys]
 
     rows = [
         [name, *row("alignment", name), *row("loss", name)]
@@ -106,7 +105,7 @@ def _rates(suite: Mapping[str, Any]) -> str:
 
 
 def _rate(kind: str, rate: Mapping[str, float], is_routed: bool) -> str:
-    """The rates that a way to adapt uses."""
+    """The learning rates that a way to adapt uses."""
     words = [] if kind == "routing" else [f"{rate['lr']:g}"]
     if kind == "routing" or (kind == "full" and is_routed):
         words.append(f"logits {rate['routing_lr']:g}")

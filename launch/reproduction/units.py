@@ -1,8 +1,8 @@
-"""Running one unit, in a process of its own with one thread, and the record that it is done.
+"""Running one unit in a single-threaded process, and the record that it is done.
 
-<root>/<unit>/               the verb's own run folder, in which it goes on after an interruption
+<root>/<unit>/               the verb's run folder, in which it resumes after an interruption
 <root>/records/<unit>.json   written when it is done: its settings, outcome and seconds
-<root>/logs/<unit>.log       what it said
+<root>/logs/<unit>.log       its stdout and stderr
 """
 
 import dataclasses
@@ -48,25 +48,25 @@ VERBS: dict[str, tuple[type, Callable[[Any], object]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What a finished unit leaves."""
+    """The record of a finished unit."""
 
     settings: tuple[str, ...]
     outcome: Outcome
     seconds: float
     """Wall-clock time of its last start."""
     processor_seconds: float
-    """Processor time of its last start: what it takes on a core of its own."""
+    """Processor time of its last start, as on a core of its own."""
 
 
 def log_file(root: Path, unit: Unit) -> Path:
-    """What the unit said."""
+    """The log of a unit."""
     return root / "logs" / f"{unit.name}.log"
 
 
 def read_record(root: Path, unit: Unit) -> Record | None:
-    """The record of a finished unit, or None; without its run folder it is not finished.
+    """The record of a unit; None if it is not finished, or its run folder is gone.
 
-    Raises `RunError` if it is damaged, or of a unit of this name with other settings.
+    Raises `RunError` if it is damaged, or of a unit with the same name and other settings.
     """
     file = _record_file(root, unit)
     if not file.is_file():
@@ -92,7 +92,7 @@ def read_record(root: Path, unit: Unit) -> Record | None:
 
 
 def write_record(root: Path, unit: Unit, outcome: Outcome, *, begun: float | None) -> None:
-    """Note that a unit is done, which this process began then; None: it needed no process."""
+    """Record that a unit is done; `begun` is its start in this process, None if it did not run."""
     file = _record_file(root, unit)
     file.parent.mkdir(parents=True, exist_ok=True)
     record = Record(
@@ -113,7 +113,7 @@ def _record_file(root: Path, unit: Unit) -> Path:
 
 
 def work(unit: Unit, root: Path, recipes: Path) -> None:
-    """Run a unit and leave this process with the exit code of a launched verb."""
+    """Run a unit and exit this process with the exit code of a launched verb."""
     file = log_file(root, unit)
     file.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -128,7 +128,7 @@ def work(unit: Unit, root: Path, recipes: Path) -> None:
 
 
 def _outcome(unit: Unit, root: Path, recipes: Path) -> int:
-    """Run the verb, write the record, and say in the log what went wrong."""
+    """Run the verb, write the record, and log what went wrong; returns the exit code."""
     begun = time.monotonic()
     try:
         schema, verb = VERBS[unit.verb]

@@ -1,11 +1,11 @@
-"""Which units of work there are, and which wait for which.
+"""The units of work, and what each of them needs.
 
     <suite>/search/pretrain/<regime>/<method>/<rate>      and adapt/..., average/..., evaluate/...
     <suite>/seed<n>/pretrain/<regime>/<method>            and adapt/..., average/..., evaluate/...,
                                                           analyse/...
 
-A unit is one call of a verb; its name is its run folder. Search units come first: the study's take
-the rates that are chosen from them.
+A unit is one call of a verb; its name is its run folder. Search units come first: the units of the
+study use the rates that are chosen from them.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from reproduction.study_suites import SEARCH_SEED, Grid, Kind, Method, Suite
 from reproduction.study_tasks import Data, Overrides
 
-#: The part of a unit's name that the search for rates has, in place of a seed's.
+#: Stands in the names of search units where those of the study have a seed.
 SEARCH = "search"
 
 Verb = Literal["pretrain", "adapt", "average", "evaluate", "analyse"]
@@ -34,14 +34,14 @@ class Unit:
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
     seconds: float
-    """What it is expected to take on one core."""
+    """Its expected time on one core."""
     may_diverge: bool = False
-    """Whether a loss that is no number is an outcome (of a rate that is tried) and no failure."""
+    """Whether a loss that is not finite is a result (of a rate that is tried), not a failure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
-    """Peak rates of one way to adapt."""
+    """Peak learning rates of one way to adapt."""
 
     lr: float
     routing_lr: float
@@ -49,7 +49,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """The rates of a family of methods."""
+    """The learning rates of a family of methods."""
 
     pretrain: dict[str, float]
     """Of the inventory in pre-training, by regime."""
@@ -57,8 +57,8 @@ class Rates:
 
 
 def candidates(method: Method, kind: Kind, grid: Grid) -> dict[str, Rate]:
-    """The rates that are tried for one way of a method, by the name of their variant."""
-    lrs = grid.adapt if kind != "routing" else grid.adapt[:1]  # nothing but routing trains
+    """The rates that are tried for one way to adapt a method, by the name of their variant."""
+    lrs = grid.adapt if kind != "routing" else grid.adapt[:1]  # only routing is trained
     has_logits = method.is_routed and kind in ("full", "routing")
     routing = grid.routing if has_logits else grid.routing[:1]
     return {
@@ -78,7 +78,7 @@ def seed_part(seed: int) -> str:
 
 
 def search_units(suite: Suite, data: Data, root: Path) -> list[Unit]:
-    """The units whose results choose the rates of every searched method."""
+    """The units whose results decide the rates of every searched method."""
     planner = _Planner(suite, data.search, root, SEARCH, SEARCH_SEED, may_diverge=True)
     units: list[Unit] = []
     few, zero = suite.regimes[0], suite.regimes[-1]
@@ -125,7 +125,7 @@ def _study_method(planner: "_Planner", method: Method, rates: Rates) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    """Units of one suite, part and seed."""
+    """Makes the units of one suite, part and seed."""
 
     suite: Suite
     tasks: Overrides
@@ -158,7 +158,7 @@ class _Planner:
         return self._unit("adapt", regime, tail, (*settings, *inputs), source, times=times)
 
     def zero_shot(self, method: Method, regime: str, *tail: str) -> Iterator[Unit]:
-        """The average after all numbers of extra steps, and its scores after each."""
+        """Averaging, with all numbers of extra steps, and an evaluation after each of them."""
         source, mean = self._name("pretrain", regime, tail), self._name("average", regime, tail)
         steps = self.suite.steps
         settings = (f"source={self.root / source}", f"steps={list(steps)}", f"run.seed={self.seed}")
@@ -173,7 +173,7 @@ class _Planner:
         return self._unit("analyse", regime, tail, (f"adapter={self.root / source}",), source)
 
     def _inputs(self, method: Method, regime: str) -> tuple[str, ...]:
-        """What the toy suite's inputs say of the task."""
+        """The override for the instruction in inputs of the toy suite."""
         if self.suite.name != "toy":
             return ()
         return (f"tasks.instruction={method.instruction or regime}",)

@@ -1,4 +1,6 @@
-"""Adapters: sites, inventory, routing, slots, products; their files. Needs torch alone.
+"""Adapters: adapted linears, inventory, routing, the layers, and the file formats.
+
+Importing it needs torch alone; reading and writing files also needs safetensors.
 
 Other rooms import: artefact, collapse, config, linear, peft_folders, reference_checkpoints,
 routing, sites, wrapping.

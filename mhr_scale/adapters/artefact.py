@@ -1,8 +1,9 @@
-"""The artefact: `adapter.safetensors` (whole float32 tensors, strict names) and `adapter.json`.
+"""The artefact: `adapter.safetensors` (unsharded float32 tensors, strict names) and `adapter.json`.
 
 Tensors are stored per linear, `<linear>.A`, `<linear>.B` or `<linear>.l`, and per routing group,
 `<group>.routing_logits` of shape (T, Q, S). The JSON file holds what is needed to rebuild the
-adapter without the recipe, and the hash of the tensor file, so that a torn pair is noticed.
+adapter without the recipe, and the hash of the tensor file, so that files of different saves are
+never read as a pair.
 """
 
 import filecmp
@@ -32,7 +33,7 @@ CARD = "adapter.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """What `adapter.json` says of an adapter."""
+    """The contents of `adapter.json`."""
 
     adapter: AdapterConfig
     sites: tuple[Site, ...]
@@ -61,8 +62,8 @@ def save(
 ) -> Path:
     """Write the artefact into `folder` (made if missing) and return the folder.
 
-    Each file is replaced whole; tensors first, then the card that carries their hash. The same
-    adapter gives the same bytes (the order of several metadata entries would vary).
+    Each file is replaced atomically: the tensors first, then the card with their hash. There is one
+    metadata entry, because the order of several would vary: the same adapter gives the same bytes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +92,18 @@ def save(
 
 
 def copy(source: Path, target: Path) -> None:
-    """Put the artefact of one folder into another, as `save` does; nothing where it is there."""
+    """Copy an artefact into another folder, as atomically as `save`; a no-op if it is there."""
     names = (TENSORS, CARD)
-    if all((target / n).is_file() and _is_same(source / n, target / n) for n in names):
+    if all(
+        (target / name).is_file() and filecmp.cmp(source / name, target / name, shallow=False)
+        for name in names
+    ):
         return
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         partial = target / f".{name}.tmp"
         shutil.copyfile(source / name, partial)
         put_in_place(partial, target / name)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return filecmp.cmp(one, other, shallow=False)
 
 
 def find(path: Path | str) -> Path:
@@ -132,7 +132,7 @@ def read_card(path: Path | str) -> Card:
 
 
 def _make_card(card: dict[str, Any]) -> Card:
-    """The card that a file holds; raises `KeyError`, `TypeError` or `ConfigError` if it is none."""
+    """Build the card from parsed JSON; raises `KeyError`, `TypeError` or `ConfigError`."""
     sites = [typed.build(Site, site, name=f"sites.{n}") for n, site in enumerate(card["sites"])]
     names, origin = card["task_names"], card["origin"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -193,35 +193,38 @@ def check_size(
     *,
     place: str,
 ) -> None:
-    """Raise `AdapterError` before memory is asked for that no adapter of these tensors needs."""
+    """Raise `AdapterError` if a card describes an adapter far larger than its stored tensors.
+
+    Called before the adapter is allocated, so that a damaged card cannot exhaust the memory.
+    """
     widths = sum(abs(site.in_features) + abs(site.out_features) for site in sites)
     pairs = config.n_skills * (n_tasks if config.private else 1)
-    wanted = widths * pairs * config.rank + n_tasks * len(sites) * config.n_splits * config.n_skills
+    needed = widths * pairs * config.rank + n_tasks * len(sites) * config.n_splits * config.n_skills
     stored = sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 1000 * (stored + 1000) or any(
+    if needed > 1000 * (stored + 1000) or any(
         min(site.in_features, site.out_features) < 1 for site in sites
     ):
         raise AdapterError(
-            f"{place}: describes an adapter of up to {wanted} numbers, {stored} are stored"
+            f"{place}: describes an adapter of up to {needed} numbers, {stored} are stored"
         )
 
 
 @torch.no_grad()
 def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], *, place: str) -> None:
     """Copy `tensors` into `adapter`, all or nothing; `place` names their source in errors."""
-    own = named_tensors(adapter)
-    faults = [f"missing {name}" for name in own.keys() - tensors.keys()]
-    faults += [f"unknown {name}" for name in tensors.keys() - own.keys()]
-    for name in own.keys() & tensors.keys():
-        if own[name].shape != tensors[name].shape:
-            faults.append(f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+    targets = named_tensors(adapter)
+    faults = [f"missing {name}" for name in targets.keys() - tensors.keys()]
+    faults += [f"unknown {name}" for name in tensors.keys() - targets.keys()]
+    for name in targets.keys() & tensors.keys():
+        if targets[name].shape != tensors[name].shape:
+            faults.append(f"{name} is {list(tensors[name].shape)}, not {list(targets[name].shape)}")
         elif not bool(tensors[name].isfinite().all()):
             faults.append(f"{name} holds NaN or infinity")
     if faults:
         listed = "; ".join(sorted(faults)[:5])
         raise AdapterError(f"{place}: {len(faults)} tensor(s) do not fit: {listed}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    for name, target in targets.items():
+        target.copy_(tensors[name])
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -245,13 +248,13 @@ def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
     sites = find_sites(model, card.adapter.layout)
     if sites == card.sites:
         return
-    there = {site.name: (site.in_features, site.out_features) for site in sites}
+    widths = {site.name: (site.in_features, site.out_features) for site in sites}
     for site in card.sites:
-        if there.get(site.name) != (site.in_features, site.out_features):
-            found = there.get(site.name, "nothing")
+        if widths.get(site.name) != (site.in_features, site.out_features):
+            actual = widths.get(site.name, "nothing")
             raise AdapterError(
                 f"{folder}: made for another backbone: {site.name} is "
-                f"{(site.in_features, site.out_features)} there, {found} here "
+                f"{(site.in_features, site.out_features)} there, {actual} here "
                 f"({len(card.sites)} linears there, {len(sites)} here); trained on "
                 f"{card.backbone.get('name') or 'random weights'}"
             )

@@ -1,4 +1,4 @@
-"""Collapsing slots: one ordinary adapter from an inventory, its mean or a task's routing."""
+"""Collapsing an inventory into one ordinary adapter: its mean, or its mix for one task."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ def average(adapter: Adapter) -> Adapter:
 
 
 def soup(adapter: Adapter, tasks: Sequence[str], *, name: str = "soup") -> Adapter:
-    """Return the mean of some tasks' private LoRAs, A and B apart (AdapterSoup).
+    """Return the mean of some tasks' private LoRAs, A and B averaged separately (AdapterSoup).
 
     Raises `AdapterError` if a task is unknown or pairs are not private to tasks.
     """
@@ -73,23 +73,23 @@ def _collapse(adapter: Adapter, weights_1GQS: Tensor, *, name: str) -> Adapter:
 
 @torch.no_grad()
 def take_task(adapter: Adapter, number: int) -> Adapter:
-    """One task's inventory and routing row out of private ones, as an adapter of that task."""
+    """Extract one task's private inventory and its routing row, as an adapter of that task."""
     like = next(adapter.inventory.parameters())
     shared = replace(adapter.config, private=False)
-    taken = Adapter(shared, adapter.sites, task_names=[adapter.task_names[number]])
-    taken.to(like.device, like.dtype)
+    extracted = Adapter(shared, adapter.sites, task_names=[adapter.task_names[number]])
+    extracted.to(like.device, like.dtype)
     for stack in adapter.inventory.stacks:
         for side in adapter.inventory.sides:
             copy = adapter.inventory.stacked(stack, side)[:, number]
-            taken.inventory.stacked(stack, side).copy_(copy)
-    if taken.routing_logits is not None and adapter.routing_logits is not None:
-        taken.routing_logits.copy_(adapter.routing_logits[number : number + 1])
-    return taken
+            extracted.inventory.stacked(stack, side).copy_(copy)
+    if extracted.routing_logits is not None and adapter.routing_logits is not None:
+        extracted.routing_logits.copy_(adapter.routing_logits[number : number + 1])
+    return extracted
 
 
 @torch.no_grad()
 def _mean_over_tasks(adapter: Adapter, tasks: Sequence[int]) -> Adapter:
-    """The mean of some tasks' private inventories, as a shared one under uniform routing."""
+    """The mean of some tasks' private inventories, as a shared inventory under uniform routing."""
     like = next(adapter.inventory.parameters())
     shared = replace(adapter.config, private=False, policy="uniform")
     mean = Adapter(shared, adapter.sites, task_names=["mean"]).to(like.device, like.dtype)
@@ -102,7 +102,7 @@ def _mean_over_tasks(adapter: Adapter, tasks: Sequence[int]) -> Adapter:
 
 
 def _store(single: Adapter, stack: Stack, sides: tuple[Tensor, ...], *, scale: float) -> None:
-    """Write mixed sides (N, 1, ...) as the only skill; the scale folded into B is taken out."""
+    """Write mixed sides (N, 1, ...) as the only skill, dividing B by the scale folded into it."""
     inventory = single.inventory
     if single.config.kind == "ia3":
         inventory.stacked(stack, "l").copy_(sides[0][:, None])

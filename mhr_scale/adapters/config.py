@@ -1,4 +1,4 @@
-"""What a recipe says of the adapter."""
+"""The adapter section of a recipe."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -7,10 +7,10 @@ from mhr_scale.adapters.routing import POLICIES, Routing
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
-#: Ranks, skills and splits that no backbone is wide enough for are mistakes.
+#: Upper bound of ranks, skills and splits: no backbone is wide enough for more.
 LARGEST_SIZE = 1 << 20
 
-if TYPE_CHECKING:  # type checkers want a literal written out; a recipe is checked against the table
+if TYPE_CHECKING:  # a type checker needs literals spelt out; recipes are checked against the table
     Policy = str
 else:
     Policy = Literal[tuple(POLICIES)]
@@ -87,7 +87,7 @@ class AdapterConfig:
 
     @property
     def routing(self) -> Routing:
-        """What policies read."""
+        """The settings that routing policies read."""
         return Routing(
             policy=self.policy,
             temperature=self.temperature,
@@ -96,7 +96,7 @@ class AdapterConfig:
         )
 
     def single(self) -> "AdapterConfig":
-        """The settings of one skill of this kind: of an average, a soup, a collapsed adapter."""
+        """Settings of a single-skill adapter of this kind: an average, a soup, a collapsed one."""
         return replace(
             self,
             n_skills=1,

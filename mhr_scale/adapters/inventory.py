@@ -56,9 +56,9 @@ class Inventory(nn.Module):
         self.sides = ("A", "B") if config.kind == "lora" else ("l",)
         copies = (n_tasks,) if config.private else ()
         for stack in self.stacks:
-            made = [_init_site(config, sites[m], copies, seed=seed) for m in stack.members]
+            skills = [_init_site(config, sites[m], copies, seed=seed) for m in stack.members]
             for side in self.sides:
-                tensor = torch.stack([site[side] for site in made])
+                tensor = torch.stack([tensors[side] for tensors in skills])
                 self.register_parameter(f"{side}_{stack.key}", nn.Parameter(tensor))
 
     def stacked(self, stack: Stack, side: str) -> nn.Parameter:
@@ -69,7 +69,7 @@ class Inventory(nn.Module):
         return self.get_parameter(f"{side}_{stack.key}")
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each linear's own tensors under `<linear>.<side>`, as views into the stacks."""
+        """Each linear's tensors under `<linear>.<side>`, as views into the stacks."""
         for stack in self.stacks:
             for row, member in enumerate(stack.members):
                 for side in self.sides:

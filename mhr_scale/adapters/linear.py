@@ -4,8 +4,8 @@ Shape letters: B batch rows, L tokens, I in features, O out features, R rank, U 
 hidden columns of n siblings. With one slot the leading U is left out.
 
 Siblings are linears that read the same input (q, k and v; wi_0 and wi_1). Called together they
-shrink x once and sum its gradient in place. Rows point at slots through a `RowMap` made once per
-step on the host; here each slot has equally many consecutive rows, always.
+project x down once and sum its gradient in place. Rows point at slots through a `RowMap` made once
+per step on the host; the layers only ever see equally many consecutive rows per slot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class RowMap:
 class LowRankSlots:
     """Slots of a linear or of siblings: a_UIX for all of them, and a b_URO (scaled) for each.
 
-    A sibling that the adapter leaves alone has None and no columns in A.
+    A sibling that is not adapted has None, and no columns in A.
     """
 
     a_UIX: Tensor
@@ -81,10 +81,10 @@ class ScalingSlots:
 
 
 class _Adapted(nn.Module):
-    """What a lone adapted linear and siblings have in common: slots for the length of a step.
+    """Base of `AdaptedLinear` and `Siblings`: a module that holds the slots of one step.
 
-    `slots` is set by `Adapter.slots` and stays the same while activations are recomputed; outside
-    of it a forward pass is an error, unless the adapter is off.
+    `slots` is set inside `with Adapter.slots(...)`, also while activations are recomputed; outside
+    of that block a forward pass is an error, unless the adapter is off.
     """
 
     slots: LowRankSlots | ScalingSlots | None
@@ -128,7 +128,7 @@ class AdaptedLinear(_Adapted):
 
     @property
     def siblings(self) -> "Siblings | None":
-        """The siblings that it is called with, if any."""
+        """The siblings this linear is called with, if any."""
         return self._siblings[0] if self._siblings else None
 
     @property
@@ -138,9 +138,9 @@ class AdaptedLinear(_Adapted):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Data type of the frozen product: the weight's, or `dtype` where that is a whole number.
+        """Data type of the frozen product: the weight's, or `dtype` where the weight is integers.
 
-        Which is what weights in 8 bits are, and in 4 bits unless they pass for something else.
+        Weights in 8 bits are, and those in 4 bits unless a float dtype holds their bytes.
         """
         dtype = self.weight.dtype
         return dtype if dtype.is_floating_point else self._dtype
@@ -151,7 +151,7 @@ class AdaptedLinear(_Adapted):
         return self.base.bias  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """Stand in no model any more."""
+        """Mark the linear as removed from its model."""
         self._siblings = ()
         self.is_attached = False
 
@@ -163,8 +163,8 @@ class AdaptedLinear(_Adapted):
 class Siblings(_Adapted):
     """Linears of one module that read the same input, at least one of them adapted.
 
-    The module calls them together (`families.siblings`). They are its children as before; here
-    they stand a second time, so that sharding treats them as one.
+    That module calls them together (`families.siblings`). They remain its children and are
+    registered here a second time, so that sharding gathers them as one unit.
     """
 
     def __init__(self, members: Sequence[nn.Module], name: str) -> None:
@@ -178,11 +178,11 @@ class Siblings(_Adapted):
         return (m for m in self.members if isinstance(m, AdaptedLinear))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What each member gives for x."""
+        """The output of each member for x."""
         bases = [base_of(member) for member in self.members]
         return self._run(x, bases, is_off=all(member.is_off for member in self.adapted()))
 
 
 def base_of(linear: nn.Module) -> Any:
-    """The frozen linear: of an adapted one its own, any other is one."""
+    """The frozen linear inside an adapted one; any other linear as it is."""
     return linear.base if isinstance(linear, AdaptedLinear) else linear

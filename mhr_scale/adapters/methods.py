@@ -6,7 +6,7 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 |---|---|---|
 | LoRA, (IA)3 | 1 | the only skill |
 | Poly, MHR | the distinct tasks | inventory mixed by the task's routing row, split by split |
-| noisy routing | the rows | the same, with noise of the row's own |
+| noisy routing | the rows | the same, with noise drawn for each row |
 | Random | the rows while training, then 1 | inventory mixed by a random mask, then the mean |
 | uniform | 1 | mean of the inventory |
 | private | the distinct tasks | an inventory per task, mixed as above |
@@ -32,12 +32,13 @@ from mhr_scale.seeds import seed_from
 
 
 class Adapter(nn.Module):
-    """Inventory and routing of one backbone. Float32, whole on every rank, never sharded.
+    """Inventory and routing of one backbone: float32, replicated on every rank, never sharded.
 
     Made by `attach`. `parameters()` are the trainable tensors; the backbone is not among them.
     With `row_gradients` those of routing logits are sparse over tasks. In a wave (`is_wave`) the
-    tasks are independent jobs, and the bits of a slot do not depend on the slots beside it: no
-    product of one column (another kernel where there is one slot only), and routing slot by slot.
+    tasks are independent jobs, and a slot's numbers do not depend, to the bit, on the other slots:
+    rank 1 is padded to 2 (a product of one column uses another kernel if there is one slot only),
+    and routing is computed slot by slot.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Adapter(nn.Module):
         """Mix all linears for U slots, one batched product per shape and side.
 
         `tasks` are the slots' tasks, read where inventories are private. Without weights a slot is
-        the only skill. The slots of a wave that share an inventory are mixed one by one.
+        the only skill. In a wave, slots that share an inventory are mixed one by one.
         """
         config = self.config
         is_apart = self.is_wave and not config.private
@@ -183,12 +184,12 @@ class Adapter(nn.Module):
         if draws:
             positions = torch.tensor([distinct.index(task) for task in ids], device=device)
             logits_UGQS = leaf.index_select(0, positions)
-        if self.is_wave:  # vectors of sigmoids round by where they end
+        if self.is_wave:  # the last elements of a vectorised sigmoid round differently
             singles = logits_UGQS.split(1)
-            own = [None] * len(singles) if seeds is None else [[seed] for seed in seeds]
+            slot_seeds = [None] * len(singles) if seeds is None else [[seed] for seed in seeds]
             weights = [
-                routing.mixing_weights(logits_1GQS, config.routing, seeds=seed)
-                for logits_1GQS, seed in zip(singles, own, strict=False)
+                routing.mixing_weights(logits_1GQS, config.routing, seeds=slot_seed)
+                for logits_1GQS, slot_seed in zip(singles, slot_seeds, strict=False)
             ]
             return torch.cat(weights), leaf
         return routing.mixing_weights(logits_UGQS, config.routing, seeds=seeds), leaf
@@ -218,7 +219,7 @@ class Adapter(nn.Module):
             logits.grad = torch.zeros_like(logits)
         logits.grad.index_add_(0, index[0], gradient_UGQS)
 
-    # -- the model it sits in ------------------------------------------------------------------
+    # -- the model it is attached to -----------------------------------------------------------
 
     def compute_dtype(self) -> torch.dtype:
         """Data type of the frozen product: autocast's where it is on, else the weights'."""
@@ -252,9 +253,10 @@ class Adapter(nn.Module):
         return tuple(numbers)
 
     def bind(self, adapted: AdaptedModel) -> None:
-        """Sit in a model, in place of the adapter bound before; linears of others run bare.
+        """Attach to a wrapped model, in place of the adapter bound before.
 
-        The tensors move to the linears' device.
+        Wrapped linears that are not among this adapter's sites run bare. The adapter's tensors move
+        to the linears' device.
         """
         self._adapted = adapted
         self.linears = [adapted[site.name] for site in self.sites]
@@ -267,13 +269,13 @@ class Adapter(nn.Module):
             self.to(weight.device)
 
     def release(self) -> None:
-        """Sit in no model any more."""
+        """Detach from the model."""
         self._adapted, self.linears, self._users = None, [], []
 
     def users(self) -> list[Users]:
-        """Who uses the slots of each stack's linears, one entry per stack.
+        """The modules that use the slots of each stack's linears, one entry per stack.
 
-        Raises `AdapterError` if the adapter sits in no model.
+        Raises `AdapterError` if the adapter is attached to no model.
         """
         if not self.linears or not self.linears[0].is_attached:
             raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")

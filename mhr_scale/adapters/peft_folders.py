@@ -5,8 +5,8 @@ Shape letters: T tasks, Q splits, S skills, I and O features of one split, R ran
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, as stock PEFT writes and loads
 them: lora_A.weight (R, I), lora_B.weight (O, R); ia3_l (O, 1); poly_lora_A (Q, S, I, R),
 poly_lora_B (Q, S, R, O), poly_router.module_logits (T, Q * S). What PEFT has no field for (names of
-tasks, the policy, the backbone's width) stands beside them in `mhr_scale.json`, which PEFT does not
-read and our readers do without.
+tasks, the policy, the backbone's width) is stored beside them in `mhr_scale.json`, which PEFT does
+not read and which is optional for our readers.
 """
 
 import math
@@ -44,9 +44,9 @@ SINGLE = "average it or collapse one task, and write that as a single adapter"
 
 #: Policies that PEFT's Poly evaluates as we do.
 PEFT_POLICIES = ("learned", "noisy")
-#: Ways to start a LoRA that leave the backbone's own weights alone.
+#: LoRA initialisations that leave the backbone's weights unchanged.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-#: Settings that are read, or that change nothing about what stored tensors compute.
+#: Settings that are read here, or that do not change what the stored tensors compute.
 UNDERSTOOD = frozenset(
     """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
@@ -104,7 +104,7 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
     """Write an inventory and its routing as a stock PEFT Poly folder, and return the folder.
 
     PEFT scales by 1 / rank: alpha is folded into B. Its training draws noise whatever the policy
-    here was; its evaluation gives the logits of ours. Raises `AdapterError` for what PEFT's Poly
+    here was; in evaluation its logits equal ours. Raises `AdapterError` for what PEFT's Poly
     lacks: other policies than learned and noisy, routing shared between linears, (IA)3.
     """
     config = adapter.config
@@ -151,14 +151,14 @@ def _check_single(adapter: Adapter, folder: Path | str, *, kind: str) -> None:
             f"{SINGLE}"
         )
     if config.kind != kind:
-        other = {"lora": "write_peft_lora", "ia3": "write_peft_ia3"}[config.kind]
+        writer = {"lora": "write_peft_lora", "ia3": "write_peft_ia3"}[config.kind]
         raise AdapterError(
-            f"cannot write {config.method} to {folder} as {target}; {other} writes this kind"
+            f"cannot write {config.method} to {folder} as {target}; {writer} writes this kind"
         )
 
 
 def _stored(adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
-    """Linear (or routing group), side and float32 tensor of all that the adapter stores."""
+    """Linear (or routing group), side and float32 tensor of everything the adapter stores."""
     for name, tensor in artefact.named_tensors(adapter).items():
         linear, _, side = name.rpartition(".")
         yield linear, side, tensor.detach().to("cpu", torch.float32)
@@ -167,13 +167,13 @@ def _stored(adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
 def _write(
     adapter: Adapter, folder: Path | str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> Path:
-    """Write the three files, the configuration that makes the folder an adapter last."""
+    """Write the three files; the configuration last, since it makes the folder an adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     partial = folder / f".{TENSORS}.tmp"
-    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, partial, metadata={"format": "pt"})
+    contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": "pt"})
     put_in_place(partial, folder / TENSORS)
     note = {
         "task_names": list(adapter.task_names),
@@ -195,15 +195,15 @@ def _write(
 
 
 def read_peft_lora(folder: Path | str) -> Adapter:
-    """Read a stock PEFT LoRA folder; raises `AdapterError` for what one plain LoRA cannot say."""
+    """Read a stock PEFT LoRA folder; raises `AdapterError` for what one LoRA cannot express."""
     folder = Path(folder)
     config = _read_config(folder, "LORA", numbers=("r", "lora_alpha"))
     if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
         start = config["init_lora_weights"]
         raise _refusal(folder, f"init_lora_weights '{start}', which changes the backbone's weights")
     rank, alpha = config["r"], float(config["lora_alpha"])
-    found = _read_tensors(folder, r"lora_(?P<side>[AB])\.weight")
-    tensors = {name: t.T[None, None] if t.ndim == 2 else t for name, t in found.items()}
+    stored = _read_tensors(folder, r"lora_(?P<side>[AB])\.weight")
+    tensors = {name: t.T[None, None] if t.ndim == 2 else t for name, t in stored.items()}
     fields = {
         "rank": rank,
         "alpha": alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
@@ -220,8 +220,8 @@ def read_peft_ia3(folder: Path | str, *, width: int | None = None) -> Adapter:
     """
     folder = Path(folder)
     config = _read_config(folder, "IA3")
-    found = _read_tensors(folder, r"ia3_(?P<side>l)")
-    linears = [name.removesuffix(".l") for name in found]
+    stored = _read_tensors(folder, r"ia3_(?P<side>l)")
+    linears = [name.removesuffix(".l") for name in stored]
     family = family_of_linears(linears)
     inputs: Any = config.get("feedforward_modules")
     inputs = family.peft_feed_forward if inputs is None else inputs
@@ -231,7 +231,7 @@ def read_peft_ia3(folder: Path | str, *, width: int | None = None) -> Adapter:
             raise _refusal(folder, f"feedforward_modules {inputs}, which scales inputs ({linear})")
     tensors = {
         name: t[:, 0][None, None] if t.ndim == 2 and t.shape[1] == 1 else t
-        for name, t in found.items()
+        for name, t in stored.items()
     }
     width = width or _read_note(folder).get("width") or _width_of_backbone(config, family)
     return _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, width=width)
@@ -249,10 +249,10 @@ def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = Non
     if config.get("poly_type", "poly") != "poly":
         raise _refusal(folder, f"poly_type '{config['poly_type']}'")
     note = _read_note(folder)
-    found = _read_tensors(folder, r"poly_(?:lora_(?P<side>[AB])|router\.(?P<table>module_logits))")
+    stored = _read_tensors(folder, r"poly_(?:lora_(?P<side>[AB])|router\.(?P<table>module_logits))")
     shape = (config["n_splits"], config["n_skills"])
     tensors = {}
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         is_table = name.endswith(".routing_logits") and tensor.ndim == 2
         fits = is_table and tensor.shape[1] == math.prod(shape)
         tensors[name] = tensor.unflatten(1, shape) if fits else tensor
@@ -267,7 +267,7 @@ def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = Non
 
 
 def open_adapter(path: Path | str) -> tuple[artefact.Card, Adapter]:
-    """Open an adapter of any known format, with what is known of its backbone.
+    """Open an adapter of any known format; its card says what is known of its backbone.
 
     `path` is a run folder, an adapter folder, a PEFT LoRA, IA3 or Poly folder, or the file of a
     published checkpoint.
@@ -340,42 +340,43 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path, kind: str, *, numbers: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration of a PEFT folder of this type, if it says nothing we cannot express."""
+    """The configuration of a PEFT folder; raises `AdapterError` if we cannot express it."""
     config = read_object(folder / CONFIG, AdapterError)
     if config.get("peft_type") != kind:
-        found = config.get("peft_type")
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {found!r}, not '{kind}'")
-    odd = {
+        actual = config.get("peft_type")
+        raise AdapterError(f"{folder / CONFIG}: peft_type is {actual!r}, not '{kind}'")
+    unsupported = {
         key: value
         for key, value in config.items()
         if key not in UNDERSTOOD and value and value != "none"
     }
-    if odd:
-        raise _refusal(folder, ", ".join(f"{key}: {value}" for key, value in sorted(odd.items())))
+    if unsupported:
+        listed = ", ".join(f"{key}: {value}" for key, value in sorted(unsupported.items()))
+        raise _refusal(folder, listed)
     for name in numbers:
-        whole = name != "lora_alpha"
+        is_integer = name != "lora_alpha"
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
             raise AdapterError(f"{folder / CONFIG}: {name} is {value!r}, not a number")
     return config
 
 
 def _read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
-    """Tensors under our names where `pattern` matches what follows the linear, else their own."""
+    """Tensors, under our names where `pattern` matches what follows the linear's name."""
     file = folder / TENSORS
     if not file.is_file() and list(folder.glob("adapter_model.*")):
-        found = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*")))
+        names = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*")))
         raise AdapterError(
-            f"{file}: missing, there is only {found}, which may hold code; save it as safetensors "
+            f"{file}: missing, there is only {names}, which may hold code; save it as safetensors "
             "(PEFT: model.save_pretrained(folder))"
         )
     form = re.compile(rf"{re.escape(PREFIX)}(?P<linear>.+)\.{pattern}")
     stored, tensors = read_safetensors(file), {}
     for name, tensor in stored.items():
-        place = form.fullmatch(name)
-        if place:
-            side = place.groupdict()["side"] or "routing_logits"
-            name = f"{place['linear']}.{side}"
+        match = form.fullmatch(name)
+        if match:
+            side = match.groupdict()["side"] or "routing_logits"
+            name = f"{match['linear']}.{side}"
         tensors[name] = tensor
     if not any(form.fullmatch(name) for name in stored):
         raise AdapterError(
@@ -385,7 +386,7 @@ def _read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
 
 
 def _width_of_backbone(config: Mapping[str, Any], family: Family) -> int | None:
-    """Width of the backbone a PEFT folder names, if that is a local folder."""
+    """Width of the backbone that a PEFT folder names, if it is a local folder."""
     name = config.get("base_model_name_or_path")
     file = Path(name or "") / "config.json"
     return family.width_of(read_object(file, AdapterError)) if name and file.is_file() else None

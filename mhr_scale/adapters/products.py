@@ -1,11 +1,11 @@
 """Frozen and low-rank products in one pass: outputs and input gradients are summed in place.
 
 Shape letters: U slots, I in features, O out features, R rank, X hidden columns of all siblings.
-Plain autograd would write W x, the low-rank part and their sum, and the same three backwards; here
-every gradient of x and every y is one tensor that the next product adds to. Saved for backward: x,
-the hidden h = x A, and the slots' pairs; the frozen weights are held, not saved, because sharding
-takes their data away between the passes. Second derivatives are refused: they would lack those
-through h.
+Plain autograd would materialise W x, the low-rank part and their sum, and the same three in the
+backward pass; here y and the gradient of x are one tensor each, which the products accumulate into.
+Saved for backward: x, the hidden h = x A, and the slots' pairs. The frozen weights are referenced,
+not saved, because sharding frees their data between the passes. Second derivatives are refused:
+they would lack the terms through h.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ def products(
 def update(
     x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], ys: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Add (x A[slot]) B[slot] to each y in place: for frozen products that are not plain ones.
+    """Add (x A[slot]) B[slot] to each y in place: for frozen linears other than plain `nn.Linear`.
 
-    A y that is a view (what a linear with a bias gives) is copied: of a function that changes a
-    view, autograd takes the first input's gradient, here that of x, for the view's own.
+    A y that is a view (the output of a linear with a bias) is copied: where a function modifies a
+    view in place, autograd takes the gradient of its first input, here x, as that of the view.
     """
     ys = [y.clone() if y._is_view() else y for y in ys]
     with torch.autocast(x.device.type, enabled=False):
@@ -74,13 +74,19 @@ def _columns(h: Tensor, pairs: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if b is None else next(parts) for b in pairs]
 
 
-def _forward(x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]) -> Tensor:
-    """Add the low-rank products to `ys`, for x by slot; returns h."""
-    h = _multiply(x, a_UIX)
+def _forward(
+    ctx: Any, x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]
+) -> None:
+    """Add the low-rank products to `ys` in place, and save what backward needs."""
+    rows = _by_slot(x, a_UIX)
+    h = _multiply(rows, a_UIX)
     for y, part, b in zip(ys, _columns(h, pairs), pairs, strict=True):
         if b is not None and part is not None:
             _add_product_(_by_slot(y, a_UIX), part, b)
-    return h
+    ctx.shape = x.shape
+    ctx.has_pair = tuple(b is not None for b in pairs)
+    ctx.save_for_backward(rows, h, a_UIX, *(b for b in pairs if b is not None))
+    ctx.set_materialize_grads(False)
 
 
 def _backward(
@@ -88,8 +94,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x (added to `dx`, if given), A and the Bs."""
     x, h, a_UIX, *rest = ctx.saved_tensors
-    found = iter(rest)
-    pairs = [next(found) if has else None for has in ctx.has_pair]
+    saved_bs = iter(rest)
+    pairs = [next(saved_bs) if has else None for has in ctx.has_pair]
     dhs: list[Tensor] = []
     dbs: list[Tensor | None] = []
     first_b = len(ctx.needs_input_grad) - len(pairs)
@@ -114,18 +120,6 @@ def _backward(
     return dx, da, dbs
 
 
-def _run(
-    ctx: Any, x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]
-) -> None:
-    """Add the low-rank products to `ys`, and remember what backward needs."""
-    rows = _by_slot(x, a_UIX)
-    h = _forward(rows, a_UIX, pairs, ys)
-    ctx.shape = x.shape
-    ctx.has_pair = tuple(b is not None for b in pairs)
-    ctx.save_for_backward(rows, h, a_UIX, *(b for b in pairs if b is not None))
-    ctx.set_materialize_grads(False)
-
-
 class _Products(torch.autograd.Function):
     """Frozen products and their low-rank updates."""
 
@@ -134,7 +128,7 @@ class _Products(torch.autograd.Function):
         ctx: Any, x: Tensor, a_UIX: Tensor, weights: tuple[Tensor, ...], *pairs: Tensor | None
     ) -> tuple[Tensor, ...]:
         ys = [F.linear(x, weight) for weight in weights]
-        _run(ctx, x, a_UIX, pairs, ys)
+        _forward(ctx, x, a_UIX, pairs, ys)
         ctx.weights = weights
         return tuple(ys)
 
@@ -165,7 +159,7 @@ class _Update(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ys, pairs = [y for y in tensors[:n] if y is not None], tensors[n:]
         ctx.mark_dirty(*ys)
-        _run(ctx, x, a_UIX, pairs, ys)
+        _forward(ctx, x, a_UIX, pairs, ys)
         return tuple(ys)
 
     @staticmethod

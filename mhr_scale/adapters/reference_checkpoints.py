@@ -1,4 +1,4 @@
-"""Tensors that come without a backbone: published checkpoints, and what all readers share.
+"""Reading adapters without their backbone: published checkpoints, and what all readers share.
 
 Shape letters: T tasks, Q splits, S skills, I and O features of one split, R rank.
 
@@ -31,7 +31,7 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SIDES = {"lora_a": "A", "lora_b": "B", "multi_lora_b": "l", "selector.module_logits": "logits"}
 #: Dimensions of A (Q, S, I, R), B (Q, S, R, O) and l (Q, S, O) that hold the features of a split.
 FEATURES = {"A": ("in", 2), "B": ("out", 3), "l": ("out", 2)}
-#: From coarse to fine, so that tables stored once per linear are found shared where they are.
+#: From coarse to fine, so that equal tables stored once per linear are recognised as shared.
 GRANULARITIES = ("model", "stack", "block", "sublayer", "linear")
 #: Settings of a published run that change what its tensors compute.
 UNSUPPORTED = (
@@ -103,10 +103,10 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def widths_of(
     tensors: Mapping[str, Tensor], *, n_splits: int, place: str, width: int | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Full (in, out) widths of each linear of tensors under our names: its namesakes' commonest.
+    """Full (in, out) widths of each linear: the most common ones of the linears of its kind.
 
-    (IA)3 vectors know the out side alone; linears read `width` features, but for the family's
-    `inputs`, which write as many.
+    (IA)3 vectors tell the output width alone: a linear then reads `width` features, or the output
+    of the linear that the family's `inputs` name for it.
     """
     votes: dict[tuple[str, str], Counter[int]] = {}
     linears: dict[str, str] = {}
@@ -126,8 +126,8 @@ def widths_of(
             raise AdapterError(
                 f"{place}: (IA)3 vectors do not tell the width of the backbone; pass width"
             )
-        own = {reader: common.get((writer, "out"), width) for reader, writer in inputs.items()}
-        common |= {(kind, "in"): own.get(kind, width) for kind in linears.values()}
+        reads = {reader: common.get((writer, "out"), width) for reader, writer in inputs.items()}
+        common |= {(kind, "in"): reads.get(kind, width) for kind in linears.values()}
     return {
         linear: (common.get((kind, "in"), n_splits), common.get((kind, "out"), n_splits))
         for linear, kind in linears.items()
@@ -137,7 +137,7 @@ def widths_of(
 def find_layout(
     widths: Mapping[str, tuple[int, int]], *, place: str
 ) -> tuple[str, tuple[Site, ...]]:
-    """Layout and sites of linears; `AdapterError` names those that are odd."""
+    """Layout and sites of linears; `AdapterError` names those that fit no layout."""
     try:
         return recognise_sites(widths)
     except LayoutError as error:
@@ -161,7 +161,7 @@ def fill(
     task_names: Sequence[str],
     place: str,
 ) -> Adapter:
-    """An adapter of these settings with these tensors, strictly (`state.load_tensors`)."""
+    """An adapter of these settings with these tensors, strictly (`artefact.load_tensors`)."""
     try:
         config = AdapterConfig(**fields)
         artefact.check_size(config, sites, len(task_names), tensors, place=place)
@@ -192,10 +192,11 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise AdapterError(f"{file}: holds no state_dict (names and tensors)")
-    odd = [name for name in UNSUPPORTED if settings.get(name)]
-    odd += ["router_selector: private"] * (settings.get("router_selector") == "private")
-    if odd:
-        raise AdapterError(f"{file}: its hyper-parameters say {', '.join(odd)}: not supported")
+    unsupported = [name for name in UNSUPPORTED if settings.get(name)]
+    unsupported += ["router_selector: private"] * (settings.get("router_selector") == "private")
+    if unsupported:
+        listed = ", ".join(unsupported)
+        raise AdapterError(f"{file}: its hyper-parameters say {listed}: not supported")
     return content, settings
 
 
@@ -262,15 +263,15 @@ def _share(
     known = {site.name for site in sites}
     unknown = {linear: table for linear, table in tables.items() if linear not in known}
     for granularity in GRANULARITIES:
-        found: dict[str, list[Tensor]] = {}
+        groups: dict[str, list[Tensor]] = {}
         for site in sites:
-            group = found.setdefault(site.routing_group(granularity, 1), [])
+            group = groups.setdefault(site.routing_group(granularity, 1), [])
             if site.name in tables:
                 group.append(tables[site.name])
         if all(
-            group and all(torch.equal(group[0], t) for t in group[1:]) for group in found.values()
+            group and all(torch.equal(group[0], t) for t in group[1:]) for group in groups.values()
         ):
-            return granularity, {name: group[0] for name, group in found.items()} | unknown
+            return granularity, {name: group[0] for name, group in groups.items()} | unknown
     without = [site.name for site in sites if site.name not in tables]
     raise AdapterError(
         f"{place}: {len(tables)} routing tables fit no granularity ({', '.join(GRANULARITIES)}); "

@@ -2,9 +2,9 @@
 
 Shape letters: U slots, T tasks, G routing groups, Q splits, S skills.
 
-A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0, and what
-it needs. The weights are p normalised over the skills, w = p / (sum p + 1e-12), whatever the
-policy.
+A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0, and
+what that function needs. Whatever the policy, the weights are p normalised over the skills,
+w = p / (sum p + 1e-12).
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def uniform(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) 
 
 
 def random(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -> Tensor:
-    """A random binary mask of skills while training, drawn anew for each row; then p = 1 (Random).
+    """A random binary mask of skills for each row while training; in evaluation p = 1 (Random).
 
     One mask per row and routing group, the same for all splits of the group. A row without any
     skill has weight 0 everywhere (`random_empty: off`, the literal formula) or the mean.

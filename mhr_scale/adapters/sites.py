@@ -1,6 +1,7 @@
 """Which linears of a backbone are adapted, and which of them share one routing table.
 
-Where backbones call their linears differently, their family answers (`families.family`).
+Whatever depends on the names of linears in a backbone is answered by its family
+(`families.family`).
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from mhr_scale.families.family import Blocks, Family, Position, last_part
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """One adapted linear: its name in the backbone, its widths and where it sits."""
+    """One adapted linear: its name in the backbone, its widths and its position."""
 
     name: str
     in_features: int
@@ -84,27 +85,27 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
     """Layout and sites, in a model's own order, of linears known by name and (in, out) widths.
 
     For tensors that come without their backbone. Raises `LayoutError` if the linears are not all
-    those of one layout, with the odd ones of the nearest layout.
+    those of one layout, naming what is missing or unknown in the nearest layout.
     """
     nearest: tuple[str, list[str]] | None = None
     for family in table.FAMILIES:
-        positions = {name: at for name in widths if (at := family.find_position(name))}
+        positions = {n: position for n in widths if (position := family.find_position(n))}
         blocks = family.blocks_of(tuple(widths))
         for layout in family.layouts:
             names = _list_linears(family, layout, blocks)
-            odd = [f"missing {name}" for name in names if name not in widths]
-            odd += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
-            if not odd:
+            faults = [f"missing {name}" for name in names if name not in widths]
+            faults += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
+            if not faults:
                 return layout, tuple(
                     _make_site(name, positions[name], *widths[name]) for name in names
                 )
-            if nearest is None or len(odd) < len(nearest[1]):
-                nearest = (layout, odd)
+            if nearest is None or len(faults) < len(nearest[1]):
+                nearest = (layout, faults)
     assert nearest is not None
-    layout, odd = nearest
+    layout, faults = nearest
     raise LayoutError(
         f"the {len(widths)} linears are those of no layout; nearest is '{layout}', with "
-        f"{len(odd)} odd: {'; '.join(odd[:5])}"
+        f"{len(faults)} odd: {'; '.join(faults[:5])}"
     )
 
 
@@ -114,7 +115,7 @@ def family_of_sites(sites: Sequence[Site]) -> Family:
 
 
 def backbone_width(sites: Sequence[Site]) -> int:
-    """The width that most linears read: that of the first which does not read another's outputs."""
+    """The width of the residual stream: the input of the first linear that reads from it."""
     inputs = family_of_sites(sites).inputs
     return next(site.in_features for site in sites if last_part(site.name) not in inputs)
 

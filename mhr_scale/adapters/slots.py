@@ -3,14 +3,14 @@
 Shape letters: U slots, N linears of one shape, Q splits, S skills, R rank, I and O features of one
 split. K inventories: 1 that all slots share, or U, one per slot.
 
-Layers never see the mixing graph. They get ready pairs as detached leaves, one B per linear and one
-A per linear or group of siblings, whose columns stand side by side; rows that are not sorted evenly
-by slot become slots of their own, by one index per shape. After the backward pass the leaves'
+Layers never see the mixing graph. They get mixed pairs as detached leaves, one B per linear and one
+A per linear or group of siblings, whose columns are concatenated; rows that are not sorted evenly
+by slot each become a slot, by one index per shape. After the backward pass the leaves'
 gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
 recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TypeAlias
@@ -29,7 +29,7 @@ def mix_pairs(
 
     Returns A (N, U, Q * I, R), the splits side by side along the input, and scale * B
     (N, U, R, Q * O), side by side along the output (docs/method.md 3). Without weights the slots
-    are single skills as they stand (LoRA).
+    are the single skills themselves (LoRA).
     """
     if w_UNQS is None:
         return a_NKQSIR[:, :, 0, 0], b_NKQSRO[:, :, 0, 0] * scale
@@ -56,9 +56,9 @@ def mix_vectors(l_NKQSO: Tensor, w_UNQS: Tensor | None) -> Tensor:
 class Slots(AbstractContextManager["Slots"]):
     """The filled slots of one step. Inside the `with` block the model uses them.
 
-    `users` are those of each shape's linears, `mixed` their sides. `routing` is the leaf copy of
-    the routing rows in use, and where its gradient goes. The backward pass belongs inside the block
-    too, through `backward`.
+    `users` and `mixed` have one entry per shape: who uses its slots, and the mixed sides. `routing`
+    is the leaf copy of the routing rows in use, and the function that takes its gradient. The
+    backward pass belongs inside the block too, through `backward`.
     """
 
     def __init__(
@@ -79,7 +79,10 @@ class Slots(AbstractContextManager["Slots"]):
         self._in_use: list[AdaptedLinear | Siblings] = []
 
     def __enter__(self) -> "Slots":
-        if any(user.slots is not None for user in self._list_users()):
+        in_model = (
+            user for users in self._users for members, _ in users.values() for user, _ in members
+        )
+        if any(user.slots is not None for user in in_model):
             raise AdapterError("slots are in use already; leave the outer `with` block first")
         rows, index = self._rows, None
         if not rows.is_even:
@@ -93,34 +96,29 @@ class Slots(AbstractContextManager["Slots"]):
                 self._fill_low_rank(users, *sides)
         return self
 
-    def _list_users(self) -> Iterator[AdaptedLinear | Siblings]:
-        return (
-            user for users in self._users for members, _ in users.values() for user, _ in members
-        )
-
     def _fill_low_rank(self, users: "Users", a_NUIR: Tensor, b_NURO: Tensor) -> None:
         """Hand each linear, or group of siblings, its A and Bs."""
         bs = self._leaves(b_NURO)
-        for size, (members, numbers) in users.items():
-            a_GUIX = a_NUIR if numbers is None else a_NUIR.index_select(0, numbers)
+        for size, (members, index) in users.items():
+            a_GUIX = a_NUIR if index is None else a_NUIR.index_select(0, index)
             if size > 1:
-                # contiguous, or at rank 1 every gradient would be copied into the order of a view
+                # contiguous: at rank 1 every gradient would else be copied into a view's layout
                 a_GUIX = a_GUIX.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(3)
                 a_GUIX = a_GUIX.contiguous()
-            for (user, own), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
-                pairs = tuple(None if number is None else bs[number] for number in own)
+            for (user, positions), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
+                pairs = tuple(None if n is None else bs[n] for n in positions)
                 self._use(user, LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows))
 
     def _fill_scaling(self, users: "Users", l_NUO: Tensor) -> None:
         """Hand each linear, or group of siblings, its vectors."""
         ls = self._leaves(l_NUO)
         for members, _ in users.values():
-            for user, own in members:
-                vectors = tuple(None if number is None else ls[number] for number in own)
+            for user, positions in members:
+                vectors = tuple(None if n is None else ls[n] for n in positions)
                 self._use(user, ScalingSlots(l_UO=vectors, rows=self._rows))
 
     def _leaves(self, side: Tensor) -> list[Tensor]:
-        """Detached leaves of a tensor (N, U, ...), one for each N; without U where it is 1."""
+        """Detached leaves of a tensor (N, U, ...), one for each N; U is squeezed if it is 1."""
         if self._rows.n_slots == 1:
             side = side.squeeze(1)
         leaves = [leaf.requires_grad_(side.requires_grad) for leaf in side.detach().unbind(0)]
@@ -154,12 +152,12 @@ class Slots(AbstractContextManager["Slots"]):
         gradients: list[Tensor] = []
         for side, leaves in self._parts:
             if side.requires_grad:
-                found = [
+                leaf_gradients = [
                     leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
                     for leaf in leaves
                 ]
                 mixed.append(side)
-                gradients.append(torch.stack(found))
+                gradients.append(torch.stack(leaf_gradients))
                 for leaf in leaves:
                     leaf.grad = None
         if mixed:
@@ -170,25 +168,26 @@ class Slots(AbstractContextManager["Slots"]):
                 deliver(leaf.grad)
 
 
-#: Who uses the slots of some linears, by the number of adapted linears each user has: the users
-#: with the positions of their members' slots (None: not adapted), and an index of all positions in
-#: a row (None: they are in order and nobody else's).
+#: Who uses the slots of some linears, by the number of adapted linears in a user: the users, each
+#: with the positions of its members' slots (None: a member that is not adapted), and one index of
+#: all those positions (None: it would select all slots in order).
 User: TypeAlias = AdaptedLinear | Siblings
 Users: TypeAlias = dict[int, tuple[list[tuple[User, list[int | None]]], Tensor | None]]
 
 
 def find_users(linears: list[AdaptedLinear]) -> Users:
-    """Siblings use slots together, other linears each its own."""
-    position: dict[nn.Module, int] = {linear: number for number, linear in enumerate(linears)}
-    found: dict[int, list[tuple[User, list[int | None]]]] = {}
+    """Group linears by who uses their slots: siblings together, other linears on their own."""
+    position_of: dict[nn.Module, int] = {linear: number for number, linear in enumerate(linears)}
+    by_size: dict[int, list[tuple[User, list[int | None]]]] = {}
     for user in dict.fromkeys(linear.siblings or linear for linear in linears):
         members = user.members if isinstance(user, Siblings) else [user]
-        own = [position.get(member) for member in members]
-        found.setdefault(sum(number is not None for number in own), []).append((user, own))
+        positions = [position_of.get(member) for member in members]
+        size = sum(position is not None for position in positions)
+        by_size.setdefault(size, []).append((user, positions))
     users: Users = {}
-    for size, members_of_size in found.items():
-        numbers = [n for _, own in members_of_size for n in own if n is not None]
-        in_order = numbers == list(range(len(linears)))
-        index = None if in_order else torch.tensor(numbers, device=linears[0].weight.device)
+    for size, members_of_size in by_size.items():
+        order = [n for _, positions in members_of_size for n in positions if n is not None]
+        in_order = order == list(range(len(linears)))
+        index = None if in_order else torch.tensor(order, device=linears[0].weight.device)
         users[size] = (members_of_size, index)
     return users

@@ -1,4 +1,4 @@
-"""Linears put in place of a model's own, so that adapters can be bound to them."""
+"""Wrapping a model's linears in place, so that adapters can be bound to them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from mhr_scale.families.siblings import siblings_name
 
 
 class AdaptedModel(Mapping[str, AdaptedLinear]):
-    """A frozen model and its adapted linears by name: what adapters are bound to by turns."""
+    """A frozen model and its adapted linears by name: what adapters are bound to, one at a time."""
 
     def __init__(self, model: nn.Module, linears: Mapping[str, AdaptedLinear]) -> None:
         self.model = model
@@ -30,7 +30,7 @@ class AdaptedModel(Mapping[str, AdaptedLinear]):
 
     @property
     def training(self) -> bool:
-        """Whether the model trains: routing draws its noise then."""
+        """Whether the model is in training mode, in which routing policies draw noise."""
         return self.model.training
 
 
@@ -58,7 +58,7 @@ def wrap(model: nn.Module, sites: Sequence[Site]) -> AdaptedModel:
 
 
 def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> None:
-    """Join children that read the same input, if one of them is adapted and all are alike."""
+    """Join children that read the same input, if any is adapted and all have the same shape."""
     members = [parent.get_submodule(child) for child in children]
     shapes = {(base.in_features, base.out_features) for base in map(base_of, members)}
     if len(shapes) == 1 and any(isinstance(member, AdaptedLinear) for member in members):
@@ -67,13 +67,13 @@ def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> N
 
 
 def check_bare(model: nn.Module) -> None:
-    """Raise `AdapterError` if an adapter sits in `model`."""
+    """Raise `AdapterError` if an adapter is attached to `model`."""
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise AdapterError("the model has adapters already; call detach(model) first")
 
 
 def detach(model: nn.Module) -> None:
-    """Put the bare linears back; the adapter keeps its tensors and sits in no model."""
+    """Put the bare linears back; the adapter keeps its tensors and is attached to no model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Siblings):
             parent_name, _, child = name.rpartition(".")
@@ -86,7 +86,7 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the bare backbone inside the block, whatever its adapted linears do outside of it."""
+    """Run the bare backbone inside the block; afterwards each linear is on or off as before."""
     before = [
         (module, module.is_off) for module in model.modules() if isinstance(module, AdaptedLinear)
     ]

@@ -3,6 +3,6 @@
 Other rooms import: alignment, inventory_statistics, monitor, printed, routing_statistics.
 """
 
-#: The file that an analysis lies in, and the version of what it says.
+#: The file that holds an analysis, and the version of its format.
 ANALYSIS = "analysis.json"
 SCHEMA = 1

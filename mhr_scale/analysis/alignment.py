@@ -1,11 +1,11 @@
-"""Gradient alignment: do tasks pull the shared inventory the same way?
+"""Gradient alignment: do tasks pull the shared inventory in the same direction?
 
 For every task t, g_t is the gradient of its mean language-model loss per target token with respect
-to the inventory (A and B, or l), at the model as it is evaluated: no dropout, no routing noise,
+to the inventory (A and B, or l), with the model in evaluation mode: no dropout, no routing noise,
 each task under its own routing. Routing logits are left out: each of their rows belongs to one
 task. The alignment of two tasks is cos(g_t, g_t'), that of an adapter the mean over all pairs
 t < t': overall (g_t with all linears side by side), per layer (block) and per linear. The paper
-(figure 3) gives no formula and the reference no implementation: the definition is ours.
+(figure 3) gives no formula and the reference code no implementation: this definition is our own.
 
 A task whose gradient is zero or not finite has no direction: it is left out, by name. A pair
 without a direction in some layer is left out of that layer's mean.
@@ -50,7 +50,7 @@ class AlignedTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradientSource:
-    """Whose gradients are measured, and in passes of how many rows per rank."""
+    """The model whose gradients are measured, and the rows per rank and pass."""
 
     placed: PlacedBackbone
     adapter: Adapter
@@ -79,7 +79,7 @@ class Alignment:
 
 
 def sample_tasks(count: int, wanted: int | None, *, seed: int) -> list[int]:
-    """Numbers of the tasks that are compared, ascending: a function of the seed and the count."""
+    """Numbers of the compared tasks, ascending; they depend on the seed and the count alone."""
     if wanted is None or wanted >= count:
         return list(range(count))
     return sorted(random.Random(seed_from("alignment", seed)).sample(range(count), wanted))
@@ -94,10 +94,10 @@ def fixed_rows(
 ) -> list[AlignedTask]:
     """The first validation rows of each chosen task, or training rows where it has none.
 
-    `numbers` are the tasks' numbers in the adapter, by default those in `tokens`. Tasks read from
-    training rows, or with fewer rows than asked for, are named in the log.
+    `numbers` are the tasks' numbers in the adapter, by default those in `tokens`. The log names
+    the tasks that have training rows only, or fewer rows than requested.
     """
-    made, from_train, short = [], [], []
+    tasks, from_train, short = [], [], []
     for number in chosen:
         name = tokens.cards[number].name
         fold = tokens.validation[number]
@@ -111,12 +111,12 @@ def fixed_rows(
             replace(fold[n], answers=fold[n].answers[:1], task=task, number=n)
             for n in range(min(rows, len(fold)))
         ]
-        made.append(AlignedTask(name=name, rows=tuple(chosen_rows)))
+        tasks.append(AlignedTask(name=name, rows=tuple(chosen_rows)))
     if from_train:
         log.info("alignment: training rows, for want of held-out ones, of %s", some(from_train))
     if short:
         log.info("alignment: fewer than %d rows of %s", rows, some(short))
-    return made
+    return tasks
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def check_shared(adapter: Adapter) -> None:
 
 @contextmanager
 def _inventory_alone(adapter: Adapter) -> Iterator[list[nn.Parameter]]:
-    """Inside, the inventory takes gradients and routing does not; afterwards nobody has any."""
+    """Inside, only the inventory requires gradients; afterwards all is as before."""
     parameters = list(adapter.inventory.parameters())
     before = [(p, p.requires_grad) for p in adapter.parameters()]
     assert all(p.grad is None for p, _ in before), "gradients of a step would be lost"
@@ -178,11 +178,12 @@ def gather_alignment(
     *,
     advance: Callable[[str], object] = lambda name: None,
 ) -> Alignment:
-    """Measure the alignment of some tasks. Collective; the result is every rank's.
+    """Measure the alignment of some tasks. Collective; every rank gets the result.
 
-    All ranks take the same passes. Gradients are summed in float64, so that their number changes
-    nothing; rank 0 keeps one per task on its host, in float32. Parameters, their gradients (none
-    before, none after) and routing stay as they are; the model is left in evaluation mode.
+    All ranks run the same passes. Gradients are summed in float64, so that the result does not
+    depend on the number of ranks; rank 0 keeps one per task in host memory, in float32. Parameters,
+    their gradients (none before, none after) and routing stay as they are; the model is left in
+    evaluation mode.
     """
     engine, adapter = source.placed.engine, source.adapter
     check_shared(adapter)
@@ -203,13 +204,13 @@ def gather_alignment(
             advance(task.name)
     for name, why in left_out.items():
         log.warning("alignment: task '%s' is left out: its gradient is %s", name, why)
-    found = _compare(adapter, names, kept, left_out) if engine.rank == 0 else None
-    result: Alignment = engine.broadcast_object(found)
+    measured = _compare(adapter, names, kept, left_out) if engine.rank == 0 else None
+    result: Alignment = engine.broadcast_object(measured)
     return result
 
 
 def _check_room(engine: Engine, adapter: Adapter, n_tasks: int) -> None:
-    """Raise `RunError`, on all ranks, if the gradients do not fit in rank 0's host. Collective."""
+    """Raise `RunError`, on all ranks, if rank 0 cannot hold the gradients in memory. Collective."""
     needed = 4 * n_tasks * sum(p.numel() for p in adapter.inventory.parameters())
     free = engine.broadcast_object(psutil.virtual_memory().available)
     if needed > free:
@@ -225,19 +226,19 @@ def _check_room(engine: Engine, adapter: Adapter, n_tasks: int) -> None:
 def _compare(
     adapter: Adapter, names: Sequence[str], gradients: Sequence[Tensor], left_out: dict[str, str]
 ) -> Alignment:
-    """Cosines of flat gradients in the order of the inventory's parameters."""
+    """Cosines of the flat gradients, whose order is that of the inventory's parameters."""
     n = len(gradients)
-    whole = np.zeros((n, n))
+    total = np.zeros((n, n))
     layers: dict[str, Matrix] = defaultdict(lambda: np.zeros((n, n)))
     linears: dict[str, float | None] = {}
     grams = linear_grams(adapter, gradients)
     for site, (name, gram) in zip(adapter.sites, grams.items(), strict=True):
-        whole += gram
+        total += gram
         layers[site.routing_group("block", 1)] += gram
         linears[name] = mean_of_pairs(cosines(gram))
     return Alignment(
         tasks=tuple(names),
-        matrix=cosines(whole),
+        matrix=cosines(total),
         layers={name: mean_of_pairs(cosines(gram)) for name, gram in layers.items()},
         linears=linears,
         left_out=left_out,
@@ -257,9 +258,9 @@ def linear_grams(adapter: Adapter, gradients: Sequence[Tensor]) -> dict[str, Mat
             size = adapter.inventory.stacked(stack, side)[0].numel()
             for row, member in enumerate(stack.members):
                 begin = first + row * size
-                own = [gradient[begin : begin + size] for gradient in gradients]
-                if own:
-                    g_TP = torch.stack(own).double()
+                slices = [gradient[begin : begin + size] for gradient in gradients]
+                if slices:
+                    g_TP = torch.stack(slices).double()
                     grams[adapter.sites[member].name] += (g_TP @ g_TP.T).numpy()
     return grams
 
@@ -271,10 +272,10 @@ def cosines(gram: Matrix) -> Matrix:
     """
     squares = np.diag(gram)
     norms = np.sqrt(np.where(squares > 0.0, squares, np.nan))
-    found = (gram + gram.T) / 2.0 / np.outer(norms, norms)
-    found = np.clip(found, -1.0, 1.0)
-    np.fill_diagonal(found, np.where(squares > 0.0, 1.0, np.nan))
-    return found
+    matrix = (gram + gram.T) / 2.0 / np.outer(norms, norms)
+    matrix = np.clip(matrix, -1.0, 1.0)
+    np.fill_diagonal(matrix, np.where(squares > 0.0, 1.0, np.nan))
+    return matrix
 
 
 def mean_of_pairs(matrix: Matrix) -> float | None:

@@ -1,7 +1,7 @@
-"""Gradient alignment while an adapter trains: the same tasks and rows every time.
+"""Gradient alignment during training, always of the same tasks and rows.
 
-Measuring draws no random number and leaves no gradient, so a run with the monitor ends with the
-very adapter it has without.
+Measuring draws no random numbers and leaves no gradients, so a run ends with exactly the same
+adapter with and without the monitor.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from mhr_scale.rows.tokens import TokenSet
 
 
 class Monitor:
-    """Measures at every `alignment_every`-th step, the start and the end among them."""
+    """Measures alignment every `alignment_every` steps, at the start and at the end."""
 
     def __init__(
         self,
@@ -35,24 +35,26 @@ class Monitor:
         return step % self._every == 0 or step == self._last
 
     def gather_values(self) -> dict[str, Any] | None:
-        """The step's figures for metrics.jsonl; None if no two tasks have a gradient. Collective.
+        """Values for metrics.jsonl; None unless two tasks have a gradient. Collective.
 
         Layers in which no pair of tasks has a direction are left out.
         """
         device = self.source.placed.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            found = alignment.gather_alignment(self.source, self.tasks)
-        if found.mean is None:
+            measured = alignment.gather_alignment(self.source, self.tasks)
+        if measured.mean is None:
             return None
         return {
-            "alignment": found.mean,
-            "alignment_tasks": len(found.tasks),
-            "alignment_by_layer": {k: mean for k, mean in found.layers.items() if mean is not None},
+            "alignment": measured.mean,
+            "alignment_tasks": len(measured.tasks),
+            "alignment_by_layer": {
+                k: mean for k, mean in measured.layers.items() if mean is not None
+            },
         }
 
 
 def check_tasks(config: PretrainConfig, tokens: TokenSet) -> None:
-    """Raise `ConfigError` if a run is to be watched that has one task only."""
+    """Raise `ConfigError` if alignment is to be measured in a run of a single task."""
     if config.monitor.alignment_every and len(tokens.cards) < 2:
         raise ConfigError(
             f"monitor.alignment_every: alignment compares tasks, and the only one here is "
@@ -63,11 +65,13 @@ def check_tasks(config: PretrainConfig, tokens: TokenSet) -> None:
 def make_monitor(
     config: PretrainConfig, *, placed: PlacedBackbone, adapter: Adapter, tokens: TokenSet
 ) -> Monitor | None:
-    """The monitor that a recipe asks for, if it does."""
-    asked = config.monitor
-    if not asked.alignment_every:
+    """The monitor that the recipe asks for; None if it asks for none."""
+    settings = config.monitor
+    if not settings.alignment_every:
         return None
-    chosen = alignment.sample_tasks(len(tokens.cards), asked.alignment_tasks, seed=config.run.seed)
+    chosen = alignment.sample_tasks(
+        len(tokens.cards), settings.alignment_tasks, seed=config.run.seed
+    )
     source = alignment.GradientSource(
         placed=placed,
         adapter=adapter,
@@ -76,7 +80,7 @@ def make_monitor(
     )
     return Monitor(
         source,
-        alignment.fixed_rows(tokens, chosen, rows=asked.alignment_rows),
-        every=asked.alignment_every,
+        alignment.fixed_rows(tokens, chosen, rows=settings.alignment_rows),
+        every=settings.alignment_every,
         last=config.schedule.steps,
     )

@@ -1,31 +1,35 @@
-"""An analysis, printed: what was found over all, and block by block."""
+"""An analysis as text: overall figures, and a table by block."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("alignment", "sparsity", "discreteness", "entropy", "norm", "overlap")
-#: Numbers of a long list that are printed.
+#: Longer lists are printed up to this many numbers.
 MOST_NUMBERS = 16
 
 
-def table(found: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
-    """The figures of an `analysis.json`, overall and by block; `blocks` tells those of linears."""
+def table(analysis: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
+    """The figures of an `analysis.json` as text; `blocks` names the block of every linear."""
     lines = [
-        f"{found['method']} of {found['n_tasks']} task(s): {found['n_skills']} skill(s), "
-        f"{found['n_splits']} split(s), rank {found['rank']}, policy {found['policy']}, "
-        f"{found['n_groups']} routing groups"
+        f"{analysis['method']} of {analysis['n_tasks']} task(s): {analysis['n_skills']} skill(s), "
+        f"{analysis['n_splits']} split(s), rank {analysis['rank']}, policy {analysis['policy']}, "
+        f"{analysis['n_groups']} routing groups"
     ]
-    numbers = found["parameters"]
+    numbers = analysis["parameters"]
     ways = ", ".join(
         f"{name} {count:,}" for name, count in numbers["variants"].items() if count is not None
     )
     lines.append(f"  numbers       {numbers['multi_task']:,} multi-task; trained per task: {ways}")
-    routing, inventory, alignment = found["routing"], found["inventory"], found["alignment"]
+    routing, inventory, alignment = (
+        analysis["routing"],
+        analysis["inventory"],
+        analysis["alignment"],
+    )
     if routing is not None:
         lines.append(
             f"  routing       sparsity {routing['sparsity']:.3f}, discreteness "
             f"{routing['discreteness']:.3f}, entropy {routing['entropy']:.3f}, "
-            f"{routing['effective_skills']:.2f} of {found['n_skills']} skills in effect"
+            f"{routing['effective_skills']:.2f} of {analysis['n_skills']} skills in effect"
         )
         lines.append(f"  usage         {_numbers(routing['usage'])}")
     lines.append(f"  update norms  {_numbers(inventory['norms'])} (mean over linears)")
@@ -44,7 +48,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _by_block(routing: Any, inventory: Any, alignment: Any, blocks: Mapping[str, str]) -> list[str]:
-    """One line per block; a column is empty where its figures are not of blocks or smaller."""
+    """One line per block; empty cells where a figure belongs to larger groups than blocks."""
     rows: dict[str, dict[str, list[float | None]]] = {}
     for linear in inventory["linears"]:
         row = rows.setdefault(blocks[linear["name"]], {})

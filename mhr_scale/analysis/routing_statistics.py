@@ -1,11 +1,11 @@
-"""What a learned routing looks like: how sparse, how discrete, which skills, which tasks alike.
+"""Statistics of learned routing: sparsity, discreteness, usage of skills, similarity of tasks.
 
 Shape letters: T tasks, G routing groups, Q splits, S skills.
 
-All of it is of the weights used in evaluation, w (T, G, Q, S), rows summing to 1, and of the
-activations p = sigmoid(z) that they are normalised from. Polytropon (Ponti et al., 2022) speaks of
-sparsity, discreteness and usage of its allocation matrix; the definitions here are ours where it
-says so.
+They are computed from the mixing weights used in evaluation, w (T, G, Q, S), whose rows sum to 1,
+and from the activations p = sigmoid(z) that these are normalised from. Polytropon (Ponti et al.,
+2022) speaks of sparsity, discreteness and usage of its allocation matrix; definitions marked "ours"
+are our own.
 
 | figure | of one row | 0 | 1 |
 |---|---|---|---|
@@ -15,9 +15,9 @@ says so.
 
 Effective skills are exp H(w), 1 to S (ours).
 
-The reference logs the mean of H2 itself as discreteness, and the share of p above 1/2 as sparsity,
-which says nothing of skills that share their work evenly. Each figure is the mean over tasks and
-splits, of one group or of all. Usage of a skill is the mean of its weight, and sums to 1.
+The reference code logs the mean of H2 itself as discreteness, and the share of p above 1/2 as
+sparsity, which does not detect skills that are used evenly. Each figure is the mean over tasks and
+splits, of one group or of all. Usage of a skill is its mean weight; usages sum to 1.
 """
 
 from typing import Any
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from mhr_scale.adapters import Adapter, routing
 
-#: Weights are float32: a task this much nearer to the mean task than its own size is the mean.
+#: A task whose relative distance to the mean task is below this (weights are float32) equals it.
 SAME = 1e-5
-#: Of stored cosines: a thousand tasks are a million of them.
+#: Digits of stored cosines: a thousand tasks have a million of them.
 DIGITS = 6
 
 
@@ -79,11 +79,11 @@ def row_figures(w_TGQS: Tensor, p_TGQS: Tensor) -> dict[str, Tensor]:
 
 
 def task_similarity(w_TGQS: Tensor) -> NDArray[np.float64]:
-    """Cosines of the tasks' weights after the mean task is taken away, (T, T); ours.
+    """Cosines of the tasks' weights after the mean task is subtracted, (T, T); ours.
 
-    Weights are positive and sum to 1: their plain cosines are all near 1 and tell no task from
-    another. A task that is the mean task has no direction: it is like every other such task
-    (cosine 1: a single task, or all the same) and unlike the rest (0).
+    Weights are positive and sum to 1, so their plain cosines are all near 1 and do not separate
+    tasks. A task that equals the mean task has no direction: its cosine is 1 to every other such
+    task (a single task, or all the same) and 0 to the rest.
     """
     x_TD = w_TGQS.flatten(1)
     deviations = x_TD - x_TD.mean(0)
@@ -93,12 +93,12 @@ def task_similarity(w_TGQS: Tensor) -> NDArray[np.float64]:
     cosines = units @ units.T
     cosines = ((cosines + cosines.T) / 2.0).clamp(-1.0, 1.0)
     cosines[is_mean[:, None] & is_mean] = 1.0
-    found: NDArray[np.float64] = cosines.fill_diagonal_(1.0).numpy()
-    return found
+    similarity: NDArray[np.float64] = cosines.fill_diagonal_(1.0).numpy()
+    return similarity
 
 
 def clustered_order(cosines: NDArray[np.float64]) -> list[int]:
-    """Leaves of an average-linkage clustering by 1 - cosine, neighbours as near as they can be.
+    """Leaves of an average-linkage clustering by 1 - cosine, in the optimal leaf order.
 
     One or two tasks keep their order.
     """

@@ -1,4 +1,4 @@
-"""Where frozen weights come from: hub, files, ties, conversion, quantising, the tokenizer.
+"""The frozen backbone: hub and files, ties, conversion, quantisation, merging, the tokenizer.
 
 Other rooms import: blueprint, conversion, fingerprint, hub, manifest, merging, of_adapter,
 quantise, shards, tokenizer, weights.

@@ -1,8 +1,8 @@
-"""The frozen backbone before it is built: its configuration, its weights, which of them are one.
+"""The frozen backbone before it is built: its configuration, its weights, which of them are tied.
 
 Nothing here knows about ranks or shards: the engine asks a `WeightSource` for the range of each
-tensor that it needs. The loader is our own because transformers decides ties by a configuration
-that is often wrong: here the names and numbers in the checkpoint do.
+tensor that it needs. The loader is our own because transformers ties weights by a configuration
+that is often wrong: here the names and numbers in the checkpoint decide.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from mhr_scale.families.table import make_config, read_config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blueprint:
-    """Everything needed to build one backbone: configuration, weights and where they are from.
+    """Everything needed to build one backbone: configuration, weights and their provenance.
 
-    `ties` are names that stand for a tensor of another name.
+    `ties` maps names to the tensor that they are tied to.
     """
 
     family: Family
@@ -39,7 +39,7 @@ class Blueprint:
 
 
 def read_blueprint(config: BackboneConfig) -> Blueprint:
-    """Find the backbone; raises `BackboneError` if it cannot be found, read or trusted."""
+    """Find and check the backbone; raises `BackboneError` if it is missing or cannot be used."""
     if config.name is None:
         return _random_blueprint(config)
     folder = find_folder(config.name, config.revision)
@@ -70,7 +70,7 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
 
 
 def _random_blueprint(config: BackboneConfig) -> Blueprint:
-    """A backbone of the recipe's own configuration, with random weights."""
+    """A randomly initialised backbone of the configuration in the recipe."""
     assert config.config is not None
     family, model_config, fields = make_config(config.config)
     with torch.device("meta"):
@@ -93,9 +93,9 @@ def _random_blueprint(config: BackboneConfig) -> Blueprint:
 
 
 def make_model(blueprint: Blueprint) -> nn.Module:
-    """Build the model without filling its weights, on whatever device the context says.
+    """Build the model without filling its weights, on the current default device.
 
-    Ties are made as the checkpoint has them; the model is frozen and in evaluation mode.
+    Weights are tied as in the checkpoint; the model is frozen and in evaluation mode.
     """
     model = blueprint.family.build(blueprint.model_config)
     tie(model, blueprint)
@@ -104,7 +104,7 @@ def make_model(blueprint: Blueprint) -> nn.Module:
 
 
 def tie(model: nn.Module, blueprint: Blueprint) -> None:
-    """Make the tied parameters one; needed again after a model has got new ones."""
+    """Tie parameters; needed again after a model's parameters have been replaced."""
     blueprint.family.tie(model, blueprint.ties)
 
 
@@ -112,7 +112,7 @@ def plan_copies(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Paramete
     """Map each name to be read to the parameter it fills, every parameter exactly once.
 
     Raises `BackboneError` listing missing, unknown or mis-shaped tensors. A ZeRO-3 parameter's
-    whole shape is its `ds_shape`.
+    full shape is its `ds_shape`.
     """
     parameters, source = dict(model.named_parameters()), blueprint.source
     names = source.names()

@@ -1,4 +1,4 @@
-"""A backbone's weights written anew: one data type, tied tensors once, in indexed safetensors.
+"""Rewriting a backbone's weights: one data type, tied tensors once, as indexed safetensors.
 
 Memory holds one chunk of a tensor at a time, whatever the size of tensors, shards and backbone.
 """
@@ -27,15 +27,15 @@ from mhr_scale.backbone.weights import is_equal
 from mhr_scale.errors import BackboneError
 from mhr_scale.run.runlog import ByteProgress
 
-#: Share of the host's free memory that a second reading of the backbone may take.
+#: Share of the host's free memory that reading the backbone a second time may take.
 FREE_SHARE = 0.7
 
 
 def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
-    """The tensors to write, and the names of the source that have no place; few are read.
+    """The tensors to write, and the names in the source that the model does not use.
 
-    Raises `BackboneError` if the weights do not fit their configuration, are no floats, or a copy
-    of the embedding is none.
+    Of each tensor one element is read, of tied ones all. Raises `BackboneError` if the weights do
+    not fit their configuration or are not floats, or if tied tensors differ.
     """
     weights, source = plan_weights(blueprint, dtype), blueprint.source
     for weight in weights:
@@ -61,7 +61,7 @@ def write_weights(
 ) -> dict[str, FileFacts]:
     """Write shards and their index, under a progress bar; returns sizes and hashes of the files.
 
-    Raises `BackboneError` if a number is not finite, or not any more in its new data type.
+    Raises `BackboneError` if a number is not finite, before or after the cast.
     """
     shards = plan_shards(weights, max_shard_bytes)
     progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="convert")
@@ -99,20 +99,20 @@ def _not_finite(
 
 
 def hash_companions(folder: Path, known: dict[str, FileFacts]) -> dict[str, FileFacts]:
-    """Sizes and hashes of all files of a folder, of which some are known."""
+    """Sizes and hashes of all files of a folder; those in `known` are not read again."""
     files = {file.name: file for file in sorted(folder.iterdir()) if file.name not in known}
     return {**known, **hash_files(files, what="hash")}
 
 
 def is_room(weights: Sequence[Weight]) -> bool:
-    """Whether the host's free memory takes the whole backbone."""
+    """Whether the whole backbone fits into the host's free memory."""
     needed = sum(weight.n_bytes for weight in weights)
     return bool(needed <= FREE_SHARE * psutil.virtual_memory().available)
 
 
-def check_answer(stored: Fingerprint, found: Fingerprint, *, what: str) -> float:
-    """The difference of two float32 fingerprints; raises `BackboneError` if it is no rounding."""
-    measured = fingerprint.difference(stored, found)
+def check_answer(stored: Fingerprint, computed: Fingerprint, *, what: str) -> float:
+    """The difference of two float32 fingerprints; raises `BackboneError` beyond rounding errors."""
+    measured = fingerprint.difference(stored, computed)
     limit = fingerprint.TOLERANCES["float32"]
     if measured > limit:
         raise BackboneError(

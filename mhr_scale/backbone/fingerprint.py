@@ -1,10 +1,10 @@
-"""A few logits that tell one backbone from another, and a wrongly tied one from a right one.
+"""A fingerprint of a backbone: a few logits, which also differ if weights are wrongly tied.
 
 `convert` computes them in float32 from the weights it wrote, module by module, and stores them
-beside the weights. Every run compares its backbone with them once, where and how it lies
-(`engine.check_backbone`).
+beside the weights. Every run compares its backbone with them once, in its own placement and data
+type (`engine.check_backbone`).
 
-B rows, L tokens, V entries of the vocabulary.
+Shape letters: B rows, L tokens, V entries of the vocabulary.
 """
 
 import math
@@ -27,24 +27,24 @@ from mhr_scale.run.runlog import ByteProgress
 from mhr_scale.seeds import seed_from
 
 N_ROWS, N_INPUTS, N_TARGETS, N_KEPT, MAX_INPUTS = 2, 16, 4, 32, 64
-#: Significant digits of a stored logit: more than float32 sums of other kernels agree in.
+#: Significant digits of a stored logit: more than float32 sums of different kernels agree on.
 DIGITS = 7
-#: Largest difference from the stored logits, as a share of their spread, that a right backbone
-#: makes. float32: other kernels sum in another order (1e-6 seen at 24 + 24 blocks, T5s at random).
-#: Weights in 8 and 4 bits are other weights: 1 % to 5 %, and 4 % to 40 % seen, where a wrongly tied
-#: `lm_head` made 23 % (toy backbone) to 500 %.
+#: Largest difference from the stored logits, as a share of their spread, of a correct backbone.
+#: float32: other kernels sum in another order (1e-6 measured on random T5s of 24 + 24 blocks).
+#: Quantised weights are other weights: 1 % to 5 % measured in 8 bits, 4 % to 40 % in 4 bits, where
+#: a wrongly tied `lm_head` made 23 % (toy backbone) to 500 %.
 TOLERANCES = {"float32": 1e-3, "int8": 0.2, "nf4": 0.6}
-#: bfloat16 rounds every activation to 8 bits, some hundred times in a row: 0.4 % to 2.4 % seen. It
-#: follows from the weights, so it is measured at conversion; other kernels round elsewhere, and so
-#: many times as much passes. Swapping two matrices of one block makes 0.4 % to 100 %.
+#: bfloat16 rounds every activation to 8 bits, some hundred times in a row: 0.4 % to 2.4 % measured.
+#: The error depends on the weights, so it is measured at conversion; other kernels round elsewhere,
+#: hence the factor. Swapping two matrices of one block makes 0.4 % to 100 %.
 NOISE_FACTOR, LEAST_BFLOAT16 = 5.0, 0.02
 
 
-# -- what is asked ---------------------------------------------------------------------------------
+# -- questions: the token rows ---------------------------------------------------------------------
 
 
 def make_questions(blueprint: Blueprint, prompts: Sequence[Sequence[int]] = ()) -> Fingerprint:
-    """Token rows without answers yet: prompts as token ids, or fixed pseudo-random ones."""
+    """A fingerprint without logits yet: prompts as token ids, or fixed pseudo-random rows."""
     size = blueprint.model_config.vocab_size
     rows = [list(prompt[:MAX_INPUTS]) for prompt in prompts]
     rows = rows or [_ids(size, "input", row, N_INPUTS) for row in range(N_ROWS)]
@@ -60,7 +60,7 @@ def make_questions(blueprint: Blueprint, prompts: Sequence[Sequence[int]] = ()) 
 
 
 def _ids(size: int, what: str, row: int, length: int) -> list[int]:
-    """Token ids that depend on their place alone; the first three often have meanings."""
+    """Token ids that depend on their position alone; ids 0 to 2 are left out as special tokens."""
     first = min(3, size - 1)
     return [
         first + seed_from("fingerprint", what, row, place) % (size - first)
@@ -69,12 +69,12 @@ def _ids(size: int, what: str, row: int, length: int) -> list[int]:
 
 
 def answer(questions: Fingerprint, logits_BLV: Tensor) -> Fingerprint:
-    """The questions with the logits of the whole vocabulary as their answer, rounded."""
-    kept = logits_BLV[..., questions.vocabulary].double()
+    """Complete a fingerprint: from logits of the whole vocabulary, rounded."""
+    selected = logits_BLV[..., questions.vocabulary].double()
     norms = torch.linalg.vector_norm(logits_BLV.double(), dim=-1)
     return replace(
         questions,
-        logits=[[[_rounded(x) for x in row] for row in rows] for rows in kept.tolist()],
+        logits=[[[_rounded(x) for x in row] for row in rows] for rows in selected.tolist()],
         norms=[[_rounded(x) for x in row] for row in norms.tolist()],
     )
 
@@ -83,33 +83,35 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def difference(stored: Fingerprint, found: Fingerprint) -> float:
-    """How far two answers are apart, as a share of the spread of the stored one; 0 is the same.
+def difference(stored: Fingerprint, computed: Fingerprint) -> float:
+    """The difference of two fingerprints, as a share of the stored one's spread; 0 if equal.
 
-    A constant added to all logits of a position counts for the norms only: it tells little, and
-    T5's logits have a large one.
+    A constant added to all logits of a position counts in the norms only: it says little, and T5's
+    logits have a large one.
     """
     try:
-        theirs, ours = torch.tensor(stored.logits).double(), torch.tensor(found.logits).double()
-        norms, own = torch.tensor(stored.norms).double(), torch.tensor(found.norms).double()
+        expected, actual = (torch.tensor(f.logits).double() for f in (stored, computed))
+        expected_norms, norms = (torch.tensor(f.norms).double() for f in (stored, computed))
     except ValueError:
         return math.inf
-    if theirs.shape != ours.shape or norms.shape != own.shape or not theirs.numel():
+    if expected.shape != actual.shape or expected_norms.shape != norms.shape:
         return math.inf
-    theirs, ours = (x - x.mean(-1, keepdim=True) for x in (theirs, ours))
+    if not expected.numel():
+        return math.inf
+    expected, actual = (x - x.mean(-1, keepdim=True) for x in (expected, actual))
     tiny = torch.finfo(torch.float32).tiny
-    spread = float((ours - theirs).norm() / theirs.norm().clamp_min(tiny))
-    length = float((own - norms).norm() / norms.norm().clamp_min(tiny))
+    spread = float((actual - expected).norm() / expected.norm().clamp_min(tiny))
+    length = float((norms - expected_norms).norm() / expected_norms.norm().clamp_min(tiny))
     worst = max(spread, length)
     return worst if math.isfinite(worst) else math.inf
 
 
-# -- answers by whoever holds the weights ----------------------------------------------------------
+# -- answers: from a model, or from a checkpoint ---------------------------------------------------
 
 
 @torch.no_grad()
 def ask(model: Any, family: Family, questions: Fingerprint, device: torch.device) -> Fingerprint:
-    """The answer of a model, in evaluation mode. Collective under ZeRO-3."""
+    """The fingerprint of a model, in evaluation mode. Collective under ZeRO-3."""
     rows = [
         EncodedRow(np.asarray(ids), (np.asarray(target),))
         for ids, target in zip(questions.inputs, questions.targets, strict=True)
@@ -125,7 +127,7 @@ def ask(model: Any, family: Family, questions: Fingerprint, device: torch.device
 
 
 def make(blueprint: Blueprint, questions: Fingerprint) -> Fingerprint:
-    """The fingerprint of a checkpoint: its answer, and what computing in bfloat16 makes of it."""
+    """The fingerprint of a checkpoint in float32, and the noise of computing it in bfloat16."""
     exact = ask_source(blueprint, questions)
     return replace(
         exact, noise=_rounded(difference(exact, ask_source(blueprint, questions, torch.bfloat16)))
@@ -135,9 +137,9 @@ def make(blueprint: Blueprint, questions: Fingerprint) -> Fingerprint:
 def ask_source(
     blueprint: Blueprint, questions: Fingerprint, dtype: torch.dtype = torch.float32
 ) -> Fingerprint:
-    """The answer of a checkpoint as our loader reads it, computed in `dtype` on the CPU.
+    """The fingerprint of a checkpoint as our loader reads it, computed in `dtype` on the CPU.
 
-    Weights are read when their module runs and dropped after it: memory holds one of them.
+    Weights are read when their module runs and freed after it: memory holds one module's.
     """
     with torch.device("meta"):
         model = make_model(blueprint).to(dtype)
@@ -148,29 +150,29 @@ def ask_source(
 
     def read(parameter: nn.Parameter) -> Tensor:
         name = names[id(parameter)]
-        if name not in seen:  # a tied one is read again
+        if name not in seen:  # tied weights are read several times
             progress.add(name, parameter.nbytes)
         seen.add(name)
         return read_whole(blueprint.source, name).to(dtype)
 
     with weights_on_demand(model, read):
-        found = ask(model, blueprint.family, questions, torch.device("cpu"))
+        computed = ask(model, blueprint.family, questions, torch.device("cpu"))
     progress.close()
-    return found
+    return computed
 
 
 def ask_model(model: nn.Module, family: Family, questions: Fingerprint) -> Fingerprint:
-    """The answer of a model on the CPU, computed in float32; one weight is cast at a time.
+    """The fingerprint of a model on the CPU, computed in float32; one weight is cast at a time.
 
-    The model is of no use afterwards. What it ties stays tied.
+    The model cannot be used afterwards. Tied weights stay tied.
     """
     held: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # some look at the data type of a weight before they call the weight's module
-                there = torch.empty_like(parameter, dtype=torch.float32, device="meta")
-                module._parameters[name] = nn.Parameter(there, requires_grad=False)
+                # some modules read a weight's data type before they call the module that has it
+                placeholder = torch.empty_like(parameter, dtype=torch.float32, device="meta")
+                module._parameters[name] = nn.Parameter(placeholder, requires_grad=False)
                 held[id(module._parameters[name])] = parameter.detach()
     with weights_on_demand(model, lambda parameter: held[id(parameter)].float()):
         return ask(model, family, questions, torch.device("cpu"))
@@ -178,21 +180,26 @@ def ask_model(model: nn.Module, family: Family, questions: Fingerprint) -> Finge
 
 @contextmanager
 def weights_on_demand(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
-    """Let every module run with weights that are made for its call and dropped after it."""
+    """Let every module run with weights that are made for its call and freed after it."""
     handles = []
     for module in model.modules():
-        own = {name: p for name, p in module._parameters.items() if p is not None}
-        if not own:
+        parameters = {name: p for name, p in module._parameters.items() if p is not None}
+        if not parameters:
             continue
 
-        def fetch(module: nn.Module, inputs: Any, own: dict[str, nn.Parameter] = own) -> None:
-            for name, parameter in own.items():
+        def fetch(
+            module: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter] = parameters
+        ) -> None:
+            for name, parameter in parameters.items():
                 module._parameters[name] = nn.Parameter(make(parameter), requires_grad=False)
 
         def drop(
-            module: nn.Module, inputs: Any, output: Any, own: dict[str, nn.Parameter] = own
+            module: nn.Module,
+            inputs: Any,
+            output: Any,
+            parameters: dict[str, nn.Parameter] = parameters,
         ) -> None:
-            module._parameters.update(own)
+            module._parameters.update(parameters)
 
         handles += [
             module.register_forward_pre_hook(fetch),
@@ -206,26 +213,26 @@ def weights_on_demand(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) 
 
 
 def tolerance_of(stored: Fingerprint, how: str) -> float:
-    """The largest difference that a right backbone makes, by its data type or quantisation."""
+    """The largest difference of a correct backbone, by its data type or quantisation."""
     if how == "bfloat16":
         return max(LEAST_BFLOAT16, NOISE_FACTOR * stored.noise)
     return TOLERANCES[how]
 
 
 def check_questions(stored: Fingerprint, blueprint: Blueprint) -> None:
-    """Raise `BackboneError` unless a fingerprint asks what this backbone can be asked."""
+    """Raise `BackboneError` if a fingerprint's rows are malformed or not in the vocabulary."""
     place, size = f"{blueprint.folder}/{MANIFEST}: fingerprint", blueprint.model_config.vocab_size
     if len(stored.inputs) != len(stored.targets) or len(set(map(len, stored.targets))) > 1:
         raise BackboneError(
             f"{place}: {len(stored.inputs)} inputs, targets of "
             f"{', '.join(str(len(row)) for row in stored.targets) or 'no'} tokens; {WAY_OUT}"
         )
-    asked = {
+    rows_by_name = {
         "inputs": stored.inputs,
         "targets": stored.targets,
         "vocabulary": [stored.vocabulary],
     }
-    for name, rows in asked.items():
+    for name, rows in rows_by_name.items():
         if not rows or not all(rows):
             raise BackboneError(f"{place}.{name}: a row without a token; {WAY_OUT}")
         foreign = [token for row in rows for token in row if not 0 <= token < size]

@@ -1,4 +1,4 @@
-"""Where a backbone lies: built in, in a folder, or on the hub, from which it is fetched."""
+"""Finding a backbone's files: built in, in a folder, or downloaded from the hub."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def find_folder(
     setting: str = "backbone.name",
     files: Sequence[str] = HUB_FILES,
 ) -> Path:
-    """Local folder of a builtin, a path or a hub id, of which `files` are downloaded if need be.
+    """Local folder of a builtin, a path or a hub id, whose `files` are downloaded if needed.
 
-    `setting` is what errors call the name.
+    `setting` is the name of the setting in errors.
     """
     if name in BUILTIN:
         return BUILTIN[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return path if path.name else path.absolute()  # "." would leave errors without a place
+        return path if path.name else path.absolute()  # "." would be no name in errors
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
         raise BackboneError(
             f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "
@@ -36,8 +36,8 @@ def find_folder(
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = choose_files(name, revision, files)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        chosen = choose_files(name, revision, files)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
     except Exception as error:
         raise BackboneError(
             f"{setting}: '{name}' is no local folder and the hub does not give it "
@@ -47,20 +47,20 @@ def find_folder(
 
 
 def choose_files(name: str, revision: str | None, patterns: Sequence[str]) -> list[str]:
-    """The files of a hub id worth fetching: those of the patterns, weights in one format only.
+    """The files of a hub id to download: those that match a pattern, weights in one format only.
 
-    Most hub ids hold their weights several times. Without an answer of the hub the patterns stand
-    for themselves, and what was fetched before is all there is.
+    Most hub ids hold their weights in several formats. If the hub cannot be reached the patterns
+    themselves are returned, and files in the local cache are used.
     """
     from huggingface_hub import list_repo_files
 
     try:
-        there = list_repo_files(name, revision=revision)
+        repo_files = list_repo_files(name, revision=revision)
     except Exception:
         return list(patterns)
     chosen = [
         file
-        for file in there
+        for file in repo_files
         if "/" not in file and any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
     ]
     if any(file.endswith(".safetensors") for file in chosen):

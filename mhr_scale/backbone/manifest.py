@@ -1,7 +1,7 @@
-"""`mhr_scale.json` in a converted backbone's folder: what lies there, and how to trust it.
+"""`mhr_scale.json` in a converted backbone's folder: its files, and checks of them.
 
-Sizes and names are checked whenever the folder is opened, which reads nothing but headers; hashes
-when they are asked for.
+Names and sizes are checked whenever the folder is opened, which reads headers only; hashes on
+request.
 """
 
 import json
@@ -27,7 +27,7 @@ WAY_OUT = "copy the folder again, or convert anew"
 class Fingerprint:
     """Some logits of a backbone, computed in float32 from the weights as they are stored.
 
-    B rows, L tokens, V entries of the vocabulary.
+    Shape letters: B rows, L tokens, V entries of the vocabulary.
     """
 
     inputs: list[list[int]]
@@ -45,16 +45,16 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a converted folder holds, and where it is from."""
+    """The contents of a converted folder, and what it was converted from."""
 
     schema: int
     source: dict[str, Any]
     """Name, revision and folder of what was converted, and the sizes of its weight files."""
     dtype: str
     tied: dict[str, str]
-    """Names that stand for a tensor stored under another name."""
+    """Tied names, and the name that their tensor is stored under."""
     left_out: list[str]
-    """Tensors of the source that the model has no use for."""
+    """Tensors of the source that the model does not use."""
     files: dict[str, FileFacts]
     fingerprint: Fingerprint
 
@@ -79,8 +79,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return TypeAdapter(Manifest).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        said = describe_fault(fault, fault["loc"])
-        raise BackboneError(f"{file}: {said}; {WAY_OUT}") from error
+        description = describe_fault(fault, fault["loc"])
+        raise BackboneError(f"{file}: {description}; {WAY_OUT}") from error
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -105,7 +105,7 @@ def check_weights(
 ) -> None:
     """Raise `BackboneError` if the weights are not what was written: names, files, ties, data type.
 
-    `ties` are those that the weights themselves tell.
+    `ties` are those found in the weights themselves.
     """
     for name in sorted(source.names()):
         file = source.file(name)
@@ -125,9 +125,13 @@ def check_weights(
         if target not in source.names():
             raise BackboneError(f"{folder}: {name} is {target}, which is missing; {WAY_OUT}")
     for name in sorted(ties.keys() ^ manifest.tied.keys()):
-        told = manifest.tied.get(name, "a tensor of its own")
+        if name not in source.names() | manifest.tied.keys():
+            raise BackboneError(
+                f"{folder}: {name} is missing, and {MANIFEST} ties it to no other; {WAY_OUT}"
+            )
+        recorded = manifest.tied.get(name, "a tensor of its own")
         raise BackboneError(
-            f"{folder / MANIFEST}: says that {name} is {told}, the weights say "
+            f"{folder / MANIFEST}: says that {name} is {recorded}, the weights say "
             f"{ties.get(name, 'a tensor of its own')}; {WAY_OUT}"
         )
 
@@ -146,10 +150,10 @@ def hash_files(files: dict[str, Path], *, what: str) -> dict[str, FileFacts]:
 
 def verify_hashes(folder: Path, manifest: Manifest) -> None:
     """Raise `BackboneError` if a file is not, bit for bit, what was written."""
-    found = hash_files({name: folder / name for name in manifest.files}, what="verify")
+    actual = hash_files({name: folder / name for name in manifest.files}, what="verify")
     for name, facts in manifest.files.items():
-        if found[name] != facts:
+        if actual[name] != facts:
             raise BackboneError(
                 f"{folder / name}: its bytes are not those that were written (sha256 "
-                f"{found[name].sha256[:12]}..., {MANIFEST} says {facts.sha256[:12]}...); {WAY_OUT}"
+                f"{actual[name].sha256[:12]}..., {MANIFEST} says {facts.sha256[:12]}...); {WAY_OUT}"
             )

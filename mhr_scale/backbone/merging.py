@@ -2,8 +2,8 @@
 
 Shape letters: I in features, O out features, R rank.
 
-Weights come tensor by tensor from the backbone's source, whatever placement they were trained in;
-memory holds one shard and one linear in float32 at a time.
+Weights are read tensor by tensor from the backbone's source, whatever placement the adapter was
+trained in; memory holds one shard and one linear in float32 at a time.
 """
 
 import shutil
@@ -38,7 +38,7 @@ COMPANIONS = (
 
 
 def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
-    """The tensors of a merged backbone in its own order, tied ones once; no weight is read.
+    """The tensors of a merged backbone in the model's order, tied ones once; no weight is read.
 
     Raises `BackboneError` if the weights do not fit their configuration.
     """
@@ -77,9 +77,9 @@ def write_merged(
     weights: Sequence[Weight],
     max_shard_bytes: int,
 ) -> None:
-    """Write the weights of `blueprint` with a single adapter in them; each is rounded once.
+    """Write the weights of `blueprint` with a single adapter merged in; each is rounded once.
 
-    Memory: one shard, and the tensor in work in float32.
+    Memory: one shard, and the current tensor in float32.
     """
     pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
     shards = plan_shards(weights, max_shard_bytes)
@@ -104,8 +104,8 @@ def write_companions(
 ) -> None:
     """Write the configuration, generation settings and tokenizer beside merged weights.
 
-    The configuration is the backbone's own: whether its logits are scaled is told by what it says
-    of tied embeddings, and whether they are tied by the names of the weights.
+    The configuration is the backbone's own: its `tie_word_embeddings` says whether logits are
+    scaled, and the names of the weights say whether embeddings are tied.
     """
     family, model_config = blueprint.family, blueprint.model_config
     raw: dict[str, Any] = {
@@ -132,7 +132,7 @@ def write_companions(
 
 
 def with_weights(blueprint: Blueprint, file: Path) -> Blueprint:
-    """The same backbone with the weights that a job of kind backbone trained and left in `file`."""
+    """The same backbone with the weights in `file`, which a job of kind backbone trained."""
     if not file.is_file():
         raise BackboneError(f"{file}: missing, though the job trained it; copy the folder whole")
     return replace(blueprint, source=SafetensorsSource([file]), manifest=None)

@@ -1,4 +1,4 @@
-"""The backbone that an adapter was trained on, and whether the two fit; no weight is read."""
+"""The backbone that an adapter was trained on, and whether they fit; no weight is read."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from mhr_scale.recipe import typed
 
 
 def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
-    """What an adapter's card says of the backbone it was trained on."""
+    """The `backbone` entry of an adapter's card."""
     settings = {name: getattr(config, name) for name in ("dtype", "quantise", "tokenizer")}
     return {**blueprint.facts, **settings}
 
@@ -32,8 +32,8 @@ def backbone_of(
 ) -> BackboneConfig:
     """The backbone an adapter was trained on, which may have moved since.
 
-    `dtype` and `quantise` override what it was trained in. Raises `AdapterError` if the adapter
-    does not tell, or belongs to weights of its own.
+    `dtype` and `quantise` override those of the training. Raises `AdapterError` if the adapter's
+    card does not name it, or if the adapter was trained together with the backbone's weights.
     """
     facts = card.backbone
     if "backbone" in card.origin:
@@ -58,9 +58,9 @@ def backbone_of(
 
 
 def blueprint_of(adapter: str | None, config: BackboneConfig) -> Blueprint:
-    """The backbone that an adapter names (None: a recipe does), read but for its weights.
+    """Read the backbone that an adapter names (None: a recipe names it), but no weight.
 
-    Raises `BackboneError`, which names the adapter where its backbone is not found.
+    Raises `BackboneError`, which names the adapter if its backbone is not found.
     """
     try:
         return read_blueprint(config)
@@ -80,7 +80,7 @@ def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:
 
 
 def find_sites_of(blueprint: Blueprint, config: AdapterConfig) -> tuple[Site, ...]:
-    """The linears that an adapter of these settings wraps, before any weight is read.
+    """The linears that an adapter of these settings wraps; no weight is read.
 
     Raises `LayoutError` if the adapter does not fit the backbone.
     """

@@ -1,10 +1,10 @@
-"""Frozen linears in 8 or 4 bits: which ones they are, and how bitsandbytes makes them.
+"""Frozen linears in 8 or 4 bits by bitsandbytes.
 
 Every linear in the blocks is quantised; embeddings, norms, position biases and the head keep the
-backbone's data type. T5 casts what it hands to `wo` to the data type of `wo.weight` unless that is
-int8 (transformers leaves `wo` alone for that reason), so 4-bit weights are stored as bytes that
-pass for numbers of the backbone's data type: then the cast changes nothing. The product in 8 bits
-holds on to its input, whether or not `recompute: non_reentrant` would drop it.
+backbone's data type. T5 casts the input of `wo` to the data type of `wo.weight` unless that is int8
+(transformers does not quantise `wo` for that reason), so 4-bit weights are stored in tensors of the
+backbone's data type (`quant_storage`), which makes the cast a no-op. The 8-bit product keeps its
+input for the backward pass, also under `recompute: non_reentrant`.
 """
 
 import logging
@@ -18,9 +18,9 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, EngineError
 from mhr_scale.families.family import last_part
 
-#: int8: columns of activations with a value of this size stay unquantised (Dettmers et al. 2022).
+#: int8: columns of activations with a value this large stay unquantised (Dettmers et al. 2022).
 OUTLIER = 6.0
-#: nf4: so many weights of a row share a scale. The CPU kernel is wrong where a row ends in a block.
+#: nf4: weights that share a scale. The CPU kernel is wrong if a row ends within such a block.
 BLOCK = 64
 
 
@@ -41,9 +41,9 @@ def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None
         with torch.device("meta"):
             model = make_model(blueprint)
         linears = list_linears(model, blueprint).items()
-        odd = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
-        if odd:
-            listed = ", ".join(f"{name} of {width}" for name, width in odd.items())
+        uneven = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
+        if uneven:
+            listed = ", ".join(f"{name} of {width}" for name, width in uneven.items())
             raise BackboneError(
                 f"backbone.quantise: nf4 takes rows of weights in blocks of {BLOCK}, and those of "
                 f"{listed} do not divide into them; use int8"
@@ -51,7 +51,7 @@ def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None
 
 
 def list_linears(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Linear]:
-    """The linears that get quantised, by name: those in the blocks."""
+    """The linears to quantise, by name: those in the blocks."""
     family, config = blueprint.family, blueprint.model_config
     return {
         name: module
@@ -61,15 +61,15 @@ def list_linears(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Linear]
 
 
 def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.device) -> None:
-    """Give a model on the meta device memory, but none to the linears that get quantised."""
-    left_out = {} if kind == "none" else list_linears(model, blueprint)
+    """Allocate the memory of a model on the meta device, except for linears to quantise."""
+    quantised = {} if kind == "none" else list_linears(model, blueprint)
     for name, module in model.named_modules():
-        if name not in left_out:
+        if name not in quantised:
             module.to_empty(device=device, recurse=False)
 
 
 def put(model: nn.Module, name: str, weight_OI: Tensor, kind: str, device: torch.device) -> None:
-    """Put a quantised linear in the place of the one whose weight is called `name`."""
+    """Replace the linear whose weight is called `name` by a quantised one."""
     place = name.removesuffix(".weight")
     model.set_submodule(place, make_linear(weight_OI, kind=kind, device=device))
 
@@ -99,15 +99,15 @@ def make_linear(weight_OI: Tensor, *, kind: str, device: torch.device) -> nn.Lin
         )
     linear.weight = weight.to(device)
     keep_format(linear)
-    made: nn.Linear = linear.eval()
-    return made
+    quantised: nn.Linear = linear.eval()
+    return quantised
 
 
 def keep_format(model: nn.Module) -> None:
-    """Keep 4-bit weights as they are stored.
+    """Keep bitsandbytes from repacking 4-bit weights.
 
-    In evaluation on a CPU with AVX512-BF16 bitsandbytes packs them for another kernel, for good; it
-    has no gradient, so that a model evaluated once would train on with wrong ones.
+    In evaluation on a CPU with AVX512-BF16 it packs them, irreversibly, for a kernel that has no
+    gradient: a model that was evaluated once would go on training with wrong gradients.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -115,7 +115,7 @@ def keep_format(model: nn.Module) -> None:
 
 
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its remarks on every cast and on kernels it could download."""
+    """Import bitsandbytes without its warnings about casts and kernels to download."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 

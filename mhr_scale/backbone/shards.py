@@ -1,7 +1,7 @@
-"""Safetensors files: written as a stream that holds no tensor, and what a cut file lacks.
+"""Safetensors files: written chunk by chunk, and diagnosed if truncated.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: data type, shape and
-place of every tensor), and the tensors' bytes one after the other without a gap.
+offsets of every tensor), and the tensors' bytes one after the other without a gap.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-#: A header's length is a multiple of this, so that tensors lie on their own width.
+#: A header's length is a multiple of this, so that tensors are aligned.
 ALIGNMENT = 8
 #: Longest header that the library reads, in bytes.
 LONGEST_HEADER = 100_000_000
@@ -57,7 +57,7 @@ class Weight:
 
 
 def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
-    """Weights in order, cut into files of `max_bytes` at most; a larger tensor has its own."""
+    """Weights in order, split into files of `max_bytes` at most; a larger tensor has its own."""
     shards: list[list[Weight]] = []
     size = 0
     for weight in weights:
@@ -70,12 +70,12 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]
 
 
 def name_shard(number: int, n_shards: int) -> str:
-    """The name of a file of several, counted from 1, as transformers calls it."""
+    """The name of one of several files, counted from 1, as transformers names them."""
     return f"model-{number:05d}-of-{n_shards:05d}.safetensors"
 
 
 def write_index(folder: Path, weights: Sequence[Weight], places: Mapping[str, str]) -> None:
-    """Write which file holds each weight, as transformers reads it."""
+    """Write the index, which names the file of each weight, as transformers reads it."""
     size = sum(weight.n_bytes for weight in weights)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(places)})
 
@@ -108,8 +108,8 @@ def write_shard(
 ) -> FileFacts:
     """Write a safetensors file, flushed to disk, of which one chunk is in memory at a time.
 
-    `read` gives elements [start, stop) of a flattened tensor; `advance` hears of every chunk's
-    tensor and bytes. Entries of several data types have to come widest first.
+    `read` returns elements [start, stop) of a flattened tensor; `advance` is called with the tensor
+    and the bytes of every chunk. Weights of several data types have to come widest first.
     """
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as out:
@@ -132,7 +132,7 @@ def write_shard(
 
 
 def _header(weights: Sequence[Weight]) -> bytes:
-    """The first bytes of a file, up to its first tensor."""
+    """The bytes of a file before its first tensor."""
     table: dict[str, Any] = {METADATA: {"format": "pt"}}
     start = 0
     for weight in weights:
@@ -148,7 +148,7 @@ def _header(weights: Sequence[Weight]) -> bytes:
 
 
 def first_cut(file: Path) -> str | None:
-    """What a safetensors file that ends too early lacks first; None if its end is not the fault."""
+    """Where a truncated safetensors file ends; None if it is not truncated."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -164,6 +164,6 @@ def first_cut(file: Path) -> str | None:
         return None
     for start, stop, name in sorted(places):
         if 8 + length + stop > size:
-            there = max(0, size - 8 - length - start)
-            return f"it ends in {name}, of which {there} of {stop - start} bytes are there"
+            present = max(0, size - 8 - length - start)
+            return f"it ends in {name}, of which {present} of {stop - start} bytes are there"
     return None

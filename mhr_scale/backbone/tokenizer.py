@@ -1,4 +1,4 @@
-"""The backbone's tokenizer, found good."""
+"""Loading and checking the backbone's tokenizer."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, first_line
 from mhr_scale.families.table import TOKENIZERS
 
-#: A text whose characters hardly any vocabulary holds.
+#: Characters that hardly any vocabulary has.
 UNSEEN = "\u16a0\ue000\U0001f9a4"
 
 
 def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
     """The backbone's tokenizer, or one that needs no files; no larger than the embeddings.
 
-    Raises `BackboneError` if it cannot be read. Without its files transformers would give a
-    tokenizer that knows no words, and no error.
+    Raises `BackboneError` if it cannot be read. Without its files transformers would return a
+    tokenizer with an empty vocabulary, and no error.
     """
     from transformers import AutoTokenizer
 
@@ -36,10 +36,10 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
             raise BackboneError(
                 f"{folder}: no readable tokenizer ({first_line(error)}); set backbone.tokenizer"
             ) from error
-        wanted = sorted(set(tokenizer.vocab_files_names.values()))
-        if wanted and not any((folder / file).is_file() for file in wanted):
+        vocab_files = sorted(set(tokenizer.vocab_files_names.values()))
+        if vocab_files and not any((folder / file).is_file() for file in vocab_files):
             raise BackboneError(
-                f"{folder}: no tokenizer here ({' or '.join(wanted)}); set backbone.tokenizer"
+                f"{folder}: no tokenizer here ({' or '.join(vocab_files)}); set backbone.tokenizer"
             )
     is_own = name is None
     place = f"{blueprint.folder}: its tokenizer" if is_own else "backbone.tokenizer:"
@@ -49,7 +49,7 @@ def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int, *, place: str, way_out: str) -> None:
-    """Raise `BackboneError` if texts cannot be told apart from padding, or do not fit."""
+    """Raise `BackboneError` if special tokens are missing, or ids exceed the embeddings."""
     for token in ("pad_token", "eos_token"):
         if getattr(tokenizer, token) is None:
             raise BackboneError(f"{place} has no {token}; {way_out}")

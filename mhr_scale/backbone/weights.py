@@ -1,6 +1,6 @@
 """Sources of frozen weights: tensors by name, read by flat range.
 
-Ranks of a sharded backbone ask for their own range of each tensor; nobody has to hold the whole.
+Ranks of a sharded backbone read their own range of each tensor; no rank has to hold a whole one.
 """
 
 import pickle
@@ -24,12 +24,12 @@ from mhr_scale.seeds import seed_from
 AGAIN = "fetch it again"
 BOTH = "fetch both again"
 SAVE = "save its state_dict as safetensors"
-#: Bytes of a file from which on it matters that it is read whole.
+#: Bytes of a file above which reading it into memory as a whole deserves a warning.
 LARGE = 10**9
 
 
 class WeightSource(Protocol):
-    """Tensors by name, read by flat range so that nobody has to hold more than their part."""
+    """Tensors by name, read by flat range so that a rank never holds more than its shard."""
 
     def names(self) -> frozenset[str]:
         """Names in the checkpoint."""
@@ -38,14 +38,14 @@ class WeightSource(Protocol):
         """Shape of one tensor."""
 
     def file(self, name: str) -> Path | None:
-        """The file that holds a tensor; None where none does."""
+        """The file that holds a tensor; None if there is no file."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
 
 
 class SafetensorsSource:
-    """Safetensors files; a range read touches only the rows that hold it."""
+    """Safetensors files; reading a range touches only the rows that contain it."""
 
     def __init__(self, files: list[Path]) -> None:
         self._handles: dict[str, tuple[Any, Path]] = {}
@@ -80,7 +80,7 @@ class SafetensorsSource:
         width = prod(shape[1:])
         first, last = start // width, -(-stop // width)
         handle, file = self._handles[name]
-        if not shape:  # has no rows
+        if not shape:  # a scalar
             return handle.get_tensor(name).reshape(-1)[start:stop]
         try:
             rows: Tensor = handle.get_slice(name)[first:last]
@@ -110,9 +110,9 @@ class PickledSource:
             if not isinstance(tensors, dict):
                 kind = type(tensors).__name__
                 raise BackboneError(f"{file}: holds a {kind}, not named tensors; {SAVE}")
-            strange = [name for name in tensors if not isinstance(tensors[name], Tensor)]
-            if strange:
-                raise BackboneError(f"{file}: '{strange[0]}' is no tensor; {SAVE}")
+            others = [name for name in tensors if not isinstance(tensors[name], Tensor)]
+            if others:
+                raise BackboneError(f"{file}: '{others[0]}' is no tensor; {SAVE}")
             for name, tensor in tensors.items():
                 if name in self._files:
                     raise BackboneError(_twice(name, self._files[name], file))
@@ -136,7 +136,7 @@ class PickledSource:
 
 
 class RandomSource:
-    """Random weights by an architecture's own rules, each a function of the seed and its name."""
+    """Random weights by an architecture's initialisation, each a function of seed and name."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ def read_whole(source: WeightSource, name: str) -> Tensor:
 
 
 def is_equal(source: WeightSource, name: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint are the same, bit for bit; a part is read at a time."""
+    """Whether two tensors of a checkpoint are equal, bit for bit; read in chunks."""
     shape = source.shape(name)
     if shape != source.shape(other) or len(shape) != 2:
         return False
@@ -191,13 +191,13 @@ def is_equal(source: WeightSource, name: str, other: str) -> bool:
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a folder: safetensors where there are any, else `.bin` files.
 
-    An index tells which files count; without one, a file that holds the whole counts alone. Raises
+    An index names the files to read; without one, a single unsharded file takes precedence. Raises
     `BackboneError` if files are missing, damaged, or not what the index says.
     """
-    for index, whole, pattern, kind in FORMATS:
+    for index, single, pattern, kind in FORMATS:
         if (folder / index).is_file():
             return _open_indexed(folder / index, kind)
-        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
+        files = [folder / single] if (folder / single).is_file() else sorted(folder.glob(pattern))
         if files:
             source = kind(files)
             if not source.names():
@@ -207,7 +207,7 @@ def open_weights(folder: Path) -> WeightSource:
 
 
 def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) -> WeightSource:
-    """The files that an index names, each tensor in the one where the index says it is."""
+    """The files that an index names, after checking that each tensor is in the file it names."""
     places = read_index(index)
     for name, file in places.items():
         if not (index.parent / file).is_file():
@@ -219,24 +219,24 @@ def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) ->
     source = kind([index.parent / file for file in sorted(set(places.values()))])
     for name in sorted(source.names() | places.keys()):
         if name not in source.names():
-            there = index.parent / places[name]
+            file_path = index.parent / places[name]
             raise BackboneError(
-                f"{there}: {name} is missing, which {index.name} puts there; {BOTH}"
+                f"{file_path}: {name} is missing, which {index.name} puts there; {BOTH}"
             )
-        found = source.file(name)
+        holder = source.file(name)
         if name not in places:
-            raise BackboneError(f"{found}: holds {name}, which {index.name} does not know; {BOTH}")
-        if found.name != places[name]:
+            raise BackboneError(f"{holder}: holds {name}, which {index.name} does not know; {BOTH}")
+        if holder.name != places[name]:
             raise BackboneError(
-                f"{found}: holds {name}, which {index.name} puts in {places[name]}; {BOTH}"
+                f"{holder}: holds {name}, which {index.name} puts in {places[name]}; {BOTH}"
             )
     return source
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file that holds each tensor, by an index as transformers writes it.
+    """The file of each tensor, from an index as transformers writes it.
 
-    Raises `BackboneError` if it is no index, or names a file outside of its folder.
+    Raises `BackboneError` if it is not an index, or names a file outside its folder.
     """
     places = read_object(index, BackboneError).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -256,9 +256,9 @@ def _twice(name: str, first: Path, second: Path) -> str:
 
 
 def _look_at_old_format(file: Path) -> None:
-    """Warn of a large file that does not end as an archive, as newer checkpoints do.
+    """Warn of a large checkpoint in torch's old format, which cannot be memory-mapped.
 
-    Raises `BackboneError` if it begins as one, or cannot be opened.
+    Raises `BackboneError` if the file is a truncated archive, or cannot be opened.
     """
     try:
         size = file.stat().st_size
@@ -276,7 +276,7 @@ def _look_at_old_format(file: Path) -> None:
         )
 
 
-#: Index, file that holds the whole, pattern and reader of each format, the preferred first.
+#: Index, unsharded file, pattern and reader of each format, the preferred one first.
 FORMATS: tuple[tuple[str, str, str, type[SafetensorsSource | PickledSource]], ...] = (
     (
         SAFETENSORS_INDEX,

@@ -2,9 +2,9 @@
 
 Parts answer *what is the model* (`BackboneConfig`, `AdapterConfig`), *what is the data* (a tasks
 part per suite, `MixtureConfig`), *how do we train* (`LossConfig`, `OptimConfig`, `ScheduleConfig`,
-`BatchConfig`) and *where do we write* (`RunConfig`). The adapter's part and those of the suites
-stand with what they describe. Derived numbers are methods, never fields. `recipe.reading`
-reads parts from YAML. The text under a field is its help text.
+`BatchConfig`) and *where do we write* (`RunConfig`). The parts of adapters and task suites are
+defined beside the code that reads them. Derived numbers are methods, never fields.
+`recipe.reading` reads parts from YAML. The text under a field is its help text.
 
 Other rooms import the parts from here.
 """

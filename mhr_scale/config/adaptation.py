@@ -1,4 +1,4 @@
-"""Few-shot adaptation: which jobs there are, how they train, when they stop."""
+"""Settings of `adapt`: which few-shot jobs there are, how they train, when they stop."""
 
 from dataclasses import field
 from typing import Literal
@@ -37,7 +37,7 @@ class VariantConfig:
     routing_lr: float | None = None
     """Peak rate of the routing logits; null: `optim.routing_lr`."""
     backbone_lr: float = 1e-4
-    """backbone: peak rate of the backbone's weights; `optim` says the rest, weight decay too."""
+    """backbone: peak rate of the backbone's weights; other settings, weight decay too: `optim`."""
 
     def __post_init__(self) -> None:
         if (self.adapter is None) == (self.fresh is None):
@@ -133,7 +133,7 @@ class AdaptRunConfig:
     """Where jobs write, and under which DeepSpeed file they run."""
 
     folder: str
-    """The run folder: `jobs/<task>/<seed>/<variant>/`; the same command goes on."""
+    """The run folder: `jobs/<task>/<seed>/<variant>/`; the same command continues it."""
     log_every: int = 10
     """Steps between lines of a job's metrics.jsonl."""
     ds_config: str | None = None
@@ -152,15 +152,15 @@ class AdaptConfig:
     """Everything `adapt` reads: tasks x seeds x variants are the jobs."""
 
     variants: dict[str, VariantConfig]
-    """The ways to adapt, by the name they have in tables and folders."""
+    """The ways to adapt, by their names in tables and folders."""
     tasks: EvalTasksConfig
     """The tasks to adapt to."""
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     """The few training examples."""
     backbone: BackboneConfig | None = None
-    """The backbone, where every variant is fresh; beside adapters, how theirs is to be run."""
+    """The backbone, if every variant is fresh; with adapters, how their backbone is run."""
     backbone_moved_to: str | None = None
-    """Where the adapters' backbone lies now, if not where they were trained."""
+    """Where the adapters' backbone is now, if it has moved since they were trained."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
     """Data type of the backbone, if not the one the adapters were trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
@@ -172,7 +172,7 @@ class AdaptConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     """Evaluation while training, best checkpoint, early stop."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """How answers are asked for and scored."""
+    """How answers are obtained and scored."""
     waves: WavesConfig = field(default_factory=WavesConfig)
     """How jobs share passes."""
     run: AdaptRunConfig
@@ -180,7 +180,7 @@ class AdaptConfig:
 
     @property
     def backbone_variants(self) -> list[str]:
-        """The variants that train the backbone too: a job of theirs runs alone."""
+        """The variants that train the backbone too; each of their jobs has a wave of its own."""
         return [name for name, variant in self.variants.items() if variant.kind == "backbone"]
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is measured of an adapter, and what is watched while it trains."""
+"""Settings of `analyse`, and of the measurements during pre-training."""
 
 from dataclasses import field
 from typing import Literal
@@ -10,7 +10,7 @@ from mhr_scale.tasks.suites import TasksConfig
 
 
 def _check_sample(part_name: str, prefix: str, *, tasks: int | None, rows: int) -> None:
-    """Raise `ConfigError` for fewer tasks than make a pair, or no row."""
+    """Raise `ConfigError` for fewer than two tasks or no row."""
     if tasks is not None and tasks < 2:
         raise ConfigError(f"{part_name}.{prefix}tasks: {tasks} make no pair; use 2 or more")
     if rows < 1:
@@ -19,11 +19,11 @@ def _check_sample(part_name: str, prefix: str, *, tasks: int | None, rows: int) 
 
 @part
 class MonitorConfig:
-    """What is watched while the adapter trains, without changing what it learns."""
+    """What is measured during training, without changing what the adapter learns."""
 
     alignment_every: int = 0
     """Steps between measurements of gradient alignment, and one at the start and at the end; 0:
-    never. Each takes 8 bytes per trained number beside what a step takes."""
+    never. Each takes 8 bytes per trained number on top of a step."""
     alignment_tasks: int | None = 8
     """Tasks compared, sampled once from the run's seed; null: all."""
     alignment_rows: int = 8
@@ -74,7 +74,7 @@ class AnalyseConfig:
     alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)
     """Gradient alignment; null: statistics of routing and inventory alone, without a backbone."""
     backbone_moved_to: str | None = None
-    """Where the adapter's backbone lies now, if not where it was trained."""
+    """Where the adapter's backbone is now, if it has moved since training."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None

@@ -1,4 +1,4 @@
-"""Which backbone is converted, into what, and where to."""
+"""Settings of `convert`: which backbone, which data type, which folder."""
 
 from dataclasses import field
 from typing import Literal
@@ -24,8 +24,8 @@ class FingerprintConfig:
     prompts: tuple[str, ...] = ()
     """Texts whose logits are stored; none: fixed rows of token ids."""
     compare: bool | None = None
-    """Compare them with those that transformers computes from the original, which takes the
-    backbone in memory in `dtype`; null: where memory allows."""
+    """Compare them with those that transformers computes from the original, which needs the
+    memory of the backbone in `dtype`; null: where memory allows."""
 
     def __post_init__(self) -> None:
         if any(not prompt.strip() for prompt in self.prompts):

@@ -1,11 +1,11 @@
-"""What is exported, in which format, and where to."""
+"""Settings of `export`: what is exported, in which format, to which folder."""
 
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
-#: What each format can hold of what is asked for; None is the adapter's own natural choice.
+#: The values of `what` that each format supports; None leaves the choice to the adapter.
 SINGLES = (None, "average", "task", "soup", "whole")
 EXPRESSIBLE = {
     "peft": (*SINGLES, "all_tasks"),
@@ -36,7 +36,7 @@ class ExportConfig:
     folder: str
     """Where to write: a folder that is absent or empty."""
     backbone_moved_to: str | None = None
-    """Where the adapter's backbone lies now, if not where it was trained."""
+    """Where the adapter's backbone is now, if it has moved since training."""
     check: bool = True
     """Reload what was written and compare its logits, on the backbone in float32 on the CPU."""
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -1,4 +1,4 @@
-"""Fine-tuning one exported LoRA on one task, with stock peft and bitsandbytes."""
+"""Settings of `finetune`: one exported LoRA on one task, with stock PEFT and bitsandbytes."""
 
 from dataclasses import field
 from typing import Literal
@@ -61,7 +61,7 @@ class FinetuneRunConfig:
     """Where the run writes, and how often."""
 
     folder: str
-    """The run folder; the same command goes on with what it finds there."""
+    """The run folder; the same command continues what it finds there."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 100
@@ -99,7 +99,7 @@ class FinetuneConfig:
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     """The optimizer."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """How answers are asked for and scored, before and after."""
+    """How answers are obtained and scored, before and after."""
     run: FinetuneRunConfig
     """Where to write."""
 

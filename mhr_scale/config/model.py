@@ -1,4 +1,4 @@
-"""What is the model: the frozen backbone (the adapter says its own), and soups of adapters."""
+"""The frozen backbone, and soups of private adapters."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What `plan` asks beside a recipe: on what machines, and what rows are like."""
+"""Settings of `plan` besides the recipe: the hardware, and the size of the rows."""
 
 from dataclasses import field
 
@@ -8,28 +8,28 @@ from mhr_scale.recipe.part import part
 
 @part
 class HardwareConfig:
-    """The machines; what is not given is detected here, or comes from the table of cards."""
+    """The machines; what is not given is detected here, or comes from the table of GPUs."""
 
     gpu: str | None = None
-    """A card of the table (A100-80G, H200, ...) or `cpu`; null: what this machine has."""
+    """A GPU of the table (A100-80G, H200, ...) or `cpu`; null: what this machine has."""
     gpus: int | None = None
-    """Cards over all nodes, or processes of `cpu`; null: what this machine has."""
+    """GPUs over all nodes, or processes of `cpu`; null: what this machine has."""
     nodes: int = 1
-    """Machines that share the cards evenly."""
+    """Machines that share the GPUs evenly."""
     memory_gib: float | None = None
-    """Memory of a card, GiB."""
+    """Memory of a GPU, GiB."""
     host_memory_gib: float | None = None
-    """Memory of a machine, GiB; null: detected, or where a card is named not looked at."""
+    """Memory of a machine, GiB; null: detected, or unlimited where `gpu` is given."""
     tflops: float | None = None
-    """Peak of a card's matrix products in the backbone's data type, TFLOP/s."""
+    """A GPU's peak for matrix products in the backbone's data type, TFLOP/s."""
     memory_gb_s: float | None = None
-    """Bandwidth of a card's memory, GB/s."""
+    """Bandwidth of a GPU's memory, GB/s."""
     link_gb_s: float | None = None
     """Bus bandwidth of an all-gather inside a machine, GB/s."""
     network_gb_s: float = 11.0
     """Bus bandwidth of an all-gather between machines, GB/s (100 Gb/s Ethernet)."""
     host_gb_s: float | None = None
-    """From pinned host memory to a card, GB/s."""
+    """From pinned host memory to a GPU, GB/s."""
     nvme_gb_s: float = 5.0
     """From a machine's NVMe drives to its memory, GB/s."""
 
@@ -62,9 +62,9 @@ class WorkloadConfig:
     choice_tokens: int = 8
     """Tokens of a choice."""
     tasks: int | None = None
-    """Training tasks, rows of the routing table; null: the recipe's, as far as it tells."""
+    """Training tasks, rows of the routing table; null: as many as the recipe names."""
     tasks_per_pass: int | None = None
-    """Different tasks in one micro batch; null: every row another."""
+    """Different tasks in one micro batch; null: one per row."""
     source: str | None = None
     """The pre-training recipe of adapters that do not exist yet: their backbone and settings."""
 
@@ -78,7 +78,7 @@ class WorkloadConfig:
 
 @part
 class PlanConfig:
-    """What `plan` reads from the command line beside the recipe and its overrides."""
+    """What `plan` reads from the command line besides the recipe and its overrides."""
 
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """The machines."""

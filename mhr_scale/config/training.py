@@ -1,19 +1,19 @@
-"""How do we train, and where do we write."""
+"""Loss, optimizer, schedule, batches and the run folder."""
 
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
-#: Where the lines of metrics.jsonl can go besides; each needs the extra of its name.
+#: Services that can get the lines of metrics.jsonl; each needs the package extra of its name.
 Tracker = Literal["tensorboard", "wandb"]
 
-#: A month; what is longer overflows clocks, and waits for nothing.
+#: A month; longer values overflow the timers, which then do not wait at all.
 LONGEST_TIMEOUT_SECONDS = 30 * 86400.0
 
 
 def check_timeout(seconds: float) -> None:
-    """Raise `ConfigError` for a time that no collective can wait."""
+    """Raise `ConfigError` for a timeout that collectives cannot have."""
     if not 0.0 < seconds <= LONGEST_TIMEOUT_SECONDS:
         raise ConfigError(
             f"run.timeout_seconds: {seconds:g} is not in (0, {LONGEST_TIMEOUT_SECONDS:g}]"
@@ -28,7 +28,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def check_betas(beta1: float, beta2: float) -> None:
-    """Raise `ConfigError` for decays of moments that never forget, or grow."""
+    """Raise `ConfigError` for decays of moments outside [0, 1)."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 <= beta < 1.0:
             raise ConfigError(f"optim.{name}: {beta} is not in [0, 1)")

@@ -1,4 +1,4 @@
-"""Everything one verb reads: its parts put together."""
+"""The recipes of `pretrain`, `average` and `evaluate`, put together from parts."""
 
 from dataclasses import field
 from typing import Literal
@@ -41,7 +41,7 @@ class PretrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Batch shape."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    """What is watched meanwhile."""
+    """What is measured during training."""
     run: RunConfig
     """Where to write."""
 
@@ -77,7 +77,7 @@ class AverageConfig:
 
 @part
 class ScoringConfig:
-    """How an answer is asked for and what it is worth."""
+    """How answers are obtained and scored."""
 
     metric: Literal["accuracy", "rougeL", "exact_match"] | None = None
     """accuracy ranks the choices, the others generate; null: each task's own."""
@@ -114,7 +114,7 @@ class EvaluateConfig:
     backbone: BackboneConfig | None = None
     """The bare backbone; an adapter brings its own."""
     backbone_moved_to: str | None = None
-    """Where the adapter's backbone lies now, if not where it was trained."""
+    """Where the adapter's backbone is now, if it has moved since training."""
     backbone_dtype: Literal["bfloat16", "float32"] | None = None
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
@@ -127,9 +127,9 @@ class EvaluateConfig:
     tasks: EvalTasksConfig
     """The tasks; their test rows count, or their held-out rows where there are none."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """How answers are asked for and scored."""
+    """How answers are obtained and scored."""
     run: PlainRunConfig
-    """Where to write; the same command goes on with an interrupted job."""
+    """Where to write; the same command continues an interrupted run."""
 
     def __post_init__(self) -> None:
         if (self.adapter is None) == (self.backbone is None):

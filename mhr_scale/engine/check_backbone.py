@@ -1,4 +1,4 @@
-"""The check of every run: does the placed backbone give the logits it was stored with?"""
+"""The check at the start of every run: does the placed backbone reproduce its stored logits?"""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from mhr_scale.run.runlog import log
 def check_backbone(
     model: Any, blueprint: Blueprint, config: BackboneConfig, engine: Engine
 ) -> None:
-    """Raise `BackboneError` if a placed backbone does not give the logits it was stored with.
+    """Raise `BackboneError` if a placed backbone does not reproduce its stored logits.
 
     Collective; does nothing for a folder without a fingerprint. Adapters are off meanwhile.
     """
@@ -26,7 +26,7 @@ def check_backbone(
         measured = difference(stored, ask(model, blueprint.family, stored, engine.device))
     how = config.dtype if config.quantise == "none" else config.quantise
     tolerance = tolerance_of(stored, how)
-    # one rank's weights may be wrong alone; all have to leave together
+    # the weights of one rank alone may be wrong, and all ranks have to raise together
     worst = max(engine.gather_objects(measured))
     if worst > tolerance:
         raise BackboneError(

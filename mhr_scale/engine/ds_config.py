@@ -1,4 +1,4 @@
-"""DeepSpeed's file, placement and communication, found good; the dictionary DeepSpeed gets."""
+"""Reading and checking the DeepSpeed file, and the dictionary handed to DeepSpeed."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from mhr_scale.run.runlog import log
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-#: What a DeepSpeed file may say: placement and communication.
+#: Keys that a DeepSpeed file may have: placement and communication.
 ALLOWED = (
     "zero_optimization",
     "communication_data_type",
@@ -29,7 +29,7 @@ ALLOWED = (
 )
 
 
-#: What the recipe says instead.
+#: Keys that belong to the recipe, and the settings to use instead.
 OWNED = {
     "train_batch_size": "batch.batch_size",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -46,8 +46,8 @@ OWNED = {
 def read_ds_config(name: str | None) -> dict[str, Any]:
     """Read and check a DeepSpeed file, from the current folder or the checkout; None: replicated.
 
-    Raises `EngineError` for a key that is unknown, stands twice or is owned by the recipe, for
-    "auto", for what DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen
+    Raises `EngineError` for a key that is unknown, repeated or owned by the recipe, for "auto",
+    for what DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen
     weights have neither gradients nor optimizer states.
     """
     if name is None:
@@ -55,8 +55,8 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
     candidates = [Path(name), CHECKOUT / name]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        looked = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates))
-        raise EngineError(f"run.ds_config: no file '{name}' (looked at {looked})")
+        tried = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates))
+        raise EngineError(f"run.ds_config: no file '{name}' (looked at {tried})")
     content = read_object(path, EngineError, hook=_no_key_twice)
     for key in content:
         if key in OWNED:
@@ -122,7 +122,7 @@ def _refuse_auto(value: Any, path: Path, keys: tuple[str, ...]) -> None:
 def deepspeed_config(content: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     """The dictionary handed to DeepSpeed: the file plus the recipe's data type. A pure function.
 
-    DeepSpeed insists on a batch size; ours is not its business, so it gets 1.
+    DeepSpeed requires a batch size but does no accumulation here, so it gets 1.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -140,8 +140,8 @@ def is_sharded(content: dict[str, Any]) -> bool:
 def import_deepspeed() -> Any:
     """Import DeepSpeed, quietly, with its compiled CPU collective switched off.
 
-    That extension costs a compilation, and a killed run leaves a lock behind that hangs every
-    later run on the machine.
+    That extension has to be compiled, and a run killed meanwhile leaves a lock on which every later
+    run on the machine hangs.
     """
     import deepspeed
 
@@ -156,6 +156,6 @@ def import_deepspeed() -> Any:
 def check_quantise(
     config: BackboneConfig, blueprint: Blueprint, ds_content: dict[str, Any], ds_file: str | None
 ) -> None:
-    """Raise `EngineError` or `BackboneError` if the backbone cannot be quantised where it lies."""
+    """Raise `EngineError` or `BackboneError` if the placed backbone cannot be quantised."""
     sharding = ds_file if is_sharded(ds_content) else None
     quantise.check(config, blueprint, ds_config=sharding)

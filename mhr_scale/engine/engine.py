@@ -1,7 +1,7 @@
 """Processes, placement of the backbone, and the one collective of a step.
 
-DeepSpeed carries the frozen weights (ZeRO-3 sharding,
-gathering, offload); it never sees an adapter parameter, so it cannot partition, cast or reduce one.
+DeepSpeed manages the frozen weights (ZeRO-3 sharding, gathering, offload); it never sees an adapter
+parameter, so it cannot partition, cast or reduce one.
 """
 
 import os
@@ -43,8 +43,8 @@ class Engine:
     ) -> None:
         """Take this rank's GPU, or the CPU, and join the ranks that the launcher started.
 
-        With a `device` the process is alone on it, whatever a launcher says; on the meta device
-        weights have no memory and are never filled.
+        With a `device` the process runs alone on it, whatever the launcher's environment says; on
+        the meta device weights have no memory and are never filled.
         """
         is_alone = device is not None
         self.rank = 0 if is_alone else rank()
@@ -74,7 +74,7 @@ class Engine:
         return "zero3" if self.is_sharded else "replicated"
 
     def _join(self) -> None:
-        """Join the process group, with a timeout, and with no compiled collective on CPU."""
+        """Join the process group, with a timeout and without the compiled collective on CPU."""
         deepspeed = import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join = partial(dist.init_process_group, backend, timeout=self.timeout)
@@ -82,7 +82,7 @@ class Engine:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             join(store=dist.HashStore(), rank=0, world_size=1)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0":  # torchrun's store may still have the addresses of ranks that are gone
+        if attempt != "0":  # torchrun's store may still have addresses of ranks that died
             store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
             store = dist.PrefixStore(f"attempt {attempt}", store)
             join(store=store, rank=self.rank, world_size=self.world_size)
@@ -127,12 +127,12 @@ class Engine:
         *,
         always_backward: bool = False,
     ) -> nn.Module:
-        """Install the runtime that gathers sharded weights; adapters must sit in place already.
+        """Install the runtime that gathers sharded weights; the linears must be wrapped already.
 
-        Collective. Returns the module to call. A replicated model only learns to sum gradients in
-        the order of a sharded one, where siblings gather their weights together. `always_backward`
-        makes every backward pass run through every sharded module, whichever of them have an
-        adapter: ranks with other adapters stay in step.
+        Collective. Returns the module to call. A replicated model only gets hooks that sum
+        gradients in the order of a sharded one, where siblings gather their weights together.
+        `always_backward` makes every backward pass run through every sharded module, whichever of
+        them are adapted, so that ranks with different adapters stay in step.
         """
         if not self.is_sharded:
             order_gradients(model, family)
@@ -154,7 +154,7 @@ class Engine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Where the backbone lies, for the record of a run."""
+        """Ranks, device and placement, for the provenance of a run."""
         return {
             "world_size": self.world_size,
             "device": str(self.device),
@@ -164,7 +164,7 @@ class Engine:
     def after_backward(self) -> None:
         """Release gathered weights that no backward hook released. Call after each backward pass.
 
-        A block whose input needs no gradient never sees its hook; its weights would stay whole.
+        A block whose input needs no gradient never runs its hook: its weights would stay gathered.
         """
         if self._runtime is not None:
             self._runtime.optimizer.release_backward_leftovers()
@@ -172,14 +172,14 @@ class Engine:
     def check_same_modules(self) -> None:
         """Raise `EngineError` if ranks ran different modules in the first step. Collective.
 
-        Under ZeRO-3 such ranks gather different weights into each other and go on with wrong
-        numbers; this stops them before the first update. Later calls return at once.
+        Under ZeRO-3 such ranks gather mismatched weights and compute wrong numbers without an
+        error; this stops them before the first update. Later calls return at once.
         """
         if self._sequence is None:
             return
-        mine = self._sequence.finish()
+        checksum = self._sequence.finish()
         self._sequence = None
-        if len({value for value in self.gather_objects(mine)}) > 1:
+        if len({value for value in self.gather_objects(checksum)}) > 1:
             raise EngineError(
                 "ranks ran different modules in the first step, and under ZeRO-3 all must run the "
                 "same ones; have the same versions and backbone on every machine, or leave "
@@ -187,11 +187,11 @@ class Engine:
             )
 
     def free_bytes(self) -> float:
-        """Memory that this process may still fill: of its GPU, or its share of the host's."""
+        """Memory that this process may still allocate: on its GPU, or its share of the host's."""
         if self.device.type == "cuda":
             return float(torch.cuda.mem_get_info(self.device)[0])
-        here = psutil.virtual_memory().available
-        return here / ranks_here()
+        available = psutil.virtual_memory().available
+        return available / ranks_here()
 
     # -- collectives: every rank must call them ----------------------------------------------
 
@@ -223,12 +223,12 @@ class Engine:
             dist.barrier()
 
     def open_patient_group(self) -> None:
-        """Prepare `wait_for_all`. Collective: call it while the ranks are still together."""
+        """Create the process group of `wait_for_all`. Collective: call it before ranks diverge."""
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def wait_for_all(self) -> None:
-        """Wait for ranks that may be hours behind: other collectives give up after the timeout."""
+        """Wait for ranks that may be hours behind, where other collectives would time out."""
         if self._patient is not None:
             work = dist.barrier(group=self._patient, async_op=True)
             stopping.wait_for(work, "all jobs of this rank are finished")
@@ -252,7 +252,7 @@ class Engine:
 
 
 class _ModuleSequence:
-    """A running checksum of the names of the modules a rank runs forward."""
+    """A running checksum of the names of the modules whose forward a rank runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self._digest = 0
@@ -269,7 +269,7 @@ class _ModuleSequence:
         return note
 
     def finish(self) -> int:
-        """Take the hooks off and return the checksum."""
+        """Remove the hooks and return the checksum."""
         for handle in self._handles:
             handle.remove()
         return self._digest

@@ -1,4 +1,4 @@
-"""Filling a frozen backbone: each rank reads its own range of each tensor, and nothing else."""
+"""Loading the weights of a frozen backbone: each rank reads its own range of each tensor only."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from mhr_scale.run.runlog import ByteProgress
 def fill(
     model: nn.Module, blueprint: Blueprint, *, kind: str, rank: int | None, device: torch.device
 ) -> None:
-    """Copy every weight of a blueprint into its place, under a progress bar.
+    """Load every weight of a blueprint into the model, under a progress bar.
 
-    `rank` is this process's number among those that a ZeRO-3 model is sharded over, None for a
-    replicated one, whose linears that are still on the meta device get quantised to `kind`.
+    `rank` is this process's rank among those that a ZeRO-3 model is sharded over, None for a
+    replicated model; linears of the latter that are on the meta device get quantised to `kind`.
     """
     copies, source = plan_copies(model, blueprint), blueprint.source
     total = sum(_held_bytes(parameter, rank) for parameter in copies.values())
@@ -44,20 +44,20 @@ def _fill_whole(
     kind: str,
     device: torch.device,
 ) -> None:
-    held = parameter.data
-    read = read_whole(source, name)
-    if held.is_meta:
-        quantise.put(model, name, read.to(held.dtype), kind, device)
+    target = parameter.data
+    weight = read_whole(source, name)
+    if target.is_meta:
+        quantise.put(model, name, weight.to(target.dtype), kind, device)
     else:
-        held.copy_(read)
+        target.copy_(weight)
 
 
 def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) -> None:
-    for held, number in shards_of(parameter, rank):
-        start, stop = share(number, held.numel(), whole=parameter.ds_numel)
-        held.zero_()
+    for shard, number in shards_of(parameter, rank):
+        start, stop = share(number, shard.numel(), whole=parameter.ds_numel)
+        shard.zero_()
         if stop > start:
-            held[: stop - start].copy_(source.read(name, start, stop))
+            shard[: stop - start].copy_(source.read(name, start, stop))
 
 
 def _held_bytes(parameter: Any, rank: int | None) -> int:
@@ -66,28 +66,28 @@ def _held_bytes(parameter: Any, rank: int | None) -> int:
         return int(parameter.data.nbytes)
     if nvme.is_swapped(parameter):
         return int(parameter.ds_tensor.ds_numel * parameter.element_size())
-    return sum(held.nbytes for held, _ in shards_of(parameter, rank))
+    return sum(shard.nbytes for shard, _ in shards_of(parameter, rank))
 
 
 def share(number: int, n_held: int, *, whole: int) -> tuple[int, int]:
     """The range [start, stop) of a flattened tensor of `whole` elements in shard `number`.
 
-    Every shard has `n_held` elements; the last ones end in padding where those are too many.
+    Every shard has `n_held` elements; the last ones are padded.
     """
     start = min(number * n_held, whole)
     return start, min(start + n_held, whole)
 
 
 def shards_of(parameter: Any, rank: int) -> list[tuple[Tensor, int]]:
-    """What a rank holds of a ZeRO-3 parameter, flat, and the numbers of these shards.
+    """A rank's flat shards of a ZeRO-3 parameter, each with its number.
 
-    Under ZeRO++ it is also a second shard, among the ranks of a node, that DeepSpeed makes once
-    from a frozen weight and believes for ever. Raises `EngineError` if shards are quantised.
+    ZeRO++ adds a secondary shard, over the ranks of a node, which DeepSpeed copies from a frozen
+    weight once and never refreshes. Raises `EngineError` if shards are quantised.
     """
-    second = getattr(parameter, "ds_secondary_tensor", None)
+    secondary = getattr(parameter, "ds_secondary_tensor", None)
     shards = [(parameter.ds_tensor, rank)]
-    if second is not None:
-        shards.append((second, rank % parameter.ds_secondary_tensor_group_size))
+    if secondary is not None:
+        shards.append((secondary, rank % parameter.ds_secondary_tensor_group_size))
     if any(hasattr(shard, "ds_quant_scale") for shard, _ in shards):
         raise EngineError(
             "zero_optimization.zero_quantized_nontrainable_weights: weights are read into plain "

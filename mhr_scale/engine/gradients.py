@@ -11,7 +11,7 @@ from mhr_scale.families.family import Family
 
 
 class _Joint(torch.autograd.Function):
-    """Identity; the gradients of everything behind it are summed before they go on."""
+    """Identity; the gradients of all uses of its output are summed before they flow on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ class _Joint(torch.autograd.Function):
 def order_gradients(model: Any, family: Family) -> None:
     """Sum gradients at the inputs of blocks, norms and siblings, as ZeRO-3's hooks do.
 
-    Addition of floats has an order. With this one a replicated backbone gives the very bits that a
-    sharded one gives, and runs of both placements can be compared exactly.
+    Floating-point addition is not associative. In this order a replicated backbone computes the
+    same bits as a sharded one, so that runs of both placements can be compared exactly.
     """
 
     def join(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -42,7 +42,7 @@ def order_gradients(model: Any, family: Family) -> None:
 
 
 def require_input_gradients(model: nn.Module, family: Family) -> None:
-    """Let gradients flow to the embeddings, so that a backward pass meets every module."""
+    """Let gradients flow to the embeddings, so that a backward pass runs through every module."""
 
     def flow(module: nn.Module, inputs: Any, output: Tensor) -> None:
         if torch.is_grad_enabled():

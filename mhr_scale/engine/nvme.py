@@ -1,7 +1,7 @@
-"""Shards on NVMe: what DeepSpeed needs for them, and the memory in which one is filled.
+"""Shards on NVMe: what DeepSpeed needs for them, and memory to fill one in.
 
-Under `zero.Init` DeepSpeed writes every shard of a MiB and more to a file as it is made. From then
-on the tensor that stands for it holds one number and no memory: what is copied there is lost.
+Under `zero.Init` DeepSpeed writes every shard of 1 MiB or more to a file as soon as it exists. Its
+tensor then has one element and no storage: what is copied into it is lost.
 """
 
 import os
@@ -14,14 +14,14 @@ import torch
 from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.errors import EngineError
 
-#: DeepSpeed's own values where a file has none, in numbers: `buffer_size`, and what is prefetched.
+#: DeepSpeed's defaults, in elements: `buffer_size` and `stage3_prefetch_bucket_size`.
 BUFFER_SIZE, PREFETCHED = 1e8, 5e7
 
 
 def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: Any) -> None:
-    """Raise `EngineError` if a DeepSpeed file wants shards on NVMe that cannot be put there.
+    """Raise `EngineError` if a DeepSpeed file asks for shards on NVMe and that cannot work.
 
-    `op` is DeepSpeed's builder of the operation that reads and writes them.
+    `op` is DeepSpeed's builder of the asynchronous I/O that reads and writes them.
     """
     offload = content.get("zero_optimization", {}).get("offload_param") or {}
     if offload.get("device") != "nvme":
@@ -33,11 +33,12 @@ def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: An
             "install libaio-dev (Red Hat: libaio-devel; without rights, unpack it and name its "
             "folders in CFLAGS and LDFLAGS), or use ds_configs/zero3_offload.json"
         )
-    ahead = content["zero_optimization"].get("stage3_prefetch_bucket_size", PREFETCHED)
-    if ahead > 0:
+    prefetch = content["zero_optimization"].get("stage3_prefetch_bucket_size", PREFETCHED)
+    if prefetch > 0:
         raise EngineError(
-            f"zero_optimization.stage3_prefetch_bucket_size: {ahead:.0f}, but DeepSpeed would read "
-            "a weight that backward needs next after forward twice at once and fail; set it to 0"
+            f"zero_optimization.stage3_prefetch_bucket_size: {prefetch:.0f}, but DeepSpeed would "
+            "read a weight that backward needs next after forward twice at once and fail; "
+            "set it to 0"
         )
     path = offload.get("nvme_path")
     if path is None or not os.path.isdir(path) or not os.access(path, os.W_OK):
@@ -62,9 +63,9 @@ def is_swapped(parameter: Any) -> bool:
 
 @contextmanager
 def in_memory(parameter: Any) -> Iterator[None]:
-    """The block in which a ZeRO-3 parameter's shard has memory to be filled, written to NVMe after.
+    """Give a ZeRO-3 parameter's shard memory inside the block; it is written to NVMe at its end.
 
-    What was there is not read: the block has to fill all of it.
+    The shard is not read from NVMe first: the block has to fill all of it.
     """
     if not is_swapped(parameter):
         yield

@@ -1,4 +1,4 @@
-"""The one way in: a backbone found good before a weight is read, then placed, adapted, checked."""
+"""Opening a backbone: validated before any weight is read, then placed, wrapped and checked."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ class PlacedBackbone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedBackbone:
-    """A backbone that is found good, where it will lie included; no weight is read yet."""
+    """A validated backbone and its placement; no weight is read yet."""
 
     config: BackboneConfig
     blueprint: Blueprint
@@ -64,12 +64,12 @@ class OpenedBackbone:
 
     @property
     def family(self) -> Family:
-        """What is special about it."""
+        """The backbone's architecture family."""
         return self.blueprint.family
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What an adapter's card says of it."""
+        """The `backbone` entry of an adapter's card."""
         return backbone_facts(self.config, self.blueprint)
 
     @contextmanager
@@ -79,8 +79,8 @@ class OpenedBackbone:
         """The backbone in its placement inside the block, with these linears wrapped. Collective.
 
         `always_backward` makes every backward pass run through every sharded module, whichever of
-        them have an adapter: ranks with other adapters stay in step. Raises `BackboneError` if it
-        does not give the logits it was stored with.
+        them are adapted, so that ranks with different adapters stay in step. Raises `BackboneError`
+        if the backbone does not reproduce its stored logits.
         """
         engine = Engine(self.ds_content, timeout_seconds=self.timeout_seconds)
         try:
@@ -98,7 +98,7 @@ def open_backbone(
 ) -> OpenedBackbone:
     """Read and check the DeepSpeed file, the backbone's configuration and files, its tokenizer.
 
-    Errors name the `adapter` that names the backbone, if one does. Raises `EngineError` or
+    Errors name the `adapter` whose card names the backbone, if any. Raises `EngineError` or
     `BackboneError`.
     """
     ds_content = read_ds_config(ds_config)
@@ -121,7 +121,7 @@ def place(
     *,
     always_backward: bool = False,
 ) -> PlacedBackbone:
-    """Build the backbone where the engine puts it, wrap its linears, check what it computes."""
+    """Build the backbone in the engine's placement, wrap its linears, and check its logits."""
     family = blueprint.family
     model = engine.build(config, blueprint)
     adapted = wrap(model, sites)

@@ -1,4 +1,4 @@
-"""Stock PEFT and transformers: what they load of ours, and what we train with them.
+"""Stock PEFT and transformers: checks of exported folders, and training with stock parts.
 
 Other rooms import: reloading, stock.
 """

@@ -1,6 +1,6 @@
-"""Exported folders as stock PEFT and transformers compute them, against our own adapter.
+"""Exported folders are reloaded with stock PEFT or transformers and compared with our adapter.
 
-Everything runs on one backbone in float32 on the CPU, over a few fixed pseudo-random token rows.
+Everything runs on one backbone in float32 on the CPU, on a few fixed pseudo-random token rows.
 """
 
 import logging
@@ -23,17 +23,17 @@ from mhr_scale.backbone.weights import read_whole
 from mhr_scale.errors import AdapterError, first_line
 from mhr_scale.families.packed import EncodedRow
 
-#: Largest difference of logits, as a share of the largest logit, between two that are the same.
+#: Logits that differ by at most this share of the largest logit count as the same.
 LIMIT = 1e-5
 N_ROWS, N_INPUTS, N_TARGETS = 8, 12, 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedAdapter:
-    """A folder that is written, and what it has to agree with.
+    """A folder that is written, and the adapter that it has to agree with.
 
-    `make` gives the adapter that goes into it; it lies at `folder` below the target. Compared are
-    rows of the tasks `task_ids` of `original`.
+    `make` gives the adapter that is written, to `folder` below the target. It is compared with
+    `original` on rows of the tasks `task_ids`.
     """
 
     what: str
@@ -43,13 +43,13 @@ class ExportedAdapter:
     folder: str = "."
 
     @property
-    def own_ids(self) -> tuple[int, ...]:
-        """The rows' tasks in the adapter that is written: the original's, if it is whole."""
+    def exported_ids(self) -> tuple[int, ...]:
+        """The rows' tasks in the written adapter: those of the original if all of it is written."""
         return self.task_ids if self.what == "whole" else (0,) * N_ROWS
 
 
 class LogitsCheck:
-    """A backbone that adapters are put into by turns, and the rows whose logits are compared."""
+    """One backbone that adapters are put into in turn, and the rows whose logits are compared."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self._family = blueprint.family
@@ -63,8 +63,8 @@ class LogitsCheck:
         rows = [EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)]
         self._packed = self._family.pack(rows, blueprint.model_config, pad_multiple=1)
 
-    def own(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
-        """Logits of our adapter; a task of its own for every row."""
+    def native(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
+        """Logits under our own adapter, with one task per row."""
         adapter.bind(wrap(self._model, adapter.sites))
         try:
             with torch.no_grad(), adapter.slots(task_ids):
@@ -74,7 +74,7 @@ class LogitsCheck:
             adapter.release()
 
     def peft(self, folder: Path, task_ids: Sequence[int]) -> Tensor:
-        """Logits of a PEFT folder under stock PEFT; Poly reads the tasks, one for every row.
+        """Logits of a PEFT folder under stock PEFT, with one task per row for Poly.
 
         Raises `AdapterError` if PEFT does not load it.
         """
@@ -93,34 +93,34 @@ class LogitsCheck:
 
     @torch.no_grad()
     def merge(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
-        """Logits with a single adapter added into the weights, before and after their rounding.
+        """Logits with a single adapter merged into the weights, before and after rounding them.
 
-        The backbone keeps it.
+        The adapter stays merged in this backbone.
         """
         pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
         parameters = dict(self._model.named_parameters())
         for weight in weights:
-            own = parameters[weight.name]
-            own.copy_(merge(weight.name, own, pairs, scale=scale))
+            parameter = parameters[weight.name]
+            parameter.copy_(merge(weight.name, parameter, pairs, scale=scale))
         before = self._logits(self._model)
         for weight in weights:
             parameters[weight.name].copy_(parameters[weight.name].to(weight.dtype))
         return before, self._logits(self._model)
 
     def stock(self, blueprint: Blueprint, folder: Path) -> Tensor:
-        """Logits of a folder that transformers loads, which takes the place of the backbone.
+        """Logits of a folder that transformers loads; the loaded model replaces this backbone.
 
-        Raises `AdapterError` if it does not, or names are missing or unknown.
+        Raises `AdapterError` if it does not load, or if tensors are missing or unknown.
         """
         del self._model
         try:
             with _quiet():
-                self._model, found = self._family.model_class(
+                self._model, info = self._family.model_class(
                     blueprint.model_config
                 ).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         except Exception as error:
             raise AdapterError(f"transformers does not load it: {first_line(error)}") from error
-        odd = {kind: sorted(map(str, names))[:3] for kind, names in found.items() if names}
+        odd = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
         if odd:
             raise AdapterError(f"transformers does not load it as it is: {odd}")
         return self._logits(self._model.eval())
@@ -132,31 +132,33 @@ class LogitsCheck:
 
 
 def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> float:
-    """The difference that stock PEFT makes.
+    """The difference of the logits under stock PEFT.
 
-    Raises `AdapterError` if it is too large, or a single adapter is not stored bit for bit.
+    Raises `AdapterError` if it is too large, or if a single adapter is not stored bit for bit.
     """
-    expected = check.own(exported.original, exported.task_ids)
-    found = _check(check.peft(folder, exported.own_ids), expected, what="what stock PEFT loads")
+    expected = check.native(exported.original, exported.task_ids)
+    difference = _check(
+        check.peft(folder, exported.exported_ids), expected, what="what stock PEFT loads"
+    )
     if not exported.make().config.is_routed:
         _check_tensors(peft_folders.open_adapter(folder)[1], exported.make())
-    return found
+    return difference
 
 
 def check_native(
     check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, peft_folder: Path | None
 ) -> float:
-    """The difference that an artefact makes, from stock PEFT where it was made of a PEFT folder.
+    """The difference of the logits under a written artefact, from stock PEFT's if it was imported.
 
-    Raises `AdapterError` if it is too large, or a stored bit is another.
+    Raises `AdapterError` if it is too large, or if a stored bit differs.
     """
-    again = artefact.load(folder)
-    _check_tensors(again, exported.make())
+    reloaded = artefact.load(folder)
+    _check_tensors(reloaded, exported.make())
     if exported.what == "whole" and peft_folder is not None:
         expected = check.peft(peft_folder, exported.task_ids)
     else:
-        expected = check.own(exported.original, exported.task_ids)
-    return _check(check.own(again, exported.own_ids), expected, what="the artefact")
+        expected = check.native(exported.original, exported.task_ids)
+    return _check(check.native(reloaded, exported.exported_ids), expected, what="the artefact")
 
 
 def check_merged(
@@ -167,40 +169,40 @@ def check_merged(
     blueprint: Blueprint,
     weights: Sequence[Weight],
 ) -> tuple[float, float]:
-    """The largest difference that merging makes, and the one that rounding the weights adds.
+    """The largest difference due to merging, and the one that rounding the weights adds.
 
-    Compared are the sum before it is rounded, with the original, and the files, with the rounded
-    sum. Raises `AdapterError` if one of these is too large.
+    The sum before rounding is compared with the original, and the files with the rounded sum.
+    Raises `AdapterError` if either difference is too large.
     """
-    expected = check.own(exported.original, exported.task_ids)
+    expected = check.native(exported.original, exported.task_ids)
     exact, rounded = check.merge(exported.make(), weights)
     merged = _check(exact, expected, what="the merged weights")
     stored = _check(check.stock(blueprint, folder), rounded, what="what transformers loads")
     return max(merged, stored), _difference(rounded, exact)
 
 
-def _check_tensors(found: Adapter, expected: Adapter) -> None:
+def _check_tensors(reloaded: Adapter, expected: Adapter) -> None:
     """Raise `AdapterError` unless two adapters have the same bits under the same names."""
-    ours, theirs = (artefact.named_tensors(adapter) for adapter in (expected, found))
-    odd = [name for name in ours if not torch.equal(ours[name].float(), theirs[name])]
+    tensors, stored = (artefact.named_tensors(adapter) for adapter in (expected, reloaded))
+    odd = [name for name in tensors if not torch.equal(tensors[name].float(), stored[name])]
     if odd:
         raise AdapterError(f"{len(odd)} tensor(s) of what was written differ, such as {odd[0]}")
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _difference(logits: Tensor, expected: Tensor) -> float:
     """Largest difference of two tensors of logits, as a share of the largest of `expected`."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((logits - expected).abs().max() / expected.abs().max())
 
 
-def _check(found: Tensor, expected: Tensor, *, what: str) -> float:
-    """The difference of logits; raises `AdapterError` if it is larger than rounding makes it."""
-    measured = _difference(found, expected)
-    if not measured <= LIMIT:
+def _check(logits: Tensor, expected: Tensor, *, what: str) -> float:
+    """The difference of the logits; raises `AdapterError` if it is more than rounding explains."""
+    difference = _difference(logits, expected)
+    if not difference <= LIMIT:
         raise AdapterError(
-            f"the logits of {what} differ from the original's by {measured:.1e} of the largest, "
+            f"the logits of {what} differ from the original's by {difference:.1e} of the largest, "
             f"more than {LIMIT:.0e}"
         )
-    return measured
+    return difference
 
 
 def spread(n_tasks: int, most: int = N_ROWS) -> list[int]:
@@ -225,7 +227,7 @@ def _load(blueprint: Blueprint) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back advice about the backbone's configuration and about releases to come."""
+    """Silence transformers' advice on the configuration and its deprecation warnings."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

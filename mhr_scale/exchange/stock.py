@@ -1,8 +1,8 @@
-"""A backbone with a LoRA in it, of stock parts alone, for one process.
+"""A backbone with a LoRA, made of stock parts only, for one process.
 
-transformers loads the backbone, in 8 or 4 bits by bitsandbytes, but for what an architecture wants
-in the backbone's data type (T5 its `wo`). PEFT loads the LoRA and writes it; the optimizer is
-torch's, transformers' or bitsandbytes'.
+transformers loads the backbone, in 8 or 4 bits by bitsandbytes except for modules that an
+architecture keeps in the backbone's data type (`wo` in T5). PEFT loads and writes the LoRA; the
+optimizer is torch's, transformers' or bitsandbytes'.
 """
 
 import os
@@ -35,7 +35,7 @@ OPTIMIZER = "optimizer.pt"
 
 
 def find_peft_lora(path: str) -> Path:
-    """The folder of a PEFT LoRA, which a run may have as its `adapter/`."""
+    """The folder of a PEFT LoRA: `path` itself, or its `adapter/`."""
     folders = [Path(path), Path(path) / "adapter"]
     folder = next((path for path in folders if (path / peft_folders.CONFIG).is_file()), None)
     if folder is None:
@@ -53,27 +53,27 @@ def find_peft_lora(path: str) -> Path:
 
 
 def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> None:
-    """Raise `AdapterError` if the LoRA was made for another backbone; no weight is read."""
+    """Raise `AdapterError` if the LoRA does not fit the backbone, whose weights are not read."""
     with torch.device("meta"):
         model = make_model(blueprint)
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors = read_safetensors(folder / peft_folders.TENSORS)
     for name, tensor in tensors.items():
         linear, _, side = name.removeprefix(peft_folders.PREFIX).partition(".lora_")
         if side not in ("A.weight", "B.weight"):
             continue
-        found = linears.get(linear)
+        module = linears.get(linear)
         width = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
         wanted = None
-        if found is not None:
-            wanted = found.in_features if side == "A.weight" else found.out_features
+        if module is not None:
+            wanted = module.in_features if side == "A.weight" else module.out_features
         if width != wanted:
-            there = read_object(folder / peft_folders.CONFIG, AdapterError).get(
+            base_model = read_object(folder / peft_folders.CONFIG, AdapterError).get(
                 "base_model_name_or_path"
             )
             raise AdapterError(
                 f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
-                f"there, {wanted or 'missing'} here; it names {there or 'none'}"
+                f"there, {wanted or 'missing'} here; it names {base_model or 'none'}"
             )
     spoilt = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if spoilt:
@@ -90,15 +90,17 @@ def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> Non
 def load_model(
     config: BackboneConfig, blueprint: Blueprint, folder: Path, device: torch.device
 ) -> Any:
-    """The backbone with the LoRA of a PEFT folder in it, whose matrices train in float32."""
-    quantise.import_bitsandbytes()  # PEFT would, too, with remarks
+    """The backbone with the LoRA of a PEFT folder; its matrices are trained in float32."""
+    quantise.import_bitsandbytes()  # before PEFT does, which prints remarks
     from peft import PeftModel
 
     base = load_backbone(config, blueprint, device)
     stored = read_safetensors(folder / peft_folders.TENSORS).keys()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call of PEFT
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # transformers deprecates a call of PEFT's
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except Exception as error:
         raise AdapterError(
@@ -139,7 +141,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             **settings[config.quantise]
         )
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its warnings about ties and tensors are errors of ours, below
+    logging.set_verbosity_error()  # ties and missing tensors are checked below
     try:
         model, info = getattr(transformers, family.auto_class).from_pretrained(
             blueprint.folder, output_loading_info=True, **options
@@ -171,7 +173,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
 
 
 def find_foreign_tie(model: nn.Module, ties: Mapping[str, str]) -> str | None:
-    """A parameter that is one with another, though the checkpoint does not say so."""
+    """A parameter that is tied to another one, but not in the checkpoint; None without one."""
     owners: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = owners.setdefault(parameter, name)
@@ -181,7 +183,7 @@ def find_foreign_tie(model: nn.Module, ties: Mapping[str, str]) -> str | None:
 
 
 def write_peft(model: Any, folder: Path, source: Path) -> None:
-    """Write the LoRA as a PEFT folder, whole, with the note that our readers know."""
+    """Write the LoRA and our note as a PEFT folder, which appears only when it is complete."""
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     _fill_peft(model, partial, source)
@@ -192,7 +194,7 @@ def write_peft(model: Any, folder: Path, source: Path) -> None:
 def _fill_peft(
     model: Any, folder: Path, source: Path, tensors: dict[str, Tensor] | None = None
 ) -> None:
-    """The model's adapter as a PEFT folder; of these tensors, where a step has gone on since."""
+    """Write the model's adapter as a PEFT folder; with `tensors` their values, not the model's."""
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
     if (source / peft_folders.NOTE).is_file():
         shutil.copy(source / peft_folders.NOTE, folder / peft_folders.NOTE)
@@ -206,10 +208,10 @@ def make_optimizer(
     if config.name == "adafactor":
         from transformers import Adafactor
 
-        made: Optimizer = Adafactor(
+        adafactor: Optimizer = Adafactor(
             parameters, scale_parameter=config.scale_parameter, relative_step=False, **common
         )
-        return made
+        return adafactor
     common |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, **common)
@@ -226,7 +228,7 @@ def make_optimizer(
 
 @dataclass(frozen=True, slots=True)
 class StepCopy:
-    """Copies on the host of what a step trains, for a write that the next step does not change."""
+    """Host copies of trained tensors and optimizer state, which a background write can use."""
 
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -236,11 +238,11 @@ def copy_step(model: Any, optimizer: Optimizer) -> StepCopy:
     """Copy the trained tensors and the optimizer's state to the host."""
     trained = {n: _copy(p) for n, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
-    own = {
+    copied = {
         number: {key: _copy(value) for key, value in values.items()}
         for number, values in state["state"].items()
     }
-    return StepCopy(trained, {**state, "state": own})
+    return StepCopy(trained, {**state, "state": copied})
 
 
 def _copy(value: Any) -> Any:
@@ -248,7 +250,7 @@ def _copy(value: Any) -> Any:
 
 
 def save_step(model: Any, copy: StepCopy, run: Path, step: int, source: Path) -> None:
-    """Save a step, and keep the one before; raises `RunError` if it cannot be written."""
+    """Save a step and keep the one before it; raises `RunError` if it cannot be written."""
     folder = checkpoint.step_folder(run, step)
     try:
         with sealed(folder) as partial:
@@ -260,7 +262,7 @@ def save_step(model: Any, copy: StepCopy, run: Path, step: int, source: Path) ->
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
-    """Put a saved state back; raises `RunError` if it cannot be read."""
+    """Load a saved optimizer state; raises `RunError` if it cannot be read."""
     try:
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)

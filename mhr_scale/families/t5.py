@@ -93,9 +93,10 @@ class T5(EncoderDecoder):
             )
 
     def required_fields(self, config: Any) -> dict[str, Any]:
-        """The decoder's start token, by default the one for padding."""
-        start = getattr(config, "decoder_start_token_id", None)
-        return {"decoder_start_token_id": config.pad_token_id if start is None else start}
+        """The token for padding, and the decoder's start token, by default the same."""
+        pad, start = config.pad_token_id, getattr(config, "decoder_start_token_id", None)
+        pad = 0 if pad is None else pad
+        return {"pad_token_id": pad, "decoder_start_token_id": pad if start is None else start}
 
     def known_fields(self, name: str) -> dict[str, Any] | None:
         """T5 v1.1, LM-adapt, T0 and FLAN, by hub id."""

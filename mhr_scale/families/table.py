@@ -44,6 +44,7 @@ def make_config(given: Mapping[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
     fields = {**family.default_fields, **given}
     config = family.make_config(fields)
     family.check_config(config, "backbone.config")
+    complete(config, family)
     return find_family(config), config, fields
 
 

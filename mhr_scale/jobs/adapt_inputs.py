@@ -1,4 +1,4 @@
-"""What a run of few-shot jobs needs, read and found good before any weight is read."""
+"""The inputs of a run of few-shot jobs, read and validated before any weight is read."""
 
 import itertools
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from mhr_scale.tasks.task import Intake
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptInputs:
-    """Sources, backbone, data and jobs, all found good."""
+    """Sources, backbone, data and jobs, all validated."""
 
     config: AdaptConfig
     sources: dict[str, Adapter]
@@ -38,7 +38,7 @@ class AdaptInputs:
     jobs: list[Job]
 
     def source(self, variant: str) -> Adapter | None:
-        """The adapter a variant starts from, None if it is fresh."""
+        """The adapter a variant starts from; None if it is fresh."""
         path = self.config.variants[variant].adapter
         return None if path is None else self.sources[path]
 
@@ -47,7 +47,7 @@ class AdaptInputs:
         return self.config.variants[job.variant].steps or self.config.protocol.steps
 
     def estimate(self, job: Job, *, step: int) -> JobEstimate:
-        """What a job that stands at `step` will take."""
+        """The estimated work of a job from `step` on."""
         data = self.data[job.task, job.seed]
         width, depth = data.shape
         scored = sum(len(row.input_ids) + row.n_answer_tokens for row in data.test.rows)
@@ -119,7 +119,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
 
 
 def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConfig:
-    """The backbone of all variants; raises `ConfigError` if they have several."""
+    """The common backbone of all variants; raises `ConfigError` if they have several."""
     backbones = {
         path: backbone_of(path, card, config.backbone_moved_to) for path, card in cards.items()
     }

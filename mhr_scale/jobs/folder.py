@@ -8,7 +8,7 @@ from mhr_scale.jobs.adapt_inputs import AdaptInputs
 from mhr_scale.jobs.job import as_folder
 from mhr_scale.run.run_folder import REJECTS, RunFolder, differences
 
-#: Settings that may differ when a run goes on: which jobs there are, where and how fast they run.
+#: Settings that may differ when a run resumes: which jobs there are, where and how fast they run.
 FREE = (
     "shots.seeds",
     "tasks.tasks",
@@ -21,11 +21,11 @@ FREE = (
 
 
 def open_folder(config: AdaptConfig) -> RunFolder[AdaptConfig]:
-    """The folder of a run, found good; raises `RunError` if it holds jobs of other settings."""
+    """Open the folder of a run; raises `RunError` if it holds jobs of other settings."""
     folder = RunFolder(config.run.folder, AdaptConfig, free=FREE)
     folder.check_writable()
-    kept = folder.read_recipe()
-    before = {} if kept is None else kept.variants
+    stored = folder.read_recipe()
+    before = {} if stored is None else stored.variants
     changed = [
         f"variants.{name}.{difference}"
         for name in sorted(before.keys() & config.variants.keys())
@@ -33,7 +33,7 @@ def open_folder(config: AdaptConfig) -> RunFolder[AdaptConfig]:
     ]
     folder.check(
         config,
-        is_begun=kept is not None and any(folder.path.glob("jobs/*/*/*")),
+        is_begun=stored is not None and any(folder.path.glob("jobs/*/*/*")),
         holds="jobs",
         more=changed,
         way_out="tasks, seeds and variants can be added, anything else needs another run.folder",
@@ -42,15 +42,15 @@ def open_folder(config: AdaptConfig) -> RunFolder[AdaptConfig]:
 
 
 def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Engine) -> None:
-    """Write what a reader of the run needs before its first number.
+    """Write the recipe, the rejected rows and the provenance of a run.
 
-    A variant that has jobs stays in the stored recipe, also where the new one leaves it out: under
-    other settings it must not come back.
+    A variant that has jobs stays in the stored recipe, even if the new one leaves it out: it must
+    not come back with other settings.
     """
-    config, kept = inputs.config, folder.read_recipe()
-    begun = {job.name for job in folder.path.glob("jobs/*/*/*")}
-    known = {} if kept is None else kept.variants
-    variants = {name: variant for name, variant in known.items() if as_folder(name) in begun}
+    config, stored = inputs.config, folder.read_recipe()
+    started = {job.name for job in folder.path.glob("jobs/*/*/*")}
+    known = {} if stored is None else stored.variants
+    variants = {name: variant for name, variant in known.items() if as_folder(name) in started}
     folder.keep_recipe(replace(config, variants={**variants, **config.variants}))
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(**engine.facts, backbone=inputs.backbone.blueprint.facts)

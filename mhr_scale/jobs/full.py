@@ -1,9 +1,9 @@
-"""Jobs of kind backbone: full fine-tuning, the backbone's own weights beside an adapter (flag F).
+"""Jobs of kind backbone: full fine-tuning of the backbone's weights, beside an adapter (flag F).
 
-There is one backbone, so such a job runs alone. Its weights are copied to the host, train in place,
-and are put back bit for bit however the job ends: whatever runs next meets the backbone it would
-meet without this job. The best weights lie beside the best adapter, which is worth nothing without
-them. Nothing is saved in the middle.
+There is one backbone, so such a job runs alone. The weights are copied to the host, trained in
+place, and restored bit for bit however the job ends, so that later jobs see the original backbone.
+The best weights are stored beside the best adapter, which is useless without them. There are no
+intermediate saves.
 """
 
 import os
@@ -29,12 +29,12 @@ from mhr_scale.run.files import put_in_place
 from mhr_scale.run.runlog import log
 from mhr_scale.training import optim
 
-#: The trained weights of a job, in the result's folder and beside the best adapter.
+#: File of a job's trained weights, in the result's folder and beside the best adapter.
 WEIGHTS = "backbone.safetensors"
 
 
 def check_backbone_jobs(config: AdaptConfig, backbone: OpenedBackbone) -> None:
-    """Raise `ConfigError` if a variant is to train a backbone that is sharded or not float32."""
+    """Raise `ConfigError` if a variant would train a backbone that is sharded or not float32."""
     if not config.backbone_variants:
         return
     place = f"variants.{config.backbone_variants[0]}.kind: backbone"
@@ -53,14 +53,14 @@ def check_backbone_jobs(config: AdaptConfig, backbone: OpenedBackbone) -> None:
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a backbone by the names they have without adapters, tied ones once."""
+    """The weights of a backbone by their names without adapters, tied ones once."""
     return {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
 
 
 def make_weight_optimizer(
     weights: Sequence[nn.Parameter], config: OptimConfig, *, lr: float
 ) -> Optimizer:
-    """The optimizer of a backbone's weights; under Adafactor each tensor has its own statistics."""
+    """The optimizer of a backbone's weights; Adafactor's statistics are per tensor."""
     group = {
         "params": list(weights),
         "lr": lr,
@@ -76,21 +76,23 @@ def make_weight_optimizer(
 class FullWave(Wave):
     """A wave of one job that trains the weights of the backbone too. Train it inside `thawed`."""
 
-    #: What trains inside `thawed`, and by what.
+    #: The trained weights and their optimizer, inside `thawed` only.
     weights: dict[str, nn.Parameter]
     weight_optimizer: Optimizer
 
     @contextmanager
     def thawed(self, model: nn.Module) -> Iterator[None]:
-        """Let the weights of `model` train inside the block; they are put back at its end."""
+        """Let the weights of `model` train inside the block; they are restored at its end."""
         (member,) = self.members
         weights = named_weights(model)
-        before = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        original = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        folder = member.job.folder(Path(self.config.run.folder))
+        was_started = (folder / "metrics.jsonl").exists()
         log.info(
             "%s: trains %d numbers of the backbone too; not saved before its end%s",
             member.job.name,
             sum(weight.numel() for weight in weights.values()),
-            ", starts again" if self._was_begun() else "",
+            ", starts again" if was_started else "",
         )
         self.weights = weights
         self.weight_optimizer = make_weight_optimizer(
@@ -105,29 +107,25 @@ class FullWave(Wave):
             for weight in weights.values():
                 weight.requires_grad_(False)
                 weight.grad = None
-            fill(weights, before)
-
-    def _was_begun(self) -> bool:
-        folder = self.members[0].job.folder(Path(self.config.run.folder))
-        return (folder / "metrics.jsonl").exists()
+            fill(weights, original)
 
     @property
     def trained_numbers(self) -> int:
         """Numbers that the job trains, of its adapter and of the backbone."""
-        own = sum(weight.numel() for weight in self.weights.values())
-        return super().trained_numbers + own
+        n_weights = sum(weight.numel() for weight in self.weights.values())
+        return super().trained_numbers + n_weights
 
     def _update(self, factors: Sequence[float]) -> Tensor:
         """Clip adapter and weights by their common norm, then step both.
 
-        A gradient that is not finite spoils both: the job is given up, and no other is in the wave.
+        A gradient that is not finite spoils both: the job, the only one of the wave, is given up.
         """
         weights = list(self.weights.values())
-        parts = [job_optim.clip_jobs(self.adapter, None)[0], optim.gradient_norm(weights)]
-        norm = torch.linalg.vector_norm(torch.stack(parts))
+        norms = [job_optim.clip_jobs(self.adapter, None)[0], optim.gradient_norm(weights)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.config.optim.clip_norm is not None:
-            everything = [*self.adapter.parameters(), *weights]
-            optim.clip_gradients(everything, norm, self.config.optim.clip_norm)
+            parameters = [*self.adapter.parameters(), *weights]
+            optim.clip_gradients(parameters, norm, self.config.optim.clip_norm)
         optim.set_rates(self.weight_optimizer, factors[0])
         for optimizer in (self.optimizer, self.weight_optimizer):
             optimizer.step()
@@ -137,7 +135,7 @@ class FullWave(Wave):
     # -- files -----------------------------------------------------------------------------------
 
     def keep(self, number: int, folder: Path, *, backbone: dict[str, Any]) -> None:
-        """Write adapter and weights, in place of those that were the best before."""
+        """Write adapter and weights, and remove the previous best ones."""
         super().keep(number, folder, backbone=backbone)
         write_weights(self.weights, folder / WEIGHTS)
         for old in folder.parent.iterdir():
@@ -152,7 +150,7 @@ class FullWave(Wave):
         )
 
     def kept(self, numbers: Sequence[int], folders: Sequence[Path]) -> Adapter:
-        """The best adapter, its weights put into the model: the job has no step left to do."""
+        """Load the best adapter, and its weights into the model: the job has no steps left."""
         (folder,) = folders
         fill(self.weights, load_file(folder / WEIGHTS))
         return super().kept(numbers, folders)
@@ -178,7 +176,7 @@ def fill(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 
 
 def write_weights(weights: dict[str, nn.Parameter], file: Path) -> None:
-    """Write named weights whole or not at all."""
+    """Write named weights atomically."""
     partial = file.with_name(f".{file.name}.tmp")
     save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
     put_in_place(partial, file)

@@ -1,4 +1,4 @@
-"""What a job is, where it lies, and what it leaves."""
+"""A job: its name and folder, its progress, and its result."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from mhr_scale.run.files import read_object, write_json
 from mhr_scale.training import checkpoint
 
 RESULT = "result.json"
-#: What tables and reports read of a result.
+#: The fields of a result that tables and reports read.
 RESULT_FIELDS = {
     "task": str,
     "seed": int,
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """`<task>/<seed>/<variant>`, each part as a folder may be called."""
+        """`<task>/<seed>/<variant>`, each part as a valid folder name."""
         return "/".join(as_folder(part) for part in (self.task, str(self.seed), self.variant))
 
     def folder(self, run: Path) -> Path:
@@ -46,14 +46,14 @@ class Job:
 
 
 def as_folder(text: str) -> str:
-    """A name as one folder below another: what a file system may refuse is %-encoded."""
+    """A name as a single folder name: characters that a file system may refuse are %-encoded."""
     quoted = quote(text, safe=" ()[],+=@")
     return quoted if quoted.strip(". ") else quoted.replace(".", "%2E").replace(" ", "%20")
 
 
 @dataclass(slots=True)
 class JobProgress:
-    """How far a job is: what its saved steps keep, and at the end its result."""
+    """The evaluations of a job so far, stored in its saved steps."""
 
     best_step: int = -1
     best_score: float | None = None
@@ -61,7 +61,7 @@ class JobProgress:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
 
     def take(self, step: int, score: float) -> bool:
-        """Note a score; whether it is the best so far. Of equal scores the first one counts."""
+        """Record a score; returns whether it is the best so far (of equal ones, the first)."""
         self.evaluations.append((step, score))
         if self.best_score is None or score > self.best_score:
             self.best_step, self.best_score, self.worse = step, score, 0
@@ -71,7 +71,7 @@ class JobProgress:
 
     @classmethod
     def read(cls, progress: Mapping[str, Any], *, place: Path) -> "JobProgress":
-        """From what a saved step keeps; raises `RunError` naming `place` if it is none."""
+        """From the progress of a saved step; raises `RunError` naming `place` if malformed."""
         try:
             values = progress["standing"]
             evaluations = [(int(step), float(score)) for step, score in values["evaluations"]]
@@ -84,7 +84,7 @@ class JobProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """Where a job stands on disk: finished, or the saved step it goes on from (0: none)."""
+    """A job's state on disk: finished, or the saved step to resume from (0: none)."""
 
     is_finished: bool
     step: int
@@ -93,7 +93,7 @@ class JobState:
 def find_state(job: Job, run: Path) -> JobState:
     """Look a job up in the run folder; a damaged save is set aside. One process calls it.
 
-    What a finished job that was killed amid its cleaning has left goes.
+    Leftovers of a finished job that was killed during its clean-up are removed.
     """
     folder = job.folder(run)
     is_finished = (folder / RESULT).is_file()
@@ -109,19 +109,19 @@ def write_result(job: Job, run: Path, result: Mapping[str, Any]) -> None:
 
 
 def clean(job: Job, run: Path) -> None:
-    """Remove what a job needs until its result is written."""
+    """Remove the files that a job needs only until its result is written."""
     for name in ("best", "steps"):
         shutil.rmtree(job.folder(run) / name, ignore_errors=True)
 
 
 def read_results(jobs: Iterable[Job], run: Path) -> list[dict[str, Any]]:
-    """The results of those jobs that are finished; raises `RunError` for a damaged one."""
+    """The results of the finished ones among some jobs; raises `RunError` for a damaged one."""
     files = [job.folder(run) / RESULT for job in jobs]
     return [_read_result(file) for file in files if file.is_file()]
 
 
 def read_all_results(run: Path) -> list[dict[str, Any]]:
-    """The results of all finished jobs of a run folder, by the names of their folders."""
+    """The results of all finished jobs of a run folder, sorted by folder name."""
     return [_read_result(file) for file in sorted(run.glob(f"jobs/*/*/*/{RESULT}"))]
 
 

@@ -1,4 +1,4 @@
-"""What a job trains and is scored on, as token ids: a pure function of (task, seed, step)."""
+"""The token ids that a job trains and is scored on: a pure function of (task, seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ class ScoredSet:
 
 
 def round_up(length: int) -> int:
-    """The next multiple of 8 tokens, of 16 above 64, of 32 above 128, ...: few different shapes."""
+    """The next multiple of 8 tokens, of 16 above 64, of 32 above 128, ...: keeps shapes few."""
     step = max(8, 1 << ((length - 1).bit_length() - 3)) if length > 8 else 8
     return -(-length // step) * step
 
@@ -51,7 +51,7 @@ class JobData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over is dropped."""
+        """Full batches in an epoch; the remaining rows are dropped."""
         return self.few_shot.n_rows // self.batch_size
 
     def batch(self, step: int) -> Sequence[EncodedRow]:
@@ -64,11 +64,11 @@ class JobData:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """What every batch is padded to: of the longest input and targets of all, rounded up.
+        """The lengths every batch is padded to: the longest input and targets of all, rounded up.
 
-        It depends on nothing else: sums over wider rows round differently, and Adam and Adafactor
-        blow a rounding error up wherever a gradient is next to nothing. So a job gets the very bits
-        it would get alone, beside jobs of the same shape.
+        They depend on nothing else: sums over wider rows round differently, and Adam and Adafactor
+        amplify a rounding error wherever a gradient is close to zero. So, beside jobs of the same
+        shape, a job computes the same bits as alone.
         """
         rows = [
             self._encode(example, choices)
@@ -87,7 +87,7 @@ class JobData:
         )
 
     def _answers(self, example: Example) -> list[tuple[str, ...]]:
-        """The answers that a row may have: all choices, or one of the references that are drawn."""
+        """The possible answers of a row: all choices together, or any of its references."""
         protocol = self.config.protocol
         if protocol.loss == "t_few":
             return [example.choices]
@@ -96,10 +96,10 @@ class JobData:
 
     def _row(self, example: Example, epoch: int) -> EncodedRow:
         answers = self._answers(example)
-        which = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
+        drawn = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
         label = example.label if self.config.protocol.loss == "t_few" else 0
         assert label is not None
-        return replace(self._encode(example, answers[which]), label=label)
+        return replace(self._encode(example, answers[drawn]), label=label)
 
     def _encode(self, example: Example, choices: tuple[str, ...]) -> EncodedRow:
         key = (example.input, choices)
@@ -112,39 +112,39 @@ class JobData:
 def open_data(
     few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any, family: Family
 ) -> JobData:
-    """Check a task's seed at the door and tokenise what it is scored on."""
+    """Check the rows of a task and seed before training, and tokenise those it is scored on."""
     task, protocol = few_shot.task, config.protocol
     if protocol.loss == "t_few":
-        bare = [e for e in (*task.train, *few_shot.selection) if len(e.choices) < 2]
-        if bare:
+        unranked = [e for e in (*task.train, *few_shot.selection) if len(e.choices) < 2]
+        if unranked:
             raise ConfigError(
-                f"protocol.loss: t_few ranks choices, and example {bare[0].id} of {task.name} has "
-                f"{len(bare[0].choices)}; set language_model"
+                f"protocol.loss: t_few ranks choices, and example {unranked[0].id} of {task.name} "
+                f"has {len(unranked[0].choices)}; set language_model"
             )
     lengths = BatchConfig(
         max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
     )
-    chosen: tuple[Example, ...] = ()
+    selection: tuple[Example, ...] = ()
     if config.selection.on == "validation":
         if not task.validation:
             raise ConfigError(
                 f"selection.on: validation, but task {task.name} has no validation row; select on "
                 "shots, test or last"
             )
-        chosen = task.validation
+        selection = task.validation
     elif config.selection.on == "shots":
-        chosen = few_shot.selection
+        selection = few_shot.selection
 
     def make_set(examples: tuple[Example, ...]) -> ScoredSet:
-        asked = replace(task, test=examples)
-        questions = ask(asked, config.scoring)
-        rows = encode([asked], questions, {task.name: 0}, tokenizer, family, config.scoring)
+        scored = replace(task, test=examples)
+        questions = ask(scored, config.scoring)
+        rows = encode([scored], questions, {task.name: 0}, tokenizer, family, config.scoring)
         return ScoredSet(tuple(questions), tuple(rows))
 
     return JobData(
         few_shot,
         config,
         test=make_set(task.test),
-        selection=make_set(chosen) if chosen else None,
+        selection=make_set(selection) if selection else None,
         _encoder=Encoder(task, tokenizer, lengths, family),
     )

@@ -1,9 +1,9 @@
-"""One optimizer for the jobs of a wave, each of which moves as it would alone.
+"""One optimizer for all jobs of a wave, which updates each job exactly as if it were alone.
 
-A wave is an adapter whose tasks are J independent jobs: their inventories are private, or one
-frozen inventory serves them all and only their routing rows train. A job alone is a shared adapter
-of one task under `optim.make_optimizer`. Statistics, clipping and learning rates are the job's own;
-kernels and Python run once per stacked tensor, not per job.
+A wave is an adapter whose tasks are J independent jobs: their inventories are private, or they
+share one frozen inventory and only their routing rows train. A job alone is a shared adapter of one
+task under `optim.make_optimizer`. Statistics, clipping and learning rates are per job; kernels and
+Python run once per stacked tensor, not per job.
 
 Shape letters: J jobs, N linears of one shape, G routing groups, Q splits, S skills.
 """
@@ -20,7 +20,7 @@ from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
 from mhr_scale.training.optim import Adafactor, OptimizerState, check_states, make_groups
 
-#: The dimension of a group's parameters, and of their state, that counts the jobs.
+#: The job dimension of a group's parameters, and of their state.
 JOB_DIMS = {"inventory": 1, "routing": 0}
 ANOTHER_STEP = "optimizer states of different steps in one wave; delete these steps"
 
@@ -74,7 +74,7 @@ def _step_adamw(
 
 
 def make_job_optimizer(wave: Adapter, config: OptimConfig) -> Optimizer:
-    """The optimizer of a wave, every job at the rates of `config` until `set_job_rates`.
+    """The optimizer of a wave, with the rates of `config` for every job until `set_job_rates`.
 
     Routing gradients of a wave are dense. Clip with `clip_jobs` before each step.
     """
@@ -100,7 +100,7 @@ def make_job_optimizer(wave: Adapter, config: OptimConfig) -> Optimizer:
 def set_job_rates(optimizer: Optimizer, rates: Mapping[str, Tensor]) -> None:
     """Set the learning rates (J,) of all jobs by group name, `inventory` and `routing`.
 
-    Weight decay follows them. The rates of a group that does not train are passed over.
+    Weight decay scales with them. Rates of a group that does not train are ignored.
     """
     for group in optimizer.param_groups:
         like, dim, rates_J = group["params"][0], JOB_DIMS[group["name"]], rates[group["name"]]
@@ -110,17 +110,17 @@ def set_job_rates(optimizer: Optimizer, rates: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def clip_jobs(wave: Adapter, clip_norm: float | None) -> Tensor:
-    """Clip every job's gradients by their own global norm; returns the norms (J,) before that.
+    """Clip each job's gradients by that job's global norm; returns the norms (J,) before that.
 
-    A job whose norm is not finite gets gradients of 0: its tensors stay finite, for NaN times a
-    mask of 0 would reach the other jobs in the next pass. Nothing here waits for the device.
+    A job whose norm is not finite gets gradients of 0, so that its tensors stay finite: NaN times a
+    mask of 0 is NaN, and would reach the other jobs in the next pass. Nothing syncs the device.
     """
-    found = [(p.grad, dim) for _, p, dim in _job_parameters(wave) if p.grad is not None]
-    squares = [_squares(gradient, dim) for gradient, dim in found]
-    norm_J = torch.stack(squares).sum(0).sqrt().to(found[0][0].dtype)
+    gradients = [(p.grad, dim) for _, p, dim in _job_parameters(wave) if p.grad is not None]
+    squares = [_squares(gradient, dim) for gradient, dim in gradients]
+    norm_J = torch.stack(squares).sum(0).sqrt().to(gradients[0][0].dtype)
     is_lost_J = ~norm_J.isfinite()
     factor_J = None if clip_norm is None else (clip_norm / (norm_J + 1e-6)).clamp(max=1.0)
-    for gradient, dim in found:
+    for gradient, dim in gradients:
         if factor_J is not None:
             gradient.mul_(_spread(factor_J, gradient, dim))
         gradient.masked_fill_(_spread(is_lost_J, gradient, dim), 0.0)
@@ -128,10 +128,10 @@ def clip_jobs(wave: Adapter, clip_norm: float | None) -> Tensor:
 
 
 def _squares(gradient: Tensor, dim: int) -> Tensor:
-    """The jobs' sums of squares (J,), in float64.
+    """Each job's sum of squares (J,), in float64.
 
-    Summed in two steps over contiguous numbers, whose order does not depend on the number of jobs:
-    a rounding error in the norm would be enough to part a job from itself alone.
+    Summed in two steps over contiguous numbers, in an order that does not depend on the number of
+    jobs: a rounding error in the norm would make a job differ from the same job alone.
     """
     jobs_first = gradient.transpose(0, dim).contiguous()
     return jobs_first.double().square().flatten(2).sum(-1).sum(-1)
@@ -143,9 +143,9 @@ def take_jobs(optimizer: Optimizer, jobs: Sequence[int], into: Optimizer) -> Non
 
     Both optimizers come from `make_job_optimizer` with the same configuration.
     """
-    for group, smaller in zip(optimizer.param_groups, into.param_groups, strict=True):
-        assert group["name"] == smaller["name"]
-        for old, new in zip(group["params"], smaller["params"], strict=True):
+    for group, target in zip(optimizer.param_groups, into.param_groups, strict=True):
+        assert group["name"] == target["name"]
+        for old, new in zip(group["params"], target["params"], strict=True):
             index = torch.tensor(list(jobs), device=old.device)
             for part, value in optimizer.state.get(old, {}).items():
                 if _has_jobs(value):
@@ -157,17 +157,18 @@ def take_jobs(optimizer: Optimizer, jobs: Sequence[int], into: Optimizer) -> Non
 
 @torch.no_grad()
 def job_state(wave: Adapter, optimizer: Optimizer, job: int) -> OptimizerState:
-    """One job's optimizer state on the host, in the names and shapes it would have alone."""
+    """One job's optimizer state on the host, with the names and shapes that it has alone."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for name, parameter, dim in _job_parameters(wave):
         for part, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                own = value
+                of_job = value
                 if _has_jobs(value):
                     keeps_dim = _is_routing_shaped(value, dim)
-                    own = value.narrow(dim, job, 1) if keeps_dim else value.select(dim, job)
-                tensors[f"{name}/{part}"] = own.clone(memory_format=torch.contiguous_format).cpu()
+                    of_job = value.narrow(dim, job, 1) if keeps_dim else value.select(dim, job)
+                of_job = of_job.clone(memory_format=torch.contiguous_format)
+                tensors[f"{name}/{part}"] = of_job.cpu()
             else:
                 numbers.setdefault(name, {})[part] = value
     return tensors, numbers
@@ -183,8 +184,8 @@ def load_job_states(
 ) -> None:
     """Stack the states of all jobs of a wave, in their order, into its optimizer.
 
-    `places` names where each is from. Raises `RunError` unless they are states of the same
-    parameters after the same step, in the shapes that steps give them.
+    `places` names the source of each in errors. Raises `RunError` unless they are states of the
+    same parameters after the same step, with the shapes of an optimizer's state.
     """
     assert len(states) == len(wave.task_names)
     parameters = {name: (parameter, dim) for name, parameter, dim in _job_parameters(wave)}
@@ -195,9 +196,10 @@ def load_job_states(
             f"{places[0]}: optimizer state of {sorted(owners)}, yet {sorted(parameters)} train; "
             "delete this step"
         )
-    for place, (tensors, own_numbers) in zip(places[1:], states[1:], strict=True):
+    first_shapes = {key: tensor.shape for key, tensor in first.items()}
+    for place, (tensors, other_numbers) in zip(places[1:], states[1:], strict=True):
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        if shapes != {key: tensor.shape for key, tensor in first.items()} or own_numbers != numbers:
+        if shapes != first_shapes or other_numbers != numbers:
             raise RunError(f"{place} and {places[0]}: {ANOTHER_STEP}")
     if not all(isinstance(numbers.get(name, {}), dict) for name in parameters):
         raise RunError(
@@ -210,8 +212,8 @@ def load_job_states(
         parameter, dim = parameters[name]
         values = [tensors[key] for tensors, _ in states]
         if _has_jobs(values[0]):
-            put = torch.cat if _is_routing_shaped(values[0], dim) else torch.stack
-            optimizer.state[parameter][part] = put(values, dim).to(parameter.device)
+            join = torch.cat if _is_routing_shaped(values[0], dim) else torch.stack
+            optimizer.state[parameter][part] = join(values, dim).to(parameter.device)
         elif len({value.item() for value in values}) == 1:
             optimizer.state[parameter][part] = values[0].clone()
         else:
@@ -220,7 +222,7 @@ def load_job_states(
 
 
 def _job_parameters(wave: Adapter) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """Name, tensor and job dimension of all parameters that train."""
+    """Name, tensor and job dimension of all trainable parameters."""
     for name, parameter in wave.named_parameters():
         if parameter.requires_grad:
             group = "routing" if parameter is wave.routing_logits else "inventory"
@@ -228,12 +230,12 @@ def _job_parameters(wave: Adapter) -> Iterator[tuple[str, nn.Parameter, int]]:
 
 
 def _has_jobs(value: Any) -> bool:
-    """Whether a part of the state is a tensor of the jobs' own, not a step that they share."""
+    """Whether a part of the state has a job dimension, unlike the step, which jobs share."""
     return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _is_routing_shaped(value: Tensor, dim: int) -> bool:
-    """Whether state has the shape (J, G, Q, S) of routing logits, which is (1, G, Q, S) alone."""
+    """Whether state has the shape (J, G, Q, S) of routing logits: (1, G, Q, S) for a job alone."""
     return dim == JOB_DIMS["routing"] and value.dim() == 4
 
 

@@ -1,11 +1,11 @@
-"""Ranks over a sharded backbone pass through it together, whatever jobs each of them has.
+"""Keeping ranks with different jobs in step over a sharded backbone.
 
 Every pass gathers weights from all ranks, so all must run the same kind of pass at the same time: a
 training pass (forward and backward), a ranking pass (forward) or a generation. Before each pass a
-rank says what it wants; the first kind of `KINDS` that any rank wants runs, and ranks that want
-another one, or nothing any more, run a dummy of it: one row of a few tokens, whose gradients are
-thrown away. Training comes first, so that ranks meet at their evaluations. With a replicated
-backbone ranks are independent and a turn costs nothing.
+rank announces the kind it wants; the first kind of `KINDS` that any rank wants runs, and ranks that
+want another one, or are done, run a dummy pass of it: one row of a few tokens, whose gradients are
+discarded. Training comes first, so that ranks meet at their evaluations. With a replicated backbone
+ranks are independent, and a turn costs nothing.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ import torch
 from mhr_scale.engine.engine import Engine
 from mhr_scale.run import stopping
 
-#: Kinds of passes, the first first.
+#: Kinds of passes, in order of precedence.
 KINDS = ("train", "rank", "generate")
 SAVED = "the jobs of this rank are saved"
 
 
 class Lockstep:
-    """Turns of the ranks; `run_dummy` runs one pass of a kind for company."""
+    """Takes turns with the other ranks; `run_dummy` runs a dummy pass of a kind."""
 
     def __init__(self, engine: Engine, run_dummy: Callable[[str], None]) -> None:
         self.engine = engine
@@ -29,7 +29,7 @@ class Lockstep:
         self._is_needed = engine.is_sharded and engine.world_size > 1
 
     def turn(self, kind: str) -> None:
-        """Wait until a pass of this kind is due here; the caller runs it at once. Collective.
+        """Run dummy passes until one of this kind is due; the caller then runs it. Collective.
 
         Raises `Stopped` on all ranks that are in step if one of them was asked to stop.
         """
@@ -42,7 +42,7 @@ class Lockstep:
             self.run_dummy(KINDS[agreed])
 
     def finish(self) -> None:
-        """Keep the other ranks company until all are done. Collective."""
+        """Run dummy passes until all ranks are done. Collective."""
         while self._is_needed:
             agreed = self._agree(len(KINDS))
             if agreed == len(KINDS):
@@ -50,7 +50,7 @@ class Lockstep:
             self.run_dummy(KINDS[agreed])
 
     def _agree(self, wanted: int) -> int:
-        """The smallest kind that any rank wants."""
+        """The index of the first kind that any rank wants; `len(KINDS)` if all are done."""
         flags = torch.zeros(len(KINDS) + 2, device=self.engine.device)
         flags[wanted] = 1
         flags[-1] = stopping.is_asked()

@@ -1,4 +1,4 @@
-"""Waves at their jobs' start or saved step, and the soups that some start from."""
+"""Opening waves, at their jobs' start or saved step, and the soups that some start from."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ def gather_soups(
 def open_wave(
     inputs: AdaptInputs, planned: PlannedWave, soups: Soups, *, device: torch.device
 ) -> Wave:
-    """A wave at its jobs' start or at their saved step."""
+    """Open a wave, at its jobs' start or at their saved step."""
     config, name = inputs.config, planned.variant
     variant, run = config.variants[name], Path(config.run.folder)
     kind = FullWave if variant.kind == "backbone" else Wave
@@ -72,7 +72,7 @@ def open_wave(
 
 
 def _read_saved(member: Member, run: Path, step: int) -> checkpoint.Saved:
-    """A job's saved step, its progress put back into the member."""
+    """Read a job's saved step, and restore its progress into the member."""
     folder = member.job.folder(run)
     saved = checkpoint.read(folder, step)
     place = checkpoint.step_folder(folder, step)
@@ -81,7 +81,7 @@ def _read_saved(member: Member, run: Path, step: int) -> checkpoint.Saved:
 
 
 def facts_of(inputs: AdaptInputs, soups: Soups, job: Job) -> dict[str, Any]:
-    """What a job's result says of where it started."""
+    """The entries of a job's result that say what it started from."""
     source, variant = inputs.source(job.variant), inputs.config.variants[job.variant]
     numbers = 0 if source is None else source_numbers(source)
     facts = {"kind": variant.kind, "adapter": variant.adapter, "source_numbers": numbers}

@@ -1,4 +1,4 @@
-"""A rank's waves from their first step to the results of their jobs."""
+"""Running a rank's waves, from their first step to the results of their jobs."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow
 from mhr_scale.jobs.job import Job, clean, write_result
 from mhr_scale.jobs.job_data import ScoredSet
 from mhr_scale.jobs.lockstep import Lockstep
-from mhr_scale.jobs.wave import Member, StepValues, Wave
+from mhr_scale.jobs.wave import StepValues, Wave
 from mhr_scale.passes.scoring import generate_answers
 from mhr_scale.rows.batching import Batch, cut_batches
 from mhr_scale.run import stopping
@@ -56,13 +56,13 @@ class Runner:
     # -- a wave ----------------------------------------------------------------------------------
 
     def run(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
-        """Train a wave until its last job is finished; `facts` of a job go into its result."""
+        """Train a wave until its last job is finished; `facts` are added to each job's result."""
         wave.adapter.bind(self.placed.adapted)
-        begun = wave.step
-        logs = {
-            member.job: Metrics(self._open(member) / "metrics.jsonl", resume_step=begun or -1)
-            for member in wave.members
-        }
+        logs = {}
+        for member in wave.members:
+            folder = member.job.folder(self.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            logs[member.job] = Metrics(folder / "metrics.jsonl", resume_step=wave.step or -1)
         with stopping.held(), self.writer:
             try:
                 self._train(wave, facts, logs)
@@ -76,9 +76,9 @@ class Runner:
         facts: Callable[[Job], Mapping[str, Any]],
         logs: Mapping[Job, Metrics],
     ) -> None:
-        """Train a wave from where it stands; `Stopped` may come out of any pass."""
+        """Train a wave from its current step on; any pass may raise `Stopped`."""
         if wave.step:
-            self._evaluate(wave, self._left_over(wave), logs)
+            self._evaluate(wave, self._unevaluated(wave), logs)
             self._finish(wave, facts)
         elif self.config.selection.at_start:
             self._evaluate(wave, range(len(wave.members)), logs)
@@ -92,11 +92,6 @@ class Runner:
             self._finish(wave, facts)
             self._save(wave, logs)
 
-    def _open(self, member: Member) -> Path:
-        folder = member.job.folder(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def _log(self, wave: Wave, values: StepValues, logs: Mapping[Job, Metrics]) -> None:
         for number, member in enumerate(wave.members):
             is_due = wave.step % self.config.run.log_every == 0 or wave.step == member.steps
@@ -105,7 +100,7 @@ class Runner:
             self.progress.advance(f"{wave.members[0].job.variant} step {wave.step}")
 
     def _drop_lost(self, wave: Wave, values: StepValues) -> None:
-        """Give up jobs whose loss is no number; the others have not noticed."""
+        """Drop jobs whose loss or gradient is not finite; the others are not affected."""
         lost = [n for n in range(len(wave.members)) if not values.is_finite(n)]
         self._note_lost(wave, lost, what="loss or gradient")
         self._drop(wave, lost)
@@ -130,7 +125,7 @@ class Runner:
             self._submit(wave, range(len(wave.members)), logs)
 
     def _save_now(self, wave: Wave, logs: Mapping[Job, Metrics]) -> None:
-        """Save every job that has come further than its last save, also amid its evaluation."""
+        """Save every job that is beyond its last save, even in the middle of an evaluation."""
         self.writer.wait()
         folders = [member.job.folder(self.folder) for member in wave.members]
         saved = [checkpoint.find_resume(folder) or 0 for folder in folders]
@@ -138,7 +133,7 @@ class Runner:
         self.writer.wait()
 
     def _submit(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
-        """Save some jobs in the background; then drop the adapters that are not their best."""
+        """Save some jobs in the background, then remove adapters that are no longer their best."""
         writes: list[Callable[[], object]] = []
         for number in numbers:
             member = wave.members[number]
@@ -152,7 +147,7 @@ class Runner:
     # -- evaluation ------------------------------------------------------------------------------
 
     def _due(self, wave: Wave) -> list[int]:
-        """Jobs to evaluate after this step: every so many epochs, and after the last one."""
+        """Jobs to evaluate after this step: every `every_epochs` epochs and after the last one."""
         if self.config.selection.on == "last":
             return []
         every = self.config.selection.every_epochs
@@ -162,13 +157,13 @@ class Runner:
             if wave.step % (every * member.data.steps_per_epoch) == 0 or wave.step == member.steps
         ]
 
-    def _left_over(self, wave: Wave) -> list[int]:
-        """Jobs to evaluate at the step they were saved at: stopped before they were through."""
+    def _unevaluated(self, wave: Wave) -> list[int]:
+        """Jobs due at the step they were saved at that were stopped before their evaluation."""
         evaluations = {n: wave.members[n].progress.evaluations for n in self._due(wave)}
         return [n for n, past in evaluations.items() if not past or past[-1][0] != wave.step]
 
     def _evaluate(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
-        """Score jobs on the rows that select, and keep those that are better than before."""
+        """Score jobs on their selection rows, and keep adapters that are better than before."""
         selects_on_test = self.config.selection.on == "test"
         if self.config.selection.on == "last" or not numbers:
             return
@@ -192,7 +187,7 @@ class Runner:
         self._drop(wave, lost)
 
     def _keep(self, wave: Wave, number: int, lines: Sequence[Mapping[str, Any]]) -> Path:
-        """Write a job's adapter as the best so far, with the scores it was chosen by."""
+        """Write a job's adapter as the best so far, with the scores that selected it."""
         member = wave.members[number]
         folder = member.job.folder(self.folder) / "best" / f"{wave.step:06d}"
         wave.keep(number, folder, backbone=self.backbone_facts)
@@ -203,25 +198,25 @@ class Runner:
     def score(
         self, adapter: Adapter, sets: Sequence[tuple[int, ScoredSet]]
     ) -> list[list[dict[str, Any]] | None]:
-        """Score sets of rows under the slots they are given with; the lines of each, in order.
+        """Score sets of rows, each under its slot; returns the lines of each set, in order.
 
-        None where the scores of a slot are no numbers.
+        None instead of lines if the scores of a slot are not finite.
         """
         rows: list[EncodedRow] = []
-        asked: list[tuple[int, Question]] = []
+        questions: list[tuple[int, Question]] = []
         for set_number, (slot, scored) in enumerate(sets):
             for row, question in zip(scored.rows, scored.questions, strict=True):
                 rows.append(replace(row, number=len(rows), task=slot))
-                asked.append((set_number, question))
+                questions.append((set_number, question))
         self.placed.model.eval()
         judged: dict[int, dict[str, Any]] = {}
         options = self.config.scoring
         for kind, run, todo in answerers(rows, self.placed, adapter, self.tokenizer, options):
             for batch in cut_batches(todo, max_tokens=options.max_tokens):
                 for row, value in self._answer(kind, run, batch):
-                    judged[row.number] = judge(asked[row.number][1], value)
+                    judged[row.number] = judge(questions[row.number][1], value)
         lines: list[list[dict[str, Any]]] = [[] for _ in sets]
-        for number, (set_number, _) in enumerate(asked):
+        for number, (set_number, _) in enumerate(questions):
             if number in judged:
                 lines[set_number].append(judged[number])
         counts = [len(scored.rows) for _, scored in sets]
@@ -230,9 +225,9 @@ class Runner:
     def _answer(
         self, kind: str, run: Callable[[Batch], list[Any]], batch: Batch
     ) -> list[tuple[EncodedRow, Any]]:
-        """Rows of a batch with their answers; without those of slots whose scores are no numbers.
+        """Rows of a batch with their answers, without those of slots whose scores are not finite.
 
-        Such a slot spoils its batch: each of the others is asked again by itself.
+        Such a slot spoils its batch: the rows of each slot are then run separately.
         """
         self.lockstep.turn(kind)
         try:
@@ -247,7 +242,7 @@ class Runner:
     # -- results ---------------------------------------------------------------------------------
 
     def _finish(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
-        """Write the results of jobs that are through, and cut them out of the wave."""
+        """Write the results of jobs that are finished, and drop them from the wave."""
         patience = self.config.selection.patience
         done = [
             number
@@ -274,15 +269,15 @@ class Runner:
             member = wave.members[number]
             if number in lost:
                 continue
-            own = {"steps": wave.step, "trained_numbers": trained, **facts(member.job)}
-            self._write_result(wave, number, best, own)
+            entries = {"steps": wave.step, "trained_numbers": trained, **facts(member.job)}
+            self._write_result(wave, number, best, entries)
             self.progress.skip(member.steps - wave.step)
         self._drop(wave, done)
 
     def _score_best(self, wave: Wave, numbers: Sequence[int], folders: Sequence[Path]) -> list[int]:
-        """Score the best checkpoint of some jobs on their test rows, all of them together.
+        """Score the best checkpoints of some jobs on their test rows, all of them together.
 
-        Returns the jobs whose scores are no numbers.
+        Returns the jobs whose scores are not finite.
         """
         best = wave.kept(numbers, folders)
         best.bind(self.placed.adapted)
@@ -297,9 +292,11 @@ class Runner:
         wave.adapter.bind(self.placed.adapted)
         return lost
 
-    def _write_result(self, wave: Wave, number: int, best: Path, facts: Mapping[str, Any]) -> None:
+    def _write_result(
+        self, wave: Wave, number: int, best: Path, entries: Mapping[str, Any]
+    ) -> None:
         """Move the best checkpoint into place, then write the result, then clean up."""
-        self.writer.wait()  # it may be about to write what is cleaned up
+        self.writer.wait()  # a pending write would recreate what is cleaned up
         member = wave.members[number]
         folder, progress = member.job.folder(self.folder), member.progress
         wave.publish(number, best, folder, backbone=self.backbone_facts)
@@ -316,21 +313,21 @@ class Runner:
                 "examples": len(lines),
                 "best_step": progress.best_step,
                 "evaluations": progress.evaluations,
-                **facts,
+                **entries,
             },
         )
         clean(member.job, self.folder)
 
     def close(self) -> None:
-        """Keep the ranks that still have jobs company, until all are through. Collective."""
+        """Run dummy passes until the jobs of all ranks are finished. Collective."""
         with stopping.held():
             self.lockstep.finish()
         self.progress.close()
 
-    # -- company ---------------------------------------------------------------------------------
+    # -- dummy passes ----------------------------------------------------------------------------
 
     def _run_dummy(self, kind: str) -> None:
-        """One pass of a kind with one row of a few tokens, through the same modules."""
+        """A dummy pass of a kind: one row of a few tokens, through the same modules."""
         placed, model, options = self.placed, self.placed.model, self.config.scoring
         token = self.tokenizer.eos_token_id
         row = EncodedRow(np.full(PAD_MULTIPLE, token), (np.full(1, token),))
@@ -358,7 +355,7 @@ class Runner:
 
 
 def _drop_older(folder: Path, best: int) -> None:
-    """Remove the kept adapters of steps before the best one."""
+    """Remove the adapters of steps before the best one."""
     for old in folder.glob("*"):
         if old.name.isdecimal() and int(old.name) < best:
             shutil.rmtree(old)

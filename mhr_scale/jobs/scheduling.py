@@ -1,7 +1,7 @@
 """Which jobs form a wave, how many, and which rank runs it: pure functions.
 
-Jobs of a wave share a variant, the shape of their batches and the step they stand at: each computes
-what it would compute alone, to the bit.
+Jobs of a wave share a variant, the shape of their batches and their current step: each computes,
+to the bit, what it would compute alone.
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from mhr_scale.jobs.job import Job
 
-#: Jobs per wave at most where the recipe does not say.
+#: Maximum number of jobs per wave if the recipe does not set one.
 LARGEST = 32
-#: Share of the free memory that a wave may take.
+#: Share of the free memory that a wave may use.
 USABLE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobEstimate:
-    """What is known of a job before it starts; the shape of its batches in rows and tokens."""
+    """The work of a job, known before it starts: its steps, and its batches in rows and tokens."""
 
     job: Job
     step: int
@@ -36,7 +36,7 @@ class JobEstimate:
 
 @dataclass(frozen=True, slots=True)
 class PlannedWave:
-    """The jobs of a wave to be."""
+    """The jobs of a wave, before it is opened."""
 
     jobs: tuple[JobEstimate, ...]
 
@@ -47,7 +47,7 @@ class PlannedWave:
 
     @property
     def step(self) -> int:
-        """The step all of them stand at."""
+        """The current step of all of them."""
         return self.jobs[0].step
 
     @property
@@ -59,7 +59,7 @@ class PlannedWave:
 def plan_waves(
     estimates: Sequence[JobEstimate], *, size: int, world_size: int, alone: Sequence[str] = ()
 ) -> list[PlannedWave]:
-    """Cut jobs into waves of at most `size`, small enough that every rank gets some.
+    """Group jobs into waves of at most `size`, small enough that every rank gets some.
 
     Jobs of the variants in `alone` share no pass. The result depends on the set of jobs alone.
     """
@@ -67,34 +67,36 @@ def plan_waves(
         return []
     size = max(1, min(size, -(-len(estimates) // world_size)))
     groups: dict[tuple[str, int, int, int, int], list[JobEstimate]] = {}
-    for job in sorted(estimates, key=lambda e: (e.steps, e.job)):
-        key = (job.job.variant, job.step, job.batch_size, job.width, job.depth)
-        groups.setdefault(key, []).append(job)
+    for estimate in sorted(estimates, key=lambda e: (e.steps, e.job)):
+        variant, rows = estimate.job.variant, estimate.batch_size
+        key = (variant, estimate.step, rows, estimate.width, estimate.depth)
+        groups.setdefault(key, []).append(estimate)
     waves = []
     for key, members in sorted(groups.items()):
-        most = 1 if key[0] in alone else size
-        n_waves = -(-len(members) // most)
-        even = -(-len(members) // n_waves)
+        largest = 1 if key[0] in alone else size
+        n_waves = -(-len(members) // largest)
+        n_jobs = -(-len(members) // n_waves)
         waves += [
-            PlannedWave(tuple(members[at : at + even])) for at in range(0, len(members), even)
+            PlannedWave(tuple(members[start : start + n_jobs]))
+            for start in range(0, len(members), n_jobs)
         ]
     return waves
 
 
 def assign_waves(waves: Sequence[PlannedWave], world_size: int) -> list[list[PlannedWave]]:
-    """Each rank's waves: the dearest first, each to the rank with the least to do so far."""
+    """Each rank's waves: the most expensive first, each to the rank with the least work so far."""
     loads = [0.0] * world_size
-    dealt: list[list[PlannedWave]] = [[] for _ in range(world_size)]
+    waves_of_rank: list[list[PlannedWave]] = [[] for _ in range(world_size)]
     for wave in sorted(waves, key=lambda w: (-w.cost, w.jobs[0].job)):
         rank = loads.index(min(loads))
-        dealt[rank].append(wave)
+        waves_of_rank[rank].append(wave)
         loads[rank] += wave.cost
-    return dealt
+    return waves_of_rank
 
 
-def wave_size(free_bytes: float, dearest_job: float) -> int:
-    """Jobs that fit beside each other, at least 1 and at most `LARGEST`.
+def wave_size(free_bytes: float, job_bytes: float) -> int:
+    """How many jobs fit into the free memory, at least 1 and at most `LARGEST`.
 
-    `dearest_job` is what the job that takes most takes, in bytes.
+    `job_bytes` is the memory of the most expensive job.
     """
-    return max(1, min(LARGEST, int(USABLE * free_bytes / dearest_job)))
+    return max(1, min(LARGEST, int(USABLE * free_bytes / job_bytes)))

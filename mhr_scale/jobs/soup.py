@@ -1,7 +1,7 @@
-"""AdapterSoup: which training tasks are like a new one (docs/method.md 8).
+"""AdapterSoup: which training tasks are similar to a new one (docs/method.md 8).
 
 A task is the mean of its training examples' sentence embeddings; tasks are compared by cosine. The
-encoder is the frozen backbone's own, its states averaged over the tokens, or a sentence encoder.
+encoder is the frozen backbone's, its states averaged over the tokens, or a sentence encoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ from mhr_scale.tasks.task import Example, Task
 
 K = TypeVar("K")
 
-#: Padded tokens of one batch of inputs to embed.
+#: Padded tokens per batch of inputs to embed.
 MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskEmbedder:
-    """What embeds texts: the placed backbone and its tokenizer, or a sentence encoder."""
+    """The placed backbone and its tokenizer, which embed texts unless a sentence encoder does."""
 
     placed: PlacedBackbone
     tokenizer: Any
@@ -64,7 +64,7 @@ def gather_similar(
 def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str, Task]:
     """The tasks an adapter was trained on, with their first training examples.
 
-    Read again from the recipe of its run; raises `RunError` where that is gone.
+    Read again by the recipe of its run; raises `RunError` if that is missing.
     """
     file = find_recipe(adapter)
     reading = open_suite(load(PretrainConfig, file).tasks)
@@ -76,7 +76,7 @@ def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str,
 
 
 def find_recipe(adapter: str) -> Path:
-    """The recipe of the run that trained private adapters; raises `RunError` where it is gone."""
+    """The recipe of the run that trained private adapters; raises `RunError` if it is missing."""
     file = Path(adapter) / "config.yaml"
     if not file.is_file():
         raise RunError(
@@ -98,7 +98,7 @@ def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
 def gather_embeddings(
     tasks: Mapping[K, Task], settings: SoupConfig, embedder: TaskEmbedder
 ) -> dict[K, Tensor]:
-    """Mean embedding of each task's training inputs, of length 1. Collective.
+    """Mean embedding of each task's training inputs, normalised to length 1. Collective.
 
     The adapters in the model must be off.
     """
@@ -142,7 +142,7 @@ def _unit(vectors_EH: Tensor) -> Tensor:
 
 
 def most_similar(vector: Tensor, others: Mapping[str, Tensor], count: int) -> list[str]:
-    """The names of the most similar tasks, the most similar first; of equals the first by name."""
+    """The names of the most similar tasks, most similar first; ties are broken by name."""
     similarity = {name: float(vector @ other) for name, other in others.items()}
     return sorted(similarity, key=lambda name: (-similarity[name], name))[:count]
 
@@ -175,8 +175,8 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
     def encode(texts: list[str]) -> Tensor:
         vectors = []
         for start in range(0, len(texts), 32):
-            part = texts[start : start + 32]
-            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
+            batch = texts[start : start + 32]
+            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
             names = ("input_ids", "attention_mask")
             states = encoder(**{name: inputs[name] for name in names}).last_hidden_state
             vectors.append(mean_states(states, inputs["attention_mask"]).cpu())

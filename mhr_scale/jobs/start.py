@@ -1,11 +1,11 @@
-"""What a job starts from: one adapter of one task, by variant (docs/method.md 7 and 8).
+"""The adapter that a job starts from, by variant (docs/method.md 7 and 8).
 
 | kind | tensors at the start | trained |
 |---|---|---|
 | full | the source's inventory, a fresh routing row | both |
 | routing (-z) | the same | the routing row |
-| average (-mu) | the mean as one adapter, or the inventory under uniform routing | it |
-| soup | the mean of the pairs of similar tasks | it |
+| average (-mu) | the mean as one adapter, or the inventory under uniform routing | all of it |
+| soup | the mean of the pairs of similar tasks | all of it |
 | backbone | as full, or fresh | both, and the backbone's weights (`full`) |
 | fresh | A random, B zero, a fresh routing row | both |
 """
@@ -24,7 +24,7 @@ from mhr_scale.config import AdapterConfig, VariantConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.job import Job
 
-#: The ways to adapt that a paper's table compares.
+#: The kinds that a paper's table compares.
 KINDS: tuple[Literal["full", "routing", "average"], ...] = ("full", "routing", "average")
 
 
@@ -86,26 +86,25 @@ def start(
     `similar` names the training tasks that kind soup averages.
     """
     config = config_of(variant, source)
-    made = Adapter(config, tuple(sites), task_names=[job.task], seed=job.seed)
+    adapter = Adapter(config, tuple(sites), task_names=[job.task], seed=job.seed)
     if source is None:
-        return made
-    given = source
+        return adapter
     if variant.kind == "soup":
-        given = soup(source, similar)
+        source = soup(source, similar)
     elif variant.kind == "average" and not (variant.trainable == "inventory" and config.is_routed):
-        given = average(source)
-    tensors = dict(given.inventory.named_tensors())
-    own = artefact.named_tensors(made)
-    fresh = {name: own[name].clone() for name in own.keys() - tensors.keys()}
-    artefact.load_tensors(made, {**tensors, **fresh}, place=str(variant.adapter))
-    return made
+        source = average(source)
+    inherited = dict(source.inventory.named_tensors())
+    initial = artefact.named_tensors(adapter)
+    fresh = {name: initial[name].clone() for name in initial.keys() - inherited.keys()}
+    artefact.load_tensors(adapter, {**inherited, **fresh}, place=str(variant.adapter))
+    return adapter
 
 
 def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bool) -> Adapter:
     """One adapter whose tasks are jobs, from one adapter per job.
 
-    Each job gets an inventory of its own, or, under `routing_only`, a routing row of its own over
-    the one frozen inventory that all of them started from.
+    Each job gets a private inventory, or, under `routing_only`, its own routing row over the one
+    frozen inventory that all of them start from.
     """
     first = adapters[0]
     config = replace(first.config, private=not routing_only)
@@ -115,33 +114,35 @@ def stack(names: Sequence[str], adapters: Sequence[Adapter], *, routing_only: bo
         for number, adapter in enumerate(adapters):
             if wave.routing_logits is not None and adapter.routing_logits is not None:
                 wave.routing_logits[number].copy_(adapter.routing_logits[0])
-            for mine, theirs in zip(
+            for stacked, parameter in zip(
                 wave.inventory.parameters(), adapter.inventory.parameters(), strict=True
             ):
-                (mine if routing_only else mine[:, number]).copy_(theirs)
+                (stacked if routing_only else stacked[:, number]).copy_(parameter)
     wave.inventory.requires_grad_(not routing_only)
     return wave
 
 
 @torch.no_grad()
 def unstack(wave: Adapter, number: int, task: str) -> Adapter:
-    """One job's adapter out of a wave, on the host."""
+    """Extract one job's adapter from a wave, on the host."""
     config = replace(wave.config, private=False)
-    made = Adapter(config, wave.sites, task_names=[task])
-    if made.routing_logits is not None and wave.routing_logits is not None:
-        made.routing_logits[0].copy_(wave.routing_logits[number])
-    for mine, theirs in zip(made.inventory.parameters(), wave.inventory.parameters(), strict=True):
-        mine.copy_(theirs[:, number] if wave.config.private else theirs)
-    return made
+    adapter = Adapter(config, wave.sites, task_names=[task])
+    if adapter.routing_logits is not None and wave.routing_logits is not None:
+        adapter.routing_logits[0].copy_(wave.routing_logits[number])
+    for parameter, stacked in zip(
+        adapter.inventory.parameters(), wave.inventory.parameters(), strict=True
+    ):
+        parameter.copy_(stacked[:, number] if wave.config.private else stacked)
+    return adapter
 
 
 def source_numbers(source: Adapter) -> int:
-    """Numbers of an inventory that multi-task training made."""
+    """Numbers of a source's inventory, all tasks together."""
     return sum(parameter.numel() for parameter in source.inventory.parameters())
 
 
 def variant_numbers(source: Adapter) -> dict[str, int | None]:
-    """Numbers that each way to adapt a source trains per task; None: not one of its ways."""
+    """Numbers that each kind of variant trains per task; None if the source does not support it."""
     counts: dict[str, int | None] = {}
     for kind in KINDS:
         variant = VariantConfig(adapter="the source", kind=kind)
@@ -162,7 +163,7 @@ def trained_numbers(wave: Adapter) -> int:
 
 
 def count_trained(config: AdapterConfig, sites: Sequence[Site], *, routing_only: bool) -> int:
-    """Numbers that one job of these settings trains, without making its tensors."""
+    """Numbers that one job of these settings trains, without allocating its tensors."""
     groups = {site.routing_group(config.granularity, config.block_span) for site in sites}
     logits = len(groups) * config.n_splits * config.n_skills if config.has_logits else 0
     if routing_only:

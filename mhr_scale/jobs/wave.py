@@ -1,10 +1,10 @@
-"""A wave: jobs that share forward and backward passes, each of them exact as if alone.
+"""A wave: jobs that share forward and backward passes, each exactly as if it were alone.
 
-Shape letters: J jobs, B batch rows of all jobs, a job's rows side by side.
+Shape letters: J jobs, B batch rows of all jobs, consecutive for each job.
 
-The loss is the sum of the jobs' own means; gradients meet in no tensor, since every job has a slot
-of its own; clipping, rates and Adafactor statistics are the job's (`job_optim`). A job that leaves
-is cut out of the stacked tensors.
+The loss is the sum of the jobs' means; gradients of different jobs never mix, since every job has
+its own slot; clipping, rates and Adafactor statistics are per job (`job_optim`). A job that leaves
+is removed from the stacked tensors.
 """
 
 import math
@@ -44,7 +44,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """What one step of a wave measured, a list with one number per job under each name."""
+    """The metrics of one step of a wave: under each name a list with one number per job."""
 
     values: dict[str, list[float]]
 
@@ -53,14 +53,14 @@ class StepValues:
         return {name: values[number] for name, values in self.values.items()}
 
     def is_finite(self, number: int) -> bool:
-        """Whether a job's loss and gradient are numbers."""
+        """Whether a job's loss and gradient are finite."""
         return all(math.isfinite(self.values[name][number]) for name in ("loss", "grad_norm"))
 
 
 class Wave:
     """The stacked tensors of some jobs of one variant, and their optimizer.
 
-    `full.FullWave` is the one of kind backbone.
+    `full.FullWave` is the subclass for kind backbone.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Wave:
         device: torch.device,
         saved: Sequence[checkpoint.Saved] = (),
     ) -> "Wave":
-        """A wave of jobs at their start, or of jobs saved after the same step."""
+        """Open a wave of jobs at their start, or of jobs saved after the same step."""
         names = [member.job.name for member in members]
         wave = cls(
             config,
@@ -108,11 +108,11 @@ class Wave:
 
     @cached_property
     def _optim(self) -> OptimConfig:
-        given, variant = self.config.optim, self.variant
+        config, variant = self.config.optim, self.variant
         return replace(
-            given,
-            lr=given.lr if variant.lr is None else variant.lr,
-            routing_lr=given.routing_lr if variant.routing_lr is None else variant.routing_lr,
+            config,
+            lr=config.lr if variant.lr is None else variant.lr,
+            routing_lr=config.routing_lr if variant.routing_lr is None else variant.routing_lr,
         )
 
     @property
@@ -121,13 +121,13 @@ class Wave:
         return trained_numbers(self.adapter)
 
     def thawed(self, model: Any) -> AbstractContextManager[None]:
-        """The block in which the wave runs: the weights of `model` are as before after it."""
+        """The block in which the wave runs; it leaves the weights of `model` unchanged."""
         return nullcontext()
 
     # -- one step --------------------------------------------------------------------------------
 
     def train_step(self, placed: PlacedBackbone) -> StepValues:
-        """Train every job by one step; gradients of jobs that have none finite change nothing."""
+        """Train every job by one step; a job whose gradients are not finite is not updated."""
         batches = [member.data.batch(self.step) for member in self.members]
         rows, counts = [row for batch in batches for row in batch], [len(b) for b in batches]
         owners = [number for number, batch in enumerate(batches) for _ in batch]
@@ -172,21 +172,21 @@ class Wave:
         return factors
 
     def _seeds(self, batches: Sequence[Sequence[EncodedRow]]) -> list[int]:
-        """One seed per row for policies that draw numbers; a job's own, whoever is beside it."""
+        """One seed per row for policies that draw numbers; it does not depend on the other jobs."""
         return [
             seed_from("noise", member.job.name, self.step, row)
             for member, batch in zip(self.members, batches, strict=True)
             for row in range(len(batch))
         ]
 
-    # -- jobs come out ---------------------------------------------------------------------------
+    # -- single jobs -----------------------------------------------------------------------------
 
     def take(self, number: int) -> Adapter:
-        """One job's adapter as it stands, on the host."""
+        """One job's current adapter, on the host."""
         return unstack(self.adapter, number, self.members[number].job.task)
 
     def keep(self, number: int, folder: Path, *, backbone: dict[str, Any]) -> None:
-        """Write what one job has trained so far, its best yet, into `folder`."""
+        """Write one job's current adapter, its best so far, into `folder`."""
         artefact.save(
             self.take(number),
             folder,
@@ -196,7 +196,7 @@ class Wave:
         )
 
     def kept(self, numbers: Sequence[int], folders: Sequence[Path]) -> Adapter:
-        """The adapters that some jobs have kept, side by side, ready to be scored."""
+        """The best adapters of some jobs, stacked, ready to be scored."""
         return stack(
             [self.members[number].job.name for number in numbers],
             [artefact.load(folder) for folder in folders],
@@ -204,7 +204,7 @@ class Wave:
         )
 
     def publish(self, number: int, kept: Path, folder: Path, *, backbone: dict[str, Any]) -> None:
-        """Put what one job has kept where readers of the run look for it."""
+        """Copy one job's best adapter to its result folder."""
         artefact.save(
             artefact.load(kept),
             folder / "adapter",
@@ -217,27 +217,27 @@ class Wave:
         return {"job": self.members[number].job.name}
 
     def drop(self, numbers: Sequence[int]) -> None:
-        """Cut jobs out; those that stay go on as if nothing had happened."""
-        kept = [number for number in range(len(self.members)) if number not in numbers]
-        self.members = [self.members[number] for number in kept]
-        if not kept or not numbers:
+        """Remove jobs; the remaining ones are not affected."""
+        remaining = [number for number in range(len(self.members)) if number not in numbers]
+        self.members = [self.members[number] for number in remaining]
+        if not remaining or not numbers:
             return
         device = next(self.adapter.parameters()).device
         smaller = stack(
             [member.job.name for member in self.members],
-            [unstack(self.adapter, n, self.adapter.task_names[n]) for n in kept],
+            [unstack(self.adapter, n, self.adapter.task_names[n]) for n in remaining],
             routing_only=self.variant.kind == "routing",
         ).to(device)
         optimizer = job_optim.make_job_optimizer(smaller, self._optim)
-        job_optim.take_jobs(self.optimizer, kept, optimizer)
+        job_optim.take_jobs(self.optimizer, remaining, optimizer)
         self.adapter, self.optimizer = smaller, optimizer
 
     def copy(
         self, number: int, run: Path, *, backbone: dict[str, Any]
     ) -> Callable[[], object] | None:
-        """What saves one job as it is now, whatever happens to the wave before it is called.
+        """A function that saves one job's current state, whatever happens to the wave meanwhile.
 
-        In the form the job would have alone: it may go on in any other wave. None: nothing to save.
+        Saved as the job would be alone, so that it may resume in any wave. None: nothing to save.
         """
         member = self.members[number]
         return partial(

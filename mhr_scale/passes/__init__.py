@@ -1,4 +1,4 @@
-"""Rows through the model: losses, validation, ranked choices, generated answers.
+"""Passes through the model: losses, validation, ranking of choices, generation of answers.
 
 Other rooms import: few_shot_loss, losses, scoring, validation.
 """

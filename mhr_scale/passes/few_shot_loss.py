@@ -1,4 +1,4 @@
-"""A training pass of few-shot jobs: rows through the model, and the protocol's loss of them.
+"""The forward pass of few-shot jobs, and the protocol's loss.
 
 Shape letters: B batch rows, D target positions with choices side by side, V vocabulary.
 """
@@ -25,9 +25,9 @@ def forward(
 ) -> dict[str, Tensor]:
     """The `loss` of some rows, and under T-Few its parts `lm`, `mc` and `ul`.
 
-    `mean` divides the sums of a part by what counts: per job of a wave, or, where one job's batch
-    takes several passes, by the counts of the whole batch, which `count` gives. Inputs and targets
-    are padded to the lengths `at_least`, or wider.
+    `mean` divides the sum of a part by its count: per job of a wave, or, if one job's batch takes
+    several passes, by the counts of the whole batch (`count`). Inputs and targets are padded to the
+    lengths `at_least`, or more.
     """
     packed = placed.pack(rows, at_least=at_least)
     logits_BDV = placed.logits(packed)
@@ -38,7 +38,7 @@ def forward(
         if protocol.normalise == "examples":
             loss = Loss(loss.sum, torch.ones_like(loss.count))
         return {"loss": mean("lm", loss)}
-    three = losses.tfew(
+    parts = losses.tfew(
         logits_BDV,
         packed.labels_BD,
         packed.choices_BD,
@@ -46,15 +46,15 @@ def forward(
         n_choices=packed.n_choices,
         length_norm=protocol.length_norm,
     )
-    lm, mc, ul = mean("lm", three.lm), mean("mc", three.mc), mean("ul", three.ul)
+    lm, mc, ul = mean("lm", parts.lm), mean("mc", parts.mc), mean("ul", parts.ul)
     total = lm + protocol.mc_weight * mc + protocol.ul_weight * ul
     return {"loss": total, "lm": lm, "mc": mc, "ul": ul}
 
 
 def count(rows: Sequence[EncodedRow], protocol: ProtocolConfig) -> dict[str, int]:
-    """What the loss of a batch, or each part of T-Few's, is divided by."""
+    """The divisor of a batch's loss, or of each part of T-Few's."""
     right = sum(len(row.answers[row.label]) for row in rows)
     if protocol.loss == "t_few":
-        every = sum(row.n_answer_tokens for row in rows)
-        return {"lm": right, "mc": len(rows), "ul": every - right}
+        total = sum(row.n_answer_tokens for row in rows)
+        return {"lm": right, "mc": len(rows), "ul": total - right}
     return {"lm": right if protocol.normalise == "tokens" else len(rows)}

@@ -15,7 +15,7 @@ from mhr_scale.families.packed import IGNORE
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A summed loss and the number of things it was summed over (scalars or one per row)."""
+    """A summed loss and the number of terms in the sum (scalars, or one per row)."""
 
     sum: Tensor
     count: Tensor

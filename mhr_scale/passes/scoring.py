@@ -30,11 +30,11 @@ def score(
     engine: Engine,
     max_tokens: int,
 ) -> Iterator[dict[int, T]]:
-    """Run the rows still to do; after each round, yield its results by row number.
+    """Run batches in rounds; after each round, yield its results by row number.
 
     Collective: every rank passes the same rows and iterates to the end, and gets all ranks'
-    results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run` gives
-    a value for every row of a batch (`questions.answerers`).
+    results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run`
+    returns a value for every row of a batch (`questions.answerers`).
     """
     assert len({row.number for row in rows}) == len(rows)
     batches = cut_batches(rows, max_tokens=max_tokens)
@@ -44,11 +44,11 @@ def score(
         if is_stopped:
             raise stopping.stop("all answers so far are written")
         values = run(batch) if batch is not None else []
-        mine: dict[int, T] = {}
+        local: dict[int, T] = {}
         if batch is not None and is_counted:
-            mine = {row.number: value for row, value in zip(batch, values, strict=True)}
+            local = {row.number: value for row, value in zip(batch, values, strict=True)}
         results: dict[int, T] = {}
-        for part, is_asked in engine.gather_objects((mine, stopping.is_asked())):
+        for part, is_asked in engine.gather_objects((local, stopping.is_asked())):
             results.update(part)
             is_stopped |= is_asked
         yield results
@@ -75,11 +75,11 @@ def rank_choices(
     """Score every choice of every row: the smallest wins.
 
     A score is the summed negative log-likelihood of a choice's tokens, end of sequence included, in
-    float32, over length ** `length_norm`. Without an adapter the model runs as it stands: bare, or
-    inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is no number.
+    float32, over length ** `length_norm`. Without an adapter the model runs as it is: bare, or
+    inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is not finite.
     """
     nll_BD, packed = choice_losses(placed, adapter, batch)
-    # the one wait for the device; sums on the host do not depend on the order of threads
+    # the only device sync; sums on the host do not depend on the order of threads
     nll = nll_BD.cpu().numpy().reshape(len(batch), -1)
     scores = []
     for row, starts, nll_D in zip(batch, packed.starts, nll, strict=True):
@@ -99,7 +99,7 @@ def choice_losses(
 ) -> tuple[Tensor, Packed]:
     """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B * D,).
 
-    In float32, on the device; the packed choices tell which is which.
+    In float32, on the device; the packed rows tell which positions belong to which choice.
     """
     for row in batch:
         if not row.answers:

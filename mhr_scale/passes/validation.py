@@ -1,4 +1,4 @@
-"""Losses of fixed rows, all ranks in step: validation, and what else is measured on such rows."""
+"""Losses of fixed rows, with all ranks in step: validation, and other measurements on such rows."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def forward(placed: PlacedBackbone, packed: Packed, *, label_smoothing: float = 
 def iter_packed(
     placed: PlacedBackbone, batches: Sequence[Batch], *, pad_multiple: int
 ) -> Iterator[tuple[Packed, bool]]:
-    """This rank's batches of all, packed, and whether each counts; some are run for company."""
+    """This rank's batches, packed, and whether each counts; the others are dummy passes."""
     engine = placed.engine
     rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
     for batch, is_counted in rounds:

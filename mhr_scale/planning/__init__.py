@@ -1,7 +1,8 @@
 """What a run would take: memory and time per placement, counted on the program itself.
 
-`tracing` runs a step on tensors without memory and counts; `steps` says which step; `placements`
-where the frozen weights lie; `hardware` on what; `cost` puts them together.
+`tracing` runs code on fake tensors and counts bytes and operations; `steps` defines the counted
+steps; `placements` where the frozen weights are; `hardware` the machines; `cost` turns counts into
+estimates; `kinds` makes a plan for each kind of recipe; `wave_size` sizes few-shot waves.
 
 Other rooms import: hardware, kinds, printed, wave_size.
 """

@@ -1,4 +1,4 @@
-"""From counts to bytes on a card and seconds a step, for each placement; and which one to take."""
+"""Bytes of a GPU and seconds per step of each placement, from counts; and which one to use."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,14 +9,14 @@ from mhr_scale.planning.hardware import LAUNCH_SECONDS, Machines
 from mhr_scale.planning.placements import GATHERS, Load, Placement
 from mhr_scale.planning.tracing import Trace, combine
 
-#: Rows, or jobs, per pass that are looked at at most.
+#: Largest number of rows (or jobs) per pass that is considered.
 MOST_ROWS = 4096
 GIB = 2.0**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Counts of a pass at two numbers of rows (or jobs): linear in between and beyond."""
+    """Counts of a pass at two numbers of rows (or jobs), linear in between and beyond."""
 
     few: int
     many: int
@@ -31,7 +31,7 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of one rank at its peak, by what they are for, and of its machine's memory."""
+    """Bytes of one rank at its peak, by purpose, and of its machine's host memory."""
 
     weights: float
     gathered: float
@@ -45,13 +45,13 @@ class Memory:
     @property
     def total(self) -> float:
         """Bytes of the rank."""
-        own = ("weights", "gathered", "adapter", "gradients", "optimizer", "logits", "activations")
-        return float(sum(getattr(self, name) for name in own))
+        of_rank = (self.weights, self.gathered, self.adapter, self.gradients, self.optimizer)
+        return float(sum((*of_rank, self.logits, self.activations)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seconds:
-    """Seconds of a pass by what they are spent on."""
+    """Seconds of a pass, by resource."""
 
     compute: float
     memory: float
@@ -63,7 +63,7 @@ class Seconds:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The seconds by what people call them."""
+        """The seconds, by the names used in output."""
         return {
             "compute": self.compute,
             "memory traffic": self.memory,
@@ -76,13 +76,13 @@ class Seconds:
 
     @property
     def busy(self) -> float:
-        """Seconds of a pass: products and memory one after the other, beside everything else."""
+        """Seconds of a pass: compute, then memory traffic; everything else overlaps with both."""
         others = (self.launches, self.links, self.network, self.host_link, self.nvme)
         return max(self.compute + self.memory, *others)
 
     @property
     def limit(self) -> str:
-        """What the time is spent on."""
+        """The resource that limits the pass."""
         if self.compute + self.memory >= self.busy:
             return "compute" if self.compute >= self.memory else "memory traffic"
         return max(self.parts, key=lambda name: self.parts[name])
@@ -90,7 +90,7 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One placement under one kind of recomputation, at the rows it is run with."""
+    """The estimate for one placement and kind of recomputation, at a number of rows per pass."""
 
     placement: Placement
     recompute: str
@@ -111,7 +111,7 @@ class Estimate:
 
     @property
     def is_preferred(self) -> bool:
-        """Whether it keeps the recipe's numbers, and the weights on the cards."""
+        """Whether it keeps the recipe's precision, and all weights on the GPUs."""
         return self.is_same_precision and self.placement.is_resident
 
     def as_json(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is to be estimated, for one placement and one kind of recomputation."""
+    """The inputs of an estimate for one placement and kind of recomputation."""
 
     placement: Placement
     recompute: str
@@ -161,7 +161,7 @@ class Case:
         trace = self.counts.at(rows)
         gradients, optimizer = (trace.held.get(name, 0.0) for name in ("gradients", "optimizer"))
         peaks = dict(trace.peaks)
-        if self.reduces and "update" in peaks:  # one flat buffer
+        if self.reduces and "update" in peaks:  # the flat buffer of the all-reduce
             peaks["update"] += gradients
         top = max(peaks, key=lambda name: peaks[name])
         logits = trace.logits[top]
@@ -178,12 +178,12 @@ class Case:
         )
 
     def fits(self, rows: int) -> bool:
-        """Whether a card has room for so many rows."""
+        """Whether that many rows fit in the memory of a GPU."""
         return self.memory(rows).total <= self.machines.usable
 
     @cached_property
     def largest(self) -> int:
-        """Rows that fit, 0 if not even one does, `MOST_ROWS` at most."""
+        """The largest number of rows that fits, at most `MOST_ROWS`; 0 if not even one does."""
         if not self.fits(1):
             return 0
         low, high = 1, MOST_ROWS + 1
@@ -193,7 +193,7 @@ class Case:
         return low
 
     def why_not(self) -> str:
-        """Why the placement cannot be taken, or nothing."""
+        """Why the placement cannot be used; empty if it can."""
         host = self.machines.host_memory
         if not self.largest:
             need = self.memory(1).total / GIB
@@ -224,7 +224,7 @@ class Case:
         )
 
     def estimate(self, rows: int, *, passes: int, tokens: float) -> Estimate:
-        """The estimate at so many rows per pass; `tokens` are those of a step over all ranks."""
+        """The estimate at `rows` per pass; `tokens` are those of a step over all ranks."""
         trace, machines = self.counts.at(rows), self.machines
         seconds, why_not = self.seconds(trace), self.why_not()
         reduced = 0.0
@@ -261,15 +261,15 @@ class Case:
 
 
 def choose(estimates: Sequence[Estimate], *, by: Callable[[Estimate], float]) -> Estimate | None:
-    """The placement to use: of those that fit, the preferred ones first; None if none does.
+    """The placement to use, preferably one that `is_preferred`; None if nothing fits.
 
-    `by` is the time that counts. Times within 2 % are equal; then replicated, which needs no
-    lock-step, and no recomputation.
+    `by` is the time to minimise. Among times within 2 %, replicated placements (whose ranks need
+    no lock-step) and no recomputation win.
     """
-    fitting = [one for one in estimates if one.fits]
+    fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
         return None
-    good = [one for one in fitting if one.is_preferred] or fitting
-    best = min(by(one) for one in good)
-    near = [one for one in good if by(one) <= 1.02 * best]
-    return min(near, key=lambda one: (one.placement.is_sharded, one.recompute != "none", by(one)))
+    candidates = [estimate for estimate in fitting if estimate.is_preferred] or fitting
+    best = min(by(estimate) for estimate in candidates)
+    near = [estimate for estimate in candidates if by(estimate) <= 1.02 * best]
+    return min(near, key=lambda e: (e.placement.is_sharded, e.recompute != "none", by(e)))

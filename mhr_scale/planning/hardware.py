@@ -1,7 +1,7 @@
-"""The machines: a table of cards, what is given, and what is found here.
+"""The machines of a plan: from settings, from a table of GPUs, or detected.
 
-Peaks are the makers' for dense products; what of them a step reaches is an assumption, the same
-for all cards: `PRODUCT_SHARE` of the matrix products' peak, `MEMORY_SHARE` of the memory's.
+Peaks are the vendors' for dense matrix products. The share of a peak that a step reaches is assumed
+to be the same for all GPUs: `PRODUCT_SHARE` for matrix products, `MEMORY_SHARE` for memory.
 """
 
 import os
@@ -16,17 +16,17 @@ from mhr_scale.errors import ConfigError, did_you_mean
 
 PRODUCT_SHARE = 0.65
 MEMORY_SHARE = 0.8
-#: What starting a kernel costs the host, seconds.
+#: Host time of a kernel launch, seconds.
 LAUNCH_SECONDS = 6e-6
-#: What a process takes of a card before its first tensor, GiB: context, libraries' workspaces.
+#: GPU memory of a process before its first tensor, GiB: context, libraries' workspaces.
 CONTEXT_GIB = 1.2
-#: Share of a card's memory that the allocator loses between blocks.
+#: Share of a GPU's memory that the allocator loses to fragmentation.
 FRAGMENTED = 0.04
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A card of the table, memory in GiB as the driver gives it, or a CPU; TFLOP/s, GB/s."""
+    """A GPU of the table, with memory in GiB as the driver reports it, or a CPU; TFLOP/s, GB/s."""
 
     memory_gib: float
     bf16_tflops: float
@@ -36,7 +36,7 @@ class Device:
     host_gb_s: float
 
 
-#: Links are the bus bandwidth that all-gathers reach: NVSwitch of its generation, else PCIe.
+#: Links: bus bandwidth that all-gathers reach, over NVSwitch of the generation or else PCIe.
 CARDS = {
     "V100-16G": Device(15.8, 15.7, 15.7, 900, 130, 12),
     "V100-32G": Device(31.7, 15.7, 15.7, 900, 130, 12),
@@ -53,7 +53,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machines:
-    """What a plan is made for. Bytes, FLOP/s as reached, bytes/s."""
+    """The machines of a plan. Bytes, reached FLOP/s, bytes/s."""
 
     name: str
     ranks: int
@@ -70,7 +70,7 @@ class Machines:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the ranks are cards."""
+        """Whether the ranks are GPUs."""
         return self.name != CPU
 
     @property
@@ -80,7 +80,7 @@ class Machines:
 
     @property
     def usable(self) -> float:
-        """Bytes of a rank that tensors can have."""
+        """Bytes of a rank that tensors can use."""
         if not self.on_gpu:
             return self.memory
         return (self.memory - CONTEXT_GIB * 2**30) * (1.0 - FRAGMENTED)
@@ -91,12 +91,12 @@ class Machines:
         return self.link_rate if self.nodes == 1 else min(self.link_rate, self.network_rate)
 
     def flops(self, dtype: str) -> float:
-        """Matrix products a second that a step reaches, FLOP/s."""
+        """FLOP/s of matrix products that a step reaches."""
         return self.bf16_flops if dtype == "bfloat16" else self.fp32_flops
 
 
 def find_machines(config: HardwareConfig) -> Machines:
-    """The machines a plan is made for; raises `ConfigError` for a card that nobody knows."""
+    """The machines a plan is made for; raises `ConfigError` for a GPU that is not in the table."""
     name = config.gpu
     is_here = name is None
     ranks = config.gpus
@@ -110,7 +110,7 @@ def find_machines(config: HardwareConfig) -> Machines:
             f"hardware.nodes: {ranks} cards do not divide over {config.nodes} machines; use a "
             "number that divides them"
         )
-    card = _measure_cpu(ranks // config.nodes) if name == CPU else _card(name)
+    device = _measure_cpu(ranks // config.nodes) if name == CPU else _look_up(name)
     if name == CPU and memory is None:
         memory = psutil.virtual_memory().available / (ranks // config.nodes)
     if config.memory_gib is not None:
@@ -118,27 +118,27 @@ def find_machines(config: HardwareConfig) -> Machines:
     host: float | None = float(psutil.virtual_memory().total) if is_here else None
     if config.host_memory_gib is not None:
         host = config.host_memory_gib * 2**30
-    product, moved = (PRODUCT_SHARE, MEMORY_SHARE) if name != CPU else (1.0, 1.0)
-    peaks = {"bf16": card.bf16_tflops, "fp32": card.fp32_tflops}
+    product_share, memory_share = (PRODUCT_SHARE, MEMORY_SHARE) if name != CPU else (1.0, 1.0)
+    peaks = {"bf16": device.bf16_tflops, "fp32": device.fp32_tflops}
     if config.tflops is not None:
         peaks = dict.fromkeys(peaks, config.tflops)
     return Machines(
         name=name,
         ranks=ranks,
         nodes=config.nodes,
-        memory=card.memory_gib * 2**30 if memory is None else memory,
+        memory=device.memory_gib * 2**30 if memory is None else memory,
         host_memory=host,
-        bf16_flops=peaks["bf16"] * 1e12 * product,
-        fp32_flops=peaks["fp32"] * 1e12 * product,
-        memory_rate=(config.memory_gb_s or card.memory_gb_s) * 1e9 * moved,
-        link_rate=(config.link_gb_s or card.link_gb_s) * 1e9,
+        bf16_flops=peaks["bf16"] * 1e12 * product_share,
+        fp32_flops=peaks["fp32"] * 1e12 * product_share,
+        memory_rate=(config.memory_gb_s or device.memory_gb_s) * 1e9 * memory_share,
+        link_rate=(config.link_gb_s or device.link_gb_s) * 1e9,
         network_rate=config.network_gb_s * 1e9,
-        host_rate=(config.host_gb_s or card.host_gb_s) * 1e9,
+        host_rate=(config.host_gb_s or device.host_gb_s) * 1e9,
         nvme_rate=config.nvme_gb_s * 1e9,
     )
 
 
-def _card(name: str) -> Device:
+def _look_up(name: str) -> Device:
     if name not in CARDS:
         raise ConfigError(
             f"hardware.gpu: no card '{name}' in the table{did_you_mean(name, CARDS)}; known: "
@@ -149,24 +149,24 @@ def _card(name: str) -> Device:
 
 
 def _detect() -> tuple[str, int, float | None]:
-    """The table's name of this machine's cards, their number and memory in bytes; or the CPU."""
+    """Name in the table, number and memory (bytes) of this machine's GPUs; or the CPU."""
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CPU, 1, None
-    count, found = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-    plain = found.name.replace(" ", "-").upper()
-    gib = found.total_memory / 2**30
+    count, gpu = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+    plain = gpu.name.replace(" ", "-").upper()
+    gib = gpu.total_memory / 2**30
     fitting = [name for name in CARDS if name.rsplit("-", 1)[0] in plain or name in plain]
     if not fitting:
         raise ConfigError(
-            f"hardware.gpu: {found.name} is not in the table ({', '.join(CARDS)}); name a similar "
+            f"hardware.gpu: {gpu.name} is not in the table ({', '.join(CARDS)}); name a similar "
             "one and give tflops, memory_gb_s, link_gb_s and host_gb_s under hardware"
         )
     nearest = min(fitting, key=lambda name: abs(CARDS[name].memory_gib - gib))
-    return nearest, count, float(found.total_memory)
+    return nearest, count, float(gpu.total_memory)
 
 
 def _measure_cpu(processes: int) -> Device:
-    """What one of so many processes of this machine reaches, from a fraction of a second."""
+    """What each of `processes` on this CPU reaches, measured in a fraction of a second."""
     a, big = torch.ones(512, 512), torch.ones(2**22)
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):

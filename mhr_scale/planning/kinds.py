@@ -1,4 +1,4 @@
-"""A plan for each kind of recipe: pre-training, evaluation, few-shot adaptation."""
+"""Plans for the three kinds of recipes: pre-training, evaluation, few-shot adaptation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,14 +37,14 @@ from mhr_scale.planning.steps import (
 from mhr_scale.planning.tracing import Trace, combine
 from mhr_scale.recipe.reading import read_names
 
-#: Tokens of the two short answers whose counts give those of a longer one.
+#: Tokens of the two short answers whose counts are extrapolated to longer ones.
 SHORT, LONGER = 2, 4
 RECOMPUTES = ("none", "reentrant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Estimates of all placements, the one to use, and what they were made from."""
+    """Estimates for all placements, the one to use, and what they are based on."""
 
     kind: str
     machines: Machines
@@ -63,33 +63,33 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
             f"batch.batch_size: {batch.batch_size} rows do not divide over {machines.ranks} ranks "
             "(hardware.gpus); use a multiple of it, or fewer cards"
         )
-    blueprint, (tasks, told) = read_sizes(config.backbone), n_tasks(config, workload)
+    blueprint, (tasks, source) = read_sizes(config.backbone), n_tasks(config, workload)
     shape = Shape(
         rows=1,
         width=workload.input_tokens or batch.max_input_tokens,
         depth=workload.target_tokens or batch.max_target_tokens,
     )
 
-    def count(frozen: BackboneConfig, rows: int) -> Trace:
-        own = replace(config, backbone=frozen)
-        at = _of_rows(shape, rows, workload, most=tasks)
+    def count(backbone: BackboneConfig, rows: int) -> Trace:
+        settings = replace(config, backbone=backbone)
+        sized = _of_rows(shape, rows, workload, most=tasks)
         return at_depth(
             blueprint,
             lambda shallow: trace_pretraining(
-                own, shallow, at, n_tasks=tasks, accumulates=True, on_gpu=machines.on_gpu
+                settings, shallow, sized, n_tasks=tasks, accumulates=True, on_gpu=machines.on_gpu
             ),
         )
 
-    whole = _numbers(blueprint, config.adapter, tasks)
+    trained = _count_numbers(blueprint, config.adapter, tasks)
     per_rank, few = batch.batch_size // machines.ranks, max(2, min(batch.micro_batch_size, 8))
     tokens = float(batch.batch_size * (shape.width + shape.depth))
     estimates = []
-    for case in _cases(blueprint, config.backbone, machines, count, few, whole, trains=True):
-        micros = [
+    for case in _cases(blueprint, config.backbone, machines, count, few, trained, trains=True):
+        sizes = [
             n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(1, case.largest)
         ]
-        tried = [case.estimate(n, passes=per_rank // n, tokens=tokens) for n in micros]
-        best = min(tried, key=lambda one: one.step_seconds)
+        tried = [case.estimate(n, passes=per_rank // n, tokens=tokens) for n in sizes]
+        best = min(tried, key=lambda estimate: estimate.step_seconds)
         hours = best.step_seconds * config.schedule.steps / 3600.0
         extra = {
             "micro_batch_size": best.rows,
@@ -101,18 +101,18 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
         kind="pretrain",
         machines=machines,
         what=f"{config.schedule.steps:,} steps of {batch.batch_size} rows of {shape.width} + "
-        f"{shape.depth} tokens, {config.adapter.method}, {whole:,} trained numbers",
+        f"{shape.depth} tokens, {config.adapter.method}, {trained:,} trained numbers",
         rows_are="micro batch",
         estimates=tuple(estimates),
-        chosen=choose(estimates, by=lambda one: one.step_seconds),
-        notes=(f"{tasks} training tasks ({told})",),
+        chosen=choose(estimates, by=lambda estimate: estimate.step_seconds),
+        notes=(f"{tasks} training tasks ({source})",),
     )
 
 
 def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: Machines) -> Plan:
-    """A plan for a recipe of `evaluate`: rows per batch, examples a second."""
+    """A plan for a recipe of `evaluate`: rows per batch, examples per second."""
     options = config.scoring
-    frozen, own = subject(config, workload)
+    frozen, settings = subject(config, workload)
     blueprint = read_sizes(frozen)
     generates = options.metric not in (None, "accuracy")
     shape = Shape(
@@ -121,37 +121,38 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         depth=options.max_new_tokens if generates else workload.choice_tokens,
         n_choices=1 if generates else workload.choices,
     )
-    is_shared = own is None or not (own.has_logits or own.private)
+    on_gpu = machines.on_gpu
+    is_shared = settings is None or not (settings.has_logits or settings.private)
 
-    def count(now: BackboneConfig, rows: int) -> Trace:
-        at = _of_rows(shape, rows, workload, most=1 if is_shared else rows)
+    def count(backbone: BackboneConfig, rows: int) -> Trace:
+        sized = _of_rows(shape, rows, workload, most=1 if is_shared else rows)
 
-        def once(shallow: Blueprint, new_tokens: int = 0) -> Trace:
+        def trace(shallow: Blueprint, new_tokens: int = 0) -> Trace:
             return trace_scoring(
-                options, own, shallow, now, at, new_tokens=new_tokens, on_gpu=machines.on_gpu
+                options, settings, shallow, backbone, sized, new_tokens=new_tokens, on_gpu=on_gpu
             )
 
         if not generates:
-            return at_depth(blueprint, once)
+            return at_depth(blueprint, trace)
         short, longer = (
-            at_depth(blueprint, lambda shallow, n=n: once(shallow, n))  # type: ignore[misc]
+            at_depth(blueprint, lambda shallow, n=n: trace(shallow, n))  # type: ignore[misc]
             for n in (SHORT, LONGER)
         )
         share = (options.max_new_tokens - SHORT) / (LONGER - SHORT)
         return combine([(1.0 - share, short), (share, longer)])
 
-    numbers = 0 if own is None else _numbers(blueprint, own, 1)
+    numbers = 0 if settings is None else _count_numbers(blueprint, settings, 1)
     estimates = []
-    asked = max(1, options.max_tokens // shape.tokens)
+    requested = max(1, options.max_tokens // shape.tokens)
     for case in _cases(blueprint, frozen, machines, count, 2, numbers, trains=False):
-        rows = max(1, min(case.largest, asked))
+        rows = max(1, min(case.largest, requested))
         tokens = float(machines.ranks * replace(shape, rows=rows).tokens)
-        one = case.estimate(rows, passes=1, tokens=tokens)
+        estimate = case.estimate(rows, passes=1, tokens=tokens)
         extra = {
-            "examples_per_second": machines.ranks * rows / one.step_seconds,
+            "examples_per_second": machines.ranks * rows / estimate.step_seconds,
             "scoring.max_tokens at most": case.largest * shape.tokens,
         }
-        estimates.append(replace(one, extra=extra))
+        estimates.append(replace(estimate, extra=extra))
     answers = f"answers of {shape.depth} tokens" if generates else f"{shape.n_choices} choices"
     return Plan(
         kind="evaluate",
@@ -159,7 +160,7 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         what=f"rows of {shape.width} tokens, {answers}, scoring.max_tokens {options.max_tokens}",
         rows_are="rows per batch",
         estimates=tuple(estimates),
-        chosen=choose(estimates, by=lambda one: one.step_seconds / one.rows),
+        chosen=choose(estimates, by=lambda estimate: estimate.step_seconds / estimate.rows),
         notes=("the time of generation is that of answers as long as they may be",)
         if generates
         else (),
@@ -167,8 +168,8 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
 
 
 def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Machines) -> Plan:
-    """A plan for a recipe of `adapt`: jobs per wave, for its dearest variant."""
-    frozen, settings = variants(config, workload)
+    """A plan for a recipe of `adapt`: jobs per wave, for the variant that trains most numbers."""
+    frozen, settings_by_variant = variants(config, workload)
     blueprint, protocol = read_sizes(frozen), config.protocol
     ranks_choices = protocol.loss == "t_few"
     shape = Shape(
@@ -180,46 +181,46 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
         n_choices=workload.choices if ranks_choices else 1,
     )
     sizes = {
-        name: _trained(blueprint, own, routing_only=config.variants[name].kind == "routing")
-        for name, own in settings.items()
+        name: _trained(blueprint, settings, routing_only=config.variants[name].kind == "routing")
+        for name, settings in settings_by_variant.items()
     }
-    dearest = max(sizes, key=lambda name: sizes[name])
-    own, variant = settings[dearest], config.variants[dearest]
+    largest = max(sizes, key=lambda name: sizes[name])
+    settings, variant = settings_by_variant[largest], config.variants[largest]
 
-    def count(now: BackboneConfig, n_jobs: int) -> Trace:
+    def count(backbone: BackboneConfig, n_jobs: int) -> Trace:
         return at_depth(
             blueprint,
             lambda shallow: trace_wave(
                 config,
                 variant,
-                own,
+                settings,
                 shallow,
-                now,
+                backbone,
                 shape,
                 n_jobs=n_jobs,
                 on_gpu=machines.on_gpu,
             ),
         )
 
-    shared = _numbers(blueprint, own, 1) if variant.kind == "routing" else 0
+    shared = _count_numbers(blueprint, settings, 1) if variant.kind == "routing" else 0
     estimates = []
     for case in _cases(blueprint, frozen, machines, count, 2, shared, trains=True, reduces=False):
-        case = replace(case, job_bytes=4.0 * sizes[dearest])
+        case = replace(case, job_bytes=4.0 * sizes[largest])
         jobs = max(1, min(case.largest, config.waves.size or LARGEST))
         tokens = float(machines.ranks * jobs * shape.tokens)
-        one = case.estimate(jobs, passes=1, tokens=tokens)
-        seconds = one.step_seconds * (variant.steps or protocol.steps)
+        estimate = case.estimate(jobs, passes=1, tokens=tokens)
+        seconds = estimate.step_seconds * (variant.steps or protocol.steps)
         extra = {"waves.size": jobs, "jobs_per_hour": machines.ranks * jobs * 3600.0 / seconds}
-        estimates.append(replace(one, extra=extra))
+        estimates.append(replace(estimate, extra=extra))
     return Plan(
         kind="adapt",
         machines=machines,
         what=f"jobs of {protocol.steps} steps of {shape.rows} rows of {shape.width} tokens and "
-        f"{shape.n_choices} x {shape.depth} behind; variant {dearest}, which trains most "
-        f"({sizes[dearest]:,} numbers)",
+        f"{shape.n_choices} x {shape.depth} behind; variant {largest}, which trains most "
+        f"({sizes[largest]:,} numbers)",
         rows_are="jobs per wave",
         estimates=tuple(estimates),
-        chosen=choose(estimates, by=lambda one: one.step_seconds / one.rows),
+        chosen=choose(estimates, by=lambda estimate: estimate.step_seconds / estimate.rows),
         notes=("training passes; evaluations in between are not counted",),
     )
 
@@ -238,13 +239,14 @@ def _cases(
     trains: bool,
     reduces: bool = True,
 ) -> list[Case]:
-    """Every placement under every kind of recomputation; counts are shared where they agree."""
+    """Every placement with every kind of recomputation; equal counts are made once."""
     weights = weigh(blueprint)
 
     @cache
     def passes(dtype: Any, recompute: Any) -> Passes:
-        now = replace(frozen, dtype=dtype, recompute=recompute)
-        return Passes(few=few, many=2 * few, of_few=count(now, few), of_many=count(now, 2 * few))
+        backbone = replace(frozen, dtype=dtype, recompute=recompute)
+        of_few, of_many = count(backbone, few), count(backbone, 2 * few)
+        return Passes(few=few, many=2 * few, of_few=of_few, of_many=of_many)
 
     def case(placement: Placement, recompute: str) -> Case:
         return Case(
@@ -272,18 +274,19 @@ def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) ->
     return replace(shape, rows=rows, n_tasks=n_tasks)
 
 
-def _drawn(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> Adapter:
-    """The adapter of some settings for the whole backbone, on the meta device."""
+def _make_meta_adapter(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> Adapter:
+    """An adapter for the whole backbone, on the meta device."""
     with torch.device("meta"):
         return fresh(config, n_tasks)(make_model(blueprint))
 
 
-def _numbers(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> int:
-    return sum(parameter.numel() for parameter in _drawn(blueprint, config, n_tasks).parameters())
+def _count_numbers(blueprint: Blueprint, config: AdapterConfig, n_tasks: int) -> int:
+    adapter = _make_meta_adapter(blueprint, config, n_tasks)
+    return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def _trained(blueprint: Blueprint, config: AdapterConfig, *, routing_only: bool) -> int:
-    sites = _drawn(blueprint, replace(config, private=False), 1).sites
+    sites = _make_meta_adapter(blueprint, replace(config, private=False), 1).sites
     return count_trained(config, sites, routing_only=routing_only)
 
 
@@ -295,7 +298,7 @@ PLANNERS: dict[str, tuple[Any, Callable[[Any, WorkloadConfig, Machines], Plan]]]
 
 
 def recognise(recipe: Path | str) -> str:
-    """Which verb a recipe is for, by its parts; raises `ConfigError` if for none of ours."""
+    """Which verb a recipe is for, by its parts; raises `ConfigError` if `plan` does not know it."""
     names = read_names(recipe)
     if "variants" in names:
         return "adapt"

@@ -1,7 +1,7 @@
-"""Where the frozen weights can lie, what of them a rank then holds, and what it moves.
+"""Placements of the frozen weights, and what a rank holds and moves under each.
 
-Frozen weights have no gradients and no optimizer state: a placement is about the weights alone, and
-about the part of them that is whole at once.
+Frozen weights have no gradients and no optimizer state: a placement concerns the weights alone, and
+how many of them are gathered at once.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from mhr_scale.engine.ds_config import read_ds_config
 from mhr_scale.engine.nvme import PREFETCHED
 from mhr_scale.planning.hardware import Machines
 
-#: How often a pass gathers each weight: forward, and backward (recomputing) once more. Measured
-#: under DeepSpeed 0.19: non-reentrant recomputation gathers for a forward pass of its own.
+#: How often a training pass gathers each weight: in forward and in backward (with recomputation).
+#: Measured with DeepSpeed 0.19: non-reentrant recomputation gathers once more.
 GATHERS = {"none": 2.0, "reentrant": 2.1, "non_reentrant": 2.9}
-#: Bytes of a scale per row (int8), and per block with scales of scales (nf4).
+#: Bytes of a scale per row (int8), and per block with double quantisation (nf4).
 INT8_ROW, NF4_BLOCK = 4.0, 1.0 + 4.0 / 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Numbers of a backbone: all of them, those in linears of blocks, their rows, the largest."""
+    """Parameter counts of a backbone: in all, in the linears of blocks, of the largest tensors."""
 
     total: int
     in_blocks: int
@@ -35,7 +35,7 @@ class Weights:
 
 
 def weigh(blueprint: Blueprint) -> Weights:
-    """Count a backbone's numbers, without memory for them."""
+    """Count a backbone's parameters on the meta device."""
     with torch.device("meta"):
         model = make_model(blueprint)
     linears = list_linears(model, blueprint).values()
@@ -51,7 +51,7 @@ def weigh(blueprint: Blueprint) -> Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """A row of the table: its name, its DeepSpeed file, the data type and bits of the weights."""
+    """One way to hold the frozen weights: DeepSpeed file, data type and quantisation."""
 
     name: str
     ds_config: str
@@ -63,7 +63,7 @@ class Placement:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The recipe's settings that choose it, recomputation apart."""
+        """The recipe's settings that select it, apart from recomputation."""
         return {
             "run.ds_config": self.ds_config,
             "backbone.dtype": self.dtype,
@@ -72,21 +72,20 @@ class Placement:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the cards hold all weights together."""
+        """Whether the GPUs hold all weights together."""
         return self.offload == "none"
 
 
 def list_placements(machines: Machines, dtype: str) -> list[Placement]:
-    """The placements that make sense on some machines, for a recipe of a data type."""
-    found = [
-        Placement(
-            name=f"replicated {'bf16' if one == 'bfloat16' else 'fp32'}",
-            ds_config="ds_configs/replicated.json",
-            dtype=one,
+    """The placements that make sense on these machines, for a recipe with this data type."""
+    placements = [
+        Placement(name=name, ds_config="ds_configs/replicated.json", dtype=replicated_dtype)
+        for name, replicated_dtype in (
+            ("replicated bf16", "bfloat16"),
+            ("replicated fp32", "float32"),
         )
-        for one in ("bfloat16", "float32")
     ]
-    found += [
+    placements += [
         Placement(
             name=f"replicated {kind}",
             ds_config="ds_configs/replicated.json",
@@ -99,19 +98,19 @@ def list_placements(machines: Machines, dtype: str) -> list[Placement]:
         name="zero3", ds_config="ds_configs/zero3.json", dtype=dtype, is_sharded=True
     )
     if machines.ranks > 1:
-        found.append(sharded)
+        placements.append(sharded)
     if machines.nodes > 1 and machines.ranks_per_node > 1:
         plus = replace(sharded, name="zero3 plusplus", ds_config="ds_configs/zero3_plusplus.json")
-        found.append(replace(plus, keeps_node_copy=True))
+        placements.append(replace(plus, keeps_node_copy=True))
     for kind, file in (("cpu", "zero3_offload"), ("nvme", "zero3_nvme")):
-        one = replace(sharded, name=f"zero3 offload {kind}", ds_config=f"ds_configs/{file}.json")
-        found.append(replace(one, offload=kind))
-    return found
+        name, ds_config = f"zero3 offload {kind}", f"ds_configs/{file}.json"
+        placements.append(replace(sharded, name=name, ds_config=ds_config, offload=kind))
+    return placements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a placement costs one rank. Bytes; the moved ones per pass of every weight once."""
+    """What a placement costs one rank, in bytes; moved bytes are for using every weight once."""
 
     weights: float
     gathered: float
@@ -124,11 +123,11 @@ class Load:
 
 
 def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
-    """What a placement of these weights costs one rank of these machines."""
+    """The load of one rank of these machines under a placement of these weights."""
     size = 2.0 if placement.dtype == "bfloat16" else 4.0
-    whole = size * weights.total
-    nothing = Load(
-        weights=whole,
+    total = size * weights.total
+    replicated = Load(
+        weights=total,
         gathered=0.0,
         host=0.0,
         over_links=0.0,
@@ -139,24 +138,24 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
     )
     if placement.quantise != "none":
         return replace(
-            nothing,
+            replicated,
             weights=_quantised(placement.quantise, weights, size),
             gathered=size * weights.largest_in_blocks,
             unpacked=(1.0 + size) * weights.in_blocks,
         )
     if not placement.is_sharded:
-        return nothing
+        return replicated
     zero = read_ds_config(placement.ds_config)["zero_optimization"]
     n, per_node = machines.ranks, machines.ranks_per_node
     live, is_kept = _live(zero, weights)
-    moved = 0.0 if is_kept else whole
-    shard, kept = whole / n, whole / per_node if placement.keeps_node_copy else 0.0
-    on_host = 0.0 if placement.is_resident else whole / machines.nodes
+    moved = 0.0 if is_kept else total
+    shard, node_copy = total / n, total / per_node if placement.keeps_node_copy else 0.0
+    on_host = 0.0 if placement.is_resident else total / machines.nodes
     crosses = machines.nodes > 1 and not placement.keeps_node_copy
     peers = per_node if placement.keeps_node_copy else n
     return replace(
-        nothing,
-        weights=(shard if placement.is_resident else 0.0) + kept,
+        replicated,
+        weights=(shard if placement.is_resident else 0.0) + node_copy,
         gathered=size * live,
         host=on_host,
         over_links=0.0 if crosses else moved * (peers - 1) / peers,
@@ -167,9 +166,9 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
 
 
 def _live(zero: Mapping[str, Any], weights: Weights) -> tuple[float, bool]:
-    """Numbers that are gathered at once, and whether that is all of them, for good.
+    """Parameters that are gathered at once, and whether all of them stay gathered.
 
-    Of an engine without an optimizer nothing else is allocated, no bucket for gradients either.
+    An engine without an optimizer allocates nothing else, not even a bucket for gradients.
     """
     most = float(zero.get("stage3_max_live_parameters", 1e9))
     reuse = float(zero.get("stage3_max_reuse_distance", 1e9))

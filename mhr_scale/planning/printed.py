@@ -1,4 +1,4 @@
-"""A plan as a table for people and as plain values for programs."""
+"""A plan as text, and as plain values for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from mhr_scale.planning.hardware import (
 )
 from mhr_scale.planning.kinds import Plan
 
-#: Settings of a recipe whose backbone comes with its adapter.
+#: Names of backbone settings in a recipe whose backbone comes with its adapter.
 RENAMED = {"backbone.dtype": "backbone_dtype", "backbone.quantise": "backbone_quantise"}
 COLUMNS = ("weights", "gathered", "adapter", "gradients", "optimizer", "activations", "logits")
 
@@ -25,14 +25,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "kind": plan.kind,
         "what": plan.what,
         "hardware": {**asdict(plan.machines), "usable": plan.machines.usable},
-        "placements": [one.as_json() for one in plan.estimates],
+        "placements": [estimate.as_json() for estimate in plan.estimates],
         "use": None if chosen is None else {**chosen.as_json(), "settings": settings(plan, chosen)},
         "notes": [*plan.notes, *assumptions(plan)],
     }
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as a table, the placement to use and why, and what was assumed."""
+    """The plan as a table, the placement to use and why, and the assumptions."""
     machines = plan.machines
     lines = [
         f"{plan.kind}: {plan.what}",
@@ -43,25 +43,25 @@ def as_text(plan: Plan) -> str:
         f"{'optim':>6} {'activ':>6} {'logits':>6} {'total':>6} | {plan.rows_are:>13} {'most':>5} "
         f"| {'s/step':>7} {'tokens/s':>9}  limit",
     ]
-    lines += [_row(one) for one in plan.estimates]
+    lines += [_row(estimate) for estimate in plan.estimates]
     lines.append("")
     lines += _advice(plan)
     lines += ["", "Assumed:"] + [f"  {line}" for line in (*plan.notes, *assumptions(plan))]
     return "\n".join(lines) + "\n"
 
 
-def _row(one: Estimate) -> str:
-    name = one.placement.name + (" + recompute" if one.recompute != "none" else "")
-    parts = [getattr(one.memory, column) / GIB for column in COLUMNS]
+def _row(estimate: Estimate) -> str:
+    name = estimate.placement.name + (" + recompute" if estimate.recompute != "none" else "")
+    parts = [getattr(estimate.memory, column) / GIB for column in COLUMNS]
     widths = (7, 6, 7, 6, 6, 6, 6)
     memory = " ".join(f"{part:{width}.2f}" for part, width in zip(parts, widths, strict=True))
-    head = f"{name:34} {memory} {one.memory.total / GIB:6.1f} | {one.rows:13} "
-    if not one.fits:
-        why = one.why_not or f"{one.rows} do not fit"
-        return f"{head}{one.largest_rows:5} | does not fit: {why}"
+    head = f"{name:34} {memory} {estimate.memory.total / GIB:6.1f} | {estimate.rows:13} "
+    if not estimate.fits:
+        why = estimate.why_not or f"{estimate.rows} do not fit"
+        return f"{head}{estimate.largest_rows:5} | does not fit: {why}"
     return (
-        f"{head}{one.largest_rows:5} | {one.step_seconds:7.3f} "
-        f"{one.tokens_per_second:9,.0f}  {one.seconds.limit}"
+        f"{head}{estimate.largest_rows:5} | {estimate.step_seconds:7.3f} "
+        f"{estimate.tokens_per_second:9,.0f}  {estimate.seconds.limit}"
     )
 
 
@@ -71,9 +71,14 @@ def _advice(plan: Plan) -> list[str]:
         return [
             "Nothing fits: more or larger cards, shorter rows, or hardware.nodes for more machines."
         ]
-    given = " ".join(f"{name}={value}" for name, value in settings(plan, chosen).items())
+    chosen_settings = " ".join(f"{name}={value}" for name, value in settings(plan, chosen).items())
     figures = ", ".join(f"{name} {_figure(value)}" for name, value in chosen.extra.items())
-    lines = [f"Use: {chosen.placement.name}", f"  {given}", f"  {figures}", f"  {_why(chosen)}"]
+    lines = [
+        f"Use: {chosen.placement.name}",
+        f"  {chosen_settings}",
+        f"  {figures}",
+        f"  {_why(chosen)}",
+    ]
     if chosen.recompute != "none" and plan.kind == "adapt":
         lines.append("  (backbone.recompute: in a recipe with a backbone part of its own)")
     return lines
@@ -83,30 +88,31 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
 
 
-def _why(one: Estimate) -> str:
-    parts = one.seconds.parts
-    told = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in parts.items() if value)
+def _why(estimate: Estimate) -> str:
+    parts = estimate.seconds.parts
+    shares = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in parts.items() if value)
     return (
-        f"{one.passes} pass(es) a step, {one.flop / 1e12:.1f} TFLOP, {one.kernels:,.0f} kernels; "
-        f"of a pass: {told}; limited by {one.seconds.limit}"
+        f"{estimate.passes} pass(es) a step, {estimate.flop / 1e12:.1f} TFLOP, "
+        f"{estimate.kernels:,.0f} kernels; "
+        f"of a pass: {shares}; limited by {estimate.seconds.limit}"
     )
 
 
-def settings(plan: Plan, one: Estimate) -> dict[str, str]:
-    """The recipe's settings that choose an estimate's placement and rows."""
-    found = dict(one.placement.settings)
+def settings(plan: Plan, estimate: Estimate) -> dict[str, str]:
+    """The recipe's settings that select an estimate's placement and rows."""
+    chosen = dict(estimate.placement.settings)
     if plan.kind != "pretrain":
-        found = {RENAMED.get(name, name): value for name, value in found.items()}
+        chosen = {RENAMED.get(name, name): value for name, value in chosen.items()}
     if plan.kind != "evaluate":
-        found["backbone.recompute"] = one.recompute
-    own = {"pretrain": "batch.micro_batch_size", "adapt": "waves.size"}.get(plan.kind)
-    if own is not None:
-        found[own] = str(one.rows)
-    return found
+        chosen["backbone.recompute"] = estimate.recompute
+    rows = {"pretrain": "batch.micro_batch_size", "adapt": "waves.size"}.get(plan.kind)
+    if rows is not None:
+        chosen[rows] = str(estimate.rows)
+    return chosen
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on."""
+    """The assumptions behind the figures."""
     machines = plan.machines
     lines = [
         "bytes, operations and kernels are counted on the program itself, with rows as long as "

@@ -1,4 +1,4 @@
-"""What a recipe is about, where the adapters it names may not exist yet."""
+"""Backbone, adapters and tasks of a recipe whose source adapters may not exist yet."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,12 @@ from mhr_scale.jobs.start import config_of
 from mhr_scale.recipe.reading import load
 from mhr_scale.tasks.t0.mixtures import list_prompts
 
-#: Rows of the routing table where neither recipe nor command line tells.
+#: Rows of the routing table if neither recipe nor command line says how many.
 UNKNOWN_TASKS = 300
 
 
 def n_tasks(config: PretrainConfig, workload: WorkloadConfig) -> tuple[int, str]:
-    """Rows of the routing table, and who says so."""
+    """Rows of the routing table, and the source of that number."""
     tasks: Any = config.tasks
     if workload.tasks is not None:
         return workload.tasks, "workload.tasks"
@@ -34,7 +34,7 @@ def n_tasks(config: PretrainConfig, workload: WorkloadConfig) -> tuple[int, str]
         return tasks.n_tasks, "the recipe's"
     if tasks.suite == "t0":
         prompts = list_prompts(tasks.mixture)
-        units = {one.name if tasks.unit == "prompt" else one.dataset for one in prompts}
+        units = {prompt.name if tasks.unit == "prompt" else prompt.dataset for prompt in prompts}
         return len(units), "T0's own table"
     if tasks.suite == "superni":
         listed = Path(tasks.folder) / "splits" / tasks.split / f"{tasks.fold}_tasks.txt"
@@ -55,30 +55,31 @@ def _source(workload: WorkloadConfig, error: UserError) -> PretrainConfig:
 def subject(
     config: EvaluateConfig, workload: WorkloadConfig
 ) -> tuple[BackboneConfig, AdapterConfig | None]:
-    """Backbone and adapter settings of an evaluation; None for a bare backbone."""
+    """Backbone and adapter settings of an evaluation; without adapter the latter are None."""
     if config.adapter is None:
         assert config.backbone is not None
         return config.backbone, None
     try:
         card, stored = open_adapter(config.adapter)
-        frozen, own = backbone_of(config.adapter, card, config.backbone_moved_to), stored.config
+        frozen = backbone_of(config.adapter, card, config.backbone_moved_to)
+        settings = stored.config
     except UserError as error:
         source = _source(workload, error)
-        frozen, own = source.backbone, source.adapter
+        frozen, settings = source.backbone, source.adapter
     frozen = replace(
         frozen,
         dtype=config.backbone_dtype or frozen.dtype,
         quantise=config.backbone_quantise or frozen.quantise,
     )
     if config.routing == "average":
-        own = replace(own, n_skills=1, n_splits=1, policy="learned", private=False)
-    return frozen, own
+        settings = replace(settings, n_skills=1, n_splits=1, policy="learned", private=False)
+    return frozen, settings
 
 
 def variants(
     config: AdaptConfig, workload: WorkloadConfig
 ) -> tuple[BackboneConfig, dict[str, AdapterConfig]]:
-    """The backbone of all variants and the adapter settings of a job of each."""
+    """The backbone of all variants, and the adapter settings of each variant's jobs."""
     cards, sources = {}, {}
     paths = dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter is not None)
     planned: PretrainConfig | None = None

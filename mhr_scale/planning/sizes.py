@@ -1,4 +1,4 @@
-"""A backbone's sizes without its weights: of known ones, or by its config.json."""
+"""A backbone's sizes without its weights, from the table of known ones or from config.json."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,9 @@ from mhr_scale.run.runlog import log
 
 
 def read_sizes(config: BackboneConfig) -> Blueprint:
-    """A blueprint to draw models from, of which no weight is looked at.
+    """A blueprint for meta-device models; no weight is read.
 
-    Raises `BackboneError` if the backbone is neither found nor in the table.
+    Raises `BackboneError` if the backbone is neither stored nor in the table.
     """
     if config.name is None:
         return read_blueprint(config)

@@ -1,7 +1,7 @@
 """The steps that are counted: of pre-training, of a wave of few-shot jobs, of an evaluation.
 
-Each is the program's own step (`Trainer.accumulate`, `Wave.train_step`, `scoring`), over a model
-that `Engine.build` and `Engine.prepare` put together without memory.
+Each is the program's own step (`Trainer.accumulate`, `Wave.train_step`, `scoring`), on a model that
+`Engine.build` and `Engine.prepare` make without memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,16 +41,16 @@ from mhr_scale.planning.tracing import (
 from mhr_scale.training import optim
 from mhr_scale.training.trainer import Trainer
 
-#: Blocks per stack of the two models whose counts give those of a deeper one: a first block, a last
-#: one and some in between.
+#: Blocks per stack of the two models whose counts are extrapolated to deeper ones: a first block, a
+#: last one and some in between.
 SHALLOW, DEEPER = 3, 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A pass: rows, tokens of an input, choices of a row, tokens of a target or a choice.
+    """The shape of a pass: rows, input tokens (`width`), tokens of a target or choice (`depth`).
 
-    `n_tasks` is the number of different tasks among the rows.
+    `n_tasks` is the number of different tasks among the rows, `n_choices` the choices of a row.
     """
 
     rows: int
@@ -61,17 +61,17 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Positions of inputs and targets."""
+        """Tokens of inputs and targets together."""
         return self.rows * (self.width + self.n_choices * self.depth)
 
 
 def at_depth(blueprint: Blueprint, count: Callable[[Blueprint], Trace]) -> Trace:
-    """The counts for a blueprint, from some shallow models: they are linear in each stack's depth.
+    """The counts for a blueprint, extrapolated from shallow models: linear in each stack's depth.
 
-    Stacks of the same depth are made deeper together.
+    Stacks of the same depth are deepened together.
     """
     blocks = blueprint.family.blocks(blueprint.model_config)
-    depths = {stack: its.count for stack, its in blocks.items()}
+    depths = {stack: listed.count for stack, listed in blocks.items()}
     if max(depths.values()) <= DEEPER:
         return count(blueprint)
     low = {stack: min(SHALLOW, depth) for stack, depth in depths.items()}
@@ -93,7 +93,7 @@ def _shallow(blueprint: Blueprint, depths: Mapping[str, int]) -> Blueprint:
 
 @dataclass(frozen=True, slots=True)
 class ImaginedModel:
-    """A backbone and its adapter whose tensors have shapes but no memory."""
+    """A backbone and its adapter on the meta device: tensors have shapes but no memory."""
 
     placed: PlacedBackbone
     adapter: Adapter | None
@@ -106,15 +106,15 @@ def imagine_model(
     *,
     always_backward: bool = False,
 ) -> ImaginedModel:
-    """Build backbone and adapter as a run does; `make` makes the adapter for a bare model."""
+    """Build backbone and adapter as a run does, on the meta device; `make` builds the adapter."""
     config = replace(config, quantise="none")
     adapter = None
     if make is not None:
         with torch.device("meta"):
             adapter = make(make_model(blueprint))
-    nowhere = Engine({}, timeout_seconds=0.0, device=torch.device("meta"))
+    meta_engine = Engine({}, timeout_seconds=0.0, device=torch.device("meta"))
     sites = () if adapter is None else adapter.sites
-    placed = place(nowhere, config, blueprint, sites, always_backward=always_backward)
+    placed = place(meta_engine, config, blueprint, sites, always_backward=always_backward)
     if adapter is not None:
         adapter.bind(placed.adapted)
     return ImaginedModel(placed, adapter)
@@ -123,7 +123,7 @@ def imagine_model(
 def fresh(
     config: AdapterConfig, n_tasks: int, *, row_gradients: bool = False
 ) -> Callable[[nn.Module], Adapter]:
-    """Makes an adapter of some settings for a bare model."""
+    """A function that makes a fresh adapter of these settings for a bare model."""
     names = [str(number) for number in range(n_tasks)]
     return lambda model: Adapter(
         config, find_sites(model, config.layout), task_names=names, row_gradients=row_gradients
@@ -134,15 +134,15 @@ def fresh(
 def counted(
     imagined: ImaginedModel, n_logits: int, *, on_gpu: bool
 ) -> Iterator[tuple[StepCounter, PlacedBackbone]]:
-    """The block in which the model runs and is counted, on tensors that say they are on the CPU."""
+    """Count what runs inside the block, on fake tensors whose device is the CPU."""
     counter, kernels = StepCounter(n_logits=n_logits), GpuKernels() if on_gpu else nullcontext()
     placed, adapter = imagined.placed, imagined.adapter
-    on_cpu = Engine({}, timeout_seconds=0.0, device=torch.device("cpu"))
+    cpu_engine = Engine({}, timeout_seconds=0.0, device=torch.device("cpu"))
     blocks = placed.family.blocks(placed.model.config)
     with fake_tensors():
         give_place(placed.model, *([adapter] if adapter is not None else []))
         with kernels, counter.watch(placed.model, blocks):
-            yield counter, replace(placed, engine=on_cpu)
+            yield counter, replace(placed, engine=cpu_engine)
 
 
 def trace_pretraining(
@@ -154,9 +154,9 @@ def trace_pretraining(
     accumulates: bool,
     on_gpu: bool,
 ) -> Trace:
-    """One micro step and the update of pre-training, `n_tasks` in the routing table.
+    """One micro step and the update of pre-training, with `n_tasks` rows in the routing table.
 
-    With `accumulates` the micro step is one that finds gradients of another.
+    With `accumulates` the micro step is one that adds to the gradients of an earlier one.
     """
     row_gradients = optim.has_row_gradients(config.optim)
     make = fresh(config.adapter, n_tasks, row_gradients=row_gradients)
@@ -165,13 +165,13 @@ def trace_pretraining(
     assert adapter is not None
     n_logits = shape.rows * shape.depth * blueprint.model_config.vocab_size
     with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
-        nothing: Any = None
+        unused: Any = None
         trainer = Trainer(
             config,
             placed=placed,
             adapter=adapter,
-            tokens=nothing,
-            batches=nothing,
+            tokens=unused,
+            batches=unused,
             backbone_facts={},
         )
         packed = placed.pack(make_rows(shape))
@@ -189,7 +189,7 @@ def trace_pretraining(
 
 
 def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
-    """Rows of a shape, their tasks side by side."""
+    """Rows of a shape, sorted by task."""
     ids, answer = np.ones(shape.width, dtype=np.int64), np.ones(shape.depth, dtype=np.int64)
     answers = (answer,) * shape.n_choices if has_answers else ()
     tasks = sorted(row % shape.n_tasks for row in range(shape.rows))
@@ -197,7 +197,7 @@ def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
 
 
 def _make_state(trainer: Trainer, task_ids: Sequence[int]) -> None:
-    """Let the optimizer make what it keeps, by a step of gradients that are zero."""
+    """Let the optimizer create its state, by a step with zero gradients."""
     adapter = trainer.adapter
     for parameter in adapter.inventory.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -216,7 +216,7 @@ def _start_update(counter: StepCounter) -> None:
 
 
 def _held(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Bytes that stay: gradients until they are dropped, the optimizer's tensors for good."""
+    """Bytes that outlive a step: gradients until they are dropped, and the optimizer's state."""
     gradients = sum(_size(p.grad) for p in adapter.parameters() if p.grad is not None)
     kept = (value for state in optimizer.state.values() for value in state.values())
     return {
@@ -236,7 +236,7 @@ def _size(tensor: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ShapedData:
-    """What a wave asks of a job's data: every batch has one shape."""
+    """A stand-in for a job's data, whose batches all have one shape."""
 
     rows: Sequence[EncodedRow]
     shape: tuple[int, int]
@@ -259,10 +259,10 @@ def trace_wave(
 ) -> Trace:
     """One step of a wave of `n_jobs`; `settings` are a job's adapter, `shape` its batch."""
     names = [f"job {number}" for number in range(n_jobs)]
-    alone = fresh(replace(settings, private=False), 1)
+    make_single = fresh(replace(settings, private=False), 1)
 
     def make(model: nn.Module) -> Adapter:
-        return stack(names, [alone(model)] * n_jobs, routing_only=variant.kind == "routing")
+        return stack(names, [make_single(model)] * n_jobs, routing_only=variant.kind == "routing")
 
     imagined = imagine_model(blueprint, frozen, make, always_backward=True)
     assert imagined.adapter is not None
@@ -273,7 +273,7 @@ def trace_wave(
     n_logits = n_jobs * shape.rows * depth * blueprint.model_config.vocab_size
     with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
         wave = Wave(config, variant, members, imagined.adapter, step=0)
-        engine: Any = _Watched(placed.engine, lambda: _finish_backward(counter, wave))
+        engine: Any = _WatchedEngine(placed.engine, lambda: _finish_backward(counter, wave))
         placed.model.train()
         for _ in range(2):
             counter.forget_peaks()
@@ -284,8 +284,8 @@ def trace_wave(
         return counter.trace()
 
 
-class _Watched:
-    """An engine that tells when a backward pass is over."""
+class _WatchedEngine:
+    """A stand-in for an engine that reports the end of every backward pass."""
 
     def __init__(self, engine: Engine, after_backward: Callable[[], None]) -> None:
         self.device = engine.device
@@ -310,7 +310,10 @@ def trace_scoring(
     new_tokens: int = 0,
     on_gpu: bool,
 ) -> Trace:
-    """One batch of ranked choices, or of answers of `new_tokens`; without `settings` bare."""
+    """One batch of ranked choices, or of answers of `new_tokens`.
+
+    `settings` are those of the adapter; None is a bare backbone.
+    """
     make = None if settings is None else fresh(settings, shape.n_tasks)
     imagined = imagine_model(blueprint, replace(frozen, recompute="none"), make)
     adapter = imagined.adapter

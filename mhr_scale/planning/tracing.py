@@ -1,9 +1,9 @@
-"""Counting what a piece of the program takes, on tensors that have shapes but no memory.
+"""Counting bytes and operations of the program's own code, on tensors without memory.
 
-The program runs as it is: its own modules, autograd, recomputation and optimizer, under torch's
-fake tensors. So the counts follow the code. Peaks are kept by segment (which pass, which stack, its
-first block, its last or those between), because within a segment they are linear in depth and in
-rows: counts of two shallow models give those of a deep one, where the whole's peak would not.
+Modules, autograd, recomputation and optimizer run unchanged under torch's fake tensors, so the
+counts follow the code. Peaks are kept by segment (which pass, which stack, its first block, its
+last or those between), because within a segment they are linear in depth and in rows: those of two
+shallow models can be extrapolated to a deep one, which the peak over all segments cannot.
 """
 
 import weakref
@@ -27,7 +27,7 @@ from mhr_scale.families.family import Blocks
 aten = torch.ops.aten
 #: Allocations that start no kernel.
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
-#: Operations whose kernels, on CPU and GPU, first copy what is not contiguous.
+#: Operations whose kernels, on CPU and GPU, first copy inputs that are not contiguous.
 COPY_FIRST = (
     "_softmax",
     "_log_softmax",
@@ -36,7 +36,7 @@ COPY_FIRST = (
 )
 #: Operations that torch counts under another name.
 SAME_COUNT = {"addmm_": aten.addmm, "baddbmm_": aten.baddbmm, "linear": aten.mm}
-#: Attention on the CPU, which torch does not count, by the counted kernel that it stands for.
+#: Matrix products in attention kernels of the CPU, whose FLOP torch does not count.
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": 2,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 5,
@@ -45,11 +45,11 @@ ATTENTION = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Counts of one step. Bytes by segment at its peak; operations as {(FLOP, bytes): number}.
+    """Counts of one step: peak bytes by segment, and operations as {(FLOP, bytes): number}.
 
-    `logits` are the bytes, within each segment's peak, of tensors with a number per target and
-    word; `held` what stays between steps (gradients, optimizer). Numbers may be fractions: they
-    come out of linear combinations.
+    `logits` are the bytes of logits (a number per target token and word of the vocabulary) within
+    each segment's peak; `held` are bytes that outlive a step (gradients, optimizer). Counts may be
+    fractions, since they come from linear combinations.
     """
 
     peaks: Mapping[str, float]
@@ -60,7 +60,7 @@ class Trace:
 
     @property
     def peak(self) -> float:
-        """Most bytes that the step has at once, weights and the adapter's own tensors apart."""
+        """The step's peak in bytes, without the weights and the adapter's own tensors."""
         return max(self.peaks.values(), default=0.0)
 
 
@@ -97,10 +97,10 @@ class StepCounter:
 
     @contextmanager
     def watch(self, model: nn.Module, blocks: Mapping[str, Blocks]) -> Iterator["StepCounter"]:
-        """Count inside the block; the blocks of the model's stacks tell the segments."""
-        for stack, its in blocks.items():
-            for number, name in enumerate(its.list_modules()):
-                which = {0: "first", its.count - 1: "last"}.get(number, "inner")
+        """Count inside the block; the blocks of the model's stacks mark the segments."""
+        for stack, listed in blocks.items():
+            for number, name in enumerate(listed.list_modules()):
+                which = {0: "first", listed.count - 1: "last"}.get(number, "inner")
                 where, module = f"{stack} {which}", model.get_submodule(name)
                 self._hooks += [
                     module.register_forward_pre_hook(partial(self._enter, where)),
@@ -115,7 +115,7 @@ class StepCounter:
             self._hooks = []
 
     def forget_peaks(self) -> None:
-        """Start counting anew; what is live stays live."""
+        """Reset peaks and operations; live bytes stay live."""
         for counts in (self.peaks, self.logits, self.passes, self.update):
             counts.clear()
 
@@ -146,7 +146,7 @@ class StepCounter:
         self.note()
 
     def note(self, inside: float = 0.0, logits_inside: float = 0.0) -> None:
-        """Compare what is live, and what a kernel has inside, with the segment's peak."""
+        """Update the segment's peak with the live bytes and those inside a kernel."""
         if self.live + inside >= self.peaks.get(self.segment, -1.0):
             self.peaks[self.segment] = self.live + inside
             self.logits[self.segment] = self.live_logits + logits_inside
@@ -154,12 +154,12 @@ class StepCounter:
     # -- storages ----------------------------------------------------------------------------
 
     def know(self, tensor: Tensor) -> None:
-        """A tensor from outside: its memory is not the step's."""
+        """Register an input tensor; if it is new here, its memory does not count."""
         for part in _dense_parts(tensor):
             self._watch(part, counts=False)
 
     def hold(self, tensor: Tensor) -> bool:
-        """An output of an operation; whether it has memory of its own."""
+        """Register an output of an operation; returns whether it has new memory."""
         return any([self._watch(part, counts=True) for part in _dense_parts(tensor)])
 
     def _watch(self, tensor: Tensor, *, counts: bool) -> bool:
@@ -182,7 +182,7 @@ class StepCounter:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Hands every operation to a counter."""
+    """Reports every operation to a counter."""
 
     def __init__(self, counter: StepCounter) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 def _any_number(tensor: Tensor) -> float | int | bool:
-    """What stands for a number nobody knows: 1, and False for a condition."""
+    """A stand-in for a value that fake tensors do not have: 1, or False for a condition."""
     if tensor.dtype == torch.bool:
         return False
     return 1.0 if tensor.dtype.is_floating_point else 1
@@ -244,37 +244,37 @@ def _flop(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> float:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """The block in which tensors are made without memory, and the generator stays as it was."""
+    """Make tensors without memory inside the block; the random generator keeps its state."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
 def give_place(*modules: nn.Module) -> None:
-    """Give the parameters of modules on the meta device a place, still without memory; ties stay.
+    """Turn the meta tensors of modules into fake tensors of the CPU; ties stay.
 
     Call it inside `fake_tensors`.
     """
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for module in (part for whole in modules for part in whole.modules()):
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in (child for root in modules for child in root.modules()):
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in replaced:
                 like = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                 new = nn.Parameter(like, requires_grad=parameter.requires_grad)
-                made[id(parameter)] = (parameter, new)
-            module._parameters[name] = made[id(parameter)][1]
+                replaced[id(parameter)] = (parameter, new)
+            module._parameters[name] = replaced[id(parameter)][1]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 class GpuKernels(TorchFunctionMode):
-    """Inside, attention, dropout and norms leave in memory what their GPU kernels leave."""
+    """Inside, attention, dropout and norms keep for backward what their GPU kernels keep."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own: Callable[..., Any] | None = _ON_GPU.get(getattr(func, "__name__", ""))
-        return (own or func)(*args, **(kwargs or {}))
+        gpu_kernel: Callable[..., Any] | None = _ON_GPU.get(getattr(func, "__name__", ""))
+        return (gpu_kernel or func)(*args, **(kwargs or {}))
 
 
 def _attention(

@@ -1,4 +1,4 @@
-"""What a job takes of a card that it shares with others, and so how many form a wave."""
+"""Memory of one few-shot job, and the number of jobs per wave that follows from it."""
 
 from collections.abc import Sequence
 
@@ -12,28 +12,28 @@ from mhr_scale.planning.steps import Shape, at_depth, trace_wave
 def gather_wave_size(inputs: AdaptInputs, estimates: Sequence[JobEstimate], engine: Engine) -> int:
     """Jobs per wave that the memory of this machine holds; the smallest number of all ranks.
 
-    Collective. A step is counted only where some wave could have more than one job.
+    Collective. Nothing is counted if no wave could have more than one job.
     """
     alone = inputs.config.backbone_variants
     waves = plan_waves(estimates, size=LARGEST, world_size=engine.world_size, alone=alone)
     if all(len(wave.jobs) == 1 for wave in waves):
         return 1
-    able = [job for job in estimates if job.job.variant not in alone]
-    needed = job_bytes(inputs, able, on_gpu=engine.device.type == "cuda")
+    sharing = [estimate for estimate in estimates if estimate.job.variant not in alone]
+    needed = job_bytes(inputs, sharing, on_gpu=engine.device.type == "cuda")
     return min(engine.gather_objects(wave_size(engine.free_bytes(), needed)))
 
 
 def job_bytes(inputs: AdaptInputs, estimates: Sequence[JobEstimate], *, on_gpu: bool) -> float:
     """Bytes of one job in a wave at its peak: its tensors and its rows' activations.
 
-    One step of the program itself is counted, of a wave of one job: the variant that trains most,
-    as many rows, as wide, as any job has. What jobs share is counted as if each had its own, so n
-    jobs take n times this at most. Jobs of kind backbone share nothing and must not be among the
-    estimates.
+    Counted on one step of the program itself, of a wave of one job: the variant that trains most,
+    with the most and longest rows of any job. Shared memory is counted for every job, so n jobs
+    take at most n times this. Jobs of kind backbone have waves of their own and must not be among
+    the estimates.
     """
     trained = {name: _trained(inputs, name) for name in {job.job.variant for job in estimates}}
-    dearest = max(sorted(trained), key=lambda name: trained[name])
-    config, variant = inputs.config, inputs.config.variants[dearest]
+    largest = max(sorted(trained), key=lambda name: trained[name])
+    config, variant = inputs.config, inputs.config.variants[largest]
     n_choices = 1
     if config.protocol.loss == "t_few":
         tasks = (data.few_shot.task for data in inputs.data.values())
@@ -44,7 +44,7 @@ def job_bytes(inputs: AdaptInputs, estimates: Sequence[JobEstimate], *, on_gpu: 
         depth=-(-max(job.depth for job in estimates) // n_choices),
         n_choices=n_choices,
     )
-    settings = config_of(variant, inputs.source(dearest))
+    settings = config_of(variant, inputs.source(largest))
     counts = at_depth(
         inputs.backbone.blueprint,
         lambda shallow: trace_wave(
@@ -58,7 +58,7 @@ def job_bytes(inputs: AdaptInputs, estimates: Sequence[JobEstimate], *, on_gpu: 
             on_gpu=on_gpu,
         ),
     )
-    return counts.peak + 4.0 * trained[dearest]
+    return counts.peak + 4.0 * trained[largest]
 
 
 def _trained(inputs: AdaptInputs, name: str) -> int:

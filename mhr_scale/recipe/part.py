@@ -11,6 +11,6 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def part(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass that refuses unknown fields when a recipe is read."""
-    made = dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return made
+    decorated = dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    decorated.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return decorated

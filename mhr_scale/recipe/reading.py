@@ -1,7 +1,8 @@
 """Reading a recipe: strict YAML, `a.b=c` overrides, and errors that say where and what to do.
 
-Precedence: a field's default < the recipe < the command line. YAML is read by the 1.2 core rules
-(`1e-3` is a number, `no` is a word), a key may stand once, and every error names file and line.
+Precedence: a field's default < the recipe < the command line. YAML is read by the 1.2 core schema
+(`1e-3` is a number, `no` is a string), repeated keys are refused, and every error names file and
+line.
 """
 
 import ast
@@ -26,7 +27,7 @@ from mhr_scale.recipe import strict_yaml
 
 T = TypeVar("T")
 
-#: What pydantic calls a key that a part does not have.
+#: Pydantic's error types for a key that a part does not have.
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -39,7 +40,7 @@ class Command(Generic[T]):
 
 
 class _Tree:
-    """Plain values of a YAML document and the place of every key."""
+    """Plain values of a YAML document and the `file:line` of every key."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -65,12 +66,12 @@ class _Tree:
                 branch[name] = {}
             branch = branch[name]
         branch[path[-1]] = value.values["value"]
-        self.places = {at: p for at, p in self.places.items() if at[: len(path)] != path}
+        self.places = {other: p for other, p in self.places.items() if other[: len(path)] != path}
         for depth in range(1, len(path) + 1):
             self.places[path[:depth]] = place
 
     def place(self, path: Sequence[str]) -> str:
-        """Where the nearest existing key on `path` stands."""
+        """The place of the nearest existing key on `path`."""
         for depth in range(len(path), 0, -1):
             if tuple(path[:depth]) in self.places:
                 return self.places[tuple(path[:depth])]
@@ -97,7 +98,7 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
 
 
 def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
-    """Read settings that stand on the command line alone; raises `ConfigError`."""
+    """Read settings from the command line alone; raises `ConfigError`."""
     tree = _Tree("command line")
     for argument in overrides:
         tree.override(argument)
@@ -105,7 +106,7 @@ def load_settings(schema: type[T], overrides: Sequence[str]) -> T:
 
 
 def read_names(path: Path | str) -> list[str]:
-    """The parts that a recipe file has; raises `ConfigError` if it cannot be read."""
+    """The top-level keys of a recipe file; raises `ConfigError` if it cannot be read."""
     return list(_read_file(Path(path)).values)
 
 
@@ -120,22 +121,22 @@ def _build(schema: type[T], tree: _Tree) -> T:
 
 
 def split_words(argv: Sequence[str], *options: str) -> tuple[set[str], list[str]]:
-    """The options of a command line (`-h` as `--help`), and its other words.
+    """The options of a command line (`-h` as `--help`), and its other arguments.
 
-    The launcher's `--local_rank=N` is left out: ranks come from the environment. Raises
+    The launcher's `--local_rank=N` is dropped: ranks come from the environment. Raises
     `ConfigError` for an option that is neither `--help` nor one of `options`.
     """
     words = [word for word in argv if not word.startswith("--local_rank")]
-    given = {"--help" if word == "-h" else word for word in words if word.startswith("-")}
-    unknown = given - {*options, "--help"}
-    if unknown and "--help" not in given:
+    chosen = {"--help" if word == "-h" else word for word in words if word.startswith("-")}
+    unknown = chosen - {*options, "--help"}
+    if unknown and "--help" not in chosen:
         known = ", ".join([*options, "--help"])
         raise ConfigError(f"unknown option {min(unknown)}; options: {known}")
-    return given, [word for word in words if not word.startswith("-")]
+    return chosen, [word for word in words if not word.startswith("-")]
 
 
 def check_recipe_given(words: Sequence[str], *, usage: str) -> None:
-    """Raise `ConfigError` unless the first word can be a recipe."""
+    """Raise `ConfigError` unless the first argument can be a recipe."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         raise ConfigError(f"no recipe given; usage: {usage}")
 
@@ -143,8 +144,8 @@ def check_recipe_given(words: Sequence[str], *, usage: str) -> None:
 def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
     """Parse `RECIPE [a.b=c ...] [--print] [--help]`.
 
-    `about` says what the command does and how it is called, the line with RECIPE first. `--help`
-    prints it and every setting, and leaves with code 0.
+    `about` is the help text of the command; its first line with RECIPE is the usage. `--help`
+    prints it and every setting, and exits with code 0.
     """
     options, words = split_words(argv, "--print")
     if "--help" in options:
@@ -178,28 +179,25 @@ def help_text(schema: type[Any], prefix: str = "") -> str:
         if kinds:
             lines += [help_text(kind, f"{prefix}{item.name}.") for kind in kinds]
             continue
-        default = "required" if _is_required(item) else f"default {as_written(_default(item))}"
+        if item.default is not MISSING:
+            default = f"default {as_written(item.default)}"
+        elif item.default_factory is not MISSING:
+            default = f"default {as_written(item.default_factory())}"
+        else:
+            default = "required"
         text = " ".join(helps.get(item.name, "").split())
         kind = _kind_as_written(hints[item.name])
         lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {text}\n")
     return "".join(lines)
 
 
-def _default(item: Any) -> Any:
-    return item.default if item.default is not MISSING else item.default_factory()
-
-
-def _is_required(item: Any) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
 def as_written(value: Any) -> str:
-    """A value as a recipe has it."""
+    """A value as a recipe spells it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _kind_as_written(kind: Any) -> str:
-    """What values of a type look like in a recipe; a word of a choice stands for itself."""
+    """How the values of a type look in a recipe; a choice lists its words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return " | ".join(inner)
@@ -230,13 +228,14 @@ def _field_helps(schema: type[Any]) -> dict[str, str]:
 
 
 def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> ConfigError:
-    """The first error as one line; of a union of parts only the one its tag chose counts."""
+    """The first error as one line; of a union of parts only the member chosen by its tag counts."""
     faults = []
     for fault in error.errors(include_url=False):
         path, part = _resolve(schema, tree.values, [str(step) for step in fault["loc"]])
         if path is not None:
             faults.append((path, part, fault))
-    faults.sort(key=lambda found: found[2]["type"] not in UNKNOWN)  # a typo explains what misses
+    # a misspelt setting comes before a missing one, which it explains
+    faults.sort(key=lambda entry: entry[2]["type"] not in UNKNOWN)
     path, part, fault = faults[0] if faults else ([], schema, error.errors()[0])
     name, place = ".".join(path), tree.place(path)
     known = [item.name for item in fields(part)] if is_dataclass(part) else []
@@ -245,7 +244,8 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         inner = [f"{item}.{path[-1]}" for item in known if path[-1] in _names_below(part, item)]
         if inner and not hint:
             hint = f"; did you mean '{'.'.join((*path[:-1], inner[0]))}'?"
-        return ConfigError(f"{place}: unknown setting '{name}'{hint or _listed(known)}")
+        listed = f"; known here: {', '.join(known)}" if known else ""
+        return ConfigError(f"{place}: unknown setting '{name}'{hint or listed}")
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return ConfigError(f"{place}: setting '{name}' is required")
     if fault["type"] == "value_error":
@@ -255,10 +255,6 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
         return ConfigError(f"{place}: {name}: '{fault['input']}' is not {expected}{hint}")
     return ConfigError(f"{place}: {describe_fault(fault, path)}")
-
-
-def _listed(known: Sequence[str]) -> str:
-    return f"; known here: {', '.join(known)}" if known else ""
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -284,7 +280,7 @@ def _tags(parts: Sequence[Any]) -> dict[Any, str]:
 
 
 def _check_tags(schema: type[Any], tree: _Tree) -> None:
-    """Raise `ConfigError` where the tag that chooses a part is missing or unknown."""
+    """Raise `ConfigError` if the tag that chooses a member of a union is missing or unknown."""
     for name, hint in typing.get_type_hints(schema).items():
         if len(_parts(hint)) < 2 or name not in tree.values:
             continue
@@ -292,19 +288,19 @@ def _check_tags(schema: type[Any], tree: _Tree) -> None:
         values = tree.values[name]
         if values is None and type(None) in _members(hint):
             continue
-        given = values.get("suite") if isinstance(values, dict) else None
+        tag = values.get("suite") if isinstance(values, dict) else None
         place, listed = tree.place((name, "suite")), ", ".join(known)
-        if given is None:
+        if tag is None:
             raise ConfigError(f"{place}: setting '{name}.suite' is required; one of {listed}")
-        if given not in known:
-            hint_text = did_you_mean(str(given), known)
-            raise ConfigError(f"{place}: {name}.suite: '{given}' is not one of {listed}{hint_text}")
+        if tag not in known:
+            hint_text = did_you_mean(str(tag), known)
+            raise ConfigError(f"{place}: {name}.suite: '{tag}' is not one of {listed}{hint_text}")
 
 
 def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:
-    """Raise `ConfigError` where a number is NaN or infinite, or a word holds a zero byte."""
-    is_odd = isinstance(values, float) and not math.isfinite(values)
-    if is_odd or (isinstance(values, str) and "\0" in values):
+    """Raise `ConfigError` for a number that is NaN or infinite, or a string with a zero byte."""
+    is_infinite = isinstance(values, float) and not math.isfinite(values)
+    if is_infinite or (isinstance(values, str) and "\0" in values):
         raise ConfigError(f"{tree.place(path)}: {'.'.join(path)}: {values} is no setting")
     if isinstance(values, dict | list):
         for key, inner in values.items() if isinstance(values, dict) else enumerate(values):
@@ -314,15 +310,15 @@ def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:
 def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | None, Any]:
     """Turn pydantic's location into a recipe path and the part that holds its last name.
 
-    Steps that name a member of a union are left out of the path; the path is None for a member
-    that the tag in the recipe did not choose.
+    Steps that name a member of a union are left out of the path; the path is None for a member that
+    the tag in the recipe did not choose.
     """
     path: list[str] = []
     parts: tuple[Any, ...] = (schema,)
     holder = schema
     named: Any = None
     for step in steps:
-        if named is not None:  # the name of a part in a mapping
+        if named is not None:  # the step is a part's name in a mapping
             path.append(step)
             values = values.get(step) if isinstance(values, dict) else None
             parts, holder, named = (named,), named, None

@@ -1,6 +1,6 @@
-"""YAML without surprises: 1.2 scalar rules, no key twice, and the line of every key.
+"""Strict YAML: scalars of YAML 1.2, no repeated keys, and the line of every key.
 
-`1e-3` is a number, `010` is ten, `no` and `12:30` are words, and nothing but plain values is built.
+`1e-3` is a number, `010` is ten, `no` and `12:30` are strings, and only plain values are built.
 """
 
 import re
@@ -13,7 +13,7 @@ from mhr_scale.errors import UserError
 
 Path = tuple[str, ...]
 
-#: Values that a document may hold: aliases of aliases make a few lines into billions.
+#: Limit of values in a document: aliases of aliases expand a few lines to billions.
 MOST_VALUES = 200_000
 
 TAG = "tag:yaml.org,2002:"
@@ -33,13 +33,13 @@ CONVERT: dict[str, Callable[[str], Any]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's scanner with the scalar rules of YAML 1.2."""
+    """PyYAML's loader with the scalar rules of YAML 1.2."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's writer that also quotes the words which YAML 1.2 takes for numbers."""
+    """PyYAML's dumper, which also quotes strings that YAML 1.2 would read as numbers."""
 
 
 for _tag, _pattern, _first in SCALARS:
@@ -48,7 +48,7 @@ for _tag, _pattern, _first in SCALARS:
 
 
 def write(values: Any) -> str:
-    """Plain values as YAML text that `read`, and readers of YAML 1.1, take for the same values."""
+    """Plain values as YAML text that `read`, and readers of YAML 1.1, read as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
 
 
@@ -57,9 +57,9 @@ def read(
 ) -> tuple[dict[str, Any], dict[Path, str]]:
     """Read a YAML mapping: its plain values, and `source:line` of every key by path.
 
-    Raises `error` with the place for bad syntax, a key that stands twice or is no word, a value
-    that is not plain or holds itself, or a document that is no mapping. An empty document is an
-    empty mapping.
+    Raises `error` with the place for bad syntax, a key that is repeated or not a string, a value
+    that is not plain or contains itself, or a document that is not a mapping. An empty document is
+    an empty mapping.
     """
     builder = _Builder(source, error)
     try:
@@ -82,7 +82,7 @@ def read(
 
 
 class _Builder:
-    """Turns nodes into plain values and notes the place of every key."""
+    """Builds plain values from nodes and records the place of every key."""
 
     def __init__(self, source: str, error: type[UserError]) -> None:
         self.places: dict[Path, str] = {}
@@ -91,7 +91,7 @@ class _Builder:
         self._n_values = 0
 
     def build(self, node: yaml.Node, path: Path) -> Any:
-        """Return the value of the node that stands at `path`."""
+        """Return the value of the node at `path`."""
         place = self._place(node)
         self._n_values += 1
         if self._n_values > MOST_VALUES:

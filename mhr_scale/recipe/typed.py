@@ -1,6 +1,6 @@
-"""Dataclasses from the plain values of a file, with the types that their fields ask for.
+"""Type-checked dataclasses from the plain values of a file.
 
-Dataclasses check no types: what a file says is checked here, once, before anything is made of it.
+Dataclasses do not check types: values from a file are checked here, once, before they are used.
 """
 
 import math
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], values: Any, *, name: str) -> T:
-    """Make a dataclass of plain values and scalars, `name` being what errors call them.
+    """Make a dataclass of plain values; errors call them `name`.
 
-    Raises `TypeError` naming the field whose value is of another type, unknown or missing, and
-    whatever the dataclass itself raises.
+    Raises `TypeError` naming a field that is unknown, missing or of another type, and whatever the
+    dataclass itself raises.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{name} is {values!r}, no object")
@@ -28,7 +28,7 @@ def build(kind: type[T], values: Any, *, name: str) -> T:
 
 
 def check_fields(values: Any, hints: Mapping[str, Any], *, name: str) -> None:
-    """Raise `TypeError` naming a field that is missing or of another type than the hints say."""
+    """Raise `TypeError` naming a field that is missing or of another type than its hint."""
     if not isinstance(values, dict):
         raise TypeError(f"{name} is {values!r}, no object")
     for key, hint in hints.items():
@@ -39,7 +39,7 @@ def check_fields(values: Any, hints: Mapping[str, Any], *, name: str) -> None:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; numbers are finite, whole ones count as floats."""
+    """Whether a value is of a type; floats must be finite, and integers count as floats."""
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return value in typing.get_args(hint)

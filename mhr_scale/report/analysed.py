@@ -1,4 +1,4 @@
-"""What `analyse` found out: gradient alignment, routing and the inventory's skills."""
+"""Sections of analyses: gradient alignment, routing, inventory, parameter counts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
 from mhr_scale.report.runs import Run
 
 SKILL = "skill {}"
-#: Statistics of routing from 0 to 1, of a group and over all; effective skills are a count.
+#: Statistics of routing between 0 and 1, per group and overall.
 STATISTICS = ("sparsity", "discreteness", "entropy")
 
 
 def analysed(runs: Sequence[Run]) -> list[Section]:
-    """Alignment, routing and inventory of all analyses, each where there is something to show."""
-    found = [run for run in runs if run.analysis]
-    if not found:
+    """Alignment, routing and inventory of all analyses; sections without content are left out."""
+    analyses = [run for run in runs if run.analysis]
+    if not analyses:
         return []
     parts = (
         ("alignment", "Gradient alignment", alignment),
@@ -28,11 +28,11 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
     )
     sections = []
     for name, title, make in parts:
-        having = [run for run in found if run.analysis.get(name)]
+        with_part = [run for run in analyses if run.analysis.get(name)]
         figures: list[dict[str, Cell]] = []
         blocks: list[Block] = []
-        for run in having:
-            if len(having) > 1:
+        for run in with_part:
+            if len(with_part) > 1:
                 blocks.append(Heading(text=f"{run.label} ({run.analysis.get('method')})"))
             try:
                 figures.append(single_figures(run.analysis[name], name))
@@ -42,11 +42,11 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
                     f"{run.folder / ANALYSIS}: no {name} that a report can show "
                     f"({error!r}); analyse again"
                 ) from error
-        if len(having) > 1:
-            blocks.insert(0, side_by_side(having, figures, caption=f"{name.title()} in figures"))
+        if len(with_part) > 1:
+            blocks.insert(0, side_by_side(with_part, figures, caption=f"{name.title()} in figures"))
         if blocks:
             sections.append(Section(id=name, title=title, blocks=blocks))
-    counted = [run for run in found if run.analysis.get("parameters")]
+    counted = [run for run in analyses if run.analysis.get("parameters")]
     if counted:
         sections.append(parameters(counted))
     return sections
@@ -55,25 +55,25 @@ def analysed(runs: Sequence[Run]) -> list[Section]:
 def side_by_side(
     runs: Sequence[Run], figures: Sequence[Mapping[str, Cell]], *, caption: str
 ) -> Table:
-    """The single figures of several analyses."""
+    """The summary figures of several analyses, one row each."""
     rows: list[list[Cell]] = [
-        [run.label, str(run.analysis.get("method")), *found.values()]
-        for run, found in zip(runs, figures, strict=True)
+        [run.label, str(run.analysis.get("method")), *values.values()]
+        for run, values in zip(runs, figures, strict=True)
     ]
     return Table(caption=caption, columns=["run", "method", *figures[0]], rows=rows)
 
 
 def single_figures(part: Mapping[str, Any], name: str) -> dict[str, Cell]:
-    """The figures of a part of an analysis that stand for all of it, by what tables call them."""
+    """The figures that summarise a part of an analysis, by their names in tables."""
     if name == "inventory":
         return {"mean overlap of skills": mean_overlap(part)}
     keys = ("mean", "rows") if name == "alignment" else (*STATISTICS, "effective_skills")
     return {key.replace("_", " "): part.get(key) for key in keys}
 
 
-def alignment(found: Mapping[str, Any]) -> list[Block]:
+def alignment(analysis: Mapping[str, Any]) -> list[Block]:
     """The matrix of cosines and their mean per layer."""
-    part = found["alignment"]
+    part = analysis["alignment"]
     blocks: list[Block] = []
     caption = (
         f"Cosine of the gradients of {len(part['tasks'])} tasks with respect to the shared "
@@ -96,9 +96,9 @@ def alignment(found: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def routing(found: Mapping[str, Any]) -> list[Block]:
-    """How tasks use skills: statistics and usage per group, and how alike tasks are."""
-    part = found["routing"]
+def routing(analysis: Mapping[str, Any]) -> list[Block]:
+    """How tasks use skills: statistics and usage per group, and similarity of tasks."""
+    part = analysis["routing"]
     groups = part["groups"]
     skills = [str(number) for number in range(len(part["usage"]))]
     figures = list(single_figures(part, "routing").items())
@@ -106,11 +106,11 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
         Table(caption="Routing over all groups", columns=["figure", "value"], rows=figures)
     ]
     names = [group["name"] for group in groups]
-    brief = shorten(names)
+    short_names = shorten(names)
     usage = [group["usage"] for group in groups]
     svg = heat_map(
         usage,
-        brief,
+        short_names,
         skills,
         title="Usage of skills by routing group",
         x="skill",
@@ -124,19 +124,19 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
     series = [
         Series(
             name=key,
-            values={name: group[key] for name, group in zip(brief, groups, strict=True)},
+            values={name: group[key] for name, group in zip(short_names, groups, strict=True)},
             errors={},
         )
         for key in STATISTICS
     ]
-    svg = by_name(series, brief, title="Routing statistics by group", x="from 0 to 1")
+    svg = by_name(series, short_names, title="Routing statistics by group", x="from 0 to 1")
     rows: list[list[Cell]] = [[g["name"], *(g[key] for key in STATISTICS)] for g in groups]
     data = Table(caption="Routing statistics", columns=["group", *STATISTICS], rows=rows)
     caption = "Sparsity, discreteness and normalised entropy of every routing group."
     blocks.append(Picture(caption=caption, svg=svg, data=data))
     similarity = part.get("similarity")
     if similarity and len(similarity["matrix"]) > 1:
-        tasks = found["task_names"]
+        tasks = analysis["task_names"]
         caption = f"Cosine of the routing of {len(tasks)} tasks, similar tasks side by side."
         title = "Similarity of routing"
         blocks.append(task_cosines(tasks, similarity, title=title, caption=caption))
@@ -144,20 +144,22 @@ def routing(found: Mapping[str, Any]) -> list[Block]:
 
 
 def task_cosines(
-    task_names: Sequence[str], found: Mapping[str, Any], *, title: str, caption: str
+    task_names: Sequence[str], similarity: Mapping[str, Any], *, title: str, caption: str
 ) -> Picture:
     """A matrix of cosines between tasks in its clustered order."""
-    names = [task_names[number] for number in found["order"]]
-    matrix = [[found["matrix"][r][c] for c in found["order"]] for r in found["order"]]
+    names = [task_names[number] for number in similarity["order"]]
+    matrix = [
+        [similarity["matrix"][r][c] for c in similarity["order"]] for r in similarity["order"]
+    ]
     scale = symmetric(matrix)
     svg = heat_map(matrix, names, names, title=title, x="task", y="task", scale=scale)
     data = matrix_table(title, "task", names, names, matrix)
     return Picture(caption=caption, svg=svg, data=data)
 
 
-def inventory(found: Mapping[str, Any]) -> list[Block]:
+def inventory(analysis: Mapping[str, Any]) -> list[Block]:
     """Sizes of the skills' updates and how much they overlap."""
-    part = found["inventory"]
+    part = analysis["inventory"]
     linears = part["linears"]
     names = [linear["name"] for linear in linears]
     norms = [linear["norms"] for linear in linears]
@@ -199,16 +201,16 @@ def inventory(found: Mapping[str, Any]) -> list[Block]:
 
 
 def parameters(runs: Sequence[Run]) -> Section:
-    """What each way to adapt trains."""
+    """Parameters that each way to adapt trains."""
     rows: list[list[Cell]] = []
     for run in runs:
-        found = run.analysis["parameters"]
-        ways = found.get("variants") or {}
+        counts = run.analysis["parameters"]
+        ways = counts.get("variants") or {}
         rows.append(
             [
                 run.label,
                 str(run.analysis.get("method")),
-                found.get("multi_task"),
+                counts.get("multi_task"),
                 *(ways.get(way) for way in ("full", "routing", "average")),
             ]
         )
@@ -222,14 +224,14 @@ def parameters(runs: Sequence[Run]) -> Section:
 
 
 def symmetric(matrix: Sequence[Sequence[float]]) -> Scale:
-    """Colours of cosines around 0 that reach to the largest one beside the diagonal."""
-    beside = [abs(value) for value in off_diagonal(matrix) if math.isfinite(value)]
-    most = min(1.0, max([*beside, 0.05]))
+    """Colours of cosines around 0, up to the largest absolute value off the diagonal."""
+    cosines = [abs(value) for value in off_diagonal(matrix) if math.isfinite(value)]
+    most = min(1.0, max([*cosines, 0.05]))
     return Scale(label="cosine", low=-most, high=most, is_signed=True)
 
 
 def around_even(usage: Sequence[Sequence[float]]) -> Scale:
-    """Colours around the share that every skill has where none is preferred."""
+    """Colours of shares around the one that all skills have under uniform routing."""
     even = 1.0 / max(1, len(usage[0]))
     most = max([0.01, *(abs(share - even) for row in usage for share in row)])
     return Scale(label="share of the weight", low=even - most, high=even + most, is_signed=True)
@@ -242,19 +244,19 @@ def matrix_table(
     columns: Sequence[str],
     matrix: Sequence[Sequence[float]],
 ) -> Table:
-    """A matrix as a table with names."""
+    """A matrix as a table with named rows and columns."""
     cells: list[list[Cell]] = [[name, *row] for name, row in zip(rows, matrix, strict=True)]
     return Table(caption=caption, columns=[corner, *columns], rows=cells, decimals=3)
 
 
 def off_diagonal(matrix: Sequence[Sequence[float | None]]) -> list[float]:
-    """The values beside the diagonal; None is an overlap that updates of zero do not have."""
+    """The values off the diagonal, without None (the overlap with an update of zero)."""
     return [
         v for r, row in enumerate(matrix) for c, v in enumerate(row) if r != c and v is not None
     ]
 
 
 def mean_overlap(part: Mapping[str, Any]) -> float:
-    """Mean overlap of two skills; NaN where no two have one."""
-    beside = off_diagonal(part["overlap"])
-    return math.fsum(beside) / len(beside) if beside else math.nan
+    """Mean overlap over pairs of skills; NaN if no pair has one."""
+    overlaps = off_diagonal(part["overlap"])
+    return math.fsum(overlaps) / len(overlaps) if overlaps else math.nan

@@ -1,4 +1,4 @@
-"""From run folders to the page of a report."""
+"""The page of a report, put together from the sections of the other modules."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from mhr_scale.report.runs import Run
 
 
 def build(runs: Sequence[Run], *, title: str | None = None) -> Page:
-    """The page of some runs, of whatever kinds; a section only where there is something to show."""
+    """The page of some runs of any kinds; sections without content are left out."""
     sections: list[Section | None] = [
         overview.overview(runs),
         few_shot.few_shot(runs),
@@ -22,9 +22,9 @@ def build(runs: Sequence[Run], *, title: str | None = None) -> Page:
         settings.provenance(runs),
     ]
     kinds = Counter(run.kind for run in runs)
-    told = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     return Page(
         title=title or f"Report: {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",
-        lead=f"Made from run folders ({told}); every number stands in their files.",
+        lead=f"Made from run folders ({counts}); every number stands in their files.",
         sections=[section for section in sections if section is not None],
     )

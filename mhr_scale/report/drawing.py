@@ -1,7 +1,7 @@
-"""Pictures as inline SVG: one style, colours that follow the page, the same bytes every time.
+"""Style and inline SVG of all pictures; equal pictures have equal bytes.
 
-Text stays text. Colours that the style sheet knows are written as its variables, so that pictures
-turn dark with the page and light on paper.
+Text stays text. Colours of the style sheet are written as its variables, so that pictures follow
+the page's dark mode and print light.
 """
 
 import io
@@ -20,16 +20,16 @@ from mhr_scale.errors import one_line
 INK, MUTED, LINE, PAPER = "#1a1a1b", "#6a6a6b", "#d8d8d9", "#fdfdfe"
 #: Okabe and Ito's colours, which most colour-blind readers tell apart, without yellow and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f80")
-#: Series in one picture where no two may look alike.
+#: Series in a picture that colours alone tell apart.
 MOST_SERIES = len(COLOURS)
-#: With the colours: 28 curves that differ.
+#: Together with the colours they tell 28 curves apart.
 DASHES = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.4, 1, 1.4)))
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
     colour: f"--c{number}" for number, colour in enumerate(COLOURS)
 }
-#: Of a picture, in inches of 72 units: a phone shows it nearly as large as it is.
+#: Width of a picture in inches of 72 units: nearly its size on a phone.
 WIDTH = 5.2
-#: Letters of a name in a picture; the table below it has all of them.
+#: Longest name in a picture; the table below it has names in full.
 LONGEST_NAME = 26
 
 STYLE = {
@@ -73,7 +73,7 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the report's style; a letter that the measuring font lacks is no one's concern."""
+    """Draw in the report's style, without warnings about glyphs that the measuring font lacks."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -87,12 +87,12 @@ def colour(number: int) -> str:
 
 
 def dash(number: int) -> object:
-    """The line of a series: those of one colour differ in it."""
+    """The dashes of a series, which differ among series of one colour."""
     return DASHES[number // len(COLOURS) % len(DASHES)]
 
 
 def short(name: str, *, longest: int = LONGEST_NAME) -> str:
-    """A name as it stands in a picture: printable, the middle left out of a long one."""
+    """A name for a picture: printable, and with the middle left out if it is long."""
     text = one_line(name)
     if len(text) <= longest:
         return text
@@ -101,7 +101,7 @@ def short(name: str, *, longest: int = LONGEST_NAME) -> str:
 
 
 def count(value: float, _: object = None) -> str:
-    """A number of parameters or steps as papers write it."""
+    """A number of parameters or steps in short form, such as 1.5M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -109,22 +109,22 @@ def count(value: float, _: object = None) -> str:
 
 
 def legend_columns(names: Collection[str]) -> int:
-    """Columns of a legend that leave room for its longest name."""
+    """Columns of a legend, so that its longest name fits."""
     return max(1, min(4, len(names), 60 // (max(map(len, names), default=0) + 6)))
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """The names of the series under the picture, whatever their number."""
+    """A legend of all series below the picture."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower left", ncols=legend_columns(labels))
 
 
 def to_svg(figure: Figure, *, title: str) -> str:
-    """The picture as an `svg` element without any reference to the outside."""
+    """The picture as a self-contained `svg` element."""
     stream = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(stream, format="svg", metadata=nothing)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(stream, format="svg", metadata=no_metadata)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
@@ -132,8 +132,8 @@ def to_svg(figure: Figure, *, title: str) -> str:
     box = re.search(r'viewBox="[^"]+"', head)
     assert box is not None
     width = float(box[0].split()[2])
-    for known, variable in VARIABLES.items():
-        body = body.replace(known, f"var({variable})")
+    for hex_colour, variable in VARIABLES.items():
+        body = body.replace(hex_colour, f"var({variable})")
     body = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"; ?font-family: [^;\"]*|font-family: [^;\"]*;? ?", "", body)
     body = body.replace("stroke: #000000", "stroke: currentColor")
@@ -145,5 +145,5 @@ def to_svg(figure: Figure, *, title: str) -> str:
 
 
 def with_prefix(svg: str, prefix: str) -> str:
-    """The picture with ids of its own, for a page that has several."""
+    """The picture with prefixed ids, which are unique on a page with several pictures."""
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)

@@ -1,4 +1,4 @@
-"""Scores of evaluations: per task and prompt, several seeds together, against extra steps."""
+"""Sections of evaluations: scores by task and prompt, over seeds, and against extra steps."""
 
 import statistics
 from collections import defaultdict
@@ -14,16 +14,16 @@ from mhr_scale.scores.summary import aggregate
 
 
 def scored(runs: Sequence[Run]) -> list[Run]:
-    """The runs with scores of their own that are no few-shot jobs."""
+    """The evaluations that have scores."""
     return [run for run in runs if run.kind == "evaluation" and run.summary]
 
 
 def evaluations(runs: Sequence[Run]) -> Section | None:
     """Means, tasks and prompts of every evaluation."""
-    found = scored(runs)
-    if not found:
+    evaluated = scored(runs)
+    if not evaluated:
         return None
-    subjects = {run.label: subject_of(run, runs) for run in found}
+    subjects = {run.label: subject_of(run, runs) for run in evaluated}
     rows: list[list[Cell]] = [
         [
             run.label,
@@ -34,35 +34,35 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
             run.summary["mean_over_tasks"],
             run.summary["mean_over_examples"],
         ]
-        for run in found
+        for run in evaluated
     ]
     head = ["evaluation", "of", "extra steps", "tasks", "examples", "mean over tasks"]
     head += ["mean over examples"]
     caption = "Evaluations, in points from 0 to 100"
     is_long = len(rows) > LONGEST
     each = Table(caption=caption, columns=head, rows=rows, decimals=2, is_folded=is_long)
-    blocks = together(found, subjects)
+    blocks = together(evaluated, subjects)
     blocks.insert(len(blocks) if is_long else 0, each)
     sets: dict[tuple[str, ...], list[Run]] = defaultdict(list)
-    for run in found:
+    for run in evaluated:
         sets[tuple(run.summary["tasks"])].append(run)
-    for alike in sets.values():
-        blocks += of_tasks(alike)
-    blocks += of_prompts(found)
+    for same_tasks in sets.values():
+        blocks += of_tasks(same_tasks)
+    blocks += of_prompts(evaluated)
     return Section(id="evaluations", title="Evaluations", blocks=blocks)
 
 
-def together(found: Sequence[Run], subjects: Mapping[str, Subject]) -> list[Block]:
-    """Evaluations that differ in their seed alone, as one row each."""
-    groups = grouped(found, subjects)
+def together(evaluated: Sequence[Run], subjects: Mapping[str, Subject]) -> list[Block]:
+    """One row for all evaluations that differ in their seed only."""
+    groups = grouped(evaluated, subjects)
     names = told_apart(list(subjects.values()))
     rows: list[list[Cell]] = []
     for (key, steps), members in groups.items():
         if len(members) > 1:
-            both = aggregate([run.summary for run in members])
-            mean, deviation = both["mean_then_std"]
+            aggregates = aggregate([run.summary for run in members])
+            mean, deviation = aggregates["mean_then_std"]
             rows.append(
-                [names[key], steps, len(members), mean, deviation, both["median_then_mean"]]
+                [names[key], steps, len(members), mean, deviation, aggregates["median_then_mean"]]
             )
     if not rows:
         return []
@@ -76,21 +76,21 @@ def together(found: Sequence[Run], subjects: Mapping[str, Subject]) -> list[Bloc
 
 
 def grouped(
-    found: Sequence[Run], subjects: Mapping[str, Subject]
+    evaluated: Sequence[Run], subjects: Mapping[str, Subject]
 ) -> dict[tuple[str, int | None], list[Run]]:
-    """Finished evaluations by subject and extra steps; only those of the same tasks."""
+    """Finished evaluations of the same tasks, by subject and extra steps."""
     groups: dict[tuple[str, int | None], list[Run]] = defaultdict(list)
-    for run in found:
+    for run in evaluated:
         subject = subjects[run.label]
         members = groups[subject.key, subject.extra_steps]
-        is_alike = not members or members[0].summary["tasks"].keys() == run.summary["tasks"].keys()
-        if run.is_finished and is_alike:
+        tasks = run.summary["tasks"].keys()
+        if run.is_finished and (not members or members[0].summary["tasks"].keys() == tasks):
             members.append(run)
     return {key: members for key, members in groups.items() if members}
 
 
 def of_tasks(runs: Sequence[Run]) -> list[Block]:
-    """Scores by task of evaluations of the same tasks."""
+    """Scores by task, for evaluations of the same tasks."""
     names = list(runs[0].summary["tasks"])
     columns = ["task", "metric", "examples"]
     columns += [part for run in runs for part in (run.label, "+-")]
@@ -120,7 +120,7 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
 
 
 def of_prompts(runs: Sequence[Run]) -> list[Block]:
-    """Spread over prompts, where tasks have several."""
+    """Spread over prompts, for tasks that have several."""
     blocks: list[Block] = []
     for run in runs:
         tasks = {n: task for n, task in run.summary["tasks"].items() if "prompts" in task}
@@ -158,12 +158,12 @@ def of_prompts(runs: Sequence[Run]) -> list[Block]:
 
 
 def extra_steps(runs: Sequence[Run]) -> Section | None:
-    """Zero-shot score of averaged adapters against their extra steps, seeds together."""
-    found = scored(runs)
-    subjects = {run.label: subject_of(run, runs) for run in found}
+    """Zero-shot score of averaged adapters against extra steps, aggregated over seeds."""
+    evaluated = scored(runs)
+    subjects = {run.label: subject_of(run, runs) for run in evaluated}
     names = told_apart(list(subjects.values()))
     points: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for (key, steps), members in grouped(found, subjects).items():
+    for (key, steps), members in grouped(evaluated, subjects).items():
         if steps is not None:
             points[key][steps] = [run.summary["mean_over_tasks"] for run in members]
     if not points:
@@ -175,8 +175,8 @@ def extra_steps(runs: Sequence[Run]) -> Section | None:
         means = [statistics.fmean(scores) for _, scores in ordered]
         spread = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in ordered]
         for (steps, scores), mean, deviation in zip(ordered, means, spread, strict=True):
-            is_known = len(scores) > 1
-            rows.append([names[key], steps, len(scores), mean, deviation if is_known else None])
+            has_spread = len(scores) > 1
+            rows.append([names[key], steps, len(scores), mean, deviation if has_spread else None])
         lines.append(
             Curve(
                 name=short(names[key]),

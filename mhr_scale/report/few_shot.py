@@ -1,4 +1,4 @@
-"""Few-shot results: the table of a paper, scores by task, and what a point costs."""
+"""The section of few-shot runs: the table of variants, scores by task, score against cost."""
 
 import statistics
 from collections import Counter, defaultdict
@@ -13,19 +13,19 @@ from mhr_scale.report.runs import Run
 from mhr_scale.report.scored_adapters import seedless
 from mhr_scale.scores.comparison import compare
 
-#: Names of runs in a heading.
+#: Names of runs in a heading at most.
 MOST_LABELS = 4
-#: Settings that runs taken together have to share: all but sources and variants.
+#: Settings that runs in one table have to share: all but sources and variants.
 SHARED = ("tasks", "shots", "protocol", "optim", "selection", "scoring")
 
 
 def few_shot(runs: Sequence[Run]) -> Section | None:
-    """The tables of the few-shot runs; those that ask the same of the same tasks are one table."""
-    found = [run for run in runs if run.kind == "few-shot" and run.results]
-    if not found:
+    """The tables of few-shot runs; runs with the same tasks and settings share one table."""
+    with_results = [run for run in runs if run.kind == "few-shot" and run.results]
+    if not with_results:
         return None
     blocks: list[Block] = []
-    groups = alike(found)
+    groups = group_runs(with_results)
     for group in groups:
         if len(groups) > 1 or len(group) > 1:
             labels = some([run.label for run in group], shown=MOST_LABELS)
@@ -38,10 +38,10 @@ def few_shot(runs: Sequence[Run]) -> Section | None:
     return Section(id="few-shot", title="Few-shot adaptation", blocks=blocks)
 
 
-def alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose settings differ in variants and seeds alone, on the same tasks, taken together.
+def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs on the same tasks whose settings differ in variants and seeds only.
 
-    An unfinished run may lack tasks that another one has.
+    An unfinished run may lack tasks of the others.
     """
     groups: list[tuple[Any, set[str], list[Run]]] = []
     for run in runs:
@@ -58,7 +58,7 @@ def alike(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The results of some runs; a variant that two of them have on one seed is named by its run."""
+    """The results of some runs; names of variants with the same jobs in two runs get the run's."""
     jobs = Counter((r["variant"], r["seed"], r["task"]) for run in runs for r in run.results)
     twice = {variant for (variant, _, _), times in jobs.items() if times > 1}
     return [
@@ -75,26 +75,26 @@ def share_variants(runs: Sequence[Run]) -> bool:
 
 
 def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Table, cost picture and scores by task of some jobs."""
-    found = compare(results)
+    """The table, the picture of costs and the scores by task of some jobs."""
+    compared = compare(results)
     metrics = sorted(
-        {metric for values in found["variants"].values() for metric in values["metrics"]}
+        {metric for values in compared["variants"].values() for metric in values["metrics"]}
     )
-    caption = f"Few-shot {', '.join(metrics)} on {len(found['tasks'])} tasks, in points"
-    blocks: list[Block] = [variants_table(found, caption)]
-    open_seeds = [name for name, v in found["variants"].items() if v["incomplete_seeds"]]
+    caption = f"Few-shot {', '.join(metrics)} on {len(compared['tasks'])} tasks, in points"
+    blocks: list[Block] = [variants_table(compared, caption)]
+    open_seeds = [name for name, v in compared["variants"].items() if v["incomplete_seeds"]]
     if open_seeds:
         text = f"Seeds without all tasks are left out of the means of: {', '.join(open_seeds)}."
         blocks.append(Prose(text=text, is_warning=True))
-    blocks += cost(found["variants"])
-    blocks += of_tasks(results, found)
+    blocks += cost(compared["variants"])
+    blocks += of_tasks(results, compared)
     return blocks
 
 
-def variants_table(found: Mapping[str, Any], caption: str, *, folded: bool = False) -> Table:
-    """One row for each variant, as papers print it."""
+def variants_table(compared: Mapping[str, Any], caption: str, *, folded: bool = False) -> Table:
+    """One row for each variant, as in the paper's tables."""
     rows: list[list[Cell]] = []
-    for name, values in found["variants"].items():
+    for name, values in compared["variants"].items():
         seeds = values["seeds"]
         rows.append(
             [
@@ -154,12 +154,12 @@ def cost(variants: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     return [Picture(caption=caption, svg=svg, data=data)]
 
 
-def of_tasks(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[Block]:
+def of_tasks(results: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) -> list[Block]:
     """Mean over seeds of every task and variant, with its standard deviation."""
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for result in results:
         scores[result["variant"], result["task"]].append(result["score"])
-    variants, tasks = list(found["variants"]), found["tasks"]
+    variants, tasks = list(compared["variants"]), compared["tasks"]
     series = [
         Series(
             name=variant,
@@ -174,8 +174,7 @@ def of_tasks(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> 
     ]
     columns = ["task", *(part for name in variants for part in (name, "std"))]
     rows: list[list[Cell]] = [
-        [t, *(part for one in series for part in (one.values.get(t), one.errors.get(t)))]
-        for t in tasks
+        [t, *(part for s in series for part in (s.values.get(t), s.errors.get(t)))] for t in tasks
     ]
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2)
     shown = series[:MOST_SERIES]

@@ -1,4 +1,4 @@
-"""Learning curves: losses, rates, norms and alignment over steps; validation loss by task."""
+"""Sections of learning curves: losses, rates, norms, alignment; validation loss by task."""
 
 import statistics
 from collections import defaultdict
@@ -12,9 +12,9 @@ from mhr_scale.report.pictures import Curve, Series, by_name, curves, panels
 from mhr_scale.report.runs import Run, part
 from mhr_scale.report.thinning import MOST_POINTS, Thinned, thin, values_of
 
-#: Runs whose losses by task stand in the table as first and last; of more, the last.
+#: Up to this many runs, tables of losses by task have the first and the last; else the last only.
 MOST_ENDS = 3
-#: Small pictures beside the loss: the quantity, and what its axis says.
+#: Quantities of the small pictures besides the loss, and their axis labels.
 PANELS = {
     "lr": "learning rate",
     "lr_inventory": "learning rate, inventory",
@@ -26,7 +26,7 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A quantity of a run over steps, thinned."""
+    """A quantity of a run over steps, thinned for drawing."""
 
     run: Run
     what: str
@@ -34,7 +34,7 @@ class Line:
 
 
 def look_of(runs: Sequence[Run]) -> dict[str, tuple[int, str]]:
-    """The look and the name of each run's lines, by label; of many runs, one for each method."""
+    """Look and name of each run's lines, by label; many runs have one for each method."""
     methods = list(dict.fromkeys(run.method for run in runs))
     n_looks = len(COLOURS) * len(DASHES)
     if len(runs) > MOST_SERIES and 1 < len(methods) < len(runs) and len(methods) <= n_looks:
@@ -43,13 +43,13 @@ def look_of(runs: Sequence[Run]) -> dict[str, tuple[int, str]]:
 
 
 def gather(runs: Iterable[Run], names: Iterable[str]) -> list[Line]:
-    """Lines of those quantities that the runs have logged."""
-    found = [
+    """The lines of the given quantities, for runs that have logged them."""
+    lines = [
         Line(run=run, what=name, points=thin(values_of(run.lines, name)))
         for name in names
         for run in runs
     ]
-    return [line for line in found if line.points.steps or line.points.odd]
+    return [line for line in lines if line.points.steps or line.points.odd]
 
 
 def draw(
@@ -72,7 +72,7 @@ def draw(
 
 
 def numbers(lines: Sequence[Line], caption: str) -> Table:
-    """The points of some lines as a table, one row for each run and step."""
+    """The points of lines as a table, one row for each run and step."""
     whats = list(dict.fromkeys(line.what for line in lines))
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:
@@ -88,7 +88,7 @@ def numbers(lines: Sequence[Line], caption: str) -> Table:
 
 
 def thinned_note(lines: Sequence[Line]) -> str:
-    """How long curves were made short; empty where none was."""
+    """How long curves were thinned; empty if none was."""
     most = max((line.points.per_point for line in lines), default=1)
     if most == 1:
         return ""
@@ -99,7 +99,7 @@ def thinned_note(lines: Sequence[Line]) -> str:
 
 
 def oddities(lines: Sequence[Line]) -> list[Block]:
-    """A warning for every line with values that no picture can show."""
+    """A warning for every line with values that are not finite."""
     return [
         Prose(
             text=f"{line.run.label}: {line.what} is not finite at "
@@ -112,7 +112,7 @@ def oddities(lines: Sequence[Line]) -> list[Block]:
 
 
 def learning(runs: Sequence[Run]) -> Section | None:
-    """Losses of all runs in one picture, the rest in small ones."""
+    """Pictures of training and validation loss, and small ones of other quantities."""
     runs = [run for run in runs if run.lines]
     if not runs:
         return None
@@ -132,13 +132,19 @@ def learning(runs: Sequence[Run]) -> Section | None:
         blocks.append(Picture(caption=caption, svg=svg, data=numbers(lines, what)))
     small = gather(runs, PANELS)
     blocks += oddities(small)
-    found = {
+    drawn_panels = {
         label: draw([line for line in small if line.what == what], looks)
         for what, label in PANELS.items()
     }
-    found = {label: lines for label, lines in found.items() if any(len(c.x) > 1 for c in lines)}
-    if found:
-        svg = panels(found, title="Learning rates, gradient norm and pace over steps", x="step")
+    drawn_panels = {
+        label: lines
+        for label, lines in drawn_panels.items()
+        if any(len(curve.x) > 1 for curve in lines)
+    }
+    if drawn_panels:
+        svg = panels(
+            drawn_panels, title="Learning rates, gradient norm and pace over steps", x="step"
+        )
         caption = "Learning rates, gradient norm before clipping, and pace." + thinned_note(small)
         blocks.append(Picture(caption=caption, svg=svg, data=numbers(small, "Rates and norms")))
     blocks += alignment_over_steps(runs, looks)
@@ -149,13 +155,13 @@ def learning(runs: Sequence[Run]) -> Section | None:
 
 
 def loss_unit(runs: Sequence[Run]) -> str:
-    """What a loss is counted in."""
+    """The unit of the losses."""
     ways = {str(part(run.config, "loss").get("normalise", "tokens")) for run in runs}
     return "nats per token" if ways == {"tokens"} else "nats"
 
 
 def alignment_over_steps(runs: Sequence[Run], looks: dict[str, tuple[int, str]]) -> list[Block]:
-    """What the monitor of pre-training wrote, if it did."""
+    """Gradient alignment as logged by the monitor of pre-training, if there is any."""
     lines = gather(runs, ["alignment"])
     drawn = draw(lines, looks, is_marked=True)
     blocks = oddities(lines)
@@ -174,20 +180,20 @@ def alignment_over_steps(runs: Sequence[Run], looks: dict[str, tuple[int, str]])
 def by_task(runs: Sequence[Run]) -> Section | None:
     """Validation loss of every task at the end, highest first."""
     key = "validation_loss_by_task"
-    found: dict[str, list[dict[str, float]]] = {}
+    logged_by_run: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         lines = [losses for line in run.lines if (losses := numbers_of(line.get(key)))]
         if lines:
-            found[run.label] = lines
-    if not found:
+            logged_by_run[run.label] = lines
+    if not logged_by_run:
         return None
-    last = {label: logged[-1] for label, logged in found.items()}
+    last = {label: logged[-1] for label, logged in logged_by_run.items()}
     names = list(dict.fromkeys(name for values in last.values() for name in values))
     first = next(iter(last.values()))
     names.sort(key=lambda name: (-first.get(name, float("-inf")), name))
     columns: dict[str, dict[str, float]] = {}
-    for label, logged in found.items():
-        if len(found) > MOST_ENDS:
+    for label, logged in logged_by_run.items():
+        if len(logged_by_run) > MOST_ENDS:
             columns[label] = logged[-1]
             continue
         if len(logged) > 1:
@@ -209,31 +215,39 @@ def by_task(runs: Sequence[Run]) -> Section | None:
 
 
 def numbers_of(values: object) -> dict[str, float]:
-    """The numbers of an object of a line; empty for anything else."""
-    found = values.items() if isinstance(values, dict) else ()
-    return {name: float(value) for name, value in found if isinstance(value, int | float)}
+    """The numbers in an object of a log line; empty for anything else."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {name: float(value) for name, value in items if isinstance(value, int | float)}
 
 
 def as_series(
     last: Mapping[str, Mapping[str, float]], looks: Mapping[str, tuple[int, str]]
 ) -> tuple[list[Series], str]:
-    """A series for each run, or for each method where there are many runs; what the caption says.
+    """A series for each run, or for each method if there are many runs; and a note for the caption.
 
     Runs of one method become their mean and standard deviation.
     """
     if len(last) <= MOST_SERIES:
-        return [Series(name=label, values=found, errors={}) for label, found in last.items()], ""
+        return [
+            Series(name=label, values=losses_by_task, errors={})
+            for label, losses_by_task in last.items()
+        ], ""
     groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for label, found in last.items():
-        groups[looks[label][1]].append(found)
+    for label, losses_by_task in last.items():
+        groups[looks[label][1]].append(losses_by_task)
     if len(groups) > MOST_SERIES:
         shown = list(last.items())[:MOST_SERIES]
-        series = [Series(name=label, values=found, errors={}) for label, found in shown]
+        series = [
+            Series(name=label, values=losses_by_task, errors={}) for label, losses_by_task in shown
+        ]
         return series, f" (the first {MOST_SERIES} runs, all are in the numbers)"
     series = []
     for name, members in groups.items():
-        tasks = list(dict.fromkeys(task for found in members for task in found))
-        values = {task: [found[task] for found in members if task in found] for task in tasks}
+        tasks = list(dict.fromkeys(task for losses_by_task in members for task in losses_by_task))
+        values = {
+            task: [losses_by_task[task] for losses_by_task in members if task in losses_by_task]
+            for task in tasks
+        }
         means = {task: statistics.fmean(losses) for task, losses in values.items()}
         spread = {
             task: statistics.stdev(losses) for task, losses in values.items() if len(losses) > 1

@@ -1,8 +1,7 @@
-"""The runs in figures: what each is, how far it is, and its headline numbers."""
+"""The summary section: kind, state and headline figures of every run."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from mhr_scale.adapters.artefact import CARD
 from mhr_scale.errors import RunError
@@ -13,7 +12,7 @@ from mhr_scale.run.files import read_object
 
 
 def overview(runs: Sequence[Run]) -> Section:
-    """A table with one row for each run, the headline numbers of a single one, what is missing."""
+    """A table of all runs, key figures of training runs, and a warning for unfinished ones."""
     rows: list[list[Cell]] = [
         [run.label, run.kind, run.state, headline(run), run.n_rejects] for run in runs
     ]
@@ -47,7 +46,7 @@ def overview(runs: Sequence[Run]) -> Section:
 
 
 def headline(run: Run) -> str:
-    """The one number of a run."""
+    """The main result of a run, in words."""
     if run.kind == "evaluation" and run.summary:
         return f"{run.summary['mean_over_tasks']:.2f} points over {len(run.summary['tasks'])} tasks"
     if run.kind == "few-shot":
@@ -69,7 +68,7 @@ def headline(run: Run) -> str:
 
 
 def key_figures(run: Run) -> dict[str, Cell]:
-    """Figures of a training run by their names; nothing for other kinds."""
+    """Named figures of a training run; empty for other kinds."""
     if run.kind not in ("pre-training", "average", "fine-tuning"):
         return {}
     figures: dict[str, Cell] = {}
@@ -78,7 +77,8 @@ def key_figures(run: Run) -> dict[str, Cell]:
     n_trained = run.result.get("trained_numbers", trained_numbers(run))
     if n_trained is not None:
         figures["trained parameters"] = n_trained
-    by_task = [line["validation_loss_by_task"] for line in run.lines if _has_tasks(line)]
+    losses_by_task = [line.get("validation_loss_by_task") for line in run.lines]
+    by_task = [losses for losses in losses_by_task if isinstance(losses, dict)]
     if by_task:
         figures["tasks"] = len(by_task[-1])
     figures["steps"] = run.lines[-1]["step"] if run.lines else 0
@@ -98,14 +98,10 @@ def key_figures(run: Run) -> dict[str, Cell]:
     return figures
 
 
-def _has_tasks(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("validation_loss_by_task"), dict)
-
-
 def trained_numbers(run: Run) -> int | None:
-    """Numbers that a training run trains, from its adapter's card; None where there is none yet.
+    """Trained parameters of a run, from its adapter's card; None if there is no card yet.
 
-    An averaged run's adapter is its result and says nothing of an inventory that was trained.
+    The adapter of an averaged run is the mean, not the inventory that was trained.
     """
     file = run.folder / "adapter" / CARD
     if run.average.get("trainable", "mean") != "mean" or not file.is_file():

@@ -1,4 +1,4 @@
-"""What a report is made of, and its HTML: sections of prose, tables and pictures."""
+"""The parts of a report (prose, tables, pictures in sections), and its HTML."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from markupsafe import Markup
 from mhr_scale.report.drawing import with_prefix
 
 Cell: TypeAlias = str | int | float | bool | None
-#: Cells of a table as rows of HTML; what is larger stands as tab-separated text.
+#: Cells of the largest table in HTML; larger ones become tab-separated text.
 LARGEST_TABLE = 6000
-#: Rows of a table of runs that stands open; a longer one is folded.
+#: Rows of the longest table of runs that is shown open; longer ones are folded.
 LONGEST = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows under columns; a column may say how many decimals its numbers have."""
+    """Rows under columns; `decimals` is for all numbers that are not integers."""
 
     caption: str
     columns: Sequence[str]
@@ -32,7 +32,7 @@ class Table:
 
     @property
     def is_large(self) -> bool:
-        """Whether the rows stand as text, which a browser opens faster."""
+        """Whether the rows are shown as text, which a browser opens faster."""
         return len(self.rows) * len(self.columns) > LARGEST_TABLE
 
     @property
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """A drawing, what it shows in words, and its numbers."""
+    """A drawing with its caption and its numbers."""
 
     caption: str
     svg: str
@@ -52,7 +52,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
     def inline(self, number: int) -> Markup:
-        """The drawing for a page where it is number so-and-so; our own markup, names escaped."""
+        """The SVG of picture `number` of a page; its names are escaped already."""
         return Markup(with_prefix(self.svg, f"p{number}"))
 
 
@@ -75,7 +75,7 @@ class Heading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """Text as it lies in a file, folded."""
+    """The text of a file, folded."""
 
     title: str
     text: str
@@ -87,7 +87,7 @@ Block: TypeAlias = Table | Picture | Prose | Heading | Listing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A part of the report with a place in its table of contents."""
+    """A section of the report with an entry in the table of contents."""
 
     id: str
     title: str
@@ -104,7 +104,7 @@ class Page:
 
 
 def show(cell: Cell, decimals: int | None = None) -> str:
-    """A value as a reader wants it: thousands apart, few digits, no number left unsaid."""
+    """A value for readers: thousands separated, few digits, a dash for None."""
     if cell is None:
         return "\u2013"
     if isinstance(cell, str | bool):
@@ -121,7 +121,7 @@ def show(cell: Cell, decimals: int | None = None) -> str:
 
 
 def is_number(cell: Any) -> bool:
-    """Whether a cell is set flush right."""
+    """Whether a cell is right-aligned."""
     return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
 
 

@@ -1,4 +1,4 @@
-"""The kinds of pictures: curves, bars and dots by task, trade-offs, heat maps."""
+"""The kinds of pictures: curves, bars and dots by name, trade-offs, heat maps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ from mhr_scale.report.drawing import (
     to_svg,
 )
 
-#: Rows of a picture that get a name; of more, the table below has the names.
+#: Rows of a picture up to which they get names; the table below always has them.
 MOST_NAMES = 60
-#: Rows of a square heat map that get a name.
+#: Rows of a square heat map up to which they get names.
 MOST_CELL_NAMES = 34
-#: Spots in one picture that stand beside their names; of more, numbers and a key.
+#: Spots up to which they are labelled with names; more get numbers and a key.
 MOST_SPOT_NAMES = 12
-#: Bars in one picture; of more, dots.
+#: Bars in one picture at most; beyond, dots.
 MOST_BARS = 60
 #: A picture's height in inches, at most.
 TALLEST = 11.0
@@ -41,7 +41,7 @@ TALLEST = 11.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One line of a picture: points, maybe a band around them, the look it shares with others."""
+    """One line of a picture: points, an optional band or error bars, and the number of its look."""
 
     name: str
     x: Sequence[float]
@@ -53,54 +53,56 @@ class Curve:
     errors: Sequence[float] = ()
 
 
-def curves(found: Sequence[Curve], *, title: str, x: str, y: str, height: float = 2.9) -> str:
-    """Lines over steps; logarithmic where they span more than a factor of thirty."""
+def curves(lines: Sequence[Curve], *, title: str, x: str, y: str, height: float = 2.9) -> str:
+    """Lines over steps; on a log scale if they span more than a factor of thirty."""
     with style():
-        figure = Figure(figsize=(WIDTH, height + legend_height(found)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height + legend_height(lines)), layout="constrained")
         axes = figure.subplots()
-        draw_curves(axes, found, x=x, y=y)
+        draw_curves(axes, lines, x=x, y=y)
         legend_below(figure, axes)
         return to_svg(figure, title=title)
 
 
-def panels(found: Mapping[str, Sequence[Curve]], *, title: str, x: str) -> str:
-    """Small pictures side by side, one for each quantity, with the same lines."""
+def panels(lines_by_label: Mapping[str, Sequence[Curve]], *, title: str, x: str) -> str:
+    """Small pictures side by side, one for each quantity, with one legend."""
     with style():
-        n_rows = math.ceil(len(found) / 2)
-        names = max(found.values(), key=len)
+        n_rows = math.ceil(len(lines_by_label) / 2)
+        names = max(lines_by_label.values(), key=len)
         figure = Figure(figsize=(WIDTH, 1.9 * n_rows + legend_height(names)), layout="constrained")
-        grid = figure.subplots(n_rows, min(2, len(found)), squeeze=False).flat
-        for axes, (y, lines) in zip(grid, found.items(), strict=False):
+        grid = figure.subplots(n_rows, min(2, len(lines_by_label)), squeeze=False).flat
+        for axes, (y, lines) in zip(grid, lines_by_label.items(), strict=False):
             draw_curves(axes, lines, x=x, y="")
             axes.set_title(y)
             if axes.get_yscale() == "linear" and min(min(line.y) for line in lines) >= 0:
                 axes.set_ylim(bottom=0)
                 if axes.get_ylim()[1] >= 1e4:
                     axes.yaxis.set_major_formatter(FuncFormatter(count))
-        for axes in list(grid)[len(found) :]:
+        for axes in list(grid)[len(lines_by_label) :]:
             axes.set_axis_off()
-        legend_below(figure, next(a for a, v in zip(figure.axes, found.values()) if v is names))
+        legend_below(
+            figure, next(a for a, v in zip(figure.axes, lines_by_label.values()) if v is names)
+        )
         return to_svg(figure, title=title)
 
 
-def legend_height(found: Sequence[Curve]) -> float:
-    """Inches that the names of the lines take."""
-    names = {curve.name for curve in found if curve.name}
+def legend_height(lines: Sequence[Curve]) -> float:
+    """Height of the legend in inches."""
+    names = {curve.name for curve in lines if curve.name}
     return 0.2 * math.ceil(len(names) / legend_columns(names))
 
 
-def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str) -> None:
-    """Draw lines over steps, each name once."""
-    told: set[str] = set()
-    for curve in found:
+def draw_curves(axes: Axes, lines: Sequence[Curve], *, x: str, y: str) -> None:
+    """Draw lines over steps; lines of one name share one entry of the legend."""
+    named: set[str] = set()
+    for curve in lines:
         look: dict[str, Any] = {"color": colour(curve.look), "linestyle": dash(curve.look)}
         if curve.is_marked:
             is_crowded = len(curve.x) > 25
             look |= {"marker": "o", "markersize": 2.2 if is_crowded else 3.6}
         else:
             look |= {"linewidth": 1.1}
-        name = "" if curve.name in told else curve.name
-        told.add(curve.name)
+        name = "" if curve.name in named else curve.name
+        named.add(curve.name)
         axes.plot(curve.x, curve.y, label=name or "_nolegend_", **look)
         if curve.errors:
             axes.errorbar(
@@ -116,7 +118,7 @@ def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str) -> None:
             axes.fill_between(
                 curve.x, curve.low, curve.high, color=colour(curve.look), alpha=0.15, linewidth=0
             )
-    values = [v for curve in found for v in curve.y if math.isfinite(v)]
+    values = [v for curve in lines for v in curve.y if math.isfinite(v)]
     if values and min(values) > 0 and max(values) > 30 * min(values):
         log_scale(axes, "y")
     axes.set(xlabel=x, ylabel=y)
@@ -126,7 +128,7 @@ def draw_curves(axes: Axes, found: Sequence[Curve], *, x: str, y: str) -> None:
 
 
 def log_scale(axes: Axes, which: str) -> None:
-    """A logarithmic axis whose marks read like numbers."""
+    """A logarithmic axis with plain numbers as tick labels."""
     axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
@@ -139,29 +141,29 @@ def log_scale(axes: Axes, which: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """Values of one method by name, with their spread where there is one."""
+    """Values of one method by name, with error bars where there are any."""
 
     name: str
     values: Mapping[str, float]
     errors: Mapping[str, float]
 
 
-def by_name(found: Sequence[Series], names: Sequence[str], *, title: str, x: str) -> str:
-    """Bars, or dots where bars would be too many, one row for every name, the first at the top."""
+def by_name(series: Sequence[Series], names: Sequence[str], *, title: str, x: str) -> str:
+    """Bars (or dots, if bars are too many), one row for every name, the first at the top."""
     has_names = len(names) <= MOST_NAMES
-    is_bars = len(names) * len(found) <= MOST_BARS
-    per_row = 0.12 * len(found) + 0.09 if is_bars else max(0.2, 0.05 * len(found) + 0.08)
+    is_bars = len(names) * len(series) <= MOST_BARS
+    per_row = 0.12 * len(series) + 0.09 if is_bars else max(0.2, 0.05 * len(series) + 0.08)
     height = min(TALLEST, max(0.9, per_row * len(names)) if has_names else 5.0) + 0.7
     with style():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         rows = np.arange(len(names), dtype=float)
-        thickness = 0.8 / len(found)
-        for number, one in enumerate(found):
-            values = np.array([one.values.get(name, math.nan) for name in names])
-            spread = np.array([one.errors.get(name, 0.0) for name in names])
-            shift = (number - (len(found) - 1) / 2) * thickness
-            look: dict[str, Any] = {"color": colour(number), "label": short(one.name)}
+        thickness = 0.8 / len(series)
+        for number, method in enumerate(series):
+            values = np.array([method.values.get(name, math.nan) for name in names])
+            spread = np.array([method.errors.get(name, 0.0) for name in names])
+            shift = (number - (len(series) - 1) / 2) * thickness
+            look: dict[str, Any] = {"color": colour(number), "label": short(method.name)}
             if is_bars:
                 axes.barh(rows + shift, np.nan_to_num(values), thickness * 0.88, **look)
                 centre, spread_colour = rows + shift, INK
@@ -182,7 +184,7 @@ def by_name(found: Sequence[Series], names: Sequence[str], *, title: str, x: str
             axes.set_ylabel(f"{len(names)} tasks, in the order of the table")
         axes.grid(visible=not is_bars and has_names, axis="y")
         axes.set_xlabel(x)
-        if len(found) > 1:
+        if len(series) > 1:
             legend_below(figure, axes)
         return to_svg(figure, title=title)
 
@@ -198,13 +200,14 @@ class Spot:
 
 
 def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
-    """Score against cost, with the line of those that no other one beats in both.
+    """Score against cost, with the Pareto front.
 
-    Many spots have numbers, the cheapest first, and their names below.
+    Many spots get numbers, the cheapest first, and a key below.
     """
     is_numbered = len(spots) > MOST_SPOT_NAMES
     spots = sorted(spots, key=lambda spot: (spot.cost, spot.score)) if is_numbered else spots
-    columns = key_columns([spot.name for spot in spots])
+    longest = max((len(spot.name) for spot in spots), default=0)
+    columns = 2 if longest > 20 else 3  # of the key
     lines = math.ceil(len(spots) / columns) if is_numbered else 0
     with style():
         figure = Figure(figsize=(WIDTH, 3.3 + 0.19 * lines), layout="constrained")
@@ -238,13 +241,8 @@ def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
         return to_svg(figure, title=title)
 
 
-def key_columns(names: Sequence[str]) -> int:
-    """Columns of a key that leave room for its longest name."""
-    return 2 if max(map(len, names), default=0) > 20 else 3
-
-
 def key_below(figure: Figure, names: Sequence[str], columns: int) -> None:
-    """What the numbers of spots stand for, from 1 on."""
+    """A key of the numbered spots, from 1 on."""
     labels = [f"{number}  {short(name)}" for number, name in enumerate(names, 1)]
     handles = [Line2D([], [], linestyle="none") for _ in labels]
     figure.legend(
@@ -259,7 +257,7 @@ def key_below(figure: Figure, names: Sequence[str], columns: int) -> None:
 
 
 def pareto(spots: Sequence[Spot]) -> list[Spot]:
-    """The spots that no other one beats, cheapest first."""
+    """The Pareto front: spots that no other one beats in cost and score, cheapest first."""
     front: list[Spot] = []
     for spot in sorted(spots, key=lambda spot: (spot.cost, -spot.score)):
         if not front or spot.score > front[-1].score:
@@ -268,7 +266,7 @@ def pareto(spots: Sequence[Spot]) -> list[Spot]:
 
 
 def place_names(axes: Axes, spots: Sequence[Spot], names: Sequence[str]) -> None:
-    """A name right of every spot, moved up where another one stands there."""
+    """A name to the right of every spot, moved up where it would overlap another."""
     taken: list[tuple[float, float, float]] = []
     for spot, name in sorted(zip(spots, names, strict=True), key=lambda pair: pair[0].score):
         px, py = axes.transData.transform((spot.cost, spot.score))
@@ -289,7 +287,7 @@ def place_names(axes: Axes, spots: Sequence[Spot], names: Sequence[str]) -> None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """How the numbers of a heat map become colours."""
+    """How the values of a heat map become colours."""
 
     label: str
     low: float
@@ -307,7 +305,7 @@ def heat_map(
     x: str,
     y: str,
 ) -> str:
-    """A matrix as colours; names stand beside it as far as they can be read."""
+    """A matrix as colours, with names beside it where there is room for them."""
     values = np.array(matrix, dtype=float)
     is_square = rows == columns
     has_names = is_square and len(rows) <= MOST_CELL_NAMES and max(map(len, rows)) > 3
@@ -326,7 +324,7 @@ def heat_map(
             aspect="equal" if is_square else "auto",
             interpolation="none",
         )
-        if has_names:  # once, and numbers lead to them
+        if has_names:  # names on one axis only, numbers on the other
             rows = [f"{short(name, longest=24)}  {n}" for n, name in enumerate(rows, 1)]
             columns = [str(n) for n in range(1, len(rows) + 1)]
         name_axis(axes, "y", rows, label=y, most=MOST_CELL_NAMES if is_square else MOST_NAMES)
@@ -341,7 +339,7 @@ def heat_map(
 
 
 def name_axis(axes: Axes, which: str, names: Sequence[str], *, label: str, most: int) -> None:
-    """Names along an axis, or how many there are."""
+    """Names along an axis; numbers if there are more than `most`."""
     axis = getattr(axes, f"{which}axis")
     axis.set_label_text(label)
     if len(names) <= most:

@@ -1,4 +1,4 @@
-"""Run folders of any kind, recognised by what lies in them and read as far as they are."""
+"""Run folders of any kind, recognised by their files; unfinished runs are read as they are."""
 
 import statistics
 from collections import defaultdict
@@ -21,9 +21,9 @@ from mhr_scale.training import checkpoint
 Kind = Literal[
     "pre-training", "average", "evaluation", "few-shot", "fine-tuning", "analysis", "job"
 ]
-#: What can be done about a file that cannot be read.
+#: Advice for a file that cannot be read.
 MOVE = "move it away"
-#: What a folder is looked through for.
+#: Files by which a run folder is recognised.
 TRACES = (
     "config.yaml",
     "average.yaml",
@@ -36,7 +36,7 @@ TRACES = (
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """A run folder, read; what it has not is empty."""
+    """The content of a run folder; fields of missing files are empty."""
 
     folder: Path
     kind: Kind
@@ -45,7 +45,7 @@ class Run:
     state: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] = field(default_factory=dict)
-    """The recipe of `average`, beside that of the training it went on with."""
+    """The recipe of `average`; `config` is that of its extra steps."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     n_torn: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
@@ -59,16 +59,16 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method that a training run trains, as tables call it."""
+        """The method of a training run, by its name in tables."""
         if self.kind == "average":
             return "average"
         return method_of(self.config)
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
-    """Read run folders; labels are as short as tells them apart.
+    """Read run folders; labels are the shortest that are unique.
 
-    Raises `RunError` for a folder that is none, or that holds what cannot be read.
+    Raises `RunError` for a folder that is no run, or that holds unreadable files.
     """
     paths = list(dict.fromkeys(Path(folder) for folder in folders))
     runs = [open_run(path) for path in paths]
@@ -78,17 +78,17 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, so many that no two are alike."""
+    """The last parts of the paths, as many as make them unique."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts), default=1) + 1):
-        made = ["/".join(part[-depth:]) for part in parts]
-        if len(set(made)) == len(made):
-            return made
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
     return [str(path) for path in paths]
 
 
 def open_run(folder: Path) -> Run:
-    """Read one run folder; raises `RunError` if it is none."""
+    """Read one run folder; raises `RunError` if it is no run."""
     check_run(folder)
     config = read_tree(folder / "config.yaml")
     run = Run(folder=folder, kind=recognise(folder, config), config=config)
@@ -110,7 +110,7 @@ def open_run(folder: Path) -> Run:
 
 
 def check_run(folder: Path) -> None:
-    """Raise `RunError` for what is no run folder; names the runs below it."""
+    """Raise `RunError` for a folder that is no run; the message names runs below it."""
     if not folder.is_dir():
         raise RunError(f"'{folder}': no such folder; name the folder of a run")
     if is_run(folder):
@@ -123,17 +123,17 @@ def check_run(folder: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder has what a run leaves."""
+    """Whether a folder has files of a run."""
     return holds_jobs(folder) or any((folder / name).is_file() for name in TRACES)
 
 
 def holds_jobs(folder: Path) -> bool:
-    """Whether a finished few-shot job lies below the folder."""
+    """Whether there is a finished few-shot job below the folder."""
     return any(folder.glob(f"jobs/*/*/*/{RESULT}"))
 
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> Kind:
-    """The kind of a run, by its files and by the parts of its recipe."""
+    """The kind of a run, by its files and the parts of its recipe."""
     if (folder / ANALYSIS).is_file() or "alignment" in config:
         return "analysis"
     if (folder / "average.yaml").is_file():
@@ -155,7 +155,7 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Kind:
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """The method of a training recipe, as tables call it."""
+    """The method of a training recipe, by its name in tables."""
     try:
         settings = typed.build(AdapterConfig, config.get("adapter"), name="adapter")
     except (TypeError, ConfigError):
@@ -164,9 +164,9 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a recipe; empty where it is missing or none."""
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
+    """A part of a recipe; empty if it is missing or not a mapping."""
+    values = config.get(name)
+    return values if isinstance(values, dict) else {}
 
 
 def extra_steps(average: Mapping[str, Any]) -> list[int]:
@@ -181,7 +181,7 @@ def extra_steps(average: Mapping[str, Any]) -> list[int]:
 
 
 def read_tree(file: Path) -> dict[str, Any]:
-    """A recipe as plain values, also one of another version; empty where there is none."""
+    """A recipe as plain values, whatever its version; empty if there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -195,15 +195,15 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
     """The entries of a provenance file, one per start."""
     if not file.is_file():
         return []
-    found = read_json(file, RunError, way_out=MOVE)
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
+    starts = read_json(file, RunError, way_out=MOVE)
+    starts = [starts] if isinstance(starts, dict) else starts
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
         raise RunError(f"{file}: not a list of starts; move it away")
-    return found
+    return starts
 
 
 def read_lines(run: Run) -> None:
-    """The lines of `metrics.jsonl`; torn ones are counted."""
+    """Read the lines of `metrics.jsonl`, and count incomplete ones."""
     path = run.folder / "metrics.jsonl"
     if path.is_file():
         for _, _, values in metric_lines(path):
@@ -214,7 +214,7 @@ def read_lines(run: Run) -> None:
 
 
 def count_lines(file: Path) -> int | None:
-    """The lines of a file; None where there is none."""
+    """The number of lines of a file; None if there is no file."""
     if not file.is_file():
         return None
     with file.open("rb") as stream:
@@ -222,41 +222,41 @@ def count_lines(file: Path) -> int | None:
 
 
 def read_analysis(file: Path) -> dict[str, Any]:
-    """An analysis, or nothing; raises `RunError` for another schema and for parts that are none."""
+    """An analysis, or nothing; raises `RunError` for another schema and for malformed parts."""
     if not file.is_file():
         return {}
-    found = read_object(file, RunError, way_out=MOVE)
-    if found.get("schema") != SCHEMA:
+    analysis = read_object(file, RunError, way_out=MOVE)
+    if analysis.get("schema") != SCHEMA:
         raise RunError(
-            f"{file}: schema {found.get('schema')!r}, this version reads {SCHEMA}; analyse again"
+            f"{file}: schema {analysis.get('schema')!r}, this version reads {SCHEMA}; analyse again"
         )
     for name in ("alignment", "routing", "inventory", "parameters"):
-        values = found.get(name)
+        values = analysis.get(name)
         if values is not None and not isinstance(values, dict):
             raise RunError(f"{file}: {name} is {shortened(str(values))}, no object; analyse again")
-    ways = (found.get("parameters") or {}).get("variants")
-    mean = (found.get("alignment") or {}).get("mean", 0.0)
+    ways = (analysis.get("parameters") or {}).get("variants")
+    mean = (analysis.get("alignment") or {}).get("mean", 0.0)
     if not isinstance(ways, dict | None) or not isinstance(mean, int | float):
         raise RunError(
             f"{file}: parameters.variants or alignment.mean is not what it should be; analyse again"
         )
-    return found
+    return analysis
 
 
 def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard error of each task's mean; examples under several prompts count once each."""
+    """Standard error of each task's mean; an example with several prompts counts once."""
     examples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
         examples[score["task"]][str(score.get("example", score["id"]))].append(score["points"])
-    made = {}
-    for task, found in examples.items():
-        means = [statistics.fmean(points) for points in found.values()]
+    errors = {}
+    for task, by_example in examples.items():
+        means = [statistics.fmean(points) for points in by_example.values()]
         if len(means) > 1:
-            made[task] = statistics.stdev(means) / len(means) ** 0.5
-    return made
+            errors[task] = statistics.stdev(means) / len(means) ** 0.5
+    return errors
 
 
-# -- how far a run is ------------------------------------------------------------------------------
+# -- the state of a run ----------------------------------------------------------------------------
 
 
 def _of_training(run: Run) -> tuple[bool, str]:
@@ -287,7 +287,7 @@ def _of_evaluation(run: Run) -> tuple[bool, str]:
 
 
 def _of_few_shot(run: Run) -> tuple[bool, str]:
-    """Every task that has a folder under every seed and variant of the recipe is expected."""
+    """Expected is every task that has a folder, under every seed and variant of the recipe."""
     begun = {path.parts[-3] for path in run.folder.glob("jobs/*/*/*")}
     seeds = part(run.config, "shots").get("seeds")
     if not isinstance(seeds, list):

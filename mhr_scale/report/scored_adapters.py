@@ -1,4 +1,4 @@
-"""What an evaluation has scored: whose adapter, after how many extra steps, under which seed."""
+"""What an evaluation has scored: which method, after how many extra steps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from typing import Any
 from mhr_scale.errors import RunError
 from mhr_scale.report.runs import Run, extra_steps, method_of, part, read_tree
 
-#: Settings in which the seeds of one method may differ: the seed itself, places, and pace.
+#: Settings in which runs of one method may differ: seeds, paths and the `run` part.
 OF_SEEDS = ("run", "averaged_adapter", "seed", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """Who was scored; subjects of one `key` differ in their seed or their extra steps alone."""
+    """What was scored; subjects of one `key` differ in their seed or extra steps only."""
 
     name: str
     key: str
@@ -24,7 +24,7 @@ class Subject:
 
 
 def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
-    """The subject of an evaluation; what its adapter came from is looked up where it still lies."""
+    """The subject of an evaluation; the source of its adapter is read where it still exists."""
     config = run.config
     questions = {"tasks": seedless(config.get("tasks")), "scoring": config.get("scoring")}
     adapter = config.get("adapter")
@@ -54,7 +54,7 @@ def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
 
 
 def recipe_of(folder: Path, name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """A recipe file of a folder, or of the given run that was written there; empty without."""
+    """A recipe file of a folder, or of a given run that was written there; else empty."""
     places = [folder]
     for run in runs:
         recipe = run.average if name == "average.yaml" else run.config
@@ -62,15 +62,15 @@ def recipe_of(folder: Path, name: str, runs: Sequence[Run]) -> dict[str, Any]:
         places += [run.folder] if written and Path(str(written)) == folder else []
     for place in places:
         try:
-            if found := read_tree(place / name):
-                return found
-        except RunError:  # what was scored is known without the recipe it came from
+            if recipe := read_tree(place / name):
+                return recipe
+        except RunError:  # the report can do without it
             continue
     return {}
 
 
 def seedless(tree: Any) -> Any:
-    """Settings without seeds and places."""
+    """Settings without those that differ between seeds (`OF_SEEDS`)."""
     if not isinstance(tree, Mapping):
         return tree
     return {
@@ -85,7 +85,7 @@ def _key(*parts: Any) -> str:
 
 
 def told_apart(subjects: Sequence[Subject]) -> dict[str, str]:
-    """A name for every key, numbered where different settings have one name."""
+    """A name for every key, numbered if different settings share a name."""
     names: dict[str, str] = {}
     for subject in subjects:
         if subject.key not in names:

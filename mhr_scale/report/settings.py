@@ -1,4 +1,4 @@
-"""Settings of the runs, differences first, and where their numbers come from."""
+"""Sections of settings (differences first) and of provenance."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
 from mhr_scale.report.runs import Run, part
 from mhr_scale.run.run_folder import dotted
 
-#: Runs side by side in one table.
+#: Runs that get a column each; more get a row each.
 MOST_COLUMNS = 12
 
 
 def settings(runs: Sequence[Run]) -> Section | None:
-    """Of several runs of a kind the settings in which they differ; every recipe whole, folded."""
+    """The settings in which runs of one kind differ, and every full recipe, folded."""
     blocks: list[Block] = []
     for kind in dict.fromkeys(run.kind for run in runs):
-        alike = [run for run in runs if run.kind == kind and run.config]
-        if len(alike) > 1:
-            blocks.append(differences(alike))
+        same_kind = [run for run in runs if run.kind == kind and run.config]
+        if len(same_kind) > 1:
+            blocks.append(differences(same_kind))
     for run in runs:
         for name, tree in (("average.yaml", run.average), ("config.yaml", run.config)):
             if tree:
@@ -29,24 +29,26 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """The settings in which runs of one kind differ, one column for each run."""
+    """A table of the settings in which runs of one kind differ."""
     flat = [
         dotted({**{f"average.{key}": value for key, value in run.average.items()}, **run.config})
         for run in runs
     ]
     keys = list(dict.fromkeys(key for values in flat for key in values))
-    odd = [key for key in keys if len({_say(values, key) for values in flat}) > 1]
+    differing = [key for key in keys if len({_say(values, key) for values in flat}) > 1]
     caption = f"Settings in which the {len(runs)} runs of kind {runs[0].kind} differ"
-    note = f"The other {len(keys) - len(odd)} settings are the same."
+    note = f"The other {len(keys) - len(differing)} settings are the same."
     if len(runs) <= MOST_COLUMNS:
-        rows: list[list[Cell]] = [[key, *(_say(values, key) for values in flat)] for key in odd]
+        rows: list[list[Cell]] = [
+            [key, *(_say(values, key) for values in flat)] for key in differing
+        ]
         columns = ["setting", *(run.label for run in runs)]
     else:
         rows = [
-            [run.label, *(_say(values, key) for key in odd)]
+            [run.label, *(_say(values, key) for key in differing)]
             for run, values in zip(runs, flat, strict=True)
         ]
-        columns = ["run", *odd]
+        columns = ["run", *differing]
     return Table(caption=caption, columns=columns, rows=rows, note=note)
 
 
@@ -91,10 +93,10 @@ def provenance(runs: Sequence[Run]) -> Section | None:
     return Section(id="provenance", title="Provenance", blocks=blocks)
 
 
-def versions_of(found: Mapping[str, Mapping[str, str]]) -> list[Block]:
-    """Versions once where all starts have the same, else a column for each set of them."""
+def versions_of(versions_by_start: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    """Package versions, with one column for each distinct set of them."""
     sets: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for label, versions in found.items():
+    for label, versions in versions_by_start.items():
         sets.setdefault(tuple(versions.items()), []).append(label)
     names = list(dict.fromkeys(name for versions in sets for name, _ in versions))
     heads = ["version"] if len(sets) == 1 else [_who(labels) for labels in sets.values()]

@@ -1,26 +1,26 @@
-"""Long curves made short: as many points as a picture can show, and what was done to them."""
+"""Thinning of long curves to as many points as a picture can show."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Points of a curve; of a longer one, neighbours are drawn as one.
+#: Points of a curve at most; neighbours of longer ones are merged.
 MOST_POINTS = 250
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thinned:
-    """A quantity over steps: points, and the range that each of them stands for."""
+    """A quantity over steps: points, and the range of the values behind each."""
 
     steps: list[int]
     values: list[float]
     low: list[float]
     high: list[float]
     per_point: int
-    """Logged values that became one point; 1: nothing was done."""
+    """Logged values per point; 1: not thinned."""
     odd: list[tuple[int, float]]
-    """Steps whose value is no finite number, which no picture shows."""
+    """Steps whose value is not finite, which no picture shows."""
 
 
 def values_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -33,11 +33,11 @@ def values_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, 
 
 
 def thin(points: Sequence[tuple[int, float]], *, most: int = MOST_POINTS) -> Thinned:
-    """The means of neighbouring values, at their last step, where there are more than `most`."""
+    """The means of neighbouring values, at their last step, if there are more than `most`."""
     odd = [(step, value) for step, value in points if not math.isfinite(value)]
-    whole = [(step, value) for step, value in points if math.isfinite(value)]
-    size = max(1, math.ceil(len(whole) / most))
-    groups = [whole[start : start + size] for start in range(0, len(whole), size)]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    size = max(1, math.ceil(len(finite) / most))
+    groups = [finite[start : start + size] for start in range(0, len(finite), size)]
     columns = [[value for _, value in group] for group in groups]
     return Thinned(
         steps=[group[-1][0] for group in groups],

@@ -1,4 +1,4 @@
-"""From texts to token ids to batches: tokenised once, cut, dealt to ranks.
+"""From texts to token ids to batches: tokenised once, batched, distributed to ranks.
 
 Other rooms import: batching, encode, tokens.
 """

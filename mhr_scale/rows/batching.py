@@ -1,9 +1,8 @@
-"""From encoded rows to batches: cut into few different lengths, dealt to ranks in turn.
+"""From encoded rows to batches of similar lengths, distributed round-robin over ranks.
 
-A global batch is the same rows whatever the number of ranks. Inside it, rows are sorted by length
-and cut into micro batches, which are dealt to ranks in turn: micro batch c goes to rank c mod W.
-So every rank pads little, all ranks are equally busy in each micro-step, and two ranks run the very
-micro batches that one rank runs alone.
+A global batch has the same rows whatever the number of ranks. Its rows are sorted by length and cut
+into micro batches; micro batch c goes to rank c mod W. So there is little padding, all ranks are
+equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ Batch = list[EncodedRow]
 def draw_rows(
     samples: Sequence[Sample], rows: TaskRows, *, references: str, seed: int
 ) -> list[EncodedRow]:
-    """The rows of some samples; of several references the first, or one drawn by the number."""
+    """The rows of some samples; of several references the first, or one drawn by sample number."""
     drawn = []
     for sample in samples:
         row, which = rows[sample.task][sample.row], 0
@@ -50,7 +49,7 @@ def number_rows(rows: TaskRows) -> list[EncodedRow]:
 def cut_batches(
     rows: Sequence[EncodedRow], *, max_rows: int | None = None, max_tokens: int | None = None
 ) -> list[Batch]:
-    """Cut rows into batches of similar lengths, longest first; a task's rows side by side.
+    """Cut rows into batches of similar lengths, longest first; inside a batch sorted by task.
 
     A batch holds at most `max_rows` rows, and at most `max_tokens` padded tokens, inputs and
     answers together; a row that is longer than that makes a batch of its own.
@@ -79,15 +78,15 @@ def cut_batches(
 def deal(
     batches: Sequence[Batch], rank: int, world_size: int, *, is_sharded: bool
 ) -> list[tuple[Batch | None, bool]]:
-    """A rank's batches, as many rounds on every rank, and whether each of them counts.
+    """A rank's batches, the same number of rounds on every rank, and whether each counts.
 
-    Batch c goes to rank c mod W. A rank that has none left sits the last round out, or under ZeRO-3
-    runs the shortest batch for company.
+    Batch c goes to rank c mod W. A rank without a batch in the last round is idle, or under ZeRO-3
+    runs the shortest batch as a dummy pass.
     """
     rounds: list[tuple[Batch | None, bool]] = [(b, True) for b in batches[rank::world_size]]
     n_rounds = -(-len(batches) // world_size)
-    idle = batches[-1] if batches and is_sharded else None
-    return rounds + [(idle, False)] * (n_rounds - len(rounds))
+    dummy = batches[-1] if batches and is_sharded else None
+    return rounds + [(dummy, False)] * (n_rounds - len(rounds))
 
 
 @dataclass(frozen=True, kw_only=True)

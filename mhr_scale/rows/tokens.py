@@ -1,12 +1,12 @@
-"""Tokenise once: texts of tasks to token ids, in memory or in memory-mapped Arrow files.
+"""Tokenising tasks once: to token ids in memory, or in memory-mapped Arrow files.
 
     <cache>/<hash>/   manifest.json  rejects.jsonl  00000.train.arrow  00000.validation.arrow  ...
 
-The hash is that of everything the ids depend on: task settings, source files, reader code,
-tokenizer, how the family closes and cuts, lengths. A folder is filled under another name, task by
-task, and renamed when it is complete; an interrupted build goes on with the tasks that are missing.
-One process of a machine builds, the others wait for its lock, so ranks need no collective and a
-killed build blocks nobody.
+The hash covers everything the ids depend on: task settings, source files, reader code, tokenizer,
+how the family closes and cuts texts, lengths. A folder is filled under another name, task by task,
+and renamed when complete; an interrupted build resumes with the missing tasks. One process of a
+machine builds while the others wait for its lock, so ranks need no collective, and a killed build
+blocks no other process.
 """
 
 import fcntl
@@ -77,7 +77,7 @@ class TaskTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskCard:
-    """What a run has to know of a task besides its token ids."""
+    """What a run needs to know of a task besides its token ids."""
 
     name: str
     cap: int | None
@@ -115,21 +115,21 @@ def open_tokens(
     cache: str | None = None,
     on_bad: str | None = None,
 ) -> TokenSet:
-    """The tokenised suite: from the cache if it is there, else read, tokenised and kept there.
+    """The tokenised suite: from the cache if it is there, else read, tokenised and cached.
 
     Without `cache` it is kept in memory. `on_bad` overrides the policy for unusable rows. Raises
-    `DataError` for sources that cannot be used and for a cache that is not what it says.
+    `DataError` for sources that cannot be used and for a damaged cache.
     """
     manifest = describe(suite, tokenizer, batch, family)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if cache is None:
         reading = open_suite(suite, on_bad=on_bad)
-        made = [_tokenise(task, tokenizer, batch, family) for task in reading.tasks]
+        tokenised = [_tokenise(task, tokenizer, batch, family) for task in reading.tasks]
         reading.intake.check()
         return TokenSet(
-            cards=[card for card, _ in made],
-            train=[TaskTokens(folds["train"]) for _, folds in made],
-            validation=[TaskTokens(folds["validation"]) for _, folds in made],
+            cards=[card for card, _ in tokenised],
+            train=[TaskTokens(folds["train"]) for _, folds in tokenised],
+            validation=[TaskTokens(folds["validation"]) for _, folds in tokenised],
             rejects=reading.intake.rows(),
             fingerprint=key,
         )
@@ -165,7 +165,7 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    """A small file by its content, a large one by its size and time."""
+    """A small file by its hash, a large one by its size and modification time."""
     facts = path.stat()
     if facts.st_size > HASHED_WHOLE:
         return [str(path), facts.st_size, facts.st_mtime_ns]
@@ -205,7 +205,7 @@ def _tokenise(
 
 
 def _id_type(tokenizer: Any) -> pa.DataType:
-    """What a token id is stored as."""
+    """The Arrow type of stored token ids."""
     return pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
 
 
@@ -235,7 +235,7 @@ def _build(
     manifest: dict[str, Any],
     on_bad: str | None,
 ) -> None:
-    """Fill `folder` under another name and rename it; goes on with what is there already."""
+    """Fill `folder` under another name and rename it; resumes an interrupted build."""
     partial = folder.with_name(f".{folder.name}.{platform.node()}.tmp")
     partial.mkdir(exist_ok=True)
     log.info("tokenising into %s", folder)
@@ -258,7 +258,7 @@ def _build(
     try:
         os.rename(partial, folder)
     except OSError:
-        shutil.rmtree(partial)  # another machine was faster
+        shutil.rmtree(partial)  # another machine has finished first
 
 
 def _write(path: Path, batches: Sequence[pa.RecordBatch], tokenizer: Any) -> None:
@@ -272,7 +272,7 @@ def _write(path: Path, batches: Sequence[pa.RecordBatch], tokenizer: Any) -> Non
         os.fsync(file.fileno())
 
 
-#: What reading a damaged cache raises.
+#: Errors of reading a damaged cache.
 UNREADABLE = (
     OSError,
     KeyError,
@@ -285,7 +285,7 @@ UNREADABLE = (
 
 
 def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
-    """Map a complete cache folder; raises `DataError` if it is not what its name says."""
+    """Map a complete cache folder; raises `DataError` if it is damaged or of another manifest."""
     file = folder / "manifest.json"
     way_out = f"delete {folder} to have it made anew"
     try:
@@ -320,15 +320,15 @@ def _map(path: Path) -> TaskTokens:
     reader = ipc.open_file(pa.memory_map(str(path)))
     batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
     for batch in batches:
-        batch.validate(full=True)  # reads where rows begin, not their tokens
+        batch.validate(full=True)  # checks the offsets of rows, without reading tokens
     return TaskTokens(batches)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that the system lets go when its process ends, however it ends.
+    """Hold a lock that the system releases when the process ends, however it ends.
 
-    The first rank of a machine gets it first, to show its progress; the others wait.
+    Rank 0 gets a head start, because it shows the progress; the others wait.
     """
     if rank() and not path.exists():
         time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""A run's folder: files that appear whole, log and metrics, trackers, signals, failures.
+"""A run's folder: atomic files, log and metrics, trackers, signals, failures.
 
 Other rooms import: failures, files, folders, run_folder, runlog, stopping, tracking, writer.
 """

@@ -1,6 +1,6 @@
-"""What goes wrong outside the program: disks, memory, other ranks; each in one line with a way out.
+"""Failures outside the program (disks, memory, other ranks), each in one line with a way out.
 
-Libraries raise these as errors of many kinds; `explain` knows them by number or by their text.
+Libraries raise these as errors of many types; `explain` recognises them by number or by text.
 """
 
 import errno
@@ -52,7 +52,7 @@ class Explained:
 
 
 def explain(error: BaseException) -> Explained | None:
-    """What to say of an error whose cause is outside the program; None for any other."""
+    """The explanation of an error whose cause is outside the program; None for any other."""
     if not isinstance(error, Exception):
         return None
     text = f"{type(error).__name__}: {error}"
@@ -86,11 +86,11 @@ def explain(error: BaseException) -> Explained | None:
 
 
 def file_error(error: BaseException) -> int | None:
-    """The number of a file system's error, also out of an error of safetensors; else None."""
+    """The errno of a file-system error, also inside an error of safetensors; else None."""
     if isinstance(error, OSError) and error.errno in FILES:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(match[1]) if match else None
     return number if number in FILES else None
 
 

@@ -1,4 +1,4 @@
-"""Files on the disk: JSON in and out, hashes, and being sure that they are there."""
+"""Files: reading and writing JSON, hashes, and atomic writes that are flushed to disk."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ CHUNK = 1 << 24
 
 
 def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) -> str:
-    """sha256 of a file; `advance` hears of every chunk's file and bytes."""
+    """sha256 of a file; `advance` is called with its name and the bytes of every chunk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(CHUNK):
@@ -24,7 +24,7 @@ def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) 
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before anything that follows (fsync)."""
+    """Flush a file, or the entries of a folder, to disk before anything that follows (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,9 +39,9 @@ def read_json(
     way_out: str = "",
     hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """What a JSON file says; raises `error` with file, line and reason if it says nothing.
+    """The value in a JSON file; raises `error` with file, line and reason if it cannot be read.
 
-    `hook` makes an object of its pairs of keys and values; it may raise ValueError.
+    `hook` is json's `object_pairs_hook`; it may raise ValueError.
     """
     tail = f"; {way_out}" if way_out else ""
     try:
@@ -54,7 +54,7 @@ def read_json(
         raise error(f"{file}: cannot be read ({fault.strerror}){tail}") from fault
     except RecursionError as fault:
         raise error(f"{file}: not JSON (nested too deeply){tail}") from fault
-    except ValueError as fault:  # numbers of too many digits among them
+    except ValueError as fault:  # also an integer of too many digits
         raise error(f"{file}: not JSON ({first_line(fault)}){tail}") from fault
 
 
@@ -74,12 +74,12 @@ def read_object(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole: to a partial file, flushed to disk, then moved into place."""
+    """Write JSON atomically: to a partial file, flushed to disk, then moved into place."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -89,12 +89,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Flush a file to disk and make it `path` in one move."""
+    """Flush a file to disk and move it to `path` atomically."""
     flush(partial)
     os.replace(partial, path)
 
 
 def to_json_lines(rows: Iterable[Mapping[str, Any]], *, ensure_ascii: bool = True) -> str:
-    """Rows as JSON lines; without `ensure_ascii` only what is no valid text is escaped."""
+    """Rows as JSON lines; without `ensure_ascii` only invalid text is escaped."""
     lines = "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows)
     return lines.encode("utf-8", errors="backslashreplace").decode("utf-8")

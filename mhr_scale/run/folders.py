@@ -1,8 +1,8 @@
-"""Folders that appear whole or not at all.
+"""Folders that appear complete or not at all.
 
 A sealed folder has `DONE` inside, a JSON list of its files with sizes and sha256: without it the
-folder does not exist, and `check` finds every file that is not what was written. A new folder is
-filled beside its place and moved there.
+folder counts as absent, and `check` finds any file that is not what was written. A new folder is
+filled beside its destination and moved there.
 """
 
 import json
@@ -22,17 +22,17 @@ DONE = "DONE"
 
 @contextmanager
 def sealed(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `folder` at the end of the block, whole or not at all.
+    """An empty folder to fill, which becomes `folder` at the end of the block, in one move.
 
     A block that fails leaves nothing; a process that dies in it leaves a folder `.<name>.tmp`.
     """
     partial = folder.with_name(f".{folder.name}.tmp")
-    before = folder.with_name(f".{folder.name}.old.tmp")
+    replaced = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        files = _files(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
         facts = {
             str(file.relative_to(partial)): {
                 "bytes": file.stat().st_size,
@@ -45,13 +45,13 @@ def sealed(folder: Path) -> Iterator[Path]:
         write_json(partial / DONE, {"files": facts})
         flush(partial)
         if folder.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(folder, before)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
         os.replace(partial, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check(folder: Path) -> None:
@@ -82,34 +82,30 @@ def check(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Put right what processes that died in `sealed` have left in a folder. One process calls it.
+    """Clean up after processes that died in `sealed`. One process calls it.
 
-    Half-filled folders go; a folder that had been moved away to be replaced comes back.
+    Partial folders are removed; a folder that was moved away to be replaced is restored.
     """
-    for left in sorted(parent.glob(".*.old.tmp")):
-        folder = parent / left.name.removeprefix(".").removesuffix(".old.tmp")
+    for replaced in sorted(parent.glob(".*.old.tmp")):
+        folder = parent / replaced.name.removeprefix(".").removesuffix(".old.tmp")
         if not (folder / DONE).exists():
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(left, folder)
-    for left in parent.glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+            os.replace(replaced, folder)
+    for partial in parent.glob(".*.tmp"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def unseal(folder: Path) -> None:
-    """Remove a sealed folder, `DONE` first, so that no half of it is ever taken for a whole."""
+    """Remove a sealed folder, `DONE` first: a partly removed one must not count as complete."""
     (folder / DONE).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # -- new folders ----------------------------------------------------------------------------------
 
 
 def check_target(target: Path) -> None:
-    """Raise `RunError` if the target is not absent or an empty folder that can be replaced."""
+    """Raise `RunError` unless the target is absent, or an empty folder that can be replaced."""
     if target.exists() and not target.is_dir():
         raise RunError(f"folder: {target} is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -128,15 +124,15 @@ def nearest_folder(target: Path) -> Path:
 
 @contextmanager
 def moved_into_place(target: Path) -> Iterator[Path]:
-    """A folder on the target's disk that becomes the target, or nothing if the block fails."""
+    """A folder on the target's disk that becomes the target; removed if the block fails."""
     place = Path(os.path.realpath(target))
     unfinished = nearest_folder(place) / f".{place.name}.unfinished"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         yield unfinished
-        for written in (*unfinished.rglob("*"), unfinished):
-            flush(written)
+        for path in (*unfinished.rglob("*"), unfinished):
+            flush(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(unfinished, place)
         flush(place.parent)

@@ -1,4 +1,4 @@
-"""A run's folder: where it may be, the recipe it keeps, and what may change when it goes on."""
+"""A run's folder: whether it can be written, its stored recipe, and what may change on resuming."""
 
 import os
 from collections.abc import Collection
@@ -15,15 +15,15 @@ from mhr_scale.run.runlog import record_provenance
 T = TypeVar("T")
 
 RECIPE, PROVENANCE, REJECTS = "config.yaml", "provenance.json", "rejects.jsonl"
-#: Settings of two recipes that a message names at most.
+#: How many differing settings a message lists at most.
 SHOWN = 3
 
 
 class RunFolder(Generic[T]):
     """The folder of a run of one verb, whose recipes are of the type `schema`.
 
-    `free` are settings that may differ when the run goes on: where and how fast, not what; a name
-    that ends with a dot stands for all below it.
+    `free` are settings that may differ when the run resumes: where and how fast, not what; a name
+    that ends with a dot covers everything below it.
     """
 
     def __init__(self, path: Path | str, schema: type[T], *, free: Collection[str] = ()) -> None:
@@ -33,7 +33,7 @@ class RunFolder(Generic[T]):
 
     @property
     def recipe_file(self) -> Path:
-        """Where the recipe is kept."""
+        """The file of the stored recipe."""
         return self.path / RECIPE
 
     def check_writable(self) -> None:
@@ -46,7 +46,7 @@ class RunFolder(Generic[T]):
             raise RunError(f"run.folder: {path} is a file; name a folder")
 
     def read_recipe(self) -> T | None:
-        """The recipe that is kept, if one is; raises `RunError` if it cannot be read."""
+        """The stored recipe, if there is one; raises `RunError` if it cannot be read."""
         if not self.recipe_file.exists():
             return None
         try:
@@ -63,21 +63,23 @@ class RunFolder(Generic[T]):
         more: Collection[str] = (),
         way_out: str = "use another run.folder to start anew",
     ) -> None:
-        """Raise `RunError` unless this recipe may go on here.
+        """Raise `RunError` unless a run of this recipe may start or resume here.
 
-        It may where nothing `is_begun`, or all that is not free is as the kept recipe has it.
-        `holds` is what errors call the content, `more` are differences that were found besides.
+        It may if nothing `is_begun`, or if all settings that are not free equal the stored ones.
+        `holds` is what errors call the folder's content; `more` are further differences.
         """
         self.check_writable()
-        kept = self.read_recipe()
-        if kept is None:
+        stored = self.read_recipe()
+        if stored is None:
             if is_begun:
                 raise RunError(
                     f"{self.path}: holds {holds}, but no {RECIPE}; use another run.folder"
                 )
             return
         changed = [
-            difference for name, difference in differences(kept, recipe) if not self._is_free(name)
+            difference
+            for name, difference in differences(stored, recipe)
+            if not self._is_free(name)
         ]
         changed += more
         if changed and is_begun:
@@ -90,16 +92,16 @@ class RunFolder(Generic[T]):
         )
 
     def keep_recipe(self, recipe: T) -> None:
-        """Make the folder and write the recipe; raises `RunError` if that cannot be."""
+        """Make the folder and write the recipe; raises `RunError` if that fails."""
         write_recipe(self.recipe_file, recipe)
 
     def record_start(self, **facts: Any) -> None:
-        """Add this start to the provenance of the run's numbers."""
+        """Append this start to the run's provenance."""
         record_provenance(self.path / PROVENANCE, **facts)
 
 
 def write_recipe(file: Path, recipe: Any) -> None:
-    """Write a recipe, into a new folder if need be; raises `RunError` if that cannot be."""
+    """Write a recipe, making its folder if needed; raises `RunError` if that fails."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, to_yaml(recipe))
@@ -110,7 +112,7 @@ def write_recipe(file: Path, recipe: Any) -> None:
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, str]]:
-    """The settings in which two recipes differ, by their dotted names, and what to say of each."""
+    """The settings in which two recipes differ: dotted names, each with a description."""
     old, new = (dotted(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
     return [
         (key, f"{key} was {as_written(old.get(key))}, is {as_written(new.get(key))}")

@@ -46,7 +46,7 @@ def world_size() -> int:
 
 
 def ranks_here() -> int:
-    """Number of processes of this launch on this machine, as deepspeed or torchrun tells."""
+    """Number of this launch's processes on this machine, as deepspeed or torchrun sets it."""
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         if name in os.environ:
             return int(os.environ[name])
@@ -63,7 +63,7 @@ def start_logging() -> None:
 
 
 def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """The lines of a `metrics.jsonl`: number, text, and what it says (None: a torn line).
+    """The lines of a `metrics.jsonl`: number, text and values (None: a torn line).
 
     Raises `RunError` if the file cannot be read.
     """
@@ -81,15 +81,15 @@ def metric_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]
 
 def read_metric(path: Path, name: str) -> list[Any]:
     """The values of one name in a `metrics.jsonl`, in the order of the steps."""
-    found = (values for _, _, values in metric_lines(path))
-    return [values[name] for values in found if values is not None and name in values]
+    lines = (values for _, _, values in metric_lines(path))
+    return [values[name] for values in lines if values is not None and name in values]
 
 
 class Metrics:
     """`metrics.jsonl`: one JSON object per logged step, in the order of the steps.
 
     A resumed run first drops the lines after the step it resumes from, so that no step is missing
-    and none stands twice. `also` gets every line that is written (a tracker).
+    or repeated. `also` is called with every line that is written (a tracker).
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class Metrics:
             self._also(values)
 
     def flush(self) -> None:
-        """Have the lines on disk, before a save that goes on after them."""
+        """Flush the lines to disk, before a save from which a run may resume."""
         if self.path.exists():
             flush(self.path)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Where a run's numbers come from: command, code, versions, machine, and what is passed in."""
+    """Where a run's numbers come from: command, code, versions, machine, and given facts."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -154,9 +154,9 @@ def record_provenance(path: Path, **facts: Any) -> None:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent
     result = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True,
         text=True,
         check=False,
@@ -170,7 +170,7 @@ def as_time(seconds: float) -> str:
 
 
 class Progress:
-    """A progress bar on rank 0 of a terminal; elsewhere a log line now and then."""
+    """A progress bar on rank 0 of a terminal; elsewhere an occasional log line."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class Progress:
         self._every, self._begun, self._last = every_seconds, time.monotonic(), time.monotonic()
 
     def advance(self, text: str, *, by: int = 1) -> None:
-        """One step further, or `by`; `text` says how it goes (loss, tokens/s)."""
+        """Advance by one step, or `by`; `text` describes the state (loss, tokens/s)."""
         self._done += by
         self._bar.update(by)
         self._bar.set_postfix_str(text, refresh=False)
@@ -212,7 +212,7 @@ class Progress:
         return f"{self._done}/{self._total}"
 
     def skip(self, count: int) -> None:
-        """So many steps less to do."""
+        """Reduce the total by `count` steps."""
         self._total -= count
         self._bar.total = self._total
 
@@ -228,7 +228,7 @@ class ByteProgress(Progress):
         super().__init__(total, start=0, what=what, unit="B", every_seconds=10.0)
 
     def add(self, text: str, n_bytes: int) -> None:
-        """So many bytes further; `text` says where."""
+        """Advance by `n_bytes`; `text` names the tensor or file."""
         self.advance(text, by=n_bytes)
 
     def _is_due(self, now: float) -> bool:

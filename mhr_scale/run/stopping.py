@@ -1,12 +1,12 @@
-"""Being asked to stop: signals, a launcher that is gone, and the deadline after them.
+"""Graceful stopping: signals, a launcher that has died, and the deadline after them.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (what Slurm can send ahead of its time limit) ask a run to save
-and leave. Inside `held` the question waits for the end of the step: loops look at `is_asked` and
-raise `Stopped` when their state is safe. Outside there is nothing to save, and `Stopped` comes out
-of whatever is running. A thread sees to what cannot wait: it listens even while the main thread is
-stuck in a collective, asks when the launcher has vanished (a killed `deepspeed` leaves its ranks
-behind), and ends the process `DEADLINE_SECONDS` after SIGTERM or SIGINT, before launchers send
-SIGKILL.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (which Slurm can send ahead of its time limit) ask a run to
+save and exit. Inside `held` the request is deferred to the end of the step: loops poll `is_asked`
+and raise `Stopped` once their state is saved. Elsewhere there is nothing to save, and the signal
+handler raises `Stopped` at once. A thread handles what cannot wait: it receives signals even while
+the main thread is stuck in a collective, asks when the launcher has died (a killed `deepspeed`
+leaves its ranks behind), and ends the process `DEADLINE_SECONDS` after SIGTERM or SIGINT, before
+launchers send SIGKILL.
 """
 
 import os
@@ -27,16 +27,16 @@ from mhr_scale.errors import ExitCode
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 #: The deepspeed launcher, torchrun and Slurm kill after 30 s.
 DEADLINE_SECONDS = 28.0
-#: A second Ctrl-C this much later is another one.
+#: A SIGINT this long after the first one counts as a second Ctrl-C.
 AGAIN_SECONDS = 0.5
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and did. Like KeyboardInterrupt, no error to be handled."""
+    """The run was asked to stop, and did. Like KeyboardInterrupt, not an error to be handled."""
 
 
 class _Request:
-    """Whether this process was asked to stop, by what, and how many loops want to end first."""
+    """Whether this process was asked to stop, why, and how many `held` blocks defer it."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -59,12 +59,12 @@ def is_asked() -> bool:
 
 
 def reason() -> str:
-    """By what: the name of a signal, or a launcher; empty where another rank was asked."""
+    """Who asked: the name of a signal, or the launcher; empty if only another rank was asked."""
     return _request.reason
 
 
 def forget() -> None:
-    """Take the question back."""
+    """Withdraw the request to stop."""
     _request.asked.clear()
     _request.reason = ""
 
@@ -76,7 +76,7 @@ def stop(what: str) -> Stopped:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside the block a question waits until the block looks at it."""
+    """Inside the block a request to stop is deferred until the block polls it."""
     _request.holders += 1
     try:
         yield
@@ -85,14 +85,14 @@ def held() -> Iterator[None]:
 
 
 def wait_asked(seconds: float) -> bool:
-    """Wait so long to be asked; whether it happened."""
+    """Wait this long to be asked to stop; returns whether it happened."""
     return _request.asked.wait(seconds)
 
 
 def wait_for(work: Any, what: str) -> None:
     """Wait for an asynchronous collective, and no longer than until this process is asked to stop.
 
-    For waits that may take hours, with nothing to save on this rank; `what` is said of it.
+    For waits that may take hours, with nothing to save on this rank; `what` goes into `Stopped`.
     """
     while not work.is_completed():
         if is_asked():
@@ -103,7 +103,9 @@ def wait_for(work: Any, what: str) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take signals as questions inside the block, and watch the launcher. Main thread only."""
+    """Take signals as requests to stop inside the block, and watch the launcher.
+
+    Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,21 +127,21 @@ def listening() -> Iterator[None]:
 
 
 def ignore_signals(*_: object) -> None:
-    """Leave signals to the parent: for helper processes, which end with it."""
+    """Leave signals to the parent process: for worker processes, which end with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
 
 
 def _on_signal(number: int, frame: object) -> None:
-    """Runs in the main thread, as soon as that runs Python again."""
+    """The signal handler: runs in the main thread, as soon as that executes Python again."""
     ask(signal.Signals(number).name)
     if not _request.holders:
         raise stop("nothing was to be saved")
 
 
 class _Watcher(threading.Thread):
-    """Listens to signals beside the main thread, and looks after launchers and the deadline."""
+    """Receives signals beside the main thread, and watches launchers and the deadline."""
 
     def __init__(self, reader: socket.socket) -> None:
         super().__init__(name="mhr_scale-stopping", daemon=True)
@@ -180,7 +182,7 @@ class _Watcher(threading.Thread):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _leave(self, why: str) -> None:
-        """End the process at once; saves are whole or not there, so the last one stays good."""
+        """End the process at once; saves are atomic, so the last one stays valid."""
         with suppress(OSError, ValueError):
             sys.stderr.write(
                 f"stopped by {reason()}, {why}: left without saving; the same command goes on from "
@@ -191,20 +193,20 @@ class _Watcher(threading.Thread):
 
 
 def find_launchers() -> list[psutil.Process]:
-    """The processes that have to live for this one to be of use: launcher, and launcher's launcher.
+    """The processes without which this one is of no use: the launcher, and the launcher's launcher.
 
     The `deepspeed` command starts a second process that starts the ranks; ended by a signal, it
     leaves both behind.
     """
-    found: list[psutil.Process] = []
+    launchers: list[psutil.Process] = []
     process = psutil.Process()
     with suppress(psutil.Error):
-        while "WORLD_SIZE" in os.environ and len(found) < 2:
+        while "WORLD_SIZE" in os.environ and len(launchers) < 2:
             process = process.parent()
             if process is None or not _is_launcher(process.cmdline()):
                 break
-            found.append(process)
-    return found
+            launchers.append(process)
+    return launchers
 
 
 def _is_launcher(words: list[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Trackers: services that show what `metrics.jsonl` gets, for those who ask for them.
+"""Trackers: services that show the lines of `metrics.jsonl`, if the recipe names any.
 
-`metrics.jsonl` is the record. A tracker that fails is left out with one warning, and the run goes
-on; without `run.trackers` no package of theirs is imported.
+`metrics.jsonl` is the record. A tracker that fails is disabled with one warning, and the run goes
+on; without `run.trackers` no tracker's package is imported.
 """
 
 import importlib.util
@@ -15,24 +15,24 @@ from mhr_scale.errors import ConfigError, first_line
 from mhr_scale.run.files import write_text
 from mhr_scale.run.runlog import log
 
-#: The id under which Weights & Biases knows a run folder, also after it was moved.
+#: File in a run folder with its Weights & Biases id, which survives a move of the folder.
 WANDB_ID = Path("wandb", "mhr_scale_id.txt")
-#: How long a service that cannot be reached may keep a finished run.
+#: How long a service that cannot be reached may delay the end of a run.
 FINISH_SECONDS = 120.0
 
 
 class Tracker(Protocol):
-    """Somewhere numbers go, besides the run folder."""
+    """A destination for metrics besides the run folder."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step; several calls may be for one step."""
+        """Log the numbers of a step; a step may have several calls."""
 
     def close(self) -> None:
-        """Have everything written."""
+        """Flush everything and close."""
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; what a resumed run repeats is purged from the view."""
+    """Event files in `<run>/tensorboard`; steps that a resumed run repeats are purged."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,8 +53,8 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, one for each run folder; `WANDB_MODE=offline` needs no network.
 
-    Its own directory is `<run>/wandb`. A resumed run goes on under its id; the service keeps the
-    first value of a step that is sent twice, which is the same one: runs resume exactly.
+    Its directory is `<run>/wandb`. A resumed run keeps its id; of a step that is sent twice the
+    service keeps the first value, which is the same one, since runs resume exactly.
     """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
@@ -67,11 +67,11 @@ class WandB:
             finish_timeout_raises=True,
             login_timeout=30,
         )
-        whole = folder.resolve()
+        resolved = folder.resolve()
         self._run = wandb.init(
             dir=str(folder),
-            project=whole.parent.name or "mhr_scale",
-            name=whole.name,
+            project=resolved.parent.name or "mhr_scale",
+            name=resolved.name,
             id=wandb_id(folder),
             resume="allow",
             settings=settings,
@@ -92,8 +92,8 @@ KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb":
 def check(names: Sequence[str]) -> None:
     """Raise `ConfigError` for a tracker whose package is not installed."""
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name is no package
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name has no origin
             raise ConfigError(
                 f"run.trackers: '{name}' is not installed; "
                 f'pip install "mhr_scale[{name}]", or leave it out'
@@ -104,9 +104,9 @@ def check(names: Sequence[str]) -> None:
 def opened(
     names: Sequence[str], folder: Path, *, resume_step: int
 ) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
-    """What takes every line of `metrics.jsonl` while the run trains; None without trackers.
+    """A function to call with every line of `metrics.jsonl`; None without trackers.
 
-    `resume_step` is the step the run goes on from, -1 for one that begins. Rank 0 alone names any.
+    `resume_step` is the step the run resumes from, -1 for a new run. Only rank 0 names trackers.
     """
     guarded = {name: Guarded(name, folder, resume_step=resume_step) for name in names}
 
@@ -124,7 +124,7 @@ def opened(
 
 
 class Guarded:
-    """A tracker that stops no run: what it raises is told once, and it is left out from then on."""
+    """A tracker that cannot stop a run: at its first error it is disabled, with one warning."""
 
     def __init__(self, name: str, folder: Path, *, resume_step: int) -> None:
         self._name = name
@@ -135,7 +135,7 @@ class Guarded:
             self._give_up(error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand on the numbers of a step."""
+        """Pass the numbers of a step to the tracker."""
         if self._tracker is not None:
             try:
                 self._tracker.log(step, values)
@@ -160,7 +160,7 @@ class Guarded:
 
 
 def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line, those of objects inside as `outer/inner`; what is no number stays."""
+    """The numbers of a line, nested ones as `outer/inner`; other values are left out."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -171,11 +171,11 @@ def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def wandb_id(folder: Path) -> str:
-    """The id of a run folder, kept in it: the same after every restart, and when it is moved."""
+    """The id of a run folder, stored in it: the same after every restart or move."""
     file = folder / WANDB_ID
-    if file.is_file() and (found := file.read_text(encoding="utf-8").strip()):
-        return found
+    if file.is_file() and (stored := file.read_text(encoding="utf-8").strip()):
+        return stored
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = secrets.token_hex(4)
-    write_text(file, made + "\n")
-    return made
+    new_id = secrets.token_hex(4)
+    write_text(file, new_id + "\n")
+    return new_id

@@ -1,7 +1,7 @@
 """One background thread that writes saves, so that no step waits for a disk.
 
-At most one write is in flight: the next one waits for it. What a write raises comes out of the next
-call here. Whoever submits hands over values that nobody changes any more.
+At most one write is in flight: the next one waits for it. An error of a write is raised by the next
+call here. Callers submit values that are not modified afterwards.
 """
 
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Writer:
-    """Runs one write at a time beside the caller."""
+    """Runs one write at a time in the background."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mhr_scale-save")
         self._running: Future[object] | None = None
 
     def submit(self, write: Callable[[], object]) -> None:
-        """Start a write after the one before is done; raises what that one raised."""
+        """Start a write once the previous one is done; raises the error of the previous one."""
         self.wait()
         self._running = self._threads.submit(write)
 
     def check(self) -> None:
-        """Raise what a write that is over raised; does not wait."""
+        """Raise the error of a finished write, if any; does not wait."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is written; raises what the write raised."""
+        """Wait until everything is written; raises the error of the write."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -35,7 +35,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait for the write in flight, also when the block fails: its save is a good one."""
+        """Wait for the write in flight, also if the block fails: that save is valid."""
         try:
             self.wait()
         except BaseException as failed:

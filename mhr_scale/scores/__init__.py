@@ -1,4 +1,4 @@
-"""From answers to scores: questions, summaries, comparisons.
+"""Questions to the model, summaries of their scores, comparisons of few-shot jobs.
 
 Other rooms import: comparison, questions, summary.
 """

@@ -1,7 +1,7 @@
-"""From results of few-shot jobs to the table of a paper: one line per variant.
+"""The few-shot table, one line per variant, from the results of jobs.
 
 Every score is in points, 0 to 100. A variant is compared over the seeds in which all tasks of the
-run are finished; seeds that lack some are left out and named.
+run are finished; the other seeds are left out and named.
 """
 
 from collections import defaultdict
@@ -14,8 +14,8 @@ from mhr_scale.scores.summary import aggregate
 def compare(results: Sequence[Mapping[str, Any]], *, tasks: Iterable[str] = ()) -> dict[str, Any]:
     """The numbers of the table, from the results of jobs in any order.
 
-    `tasks` are those of the run, by default the ones that have a result: a task without any leaves
-    no seed whole.
+    `tasks` are those of the run, by default the ones that have a result. With a task that has no
+    result no seed is complete.
     """
     tasks = sorted({*tasks, *(result["task"] for result in results)})
     by_variant: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -23,7 +23,7 @@ def compare(results: Sequence[Mapping[str, Any]], *, tasks: Iterable[str] = ()) 
         by_variant[result["variant"]].append(result)
     return {
         "tasks": tasks,
-        "variants": {name: _variant(found, tasks) for name, found in by_variant.items()},
+        "variants": {name: _variant(jobs, tasks) for name, jobs in by_variant.items()},
     }
 
 
@@ -31,8 +31,8 @@ def _variant(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict
     by_seed: dict[int, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for result in results:
         by_seed[result["seed"]][result["task"]] = result
-    complete = {seed: found for seed, found in sorted(by_seed.items()) if len(found) == len(tasks)}
-    made: dict[str, Any] = {
+    complete = {seed: jobs for seed, jobs in sorted(by_seed.items()) if len(jobs) == len(tasks)}
+    values: dict[str, Any] = {
         "kind": results[0]["kind"],
         "adapter": results[0]["adapter"],
         "multi_task_numbers": results[0]["source_numbers"],
@@ -44,24 +44,24 @@ def _variant(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict
     if complete:
         summaries = [
             {
-                "tasks": {task: {"mean": result["score"]} for task, result in found.items()},
-                "mean_over_tasks": sum(r["score"] for r in found.values()) / len(found),
+                "tasks": {task: {"mean": result["score"]} for task, result in jobs.items()},
+                "mean_over_tasks": sum(job["score"] for job in jobs.values()) / len(jobs),
             }
-            for found in complete.values()
+            for jobs in complete.values()
         ]
-        together = aggregate(summaries)
-        made |= {
-            "mean": together["mean_then_std"][0],
-            "std_over_seeds": together["mean_then_std"][1],
-            "mean_of_medians": together["median_then_mean"],
-            "median_per_task": together["median_per_task"],
+        aggregates = aggregate(summaries)
+        values |= {
+            "mean": aggregates["mean_then_std"][0],
+            "std_over_seeds": aggregates["mean_then_std"][1],
+            "mean_of_medians": aggregates["median_then_mean"],
+            "median_per_task": aggregates["median_per_task"],
         }
-    return made
+    return values
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(compared: Mapping[str, Any]) -> str:
     """Two tables as lines of text: a line per variant, and a line per task."""
-    variants = found["variants"]
+    variants = compared["variants"]
     width = max(len("variant"), *(len(name) for name in variants))
     lines = [
         f"{'variant':{width}}  {'multi-task':>10}  {'adaptation':>10}  {'mean':>6}  "
@@ -78,9 +78,9 @@ def table(found: Mapping[str, Any]) -> str:
         if values["incomplete_seeds"]:
             line += f" (unfinished: {', '.join(map(str, values['incomplete_seeds']))})"
         lines.append(line)
-    whole = {name: values for name, values in variants.items() if values["seeds"]}
-    if whole:
-        lines += ["", *_per_task(whole, found["tasks"])]
+    complete = {name: values for name, values in variants.items() if values["seeds"]}
+    if complete:
+        lines += ["", *_per_task(complete, compared["tasks"])]
     return "\n".join(lines) + "\n"
 
 

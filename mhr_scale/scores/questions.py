@@ -1,4 +1,4 @@
-"""From tasks to questions, to a model's answers, to lines of scores.jsonl."""
+"""Questions made from tasks, how a model answers them, and the lines of scores.jsonl."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from mhr_scale.tasks.task import Example, Task
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One example to score: its global id, its task, the metric that counts."""
+    """One example to score: its global id, its task and its metric."""
 
     id: str
     task: str
@@ -50,7 +50,7 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
 
 
 def ask(task: Task, config: ScoringConfig) -> list[Question]:
-    """The questions of a task under its metric; raises `DataError` where they cannot be asked."""
+    """The questions of a task; raises `DataError` if one lacks choices or a label to rank."""
     metric = config.metric or task.metric
     questions = []
     for example in task.test:
@@ -77,7 +77,7 @@ def encode(
     family: Family,
     config: ScoringConfig,
 ) -> list[EncodedRow]:
-    """Token ids of every question, in their order; answers only where they are ranked."""
+    """Token ids of the questions, in their order; answers only where choices are ranked."""
     lengths = BatchConfig(
         max_input_tokens=config.max_input_tokens,
         max_target_tokens=config.max_choice_tokens,
@@ -103,7 +103,10 @@ def answerers(
     tokenizer: Any,
     options: ScoringConfig,
 ) -> list[tuple[str, Callable[[Batch], list[Any]], list[EncodedRow]]]:
-    """What answers a batch of which rows: `rank` those with choices, `generate` the others."""
+    """The two ways to answer, each with its function of a batch and its rows.
+
+    `rank` is for rows with choices, `generate` for the others.
+    """
     rank = partial(rank_choices, placed, adapter, length_norm=options.length_norm)
     generate = partial(
         generate_answers,

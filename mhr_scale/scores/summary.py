@@ -1,6 +1,6 @@
-"""From scores per example to tables: per task, per prompt, means over tasks, and over seeds.
+"""Summaries of scores: per task, per prompt, means over tasks, and over seeds.
 
-`scores.jsonl` is the only source: a summary can be made again from it at any time. Every score is
+`scores.jsonl` is the only source: a summary can be computed again at any time. Every score is
 in points, 0 to 100.
 """
 
@@ -20,8 +20,8 @@ SCORES = "scores.jsonl"
 def read_scores(path: Path) -> list[dict[str, Any]]:
     """The lines of a scores file, each global id once.
 
-    A line that was being written when the job was stopped (the last one) is left out. Raises
-    `RunError` for anything else that is no score.
+    An incomplete last line, left by a run that was stopped, is skipped. Raises `RunError` for any
+    other line that is not a score.
     """
     if not path.exists():
         return []
@@ -45,7 +45,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_score(score: Any) -> None:
-    """Raise `KeyError`, `TypeError` or `ValueError` for what is no line of scores."""
+    """Raise `KeyError`, `TypeError` or `ValueError` for a line that is not a score."""
     for name in ("id", "task", "prompt", "metric"):
         if not isinstance(score[name], str):
             raise TypeError(f"{name} is {score[name]!r}, no text")
@@ -54,19 +54,19 @@ def _check_score(score: Any) -> None:
 
 
 def mean_points(scores: Sequence[Mapping[str, Any]]) -> float:
-    """Mean points of some scores, of which there is one at least."""
+    """Mean points of one or more scores."""
     return sum(score["points"] for score in scores) / len(scores)
 
 
 def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means per task and prompt, spread over prompts, and means over tasks and examples.
 
-    The order of the lines does not matter, nor do lines that stand twice.
+    The order of the lines does not matter, nor do repeated lines.
     """
     by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for score in scores:
         by_task[score["task"]].setdefault(score["id"], score)
-    tasks = {name: _of_task(list(found.values())) for name, found in sorted(by_task.items())}
+    tasks = {name: _of_task(list(lines.values())) for name, lines in sorted(by_task.items())}
     n_examples = sum(task["examples"] for task in tasks.values())
     total = sum(task["mean"] * task["examples"] for task in tasks.values())
     return {
@@ -82,24 +82,24 @@ def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for score in scores:
         by_prompt[score["prompt"]].append(score["points"])
     prompts = {prompt: _mean(points) for prompt, points in sorted(by_prompt.items())}
-    made: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "metric": scores[0]["metric"],
         "examples": len(scores),
         "mean": mean_points(scores),
     }
     if len(prompts) > 1:
         means = [mean for mean in prompts.values() if mean is not None]
-        made |= {
+        summary |= {
             "prompts": prompts,
             "prompt_mean": _mean(means),
             "prompt_median": statistics.median(means),
             "prompt_spread": max(means) - min(means),
         }
-    return made
+    return summary
 
 
 def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several seeds of one setting, both ways of the reference protocol (docs/method.md 12).
+    """Aggregates over seeds of one setting, in both ways of the reference (docs/method.md 12).
 
     `median_then_mean`: median over seeds per task, then mean over tasks (R2). `mean_then_std`: mean
     over tasks per seed, then mean and standard deviation over seeds (R1, the paper's +-). Raises

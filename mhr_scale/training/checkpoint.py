@@ -1,9 +1,9 @@
-"""Saved steps: sealed folders under `steps/`, and what a run needs to go on from one.
+"""Saved steps: sealed folders under `steps/`, with all that a run needs to resume from one.
 
     steps/000500/   adapter.safetensors  adapter.json  resume/  DONE
 
-Optimizer state is stored whole and by parameter name, so a run goes on with any number of ranks.
-What is damaged is noticed by its hash, set aside, and the save before it counts.
+Optimizer state is stored unsharded, by parameter name, so a run resumes with any number of ranks.
+A damaged save is detected by its hashes and set aside; the one before it is used instead.
 """
 
 import json
@@ -27,7 +27,7 @@ from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
 from mhr_scale.run.runlog import log
 from mhr_scale.training.optim import OptimizerState, check_states
 
-#: What reading the files of a saved step raises where they are missing or damaged.
+#: Errors of reading a saved step whose files are missing or damaged.
 UNREADABLE = (
     OSError,
     json.JSONDecodeError,
@@ -42,7 +42,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a saved step holds; `progress` also has the step."""
+    """The contents of a saved step; `progress` includes the step."""
 
     adapter: Adapter
     optimizer: OptimizerState
@@ -74,12 +74,12 @@ def save(
     keep_best: bool = False,
     publish: bool = True,
 ) -> Path:
-    """Write a saved step and, to `publish`, make it the run's `adapter/`. One rank calls it.
+    """Write a saved step and, with `publish`, make it the run's `adapter/`. One rank calls it.
 
-    `progress` is what `read` gives back: JSON values that say where the run stands. The newest
-    `keep` steps stay, those to `spare` and, to `keep_best`, the one with the lowest
-    `validation_loss` in its progress; older ones go. Raises `RunError` if it cannot be
-    written; then all that was saved before is still there.
+    `progress` is the state of the run, as JSON values that `read` returns. The newest `keep` steps
+    are kept, those in `spare` and, with `keep_best`, the one with the lowest `validation_loss` in
+    its progress; others are removed. Raises `RunError` if it cannot be written; earlier saves are
+    then intact.
     """
     folder = step_folder(run, step)
     try:
@@ -105,28 +105,28 @@ def _save_resume(folder: Path, optimizer: OptimizerState, progress: Mapping[str,
 
 
 def not_saved(run: Path, folder: Path, error: Exception) -> RunError:
-    """What to say when a step could not be written."""
-    last = find_resume(run)
-    good = "nothing is saved yet" if last is None else f"step {last} is saved and whole"
-    return RunError(f"{folder}: not saved: {_said(error)}; {good}; the same command goes on")
+    """The error to raise if a step could not be written."""
+    step = find_resume(run)
+    saved = "nothing is saved yet" if step is None else f"step {step} is saved and whole"
+    return RunError(f"{folder}: not saved: {_describe(error)}; {saved}; the same command goes on")
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """What happened to a file, and the way out if there is a known one."""
     number = failures.file_error(error)
     return repr(error) if number is None else failures.describe_file_error(error, number)
 
 
 def remove_old(run: Path, *, keep: int, spare: Collection[int | None] = ()) -> None:
-    """Remove all saved steps but the newest `keep` and those to `spare`."""
-    for old in complete_steps(run)[:-keep]:
-        if old not in spare:
-            unseal(step_folder(run, old))
+    """Remove all saved steps except the newest `keep` and those in `spare`."""
+    for step in complete_steps(run)[:-keep]:
+        if step not in spare:
+            unseal(step_folder(run, step))
 
 
 def find_best(run: Path) -> int | None:
     """The saved step with the lowest validation loss, the first of equal ones; None without any."""
-    found = []
+    losses = []
     for step in complete_steps(run):
         try:
             text = (step_folder(run, step) / "resume" / "progress.json").read_text("utf-8")
@@ -134,8 +134,8 @@ def find_best(run: Path) -> int | None:
         except UNREADABLE:
             continue
         if isinstance(loss, int | float):
-            found.append((loss, step))
-    return min(found)[1] if found else None
+            losses.append((loss, step))
+    return min(losses)[1] if losses else None
 
 
 def find_resume(run: Path) -> int | None:
@@ -145,16 +145,16 @@ def find_resume(run: Path) -> int | None:
 
 
 def find_whole(run: Path, *, or_anew: bool = False) -> int | None:
-    """Newest complete step whose files are what was written; None if nothing is saved.
+    """Newest complete step whose files are undamaged; None if nothing is saved.
 
-    Damaged steps after it are said and set aside as `steps/<step>.damaged`. One process calls it.
-    What a save that was killed has left is put right first. Raises `RunError` if steps are saved
-    and none is whole, unless the run may start `or_anew`.
+    Newer, damaged steps are logged and set aside as `steps/<step>.damaged`, after the leftovers of
+    a killed save are cleaned up. One process calls it. Raises `RunError` if steps are saved but all
+    are damaged, unless the run may then start from scratch (`or_anew`).
     """
     try:
         recover(run / "steps")
     except OSError as error:
-        raise RunError(f"{run / 'steps'}: cannot be put right: {_said(error)}") from error
+        raise RunError(f"{run / 'steps'}: cannot be put right: {_describe(error)}") from error
     faults: dict[int, str] = {}
     for step in reversed(complete_steps(run)):
         try:
@@ -174,15 +174,15 @@ def find_whole(run: Path, *, or_anew: bool = False) -> int | None:
 
 
 def publish(run: Path, step: int) -> None:
-    """Make a saved step the run's `adapter/`, unless it is. One process calls it.
+    """Make a saved step the run's `adapter/`, unless it already is. One process calls it.
 
-    A run killed amid its last save has left the one before there, or half of this one.
+    A run killed during its last save may have left the step before there, or half of this one.
     """
     source, target = step_folder(run, step), run / "adapter"
     try:
         artefact.copy(source, target)
     except OSError as error:
-        raise RunError(f"{target}: cannot be written: {_said(error)}") from error
+        raise RunError(f"{target}: cannot be written: {_describe(error)}") from error
 
 
 def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
@@ -195,7 +195,7 @@ def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
                 unseal(aside)
             os.replace(folder, aside)
         except OSError as error:
-            raise RunError(f"{fault}; it cannot be moved to {aside}: {_said(error)}") from error
+            raise RunError(f"{fault}; it cannot be moved to {aside}: {_describe(error)}") from error
 
 
 def read(run: Path, step: int) -> Saved:
@@ -242,11 +242,11 @@ def _not_resumable(folder: Path, error: BaseException) -> RunError:
 
 @torch.no_grad()
 def copy_adapter(adapter: Adapter, into: Adapter | None) -> Adapter:
-    """A copy on the host that the next step does not change; `into` is one made before."""
+    """A copy on the host that the next step does not modify; `into` is an earlier copy to reuse."""
     if into is None:
         into = Adapter(adapter.config, adapter.sites, task_names=adapter.task_names)
-    for mine, theirs in zip(into.parameters(), adapter.parameters(), strict=True):
-        mine.copy_(theirs)
+    for target, parameter in zip(into.parameters(), adapter.parameters(), strict=True):
+        target.copy_(parameter)
     return into
 
 
@@ -273,9 +273,9 @@ def _unflatten(
     parameters = dict(adapter.named_parameters())
     for name in {key.rsplit("/", 1)[0] for key in tensors} | set(numbers):
         parameter = parameters[name]
-        own: dict[str, Any] = dict(numbers.get(name, {}))
+        state: dict[str, Any] = dict(numbers.get(name, {}))
         for key, value in tensors.items():
             owner, _, part = key.rpartition("/")
             if owner == name:
-                own[part] = value if value.dim() == 0 else value.to(parameter.device)
-        optimizer.state[parameter] = own
+                state[part] = value if value.dim() == 0 else value.to(parameter.device)
+        optimizer.state[parameter] = state

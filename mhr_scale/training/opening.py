@@ -1,6 +1,6 @@
-"""Opening a training run: everything is found good first, then its parts are put together.
+"""Opening a training run: everything is validated first, then its parts are put together.
 
-What the verbs that train share: the backbone, the adapter, the tokens and the sample stream of a
+Shared by the verbs that train: the backbone, the adapter, the tokens and the sample stream of a
 recipe, and the run folder.
 """
 
@@ -27,7 +27,7 @@ from mhr_scale.training import checkpoint
 from mhr_scale.training.optim import has_row_gradients
 from mhr_scale.training.trainer import Trainer
 
-#: Settings that may differ when a run goes on: where and how fast, not what.
+#: Settings that may differ when a run resumes: where and how fast, not what.
 FREE = (
     "run.ds_config",
     "run.save_every",
@@ -55,8 +55,8 @@ def opened_training(
     """A trainer inside the block, at the newest saved step of its run folder if there is one.
 
     Training starts from the tensors of `start`, if given, whose settings `config.adapter` has to
-    repeat, and saves at `save_steps` besides what the recipe says. Collective. No weight is read
-    and nothing is written before recipe, folder, data and layout are found good.
+    repeat, and saves at `save_steps` in addition to the recipe's. Collective. No weight is read and
+    nothing is written before recipe, folder, data and layout are validated.
     """
     folder = RunFolder(config.run.folder, PretrainConfig, free=FREE)
     is_begun = checkpoint.find_resume(folder.path) is not None
@@ -139,7 +139,7 @@ def make_batches(
 def rank0_open_folder(
     folder: RunFolder[PretrainConfig], trainer: Trainer, opened: OpenedBackbone
 ) -> None:
-    """Write what a reader of the run needs before its first number."""
+    """Write the recipe, DeepSpeed's configuration, the provenance and the rejected rows."""
     config, tokens = trainer.config, trainer.tokens
     folder.keep_recipe(config)
     merged = deepspeed_config(opened.ds_content, dtype=config.backbone.dtype)

@@ -1,8 +1,8 @@
 """Optimizers of inventory and routing, learning-rate schedule, clipping.
 
 Adafactor's second moment is factored over whole tensors, so stacking must not change which numbers
-share statistics: `lead` says how many leading dimensions index separate tensors. One stacked
-parameter is then updated exactly as its members would be on their own.
+share statistics: `lead` says how many leading dimensions index separate tensors. A stacked
+parameter is then updated exactly as its members would be separately.
 """
 
 import math
@@ -21,8 +21,8 @@ from mhr_scale.errors import RunError
 OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
 
 
-#: Adafactor's constants, as transformers has them: what is added to squares, the least root mean
-#: square that scales a rate, the largest one of an update, and how its second moment's decay falls.
+#: Adafactor's constants, as in transformers: the epsilon of squared gradients, the least RMS that
+#: scales a rate, the largest RMS of an update, and the exponent of the second moment's decay.
 LEAST_SQUARE, LEAST_RMS, LARGEST_UPDATE, DECAY_RATE = 1e-30, 1e-3, 1.0, -0.8
 
 
@@ -32,7 +32,7 @@ class Adafactor(Optimizer):
     Each parameter group has `lr` and `weight_decay`. It may set `lead` (leading dimensions that
     index separate tensors, default 0) and `routing` (the parameter is a routing table (T, G, Q, S):
     G separate tables (T, Q * S), whose gradient may be sparse over T; with `rows_apart` T * G
-    tables (1, Q * S), dense). A table row without a gradient stays exactly as it is, so the sparse
+    tables (1, Q * S), dense). A table row without a gradient is not changed at all, so the sparse
     update equals the dense one.
 
     A group's `lr` may be a tensor that broadcasts against its parameters (tables apart: against
@@ -40,8 +40,8 @@ class Adafactor(Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, scale_parameter: bool) -> None:
-        own = {"lead": 0, "routing": False, "rows_apart": False}
-        super().__init__(groups, {"scale_parameter": scale_parameter, **own})
+        layout = {"lead": 0, "routing": False, "rows_apart": False}
+        super().__init__(groups, {"scale_parameter": scale_parameter, **layout})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -174,7 +174,7 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
     """The optimizer of an adapter: one group for the inventory, one for the routing logits.
 
     Under Adafactor every adapted linear (of every task, where inventories are private) keeps
-    statistics of its own.
+    separate statistics.
     """
     assert has_row_gradients(config) or not adapter.row_gradients, "AdamW moves every row"
     groups = make_groups(adapter, config)
@@ -187,9 +187,9 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
 
 
 def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
-    """Raise `RunError` unless the state is what some steps make of the adapter's parameters.
+    """Raise `RunError` unless an optimizer's state fits the adapter's parameters.
 
-    Either no parameter that trains has a state, or each of them. `place` names its source.
+    Either no trainable parameter has state, or all have. `place` names its source in errors.
     """
     names = {parameter: name for name, parameter in adapter.named_parameters()}
     if not any(optimizer.state.values()):
@@ -215,7 +215,7 @@ def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:
 def _state_shapes(
     optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter
 ) -> dict[str, torch.Size]:
-    """Shapes of the tensors that an optimizer keeps of a parameter, its step aside."""
+    """Shapes of the tensors that an optimizer keeps for a parameter, except its step."""
     if not isinstance(optimizer, Adafactor):
         return dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
     values, lead = _blocks(parameter.data, group)
@@ -225,7 +225,7 @@ def _state_shapes(
 
 
 def _fault(value: Any, shape: torch.Size, dtype: torch.dtype) -> str | None:
-    """What is wrong with a tensor of the state, or nothing."""
+    """What is wrong with a tensor of the state, or None."""
     if not isinstance(value, Tensor):
         return f"is {value!r}, no tensor"
     if value.shape != shape:

@@ -1,8 +1,8 @@
 """The training loop: one optimizer step is fetch, forward and backward, reduce, check, update.
 
-Every rank holds the whole adapter and makes the same update. Gradients of summed losses cross ranks
-once per step as one flat buffer, the loss and its count with them, and are divided by the global
-count afterwards; so sharding, accumulation and the number of ranks do not change the result.
+Every rank holds the full adapter and makes the same update. Gradients of summed losses are reduced
+over ranks once per step, as one flat buffer together with the loss and its count, and then divided
+by the global count; so sharding, accumulation and the number of ranks do not change the result.
 """
 
 import math
@@ -99,21 +99,21 @@ class Trainer:
             if self.resume_step is None:
                 self._log_alignment()
             progress = Progress(config.schedule.steps, start=self.step, what="train")
-            begun = time.monotonic()
+            start_time = time.monotonic()
             for micro_batches in self.batches.load(self.step, config.schedule.steps):
-                values = self._train_step(micro_batches, begun)
+                values = self._train_step(micro_batches, start_time)
                 progress.advance(
                     f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
                 )
                 self._validate_and_save()
                 if self._is_stop_agreed and self.step < config.schedule.steps:
                     self._stop()
-                begun = time.monotonic()
+                start_time = time.monotonic()
             progress.close()
         self.engine.gather_barrier()
 
-    def _train_step(self, micro_batches: list[Packed], begun: float) -> dict[str, float]:
-        """One optimizer step, logged where that is due; returns its figures."""
+    def _train_step(self, micro_batches: list[Packed], start_time: float) -> dict[str, float]:
+        """One optimizer step, logged if due; returns its metrics."""
         config = self.config
         rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
         sums = self.accumulate(micro_batches)
@@ -123,7 +123,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.writer.check()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start_time
         line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
         line |= {f"lr_{name}": rate for name, rate in rates.items()}
         line["tokens_per_second"] = values["tokens"] / seconds
@@ -132,7 +132,7 @@ class Trainer:
         return line
 
     def _stop(self) -> None:
-        """Save what is not saved yet, on all ranks, and leave. Collective."""
+        """Save this step unless it is saved, then raise `Stopped` on all ranks. Collective."""
         if self._saved_step != self.step:
             self.save()
         self.writer.wait()
@@ -226,23 +226,24 @@ class Trainer:
     def _describe_divergence(self, loss: float, sums: StepSums) -> str:
         """Name the step and the tasks whose rows have no finite loss. Collective."""
         names = self.adapter.task_names
-        mine = {
+        local = {
             names[task]
             for packed, row_losses in sums.row_losses
             for task, value in zip(packed.tasks, row_losses.tolist(), strict=True)
             if not math.isfinite(value)
         }
-        found = sorted(set().union(*self.engine.gather_objects(mine)))
+        diverged = sorted(set().union(*self.engine.gather_objects(local)))
         saved = checkpoint.find_resume(self.folder)
         way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm, in another run.folder"
         last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
-        if not found:
+        if not diverged:
             tasks = ", ".join(names[task] for task in self._tasks_of_step())
             return (
                 f"step {self.step + 1}: the gradient is not finite though every loss is "
                 f"(loss {loss:g}; tasks in this step: {tasks}); {last}; {way_out}"
             )
-        return f"step {self.step + 1}: loss is not finite in {', '.join(found)}; {last}; {way_out}"
+        listed = ", ".join(diverged)
+        return f"step {self.step + 1}: loss is not finite in {listed}; {last}; {way_out}"
 
     # -- validation ------------------------------------------------------------------------------
 
@@ -259,13 +260,13 @@ class Trainer:
     # -- saving and resuming ---------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on from the newest whole saved step of the run folder, if there is one. Collective."""
-        found = self.engine.broadcast_object(self._rank0_find() if self.engine.rank == 0 else None)
-        if isinstance(found, RunError):
-            raise found
-        if found is None:
+        """Resume from the newest undamaged step in the run folder, if there is one. Collective."""
+        step = self.engine.broadcast_object(self._rank0_find() if self.engine.rank == 0 else None)
+        if isinstance(step, RunError):
+            raise step
+        if step is None:
             return
-        progress = checkpoint.load(self.folder, found, self.adapter, self.optimizer)
+        progress = checkpoint.load(self.folder, step, self.adapter, self.optimizer)
         if progress.get("plan") != self.batches.plan.fingerprint:
             raise RunError(
                 f"{self.folder}: its sample stream came from other data or another mixture; "
@@ -274,7 +275,7 @@ class Trainer:
         self.step = self.resume_step = self._saved_step = int(progress["step"])
 
     def _rank0_find(self) -> int | RunError | None:
-        """The step to go on from, or why there is none, for all ranks to raise."""
+        """The step to resume from, or the error for all ranks to raise."""
         try:
             step = checkpoint.find_whole(self.folder)
             if step is not None:
@@ -292,7 +293,7 @@ class Trainer:
         self._saved_step = self.step
         if self.engine.rank:
             return
-        self.writer.wait()  # the copy is the one that the write before reads
+        self.writer.wait()  # the previous write reads the same copy
         self._copy = checkpoint.copy_adapter(self.adapter, self._copy)
         optimizer = checkpoint.optimizer_state(self.adapter, self.optimizer)
         progress = {
@@ -306,7 +307,7 @@ class Trainer:
     def _write_step(
         self, adapter: Adapter, optimizer: OptimizerState, step: int, progress: dict[str, Any]
     ) -> None:
-        """Write a saved step, in the background: of copies, which no step changes."""
+        """Write a saved step, in the background: from copies, which no later step modifies."""
         if self._metrics is not None:
             self._metrics.flush()
         folder = checkpoint.save(
@@ -324,7 +325,7 @@ class Trainer:
         log.info("saved %s", folder)
 
     def _validate_and_save(self) -> None:
-        """Validate and save where either is due: what is saved is never without its figures."""
+        """Validate, then save, where either is due: a save includes its validation loss."""
         run, is_last = self.config.run, self.step == self.config.schedule.steps
         is_due = run.validate_every > 0 and self.step % run.validate_every == 0
         loss = None
@@ -336,7 +337,7 @@ class Trainer:
             self.save(validation_loss=loss)
 
     def _log_validation(self) -> float | None:
-        """Validate and log it; the mean loss, if there are rows. Collective."""
+        """Validate and log; returns the mean loss, or None without rows. Collective."""
         values = self.validate()
         loss: float | None = values["validation_loss"]
         if loss is not None:
@@ -345,7 +346,7 @@ class Trainer:
         return loss
 
     def _log_alignment(self) -> None:
-        """Measure gradient alignment where the monitor is due; nothing else changes. Collective."""
+        """Measure and log gradient alignment if due; the run is not affected. Collective."""
         if self.monitor is not None and self.monitor.is_due(self.step):
             values = self.monitor.gather_values()
             if values is not None:
@@ -359,7 +360,7 @@ class Trainer:
             self._metrics.write(values)
 
     def _tasks_of_step(self) -> list[int]:
-        """Tasks of the whole global batch: every rank knows them without asking."""
+        """Tasks of the global batch, which every rank knows without communication."""
         return sorted({sample.task for sample in self.batches.samples(self.step)})
 
 
@@ -374,7 +375,7 @@ def _dense_rows(logits: nn.Parameter, tasks: list[int]) -> Tensor:
 
 
 def _unpack(flat: Tensor, buffers: list[Tensor]) -> None:
-    """Copy a flat buffer back into the tensors it was made of."""
+    """Copy a flat buffer back into the tensors that were concatenated."""
     start = 0
     for buffer in buffers:
         buffer.copy_(flat[start : start + buffer.numel()])

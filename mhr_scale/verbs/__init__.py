@@ -1,4 +1,4 @@
-"""The verbs: each one function that reads as its stages; and what every launch stub does.
+"""The verbs, one module each, and `launching`, which runs them from the command line.
 
 No other room imports from here: the launch stubs do.
 """

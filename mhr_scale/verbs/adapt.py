@@ -2,7 +2,7 @@
 
 <run folder>/  jobs/<task>/<seed>/<variant>/  adapter/  metrics.jsonl  scores.jsonl  result.json
                                               backbone.safetensors (kind backbone)
-               summary.json                   the table's numbers, made from the results alone
+               summary.json                   the table's numbers, computed from the results alone
 """
 
 import itertools
@@ -27,8 +27,8 @@ from mhr_scale.scores import comparison
 def adapt(config: AdaptConfig) -> Path:
     """Adapt to every task, seed and variant; returns the run folder.
 
-    Collective. The same command goes on with unfinished jobs and runs those that are new in the
-    recipe. Raises `DivergenceError` at the end if the loss of some jobs was no number.
+    Collective. The same command continues unfinished jobs and runs those that are new in the
+    recipe. Raises `DivergenceError` at the end if the loss of some jobs was not finite.
     """
     folder = open_folder(config)
     inputs = open_jobs(config)
@@ -53,7 +53,10 @@ def adapt(config: AdaptConfig) -> Path:
 
 
 def run_jobs(inputs: AdaptInputs, placed: PlacedBackbone) -> list[str]:
-    """Plan waves, run this rank's, and keep the others company; returns the jobs given up."""
+    """Plan the waves and run this rank's; returns the jobs given up.
+
+    A rank without jobs left runs dummy passes until all ranks are done. Collective.
+    """
     config, folder, engine = inputs.config, Path(inputs.config.run.folder), placed.engine
     states: dict[Job, JobState] = engine.broadcast_object(
         {job: find_state(job, folder) for job in inputs.jobs} if engine.rank == 0 else None
@@ -80,15 +83,15 @@ def run_jobs(inputs: AdaptInputs, placed: PlacedBackbone) -> list[str]:
         engine.world_size,
         engine.placement,
     )
-    mine = assign_waves(waves, engine.world_size)[engine.rank]
+    own_waves = assign_waves(waves, engine.world_size)[engine.rank]
     runner = Runner(
         config,
         placed=placed,
         tokenizer=inputs.backbone.tokenizer,
         backbone_facts=inputs.backbone.facts,
-        total_steps=sum(job.steps - job.step for wave in mine for job in wave.jobs),
+        total_steps=sum(job.steps - job.step for wave in own_waves for job in wave.jobs),
     )
-    for planned in mine:
+    for planned in own_waves:
         wave = open_wave(inputs, planned, soups, device=engine.device)
         with wave.thawed(placed.model):
             runner.run(wave, partial(facts_of, inputs, soups))

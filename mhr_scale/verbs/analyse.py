@@ -1,6 +1,6 @@
-"""The verb `analyse`: an adapter in, what it has learned out.
+"""The verb `analyse`: an adapter in, statistics of what it has learned out.
 
-<run folder>/  analysis.json   routing, inventory, gradient alignment, numbers trained
+<run folder>/  analysis.json   routing, inventory, gradient alignment, trained parameters
 
 Statistics of routing and inventory need the adapter alone; alignment needs its backbone and tasks.
 """
@@ -32,7 +32,7 @@ from mhr_scale.tasks.suite import Suite
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignmentData:
-    """Where the rows of an alignment come from, and how they are cut."""
+    """The tasks whose gradients are compared, and how their rows are batched and cut."""
 
     tasks: Suite
     batch: BatchConfig
@@ -40,9 +40,9 @@ class AlignmentData:
 
 
 def analyse(config: AnalyseConfig) -> Path:
-    """Look at an adapter; returns the folder of `analysis.json`.
+    """Analyse an adapter; returns the folder of `analysis.json`.
 
-    Collective where alignment is measured; without it rank 0 alone works.
+    Collective where alignment is measured; otherwise rank 0 works alone.
     """
     folder = open_folder(config)
     card, adapter = open_adapter(config.adapter)
@@ -56,7 +56,7 @@ def analyse(config: AnalyseConfig) -> Path:
 
 
 def open_folder(config: AnalyseConfig) -> RunFolder[AnalyseConfig]:
-    """The folder to write to; raises `RunError` if it holds something else."""
+    """The folder to write to; raises `RunError` if it holds another kind of run."""
     folder = RunFolder(config.run.folder, AnalyseConfig)
     folder.check(config, is_begun=False, holds="an analysis")
     if folder.read_recipe() is None and (folder.path / "adapter").exists():
@@ -65,9 +65,9 @@ def open_folder(config: AnalyseConfig) -> RunFolder[AnalyseConfig]:
 
 
 def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | None:
-    """The rows to measure alignment on; None where there is none, and the log says why."""
-    asked = config.alignment
-    if asked is None:
+    """The tasks to measure alignment on; None if it cannot be measured, and the log says why."""
+    settings = config.alignment
+    if settings is None:
         return None
     try:
         alignment.check_shared(adapter)
@@ -83,22 +83,21 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | Non
             config.adapter,
         )
         return None
-    is_own = recipe is not None and config.tasks is None
-    base = recipe.batch if recipe is not None and is_own else BatchConfig()
-    cache = asked.token_cache
-    if cache is None and recipe is not None and is_own:
-        cache = recipe.run.token_cache
+    base, cache = BatchConfig(), settings.token_cache
+    if recipe is not None and config.tasks is None:  # the tasks are the run's own
+        base = recipe.batch
+        cache = recipe.run.token_cache if cache is None else cache
     batch = replace(
         base,
-        micro_batch_size=asked.micro_batch_size,
-        max_input_tokens=asked.max_input_tokens or base.max_input_tokens,
-        max_target_tokens=asked.max_target_tokens or base.max_target_tokens,
+        micro_batch_size=settings.micro_batch_size,
+        max_input_tokens=settings.max_input_tokens or base.max_input_tokens,
+        max_target_tokens=settings.max_target_tokens or base.max_target_tokens,
     )
     return AlignmentData(tasks=tasks, batch=batch, token_cache=cache)
 
 
 def read_source_recipe(folder: Path) -> PretrainConfig | None:
-    """The recipe of the run that `folder` is, if it is one of pre-training."""
+    """The recipe of a pre-training run; None if `folder` is not one."""
     try:
         return load(PretrainConfig, folder / "config.yaml")
     except ConfigError:
@@ -113,8 +112,8 @@ def align(
     sources: AlignmentData,
 ) -> None:
     """Place the backbone, measure alignment on it, and report. Collective."""
-    asked = config.alignment
-    assert asked is not None, "find_sources comes first"
+    settings = config.alignment
+    assert settings is not None, "find_sources comes first"
     backbone_config = backbone_of(
         config.adapter,
         card,
@@ -132,14 +131,14 @@ def align(
     tokens = open_tokens(
         sources.tasks, opened.tokenizer, sources.batch, opened.family, cache=sources.token_cache
     )
-    tasks = choose_tasks(config.adapter, adapter, tokens, asked)
+    tasks = choose_tasks(config.adapter, adapter, tokens, settings)
     with opened.placed(adapter.sites) as placed:
         engine = placed.engine
         adapter.bind(placed.adapted)
         source = alignment.GradientSource(
             placed=placed,
             adapter=adapter,
-            micro_batch_size=asked.micro_batch_size,
+            micro_batch_size=settings.micro_batch_size,
             pad_multiple=sources.batch.pad_multiple,
         )
         progress = Progress(len(tasks), start=0, what="alignment", unit="task")
@@ -151,17 +150,17 @@ def align(
                 "backbone": opened.facts,
                 "data": {"tokens": tokens.fingerprint},
             }
-            rank0_report(config, folder, adapter, measured, rows=asked.rows, facts=facts)
+            rank0_report(config, folder, adapter, measured, rows=settings.rows, facts=facts)
         engine.gather_barrier()
 
 
 def choose_tasks(
-    path: str, adapter: Adapter, tokens: TokenSet, asked: AlignmentConfig
+    path: str, adapter: Adapter, tokens: TokenSet, settings: AlignmentConfig
 ) -> list[AlignedTask]:
     """The sampled tasks with their rows, under their numbers in the adapter.
 
-    Where all tasks share one slot, any task will do. Raises `AdapterError` for tasks without a
-    routing row and `ConfigError` for fewer than two.
+    Without routing logits all tasks have number 0. Raises `AdapterError` for tasks without a
+    routing row and `ConfigError` for fewer than two tasks.
     """
     names = [card.name for card in tokens.cards]
     if len(names) < 2:
@@ -169,16 +168,16 @@ def choose_tasks(
     numbers = dict.fromkeys(names, 0)
     if adapter.config.has_logits:
         known = {name: number for number, name in enumerate(adapter.task_names)}
-        foreign = [name for name in names if name not in known]
-        if foreign:
-            hint = did_you_mean(foreign[0], known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            hint = did_you_mean(unknown[0], known)
             raise AdapterError(
-                f"{path}: has no routing for {len(foreign)} of {len(names)} tasks, such as "
-                f"'{foreign[0]}'{hint or '; give the tasks it was trained on'}"
+                f"{path}: has no routing for {len(unknown)} of {len(names)} tasks, such as "
+                f"'{unknown[0]}'{hint or '; give the tasks it was trained on'}"
             )
         numbers = {name: known[name] for name in names}
-    chosen = alignment.sample_tasks(len(names), asked.tasks, seed=asked.seed)
-    return alignment.fixed_rows(tokens, chosen, rows=asked.rows, numbers=numbers)
+    chosen = alignment.sample_tasks(len(names), settings.tasks, seed=settings.seed)
+    return alignment.fixed_rows(tokens, chosen, rows=settings.rows, numbers=numbers)
 
 
 # -- the report ------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def rank0_report(
     """Write the analysis and print it."""
     analysis = describe(config.adapter, adapter, measured, rows=rows)
     file = folder.path / ANALYSIS
-    file.unlink(missing_ok=True)  # none under a recipe it was not made by
+    file.unlink(missing_ok=True)  # an old analysis must not lie beside a new recipe
     folder.keep_recipe(config)
     folder.record_start(**facts)
     write_json(file, analysis)
@@ -204,8 +203,10 @@ def rank0_report(
     log.info("\n%s\n  analysis %s", table(analysis, blocks), file)
 
 
-def describe(path: str, adapter: Adapter, found: Alignment | None, *, rows: int) -> dict[str, Any]:
-    """Everything `analysis.json` says."""
+def describe(
+    path: str, adapter: Adapter, measured: Alignment | None, *, rows: int
+) -> dict[str, Any]:
+    """The content of `analysis.json`."""
     config = adapter.config
     inventory = describe_inventory(adapter)
     if not any(inventory["norms"]):
@@ -229,25 +230,25 @@ def describe(path: str, adapter: Adapter, found: Alignment | None, *, rows: int)
         },
         "routing": describe_routing(adapter),
         "inventory": inventory,
-        "alignment": describe_alignment(found, rows=rows),
+        "alignment": describe_alignment(measured, rows=rows),
     }
 
 
-def describe_alignment(found: Alignment | None, *, rows: int) -> dict[str, Any] | None:
+def describe_alignment(measured: Alignment | None, *, rows: int) -> dict[str, Any] | None:
     """The alignment as plain values; None where no two tasks have a gradient."""
-    if found is None or found.mean is None:
+    if measured is None or measured.mean is None:
         return None
     return {
-        "tasks": list(found.tasks),
-        "left_out": found.left_out,
+        "tasks": list(measured.tasks),
+        "left_out": measured.left_out,
         "rows": rows,
-        "mean": found.mean,
-        "order": clustered_order(found.matrix),
-        "matrix": found.matrix.tolist(),
-        "layers": _means(found.layers),
-        "linears": _means(found.linears),
+        "mean": measured.mean,
+        "order": clustered_order(measured.matrix),
+        "matrix": measured.matrix.tolist(),
+        "layers": _means(measured.layers),
+        "linears": _means(measured.linears),
     }
 
 
-def _means(found: dict[str, float | None]) -> list[dict[str, Any]]:
-    return [{"name": name, "mean": mean} for name, mean in found.items()]
+def _means(means: dict[str, float | None]) -> list[dict[str, Any]]:
+    return [{"name": name, "mean": mean} for name, mean in means.items()]

@@ -1,8 +1,9 @@
 """The verb `average`: an inventory in, its mean as one ordinary adapter out.
 
-Extra steps go on with the training mixture of the source run (docs/method.md 9): a fresh optimizer,
-a restarted schedule over the largest number of steps, and the averaged adapter of every number in
-the list, so that one run gives all columns of a table. A plain LoRA can be given the same steps.
+Extra steps continue on the training mixture of the source run (docs/method.md 9) with a fresh
+optimizer and a schedule over the largest number of steps. The averaged adapter is written after
+every number of steps in the list, so that one run gives all columns of a table. A plain LoRA can be
+given the same steps.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ from mhr_scale.training.opening import opened_training
 def average(config: AverageConfig) -> Path:
     """Write the averaged adapter of every number of extra steps; returns the last one's folder.
 
-    Collective where there are extra steps; without them rank 0 alone works, and neither a backbone
+    Collective where there are extra steps; without them rank 0 works alone, and neither a backbone
     nor DeepSpeed is needed.
     """
     source = artefact.load(config.source)
@@ -54,7 +55,7 @@ def average(config: AverageConfig) -> Path:
 def continue_training(config: AverageConfig, source: Adapter) -> None:
     """Train the mean, or the inventory under uniform routing, on the source run's own mixture.
 
-    Collective. Goes on from the last saved step, as `pretrain` does.
+    Collective. Resumes from the last saved step, as `pretrain` does.
     """
     recipe_file = Path(config.source) / "config.yaml"
     if not recipe_file.is_file():

@@ -1,6 +1,6 @@
-"""The verb `convert`: a backbone's checkpoint in, a folder that runs open fast and checked out.
+"""The verb `convert`: a backbone's checkpoint in, a folder of checked safetensors shards out.
 
-<folder>/  model-0000x-of-0000y.safetensors, model.safetensors.index.json   stock transformers too
+<folder>/  model-0000x-of-0000y.safetensors, model.safetensors.index.json   as transformers reads
            config.json, generation settings, tokenizer                      the original's
            mhr_scale.json    sizes, hashes, ties, source and fingerprint
 """
@@ -21,7 +21,7 @@ from mhr_scale.backbone.manifest import (
     verify_hashes,
     write_manifest,
 )
-from mhr_scale.backbone.shards import FileFacts, Weight, check_free_space
+from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.errors import BackboneError, RunError
@@ -33,8 +33,8 @@ from mhr_scale.run.runlog import log, rank
 def convert(config: ConvertConfig) -> Path:
     """Write the folder that `config` asks for, or verify it, and return it.
 
-    One process works; others that a launcher started leave at once. A failed or interrupted
-    conversion leaves nothing in the folder, and the same command starts it anew.
+    Only rank 0 works; other processes of a launcher return at once. A failed or interrupted
+    conversion leaves nothing in the folder, and the same command starts over.
     """
     target = Path(config.folder)
     if rank():
@@ -42,19 +42,26 @@ def convert(config: ConvertConfig) -> Path:
     if config.verify:
         verify(target)
         return target
-    check_places(config.backbone.name, target)
+    source = hub.BUILTIN.get(config.backbone.name, Path(config.backbone.name).expanduser())
+    if source.exists() and source.resolve() == target.resolve():
+        raise RunError(f"folder: {target} is the backbone itself; name another folder")
+    check_target(target)
     settings = BackboneConfig(
         name=config.backbone.name, revision=config.backbone.revision, dtype=config.dtype
     )
     blueprint = read_blueprint(settings)
     weights, left_out = conversion.plan(blueprint, config.dtype)
-    questions = ask_what(config, settings, blueprint)
+    questions = make_questions(config, settings, blueprint)
     check_free_space(nearest_folder(target), weights, what="the converted backbone")
     with moved_into_place(target) as folder:
-        files = write(config, settings, blueprint, weights, folder)
+        facts = conversion.write_weights(
+            folder, blueprint=blueprint, weights=weights, max_shard_bytes=config.max_shard_bytes
+        )
+        merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
+        files = conversion.hash_companions(folder, facts)
         written = read_blueprint(BackboneConfig(name=str(folder)))
         answers = fingerprint.make(written, questions)
-        found = compare(config, settings, blueprint, weights, answers)
+        verdict = compare(config, settings, blueprint, weights, answers)
         write_manifest(
             folder,
             Manifest(
@@ -68,22 +75,16 @@ def convert(config: ConvertConfig) -> Path:
             ),
         )
         read_blueprint(BackboneConfig(name=str(folder)))
-    log.info("%s", closing(config, weights, left_out, n_files=len(files), found=found))
+    log.info("%s", closing(config, weights, left_out, n_files=len(files), verdict=verdict))
     return target
 
 
-# -- before anything is written --------------------------------------------------------------------
+# -- what the manifest holds -----------------------------------------------------------------------
 
 
-def check_places(name: str, target: Path) -> None:
-    """Raise `RunError` if the target is the source, or cannot be made."""
-    source = hub.BUILTIN.get(name, Path(name).expanduser())
-    if source.exists() and source.resolve() == target.resolve():
-        raise RunError(f"folder: {target} is the backbone itself; name another folder")
-    check_target(target)
-
-
-def ask_what(config: ConvertConfig, settings: BackboneConfig, blueprint: Blueprint) -> Fingerprint:
+def make_questions(
+    config: ConvertConfig, settings: BackboneConfig, blueprint: Blueprint
+) -> Fingerprint:
     """The token rows of the fingerprint; raises `BackboneError` if prompts cannot be tokenised."""
     prompts: list[list[int]] = []
     if config.fingerprint.prompts:
@@ -92,26 +93,8 @@ def ask_what(config: ConvertConfig, settings: BackboneConfig, blueprint: Bluepri
     return fingerprint.make_questions(blueprint, prompts)
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
-def write(
-    config: ConvertConfig,
-    settings: BackboneConfig,
-    blueprint: Blueprint,
-    weights: list[Weight],
-    folder: Path,
-) -> dict[str, FileFacts]:
-    """Write weights, configuration and tokenizer; returns sizes and hashes of all files."""
-    facts = conversion.write_weights(
-        folder, blueprint=blueprint, weights=weights, max_shard_bytes=config.max_shard_bytes
-    )
-    merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
-    return conversion.hash_companions(folder, facts)
-
-
 def source_of(blueprint: Blueprint) -> dict[str, Any]:
-    """Where the weights are from; the folder of a hub id is named by its commit."""
+    """The origin of the weights: name, commit, and the names and sizes of the files."""
     source = blueprint.source
     files = {source.file(name) for name in source.names()}
     sizes = {file.name: file.stat().st_size for file in files if file is not None}
@@ -125,7 +108,7 @@ def compare(
     weights: list[Weight],
     answers: Fingerprint,
 ) -> str:
-    """Compare the logits with transformers' own reading of the original; what to say of it.
+    """Compare the logits with what transformers computes from the original; the verdict in words.
 
     Raises `BackboneError` if they differ.
     """
@@ -137,7 +120,7 @@ def compare(
     log.info("comparing with transformers' reading of the original: %.2g GB of memory", size)
     try:
         model = stock.load_backbone(settings, blueprint, torch.device("cpu"))
-        found = conversion.check_answer(
+        difference = conversion.check_answer(
             fingerprint.ask_model(model, blueprint.family, answers),
             answers,
             what="what was written",
@@ -147,14 +130,14 @@ def compare(
             f"{config.folder}: not converted: against transformers' reading of "
             f"{config.backbone.name}: {error}; fingerprint.compare: false converts all the same"
         ) from error
-    return f"the logits are those of transformers' reading of the original {exactly(found)}"
+    return f"the logits are those of transformers' reading of the original {agreement(difference)}"
 
 
-# -- verifying and telling -------------------------------------------------------------------------
+# -- checks and messages ---------------------------------------------------------------------------
 
 
 def verify(target: Path) -> None:
-    """Read a converted folder whole; raises `BackboneError` if anything in it is not as written."""
+    """Check every file of a converted folder; raises `BackboneError` if anything has changed."""
     if not target.is_dir():
         raise RunError(f"folder: no folder {target}; convert first, without verify")
     manifest = read_manifest(target)
@@ -163,7 +146,7 @@ def verify(target: Path) -> None:
     blueprint = read_blueprint(BackboneConfig(name=str(target.absolute())))
     verify_hashes(target, manifest)
     try:
-        found = conversion.check_answer(
+        difference = conversion.check_answer(
             manifest.fingerprint,
             fingerprint.ask_source(blueprint, manifest.fingerprint),
             what="these weights and the stored ones",
@@ -174,24 +157,24 @@ def verify(target: Path) -> None:
         "%s: %d files as they were written, logits %s",
         target,
         len(manifest.files),
-        exactly(found),
+        agreement(difference),
     )
 
 
-def exactly(found: float) -> str:
+def agreement(difference: float) -> str:
     """How well logits agree, in words."""
-    return f"to {found:.0e} of their spread" if found else "exactly"
+    return f"to {difference:.0e} of their spread" if difference else "exactly"
 
 
 def closing(
-    config: ConvertConfig, weights: list[Weight], left_out: list[str], *, n_files: int, found: str
+    config: ConvertConfig, weights: list[Weight], left_out: list[str], *, n_files: int, verdict: str
 ) -> str:
-    """What was written, how well it agrees, and how it is used."""
+    """The closing message: what was written, how well it agrees, and how to use it."""
     size = sum(weight.n_bytes for weight in weights) / 1e9
     lines = [
         f"{config.backbone.name} -> {config.folder}: {len(weights)} tensors, {size:.3g} GB in "
         f"{config.dtype}, {n_files} files",
-        found,
+        verdict,
         f"use: backbone.name={config.folder}",
     ]
     if left_out:

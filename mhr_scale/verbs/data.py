@@ -1,6 +1,6 @@
-"""The verb `data`: read and tokenise the tasks of a recipe, and say what they hold.
+"""The verb `data`: read and tokenise the tasks of a recipe, and print what they hold.
 
-With `run.token_cache` it fills the cache that later runs of the recipe take their tokens from.
+With `run.token_cache` it fills the cache from which later runs of the recipe read their tokens.
 """
 
 import sys
@@ -19,7 +19,7 @@ SHOWN_REJECTS = 10
 def check_data(config: PretrainConfig) -> None:
     """Print counts, lengths, cuts and refused rows per task.
 
-    Raises `DataError` if a run of this recipe would stop at its data.
+    Raises `DataError` if a run of this recipe would refuse its data.
     """
     blueprint = read_blueprint(config.backbone)
     tokenizer = load_tokenizer(config.backbone, blueprint)

@@ -1,7 +1,7 @@
 """The verb `evaluate`: a backbone, with or without an adapter, and tasks in; scores out.
 
 <run folder>/  scores.jsonl   one line per example, written as it is scored
-               summary.json   per task, per prompt, means; made from scores.jsonl alone
+               summary.json   per task, per prompt, means; computed from scores.jsonl alone
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
 
-#: Settings that may differ when a job goes on: where, not what.
+#: Settings that may change between two starts of a run: those that do not affect its scores.
 FREE = ("run.", "backbone_moved_to")
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Score every example of the tasks; returns the folder with scores and summary.
 
-    Collective. The same command goes on with an interrupted job.
+    Collective. The same command continues an interrupted run.
     """
     folder = RunFolder(config.run.folder, EvaluateConfig, free=FREE)
     scores = folder.path / summary.SCORES
@@ -86,7 +86,10 @@ def score_rows(
     questions: Sequence[Question],
     rows: Sequence[EncodedRow],
 ) -> None:
-    """Score what is not scored yet, ranked questions first; rank 0 appends line by line."""
+    """Score the questions without a score, ranked ones first; rank 0 appends to the file.
+
+    Collective.
+    """
     engine, path = placed.engine, Path(config.run.folder) / summary.SCORES
     if engine.rank == 0:
         keep_whole_lines(path)
@@ -94,10 +97,10 @@ def score_rows(
         {score["id"] for score in summary.read_scores(path)} if engine.rank == 0 else None
     )
     options = config.scoring
-    left = [row for row in rows if questions[row.number].id not in done]
+    pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
-    for _, run, todo in answerers(left, placed, adapter, tokenizer, options):
-        for results in scoring.score(todo, run, engine=engine, max_tokens=options.max_tokens):
+    for _, run, group in answerers(pending, placed, adapter, tokenizer, options):
+        for results in scoring.score(group, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
                 lines = [judge(questions[n], value) for n, value in sorted(results.items())]
                 with path.open("a", encoding="utf-8") as file:
@@ -110,7 +113,7 @@ def score_rows(
 def open_adapter_of(
     config: EvaluateConfig,
 ) -> tuple[Card | None, Adapter | None, BackboneConfig]:
-    """The adapter as it is stored, or its average, and its backbone; None and a bare backbone."""
+    """The adapter (as stored, or averaged) and its backbone; no adapter with a bare backbone."""
     if config.adapter is None:
         assert config.backbone is not None
         return None, None, config.backbone
@@ -132,7 +135,7 @@ def soup_of_every_task(
     placed: PlacedBackbone,
     tokenizer: Any,
 ) -> Adapter:
-    """One adapter with a soup for each task, made of training tasks with similar inputs."""
+    """One adapter with a soup for each task: the mean of those of similar training tasks."""
     embedder = TaskEmbedder(
         placed=placed,
         tokenizer=tokenizer,
@@ -162,20 +165,20 @@ def adapter_tasks(
         return {task.name: number for number, task in enumerate(tasks)}
     if stored is None or not (stored.config.has_logits or stored.config.private):
         return dict.fromkeys((task.name for task in tasks), 0)
-    foreign = [task.name for task in tasks if task.name not in stored.task_names]
-    if foreign:
+    unknown = [task.name for task in tasks if task.name not in stored.task_names]
+    if unknown:
         raise AdapterError(
-            f"{config.adapter}: has no routing for {len(foreign)} task(s), such as {foreign[0]}; "
+            f"{config.adapter}: has no routing for {len(unknown)} task(s), such as {unknown[0]}; "
             "set routing: average"
         )
     return {task.name: stored.task_names.index(task.name) for task in tasks}
 
 
 def keep_whole_lines(path: Path) -> None:
-    """Cut off a line that was being written when the job was stopped."""
+    """Cut off a last line that was left incomplete when the run was stopped."""
     if path.exists():
-        summary.read_scores(path)  # whose line is no score is the user's to mend
+        summary.read_scores(path)  # raises for any other damage, which is not ours to repair
         text = path.read_bytes().decode("utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(path, whole)
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            write_text(path, complete)

@@ -1,7 +1,7 @@
 """The verb `export`: an adapter in, a folder that stock PEFT or transformers loads out.
 
-What was written is loaded again and its logits are compared before it is moved into place. It also
-imports: any adapter that can be read can be written as this package's own artefact.
+The written folder is loaded again and its logits are compared before it is moved into place. The
+verb also imports: any adapter that can be read can be written as this package's own artefact.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ from mhr_scale.run.runlog import Progress, log, rank
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportInputs:
-    """What is exported from: the stored adapter, and its backbone where one is needed."""
+    """What an export reads: the stored adapter, and its backbone where one is needed."""
 
     card: artefact.Card
     stored: Adapter
@@ -50,7 +50,7 @@ class ExportInputs:
 def export(config: ExportConfig) -> Path:
     """Write the folder that `config` asks for, and return it.
 
-    One process works; others that a launcher started leave at once. A failed export leaves nothing.
+    Only rank 0 works; other processes of a launcher return at once. A failed export leaves nothing.
     """
     target = Path(config.folder)
     if rank():
@@ -60,18 +60,19 @@ def export(config: ExportConfig) -> Path:
     parts = choose(config, inputs)
     with moved_into_place(target) as folder:
         write(config, inputs, parts, folder)
-        found = check(config, inputs, parts, folder) if config.check else "not checked"
-    log.info("%s", closing(config, inputs, parts, found=found))
+        verdict = check(config, inputs, parts, folder) if config.check else "not checked"
+    log.info("%s", closing(config, inputs, parts, verdict=verdict))
     return target
 
 
-# --- before anything is written
+# -- before anything is written --------------------------------------------------------------------
 
 
 def open_inputs(config: ExportConfig) -> ExportInputs:
-    """Read the adapter, and of its backbone what the format or the check needs; no weight yet.
+    """Read the adapter, and what the format or the check needs of its backbone, but no weights.
 
-    Raises `AdapterError` if the adapter is of another backbone, or is half of a trained backbone.
+    Raises `AdapterError` if the adapter does not fit the backbone, or needs trained backbone
+    weights that the format cannot hold.
     """
     card, stored = peft_folders.open_adapter(config.adapter)
     facts = dict(card.backbone)
@@ -108,7 +109,7 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
 
 
 def open_backbone(config: ExportConfig, card: artefact.Card) -> BackboneConfig:
-    """The backbone as it was before any job; `AdapterError` if the adapter does not tell."""
+    """The pre-trained backbone; raises `AdapterError` if the adapter does not name it."""
     try:
         return backbone_of(config.adapter, replace(card, origin={}), config.backbone_moved_to)
     except AdapterError as error:
@@ -116,11 +117,11 @@ def open_backbone(config: ExportConfig, card: artefact.Card) -> BackboneConfig:
         raise AdapterError(f"{error}{way_out}") from error
 
 
-# --- what is exported
+# -- what is exported ------------------------------------------------------------------------------
 
 
 def choose(config: ExportConfig, inputs: ExportInputs) -> list[ExportedAdapter]:
-    """What is exported; raises `AdapterError` if the adapter does not have it."""
+    """The adapters to export; raises `AdapterError` if the stored one cannot provide them."""
     what = config.what or natural_choice(config, inputs.stored)
     try:
         parts = parts_of(what, config, inputs.stored)
@@ -142,15 +143,15 @@ def is_single(adapter: Adapter) -> bool:
 
 
 def natural_choice(config: ExportConfig, stored: Adapter) -> str:
-    """What is exported where the recipe does not say (`ExportConfig.what`)."""
+    """What is exported if the recipe leaves `what` open (`ExportConfig.what`)."""
     if config.format in ("native", "peft_poly") or is_single(stored):
         return "whole"
-    own = stored.config.has_logits or stored.config.private
-    return "task" if own and len(stored.task_names) == 1 else "average"
+    has_tasks = stored.config.has_logits or stored.config.private
+    return "task" if has_tasks and len(stored.task_names) == 1 else "average"
 
 
 def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedAdapter]:
-    """The parts of `what`; single adapters stand for their own average."""
+    """The adapters that `what` names; the average of a single adapter is the adapter itself."""
     if what in ("task", "all_tasks"):
         names = stored.task_names if what == "all_tasks" else [config.task or stored.task_names[0]]
         return [
@@ -171,7 +172,7 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
     return [ExportedAdapter(what=what, make=lambda: single, original=single)]
 
 
-# --- writing
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write(
@@ -224,20 +225,20 @@ def write_part(
 
 
 def base_name(facts: dict[str, Any]) -> str | None:
-    """The backbone as other programs find it: a hub id or a folder; None for random weights."""
+    """The backbone as other programs find it: hub id or folder; None for random weights."""
     name = facts.get("name")
     return str(hub.BUILTIN.get(name, name)) if name else None
 
 
-# --- comparing and telling
+# -- checks and messages ---------------------------------------------------------------------------
 
 
 def check(
     config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], folder: Path
 ) -> str:
-    """Compare logits of what was written with the original's; returns what to say of it.
+    """Compare the logits of the written folder with the original's; returns the verdict in words.
 
-    Of many tasks some are compared. Raises `AdapterError` if anything differs.
+    Of many tasks only some are compared. Raises `AdapterError` if anything differs.
     """
     assert inputs.blueprint is not None
     weights = merging.plan_weights(inputs.blueprint, "float32")
@@ -246,31 +247,32 @@ def check(
     logits = LogitsCheck(inputs.blueprint)
     is_peft = inputs.card.origin.get("format", "").startswith("PEFT")
     peft_folder = Path(config.adapter) if is_peft else None
-    numbers, worst, moved = spread(len(parts)), 0.0, 0.0
+    numbers, worst, rounding = spread(len(parts)), 0.0, 0.0
     try:
         for part, place in ((parts[n], folder / parts[n].folder) for n in numbers):
             if config.format == "merged":
-                found, moved = check_merged(
+                difference, rounding = check_merged(
                     logits, part, place, blueprint=inputs.blueprint, weights=inputs.weights
                 )
             elif config.format == "native":
-                found = check_native(logits, part, place, peft_folder=peft_folder)
+                difference = check_native(logits, part, place, peft_folder=peft_folder)
             else:
-                found = check_peft(logits, part, place)
-            worst = max(worst, found)
+                difference = check_peft(logits, part, place)
+            worst = max(worst, difference)
     except AdapterError as error:
         raise AdapterError(f"{config.folder}: not exported: {error}") from error
     text = (
         f"the logits are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
     )
-    text += f"; rounding the weights to their data type moves them by {moved:.1e}" if moved else ""
+    if rounding:
+        text += f"; rounding the weights to their data type moves them by {rounding:.1e}"
     return f"{len(numbers)} of {len(parts)} tasks: {text}" if len(parts) > 1 else text
 
 
 def closing(
-    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], *, found: str
+    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], *, verdict: str
 ) -> str:
-    """What was written, how well it agrees, and the lines that load it."""
+    """The closing message: what was written, how well it agrees, and the lines that load it."""
     base = base_name(inputs.facts) or "FOLDER OF THE BACKBONE"
     place = str(Path(config.folder) / parts[0].folder)
     auto_class = family_of_sites(inputs.stored.sites).auto_class
@@ -296,5 +298,5 @@ def closing(
         "soup": f"the soup of {', '.join(config.tasks)}",
     }
     what = names[parts[0].what]
-    text = f"{config.adapter}: {what} -> {config.folder} ({config.format})\n  {found}\n  load:"
+    text = f"{config.adapter}: {what} -> {config.folder} ({config.format})\n  {verdict}\n  load:"
     return "\n    ".join([text, *lines])

@@ -1,12 +1,12 @@
 """The verb `finetune`: an exported LoRA and one few-shot task in, the fine-tuned LoRA out.
 
 Stock parts: transformers loads the backbone, in 4 or 8 bits by bitsandbytes (and leaves T5's `wo`
-unquantised); peft loads, trains and writes the LoRA; the optimizer is anybody's. The task's rows,
-losses and scores are those of `adapt`. One process, on one GPU or on CPU.
+unquantised); PEFT loads, trains and writes the LoRA; the optimizer is a stock one. The task's rows,
+losses and scores are those of `adapt`. One process, on one GPU or on the CPU.
 
 <run folder>/  adapter/       the fine-tuned LoRA as a PEFT folder
                metrics.jsonl  scores_before.jsonl  scores.jsonl  result.json
-               steps/000100/  the LoRA and its optimizer, to go on from
+               steps/000100/  the LoRA and its optimizer state, to resume from
 """
 
 import math
@@ -59,13 +59,13 @@ from mhr_scale.tasks.task import Intake
 from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
-#: Settings that may differ when a run goes on: where and how fast, not what.
+#: Settings that may change between two starts of a run: those that do not affect its result.
 FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "backbone.recompute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneInputs:
-    """What is read and found good before any weight of the backbone is."""
+    """What is read and checked before any weight of the backbone is loaded."""
 
     source: Path
     blueprint: Blueprint
@@ -76,7 +76,7 @@ class FinetuneInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """The loaded model: the backbone ready for passes, whose linears have the LoRA inside."""
+    """The PEFT model, and its backbone placed for passes; the LoRA is inside its linears."""
 
     model: Any
     placed: PlacedBackbone
@@ -91,9 +91,13 @@ class LoadedModel:
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a LoRA on one task; returns the folder of the new one.
 
-    The same command goes on from the last saved step.
+    The same command resumes from the last saved step.
     """
-    check_alone()
+    if world_size() > 1:
+        raise ConfigError(
+            f"finetune is one process, and {world_size()} were started: "
+            "python launch/finetune.py RECIPE"
+        )
     folder = RunFolder(config.run.folder, FinetuneConfig, free=FREE)
     path = folder.path
     folder.check(
@@ -128,7 +132,7 @@ def finetune(config: FinetuneConfig) -> Path:
 def load(
     config: FinetuneConfig, inputs: FinetuneInputs, engine: Engine, source: Path
 ) -> LoadedModel:
-    """Load the backbone and its LoRA with stock parts; check what the bare backbone computes."""
+    """Load the backbone and its LoRA with stock parts; check the bare backbone's fingerprint."""
     blueprint = inputs.blueprint
     model = stock.load_model(config.backbone, blueprint, source, engine.device)
     base = model.get_base_model()
@@ -140,7 +144,7 @@ def load(
     return LoadedModel(model=model, placed=placed, tokenizer=inputs.tokenizer)
 
 
-# -- before a weight is read -----------------------------------------------------------------------
+# -- before any weight is read ---------------------------------------------------------------------
 
 
 def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
@@ -171,20 +175,11 @@ def read_data(config: FinetuneConfig, tokenizer: Any, family: Family) -> tuple[J
     )
     examples = config.scoring.examples
     few_shot_tasks, intake = read_few_shot(tasks, adaptation.shots, seed=seed, examples=examples)
-    named = {few_shot.task.name: few_shot for few_shot in few_shot_tasks}
-    if config.task not in named:
-        hint = did_you_mean(config.task, named)
+    by_name = {few_shot.task.name: few_shot for few_shot in few_shot_tasks}
+    if config.task not in by_name:
+        hint = did_you_mean(config.task, by_name)
         raise ConfigError(f"task: suite {tasks.suite} has no task '{config.task}'{hint}")
-    return open_data(named[config.task], adaptation, tokenizer, family), intake
-
-
-def check_alone() -> None:
-    """Raise `ConfigError` if a launcher started several processes."""
-    if world_size() > 1:
-        raise ConfigError(
-            f"finetune is one process, and {world_size()} were started: "
-            "python launch/finetune.py RECIPE"
-        )
+    return open_data(by_name[config.task], adaptation, tokenizer, family), intake
 
 
 def begin(
@@ -193,7 +188,7 @@ def begin(
     inputs: FinetuneInputs,
     device: torch.device,
 ) -> None:
-    """Write what a reader of the run needs before its first number."""
+    """Write the recipe, the refused rows and the provenance of this start."""
     folder.keep_recipe(config)
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
@@ -206,7 +201,7 @@ def begin(
 def announce(
     config: FinetuneConfig, inputs: FinetuneInputs, loaded: LoadedModel, *, start: int
 ) -> None:
-    """Say in plain words what is about to happen."""
+    """Log what is about to happen."""
     data, weights = inputs.data, list(loaded.model.parameters())
     log.info(
         "%s on %s, seed %d: %d training examples, %d to score; %s trainable numbers over %s "
@@ -278,7 +273,7 @@ def train(
 def _write_step(
     metrics: Metrics, model: Any, copy: stock.StepCopy, folder: Path, step: int, source: Path
 ) -> None:
-    """Write a saved step, in the background: of copies, which no step changes."""
+    """Write a saved step in the background, from copies that later steps do not change."""
     metrics.flush()
     stock.save_step(model, copy, folder, step, source)
 
@@ -292,7 +287,8 @@ def train_step(
 ) -> dict[str, float]:
     """One update; returns the losses and the norm of the gradient before clipping.
 
-    Sums of the parts are divided by the counts of the whole batch: how it is cut does not matter.
+    Sums of the parts are divided by the counts of the whole batch, so the result does not depend on
+    the size of micro batches.
     """
     counts, size = few_shot_loss.count(rows, config.protocol), config.micro_batch_size
     sums: dict[str, Tensor] = {}
@@ -326,8 +322,8 @@ def evaluate(
     if not file.exists():
         options, judged = config.scoring, {}
         progress = Progress(len(test.rows), start=0, what="evaluate", unit="example")
-        for _, run, todo in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
-            for batch in cut_batches(todo, max_tokens=options.max_tokens):
+        for _, run, group in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
+            for batch in cut_batches(group, max_tokens=options.max_tokens):
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")
                 for row, value in zip(batch, run(batch), strict=True):
@@ -349,7 +345,7 @@ def close(
     before: float,
     after: float,
 ) -> None:
-    """Write the result, the last file of a run, and say where everything lies."""
+    """Write the result, the last file of a run, and log where everything is."""
     folder, questions = Path(config.run.folder), inputs.data.test.questions
     result = {
         "task": config.task,

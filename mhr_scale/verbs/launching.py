@@ -1,8 +1,8 @@
 """What every launch stub does: parse a recipe, run the verb, turn errors into exit codes.
 
-The codes are `errors.ExitCode`. What all ranks find wrong is said once, what one rank finds wrong
-by that rank; and the rank that failed ends before those that only noticed, so that the launcher
-hands on its code.
+The codes are `errors.ExitCode`. An error that all ranks find is printed once, an error of one rank
+by that rank. The rank that failed ends before those that only noticed, so that the launcher returns
+its code.
 """
 
 import atexit
@@ -20,15 +20,15 @@ from mhr_scale.run.runlog import log, rank, start_logging, world_size
 
 T = TypeVar("T")
 
-#: How long a rank waits for the launcher to end it because another one says the same: launchers
-#: look once a second, and ranks may be seconds apart.
+#: How long a rank waits for the launcher to end it because another rank reports the same error:
+#: launchers poll once a second, and ranks may be seconds apart.
 PATIENCE_SECONDS = 6.0
-#: The same for a rank that is fine itself: longer than the one that failed may wait to speak.
+#: The same for a rank without an error of its own: longer than the failed one may wait to report.
 FINE_PATIENCE_SECONDS = 15.0
 
 
 def guarded(action: Callable[[], object]) -> NoReturn:
-    """Run `action` and end the process; a mistake of the user's is one line and exit code 2."""
+    """Run `action` and end the process; an error of the user is one line and exit code 2."""
     start_logging()
     with stopping.listening():
         code = _outcome(action)
@@ -36,7 +36,7 @@ def guarded(action: Callable[[], object]) -> NoReturn:
 
 
 def _outcome(action: Callable[[], object]) -> int:
-    """Run `action`; say what went wrong; the exit code."""
+    """Run `action` and report what went wrong; returns the exit code."""
     try:
         action()
         return ExitCode.DONE
@@ -46,10 +46,10 @@ def _outcome(action: Callable[[], object]) -> int:
 
 
 def _tell(error: BaseException) -> int:
-    """Say what ended the run, if nobody else says it; the exit code."""
+    """Report what ended the run, unless another rank does; returns the exit code."""
     if isinstance(error, stopping.Stopped):
         failed = error.__context__
-        if isinstance(failed, UserError | RuntimeError):  # it was asked to stop while it failed
+        if isinstance(failed, UserError | RuntimeError):  # it was failing when asked to stop
             return _tell(failed)
         log.info("%s", error)
         return ExitCode.AGAIN
@@ -79,9 +79,9 @@ def _of_this_rank(text: str) -> str:
 def leave(code: int) -> NoReturn:
     """End the process; under a launcher without tearing the interpreter down.
 
-    A thread of gloo that drops its last tensor while Python finalises asks for the interpreter's
+    A gloo thread that drops its last tensor while Python finalises waits for the interpreter's
     lock, is ended in the middle of a destructor, and aborts the process ("terminate called without
-    an active exception"): a finished run would end with an error, one time in some dozens.
+    an active exception"): once in some dozens of times, a finished run would end with an error.
     """
     if "WORLD_SIZE" not in os.environ:
         raise SystemExit(code)
@@ -105,19 +105,19 @@ def main(schema: type[T], verb: Callable[[T], object], *, about: str) -> NoRetur
 
 
 def main_of_words(verb: Callable[[Sequence[str]], str]) -> NoReturn:
-    """Run a verb that takes the words of the command line, and print the text it returns."""
+    """Run a verb that parses the command line itself, and print the text it returns."""
     guarded(lambda: _print(lambda: verb(sys.argv[1:])))
 
 
 def _print(make: Callable[[], str]) -> None:
-    """Print what `make` returns, without what libraries print meanwhile: it may be read again."""
+    """Print what `make` returns; what libraries print meanwhile goes to stderr."""
     with redirect_stdout(sys.stderr):
         text = make()
     sys.stdout.write(text)
 
 
 def _ds_text(config: Any) -> str:
-    """The dictionary DeepSpeed would get, as YAML comments; nothing where it gets none."""
+    """DeepSpeed's merged configuration as YAML comments; empty for verbs without a backbone."""
     run = getattr(config, "run", None)
     if getattr(config, "backbone", None) is None or not hasattr(run, "ds_config"):
         return ""

@@ -13,26 +13,26 @@ USAGE = (
     "python launch/plan.py RECIPE [hardware.x=value ...] [workload.x=value ...] [a.b=value ...] "
     "[--json]"
 )
-#: Parts that are the plan's own; every other setting is the recipe's.
-OWN = ("hardware.", "workload.")
+#: Settings of the plan itself; every other one overrides the recipe.
+PLAN_SETTINGS = ("hardware.", "workload.")
 
 
 def plan(arguments: Sequence[str]) -> str:
     """The plan for a recipe of `pretrain`, `evaluate` or `adapt`, as a table or as JSON.
 
     Settings under `hardware` and `workload` are the plan's, all others override the recipe. No
-    weight and no row is read. Raises `ConfigError` and what opening the recipe's parts raises.
+    weight and no row is read. Raises `ConfigError`, and what opening the recipe's adapter raises.
     """
     options, words = split_words(arguments, "--json")
     if "--help" in options:
         return f"{USAGE}\n\n{help_text(PlanConfig)}"
     check_recipe_given(words, usage=USAGE)
     recipe, *overrides = words
-    own = [word for word in overrides if word.startswith(OWN)]
-    asked = load_settings(PlanConfig, own)
+    plan_words = [word for word in overrides if word.startswith(PLAN_SETTINGS)]
+    settings = load_settings(PlanConfig, plan_words)
     schema, planner = PLANNERS[recognise(recipe)]
-    config = load(schema, recipe, [word for word in overrides if word not in own])
-    found = planner(config, asked.workload, find_machines(asked.hardware))
+    config = load(schema, recipe, [word for word in overrides if word not in plan_words])
+    estimates = planner(config, settings.workload, find_machines(settings.hardware))
     if "--json" in options:
-        return json.dumps(as_json(found), indent=1) + "\n"
-    return as_text(found)
+        return json.dumps(as_json(estimates), indent=1) + "\n"
+    return as_text(estimates)

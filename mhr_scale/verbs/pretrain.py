@@ -11,7 +11,7 @@ from mhr_scale.training.trainer import Trainer
 def pretrain(config: PretrainConfig) -> Path:
     """Train an adapter on a mixture of tasks; returns the folder of the adapter.
 
-    Collective: every rank calls it. The same command goes on from the last saved step.
+    Collective: every rank calls it. The same command resumes from the last saved step.
     """
     with opened_training(config) as trainer:
         announce(trainer)
@@ -22,7 +22,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def announce(trainer: Trainer) -> None:
-    """Say in plain words what is about to happen."""
+    """Log what is about to happen."""
     config, adapter = trainer.config, trainer.adapter
     cuts, facts = trainer.tokens.cuts, trainer.tokens.cuts.facts()
     log.info(
@@ -60,7 +60,7 @@ def announce(trainer: Trainer) -> None:
 
 
 def summarise(trainer: Trainer) -> None:
-    """Say in plain words what was done and where the results lie."""
+    """Log what was done and where the results are."""
     config, folder = trainer.config, trainer.folder
     losses = read_metric(folder / "metrics.jsonl", "validation_loss")
     log.info(

@@ -1,6 +1,6 @@
-"""The verb `report`: run folders in, one HTML file out that needs nothing else.
+"""The verb `report`: run folders in, one self-contained HTML file out.
 
-Folders may be of any kind and stage; what a run has not is not in the report.
+Runs may be of any kind, finished or not; what a run lacks is left out of the report.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ OPTIONS = ("--file", "--title")
 
 
 def report(arguments: Sequence[str]) -> str:
-    """Write the report that a command line asks for; returns what to say of it.
+    """Write the report that a command line asks for; returns the closing message.
 
     Raises `ConfigError` for a wrong command line, `RunError` for folders that are no runs.
     """
@@ -55,8 +55,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if name not in OPTIONS:
             hint, known = did_you_mean(name, OPTIONS), ", ".join([*OPTIONS, "--help"])
             raise ConfigError(f"unknown option {name}; options: {known}{hint}")
-        found = value if equals else next(words, "")
-        if not found:
+        value = value if equals else next(words, "")
+        if not value:
             raise ConfigError(f"{name}: no value; usage: {USAGE}")
-        options[name] = found
+        options[name] = value
     return folders, options

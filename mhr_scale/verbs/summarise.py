@@ -1,4 +1,4 @@
-"""Tables of finished or interrupted evaluations, from their `scores.jsonl` alone."""
+"""The verb `summarise`: tables of evaluations, finished or not, from their `scores.jsonl` alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +20,20 @@ def summarise_runs(arguments: Sequence[str]) -> str:
         return f"{USAGE}\n\nRUN: the folder of an evaluation; several are seeds of one setting\n"
     if not folders:
         raise ConfigError(f"no run given; usage: {USAGE}")
-    text, found = "", []
+    text, summaries = "", []
     for folder in folders:
         path = Path(folder) / summary.SCORES
         scores = summary.read_scores(path)
         if not scores:
             raise RunError(f"{path}: no scores here; name the folder of an evaluation")
-        found.append(summary.summarise(scores))
-        text += f"{folder}\n{summary.table(found[-1])}\n"
-    if len(found) > 1:
-        both = summary.aggregate(found)
-        mean, deviation = both["mean_then_std"]
+        summaries.append(summary.summarise(scores))
+        text += f"{folder}\n{summary.table(summaries[-1])}\n"
+    if len(summaries) > 1:
+        aggregates = summary.aggregate(summaries)
+        mean, deviation = aggregates["mean_then_std"]
         text += (
-            f"{both['seeds']} seeds: median over seeds per task, mean over tasks "
-            f"{both['median_then_mean']:.2f}; mean over tasks {mean:.2f} +- {deviation:.2f} "
+            f"{aggregates['seeds']} seeds: median over seeds per task, mean over tasks "
+            f"{aggregates['median_then_mean']:.2f}; mean over tasks {mean:.2f} +- {deviation:.2f} "
             "(standard deviation over seeds)\n"
         )
     return text

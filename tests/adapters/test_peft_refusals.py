@@ -122,7 +122,7 @@ def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
 def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
     folder = write(make(IA3), tmp_path)
     (folder / peft_folders.NOTE).unlink()
-    with pytest.raises(AdapterError, match="do not tell the width of the backbone; pass d_model"):
+    with pytest.raises(AdapterError, match="do not tell the width of the backbone; pass width"):
         peft_folders.read_peft_ia3(folder)
 
 

@@ -125,7 +125,7 @@ def test_a_rank_stabilised_lora_has_its_scale_in_alpha(tmp_path):
     assert_close(native_logits(adapter), expected, 1e-5)
 
 
-@pytest.mark.parametrize("known_by", ["d_model", "the backbone's folder"])
+@pytest.mark.parametrize("known_by", ["width", "the backbone's folder"])
 def test_a_stock_ia3_gives_the_same_logits_here(known_by, tmp_path):
     backbone = {"d_kv": 6, "d_ff": 56}
     config = IA3Config(
@@ -134,9 +134,9 @@ def test_a_stock_ia3_gives_the_same_logits_here(known_by, tmp_path):
     expected = make_stock(config, tmp_path / "peft", **backbone)
     make_t5(**backbone).save_pretrained(tmp_path / "t5")
     edit(tmp_path / "peft", base_model_name_or_path=str(tmp_path / "t5"))
-    if known_by == "d_model":
+    if known_by == "width":
         edit(tmp_path / "peft", base_model_name_or_path="somewhere/else")
-        adapter = peft_folders.read_peft_ia3(tmp_path / "peft", d_model=32)
+        adapter = peft_folders.read_peft_ia3(tmp_path / "peft", width=32)
     else:
         adapter = peft_folders.read_peft_ia3(tmp_path / "peft")
     assert adapter.sites == find_sites(make_t5(**backbone), "light")

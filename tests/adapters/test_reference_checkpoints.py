@@ -140,7 +140,7 @@ def test_every_granularity_is_found(granularity, everywhere, tmp_path):
 def test_every_method_comes_back_bit_for_bit(config, tmp_path):
     adapter = make(config)
     path = store(publish(adapter), tmp_path)
-    found = read_published(path, d_model=32 if config.layout == "light" else None)
+    found = read_published(path, width=32 if config.layout == "light" else None)
     assert (found.config, found.sites) == (config, adapter.sites)
     assert_same(found, adapter)
 
@@ -271,7 +271,7 @@ def test_another_number_of_task_names_is_refused(tmp_path):
 
 def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
     adapter = make(AdapterConfig(kind="ia3", layout="light", n_skills=1))
-    with pytest.raises(AdapterError, match="pass d_model"):
+    with pytest.raises(AdapterError, match="pass width"):
         read_published(store(publish(adapter), tmp_path))
 
 

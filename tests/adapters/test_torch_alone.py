@@ -23,8 +23,8 @@ IMPORT = "import mhr_scale.adapters"
 STEP = """
 import torch
 from mhr_scale import Adapter, AdapterConfig, average, collapse
-from mhr_scale.adapters.layout import Site
 from mhr_scale.adapters.linear import AdaptedLinear
+from mhr_scale.adapters.sites import Site
 
 site = Site(name="x", in_features=4, out_features=6, stack="encoder", block=0, sublayer=0)
 adapter = Adapter(AdapterConfig(n_skills=2, n_splits=2), (site,), task_names=["a", "b"])

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from placed import place_model
 from small_t5 import small_t5
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from mhr_scale.adapters import Adapter, attach
-from mhr_scale.analysis.alignment import Subject, TaskRows
+from mhr_scale.analysis.alignment import AlignedTask, GradientSource
 from mhr_scale.config import AdapterConfig
-from mhr_scale.engine.engine import Engine
-from mhr_scale.rows.batching import Pick
+from mhr_scale.families.packed import EncodedRow
 
 NAMES = ("add", "copy", "drop", "echo")
 
@@ -30,42 +30,37 @@ CONFIGS = {
 class Setup:
     """What a measurement needs, and the bare model for computing it another way."""
 
-    subject: Subject
+    source: GradientSource
     bare: nn.Module
     adapter: Adapter
-    tasks: list[TaskRows]
+    tasks: list[AlignedTask]
 
 
 def make_setup(config: AdapterConfig, *, micro_batch_size: int = 2, n_rows: int = 5) -> Setup:
     """An adapter whose every tensor tells, in a model of its own."""
     torch.manual_seed(3)
-    model = small_t5().double()
-    adapter = attach(model, config, tasks=NAMES).double()
+    placed = place_model(small_t5().double())
+    adapter = attach(placed.model, config, tasks=NAMES).double()
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             spread = 1.0 if "routing" in name else 0.2
             parameter += spread * torch.randn_like(parameter)
-    subject = Subject(
-        engine=Engine({}, timeout_seconds=60.0),
-        model=model,
-        adapter=adapter,
-        micro_batch_size=micro_batch_size,
-        pad_id=0,
-        pad_multiple=4,
+    source = GradientSource(
+        placed=placed, adapter=adapter, micro_batch_size=micro_batch_size, pad_multiple=4
     )
     rng = np.random.default_rng(5)
     tasks = [
-        TaskRows(name=name, picks=tuple(make_pick(rng, n, number) for n in range(n_rows)))
+        AlignedTask(name=name, rows=tuple(make_row(rng, n, number) for n in range(n_rows)))
         for number, name in enumerate(NAMES)
     ]
-    return Setup(subject, small_t5().double(), adapter, tasks)
+    return Setup(source, small_t5().double(), adapter, tasks)
 
 
-def make_pick(rng: np.random.Generator, number: int, task: int) -> Pick:
+def make_row(rng: np.random.Generator, number: int, task: int) -> EncodedRow:
     """A random row of some length."""
     ids = rng.integers(3, 200, size=int(rng.integers(3, 9)))
     target = rng.integers(3, 200, size=int(rng.integers(2, 6)))
-    return Pick(number, task, ids, target)
+    return EncodedRow(ids, (target,), task=task, number=number)
 
 
 def direct_cosines(setup: Setup, *, linears: tuple[str, ...] = ()) -> np.ndarray:
@@ -76,20 +71,19 @@ def direct_cosines(setup: Setup, *, linears: tuple[str, ...] = ()) -> np.ndarray
     for number, task in enumerate(setup.tasks):
         tensors = dict(zip(names, parameters, strict=True))
         loss, count = torch.zeros((), dtype=torch.float64), 0
-        for pick in task.picks:
+        for row in task.rows:
+            (target,) = row.answers
             weights = dense_weights(setup, tensors, number)
             logits = functional_call(
                 setup.bare,
                 weights,
                 kwargs={
-                    "input_ids": torch.as_tensor(pick.input_ids)[None],
-                    "labels": torch.as_tensor(pick.target_ids)[None],
+                    "input_ids": torch.as_tensor(row.input_ids)[None],
+                    "labels": torch.as_tensor(target)[None],
                 },
             ).logits
-            loss = loss + F.cross_entropy(
-                logits[0], torch.as_tensor(pick.target_ids), reduction="sum"
-            )
-            count += len(pick.target_ids)
+            loss = loss + F.cross_entropy(logits[0], torch.as_tensor(target), reduction="sum")
+            count += len(target)
         found = torch.autograd.grad(loss / count, parameters)
         gradients.append(pick_linears(setup, dict(zip(names, found, strict=True)), linears))
     g_TP = torch.stack(gradients)

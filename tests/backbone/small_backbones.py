@@ -1,5 +1,7 @@
 """Backbones of every format in which checkpoints come, and what they compute."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,6 +11,7 @@ from transformers import T5Config
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.weights import RandomSource
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.t5 import GATED
 
 KINDS = ("safetensors", "safetensors shards", "bin", "bin shards", "bin in the old format")
 
@@ -44,7 +47,8 @@ def write_weights(folder, tensors, kind="safetensors"):
 
 
 def random_source(shapes, *, seed=0, **changes):
-    return RandomSource(T5Config(**{**SIZES, **changes}), shapes, seed)
+    config = T5Config(**{**SIZES, **changes})
+    return RandomSource(shapes, seed, partial(GATED.random_weight, config))
 
 
 def logits(model):

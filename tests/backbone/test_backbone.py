@@ -9,10 +9,13 @@ from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.fingerprint import make as fingerprint_of
+from mhr_scale.backbone.fingerprint import make_questions
 from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
-from mhr_scale.families.modes import order_gradients
+from mhr_scale.engine.gradients import order_gradients
+from mhr_scale.families.t5 import GATED
 
 # -- weights from a folder ------------------------------------------------------------------------
 
@@ -93,6 +96,17 @@ def test_a_folder_without_a_start_token_starts_with_padding(make, original):
     folder = make(stored(original), card)
     blueprint = read_blueprint(BackboneConfig(name=str(folder)))
     assert blueprint.model_config.decoder_start_token_id == 0
+
+
+@pytest.mark.parametrize("token", ["pad_token_id", "decoder_start_token_id"])
+def test_a_token_that_is_said_to_be_none_is_that_of_t5(make, original, token):
+    fields = {**SIZES, token: None}
+    folder = make(stored(original), {**CARD, **fields})
+    for config in (BackboneConfig(name=str(folder)), BackboneConfig(config=fields)):
+        blueprint = read_blueprint(config)
+        assert getattr(blueprint.model_config, token) == 0
+        asked = make_questions(blueprint, [[5, 6, 7], [8]])  # the shorter one is padded
+        assert fingerprint_of(blueprint, asked).noise > 0
 
 
 def test_a_blueprint_says_where_the_weights_are_from(folder):
@@ -191,13 +205,13 @@ def input_gradient(model, train=False):
 
 def test_ordering_gradients_leaves_the_output_as_it_is(original):
     model = small_t5()
-    order_gradients(model)
+    order_gradients(model, GATED)
     assert torch.equal(logits(model), logits(original))
 
 
 def test_ordering_gradients_changes_them_by_rounding_only(original):
     model = small_t5()
-    order_gradients(model)
+    order_gradients(model, GATED)
     torch.testing.assert_close(
         input_gradient(model)[1], input_gradient(original)[1], rtol=1e-5, atol=1e-7
     )

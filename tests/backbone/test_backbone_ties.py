@@ -7,8 +7,9 @@ from small_t5 import CARD, SIZES, small_t5
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.families.t5 import EMBEDDING_ALIASES, read_blueprint
+from mhr_scale.families.t5 import EMBEDDING_ALIASES, HEAD
 
 TIES = [
     # the configuration says tied | lm_head in the checkpoint | so it is tied
@@ -70,7 +71,7 @@ def test_a_head_that_differs_in_its_last_number_only_is_untied(make):
     tensors["lm_head.weight"] = tensors["shared.weight"].clone()
     tensors["lm_head.weight"][-1, -1] += 1.0
     folder = make(tensors, {**CARD, **sizes, "tie_word_embeddings": True})
-    assert not read_blueprint(BackboneConfig(name=str(folder))).is_lm_head_tied
+    assert HEAD not in read_blueprint(BackboneConfig(name=str(folder))).ties
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -16,8 +16,10 @@ from mhr_scale.backbone import fingerprint
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.backbone.manifest import MANIFEST, Fingerprint
 from mhr_scale.config import AdapterConfig, BackboneConfig, ConvertConfig, OriginConfig
+from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.t5 import GATED
 from mhr_scale.verbs.convert import convert
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -56,21 +58,21 @@ def stored(folder: Path) -> Fingerprint:
     [{}, {"dtype": "bfloat16"}, {"quantise": "int8"}, {"dtype": "bfloat16", "quantise": "int8"}],
 )
 def test_a_right_backbone_passes(folder: Path, settings: dict[str, str]) -> None:
-    fingerprint.check(*opened(folder, **settings))
+    check_backbone(*opened(folder, **settings))
 
 
 def test_four_bits_of_a_right_backbone_pass(tmp_path: Path) -> None:
     config = ConvertConfig(
         backbone=OriginConfig(name="builtin:toy"), folder=str(tmp_path / "converted")
     )
-    fingerprint.check(*opened(convert(config), quantise="nf4"))
+    check_backbone(*opened(convert(config), quantise="nf4"))
 
 
 def refused(folder: Path, change: Callable[[nn.Module], None], **settings: str) -> str:
     model, *rest = opened(folder, **settings)
     change(model)
     with pytest.raises(BackboneError) as caught:
-        fingerprint.check(model, *rest)
+        check_backbone(model, *rest)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -116,7 +118,7 @@ def test_adapters_are_off_while_the_backbone_is_compared(folder: Path) -> None:
     adapter = attach(model, AdapterConfig(n_skills=2), tasks=["a", "b"])
     for parameter in adapter.parameters():
         parameter.data.fill_(1.0)
-    fingerprint.check(model, *rest)
+    check_backbone(model, *rest)
     assert not any(linear.is_off for linear in adapter.linears)
 
 
@@ -124,33 +126,36 @@ def test_adapters_are_off_while_the_backbone_is_compared(folder: Path) -> None:
 def test_a_model_that_trains_still_trains_after_the_check(folder: Path, mode: bool) -> None:
     model, *rest = opened(folder, dropout=None)  # type: ignore[arg-type]
     model.train(mode)
-    fingerprint.check(model, *rest)
+    check_backbone(model, *rest)
     assert model.training == mode
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"input_ids": [[10**18]], "attention_mask": [[1]]}, r"input_ids: 10{18} is not in 0\.\."),
-        ({"input_ids": [[3, 4], [3]]}, "input_ids: not 2 rows of 2"),
-        ({"attention_mask": [[2] * 16] * 2}, r"attention_mask: 2 is not in 0\.\.1"),
-        ({"decoder_input_ids": [[0]]}, "decoder_input_ids: not 2 rows of 1"),
-        ({"vocabulary": [-1]}, "vocabulary: -1 is not in"),
-        ({"vocabulary": []}, "vocabulary: not 1 rows of 0"),
+        ({"inputs": [[3], [10**18]]}, r"\.inputs: 10{18} is not in 0\.\."),
+        ({"inputs": [[3, 4], []]}, r"\.inputs: a row without a token"),
+        ({"inputs": []}, ": 0 inputs, targets of 4, 4 tokens"),
+        ({"inputs": [], "targets": []}, r"\.inputs: a row without a token"),
+        ({"targets": [[0, 3]]}, ": 2 inputs, targets of 2 tokens"),
+        ({"targets": [[0], [3, 4]]}, ": 2 inputs, targets of 1, 2 tokens"),
+        ({"targets": [[], []]}, r"\.targets: a row without a token"),
+        ({"vocabulary": [-1]}, r"\.vocabulary: -1 is not in"),
+        ({"vocabulary": []}, r"\.vocabulary: a row without a token"),
     ],
 )
 def test_a_damaged_question_is_refused(
     folder: Path, changes: dict[str, list[int]], expected: str
 ) -> None:
     _, blueprint, _, _ = opened(folder)
-    with pytest.raises(BackboneError, match=rf"{MANIFEST}: fingerprint\.{expected}"):
+    with pytest.raises(BackboneError, match=rf"{MANIFEST}: fingerprint{expected}"):
         fingerprint.check_questions(replace(stored(folder), **changes), blueprint)
 
 
 def test_a_folder_without_a_fingerprint_is_not_asked(folder: Path) -> None:
     model, blueprint, config, engine = opened(folder)
     tie_head(model)
-    fingerprint.check(model, replace(blueprint, manifest=None), config, engine)
+    check_backbone(model, replace(blueprint, manifest=None), config, engine)
 
 
 def test_the_checkpoint_is_read_without_building_the_model(folder: Path) -> None:
@@ -166,7 +171,7 @@ def test_the_bfloat16_tolerance_follows_the_backbones_own_rounding(folder: Path)
 
 def test_rounding_to_bfloat16_is_what_was_measured_at_conversion(folder: Path) -> None:
     model, *_ = opened(folder, dtype="bfloat16")
-    found = fingerprint.ask(model, stored(folder), torch.device("cpu"))
+    found = fingerprint.ask(model, GATED, stored(folder), torch.device("cpu"))
     measured = fingerprint.difference(stored(folder), found)
     assert 0 < measured < 2 * stored(folder).noise
 
@@ -183,16 +188,23 @@ def test_questions_are_the_same_every_time() -> None:
     assert questions() == questions()
 
 
-def test_prompts_are_padded_and_masked() -> None:
+def test_prompts_are_asked_as_they_are() -> None:
     asked = questions([[5, 6, 7], [8]])
-    assert asked.input_ids == [[5, 6, 7], [8, 0, 0]]
-    assert asked.attention_mask == [[1, 1, 1], [1, 0, 0]]
-    assert len(asked.decoder_input_ids) == 2
+    assert asked.inputs == [[5, 6, 7], [8]]
+    assert len(asked.targets) == 2
+
+
+def test_a_shorter_prompt_is_padded_and_masked() -> None:
+    asked = questions([[5, 6, 7], [8]])
+    alone = replace(asked, inputs=asked.inputs[1:], targets=asked.targets[1:])
+    cpu = torch.device("cpu")
+    found, expected = (fingerprint.ask(small_t5(), GATED, one, cpu) for one in (asked, alone))
+    torch.testing.assert_close(torch.tensor(found.logits[1:]), torch.tensor(expected.logits))
 
 
 def test_a_few_numbers_are_kept() -> None:
     asked = questions()
-    kept = len(asked.vocabulary) * sum(map(len, asked.decoder_input_ids))
+    kept = len(asked.vocabulary) * sum(map(len, asked.targets))
     assert (len(asked.vocabulary), kept) == (32, 256)
     assert max(asked.vocabulary) < 384
 

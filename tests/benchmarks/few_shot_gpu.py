@@ -17,7 +17,10 @@ from few_shot_ways import Bench, Setting, Waves, Way
 from mhr_scale.adapters import find_sites
 from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
-from mhr_scale.families.modes import order_gradients, set_dropout
+from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.gradients import order_gradients
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.modes import set_dropout
 from mhr_scale.run.runlog import Progress
 
 
@@ -89,12 +92,17 @@ def counted_ways(name: str, length: int) -> tuple[dict[str, tuple[Counts, int]],
             set_dropout(bare, 0.0)
             set_dropout(ours, 0.0)
             sites = find_sites(ours, "full")
-            linears = wrap(ours, sites)
-            order_gradients(ours)
+            placed = PlacedBackbone(
+                engine=Engine({}, timeout_seconds=60.0, device=META),
+                family=blueprint.family,
+                model=ours,
+                adapted=wrap(ours, sites),
+            )
+            order_gradients(ours, blueprint.family)
             bench = Bench(setting, "full", "adamw", sites)
             first = bench.start(0)
             bench.start = lambda number: first
-        ways: list[Way] = [Waves(bench, ours, linears, size=size, device=META) for size in SIZES]
+        ways: list[Way] = [Waves(bench, placed, size=size) for size in SIZES]
         methods: tuple[Method, ...] = ("lora", "poly")
         ways += [
             PeftLoop(bench, bare, method=method, device=META, many_tensors=True)

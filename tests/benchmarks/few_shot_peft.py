@@ -157,5 +157,5 @@ def collate(rows: Sequence[EncodedRow], device: torch.device) -> dict[str, Tenso
     return {
         "input_ids": padded(inputs, 0).to(device),
         "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0).to(device),
-        "labels": padded([row.choices[0] for row in rows], -100).to(device),
+        "labels": padded([row.answers[0] for row in rows], -100).to(device),
     }

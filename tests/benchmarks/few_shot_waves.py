@@ -8,7 +8,7 @@ python tests/benchmarks/few_shot_waves.py --model-gpu
     what a GPU would give, from operations and bytes counted at the real shapes of T5
 
 All ways take turns, in an order that is reversed every other time; times are medians over the
-turns and ratios medians over the ratios of a turn. AdaptInputs a job and its first step, which makes
+turns and ratios medians over the ratios of a turn. Opening a job and its first step, which makes
 the optimizer's state, are not timed.
 """
 

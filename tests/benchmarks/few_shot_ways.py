@@ -4,7 +4,7 @@ Waves of 1 are our own loop over one job after another. Jobs of all ways (`few_s
 other one) have the same backbone weights, start from the same tensors and see the same rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
-from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.sites import Site
-from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import (
     AdaptConfig,
@@ -28,6 +26,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone, place
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.job_data import round_up
@@ -169,11 +168,9 @@ def make_source(sites: tuple[Site, ...]) -> Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Hall:
-    """A loaded, frozen backbone with linears for our adapters, and the engine that placed it."""
+    """A placed, frozen backbone with linears for our adapters."""
 
-    engine: Engine
-    model: Any
-    linears: Mapping[str, AdaptedLinear]
+    placed: PlacedBackbone
     sites: tuple[Site, ...]
 
     @classmethod
@@ -183,21 +180,11 @@ class Hall:
         blueprint = read_blueprint(config)
         with torch.device("meta"):
             sites = find_sites(make_model(blueprint), "full")
-        model = engine.build(config, blueprint)
-        linears = wrap(model, sites)
-        return cls(engine, engine.prepare(model, config, always_backward=True), linears, sites)
+        return cls(place(engine, config, blueprint, sites, always_backward=True), sites)
 
     def waves(self, bench: Bench, *, size: int, turn: Callable[[], None] = lambda: None) -> "Waves":
         """Waves over this backbone; `turn` is called before each step."""
-        return Waves(
-            bench,
-            self.model,
-            self.linears,
-            size=size,
-            device=self.engine.device,
-            turn=turn,
-            after_backward=self.engine.after_backward,
-        )
+        return Waves(bench, self.placed, size=size, turn=turn)
 
 
 def build_bare(setting: Setting, engine: Engine) -> Any:
@@ -228,17 +215,13 @@ class Waves:
     def __init__(
         self,
         bench: Bench,
-        model: Any,
-        linears: Mapping[str, AdaptedLinear],
+        placed: PlacedBackbone,
         *,
         size: int,
-        device: torch.device,
         turn: Callable[[], None] = lambda: None,
-        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = f"waves of {size}" if size > 1 else "one by one"
-        self.bench, self.model, self.linears, self.size = bench, model, linears, size
-        self.device, self.turn, self.after_backward = device, turn, after_backward
+        self.bench, self.placed, self.size, self.turn = bench, placed, size, turn
 
     def open(self, numbers: Sequence[int]) -> Wave:
         """A wave of these jobs at their start, bound to the model."""
@@ -249,17 +232,16 @@ class Waves:
             bench.variant,
             members,
             [bench.start(n) for n in numbers],
-            device=self.device,
+            device=self.placed.device,
         )
-        wave.adapter.bind(self.linears)
+        wave.adapter.bind(self.placed.adapted)
         return wave
 
     def step(self, wave: Wave) -> list[float]:
         """One step of all jobs of a wave; returns their losses."""
         self.turn()
-        self.model.train()
-        values = wave.train_step(self.model, device=self.device, after_backward=self.after_backward)
-        return values.values["loss"]
+        self.placed.model.train()
+        return wave.train_step(self.placed).values["loss"]
 
     def close(self, wave: Wave) -> None:
         """Nothing: the next wave is bound in its place."""

@@ -4,7 +4,7 @@ python tests/benchmarks/rank_classification.py [RUNS]
 
 looped     the whole model once per choice
 repeated   the encoder once, its output repeated for every choice (T-Few, MTTL)
-packed     mhr_scale.scoring.rank_choices
+packed     mhr_scale.passes.scoring.rank_choices
 
 The same model, rows and scores; the three take turns, and the ratios are medians over the turns.
 """
@@ -13,13 +13,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from placed import place_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes.scoring import rank_choices
 
@@ -30,20 +35,20 @@ VOCABULARY = 32128
 def main() -> None:
     """Time the three ways in turn and print medians and ratios."""
     torch.set_num_threads(1)
-    model, rows = make_model(), make_rows()
+    placed, rows = place_model(make_model()), make_rows()
     ways: dict[str, Callable[..., Tensor]] = {
         "looped": looped,
         "repeated": repeated,
         "packed": packed,
     }
-    scores = {name: way(model, rows) for name, way in ways.items()}
+    scores = {name: way(placed, rows) for name, way in ways.items()}
     for name in ("looped", "repeated"):
         torch.testing.assert_close(scores[name], scores["packed"], rtol=1e-4, atol=1e-4)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(int(sys.argv[1]) if sys.argv[1:] else 15):
         for name, way in ways.items():
             begun = time.perf_counter()
-            way(model, rows)
+            way(placed, rows)
             times[name].append(time.perf_counter() - begun)
     for name, seconds in times.items():
         ratio = statistics.median(
@@ -80,28 +85,27 @@ def make_rows() -> list[EncodedRow]:
 
     return [
         EncodedRow(
-            number,
-            0,
             ids(N_INPUTS),
             tuple(ids(int(draw.integers(2, MAX_CHOICE + 1))) for _ in range(N_CHOICES)),
+            number=number,
         )
         for number in range(N_ROWS)
     ]
 
 
-def packed(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
+def packed(placed: PlacedBackbone, rows: list[EncodedRow]) -> Tensor:
     """The library's way."""
-    return torch.tensor(rank_choices(model, None, rows, length_norm=1.0))
+    return torch.tensor(rank_choices(placed, None, rows, length_norm=1.0))
 
 
 @torch.no_grad()
-def looped(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
+def looped(placed: PlacedBackbone, rows: list[EncodedRow]) -> Tensor:
     """One call of the whole model per choice."""
     inputs_BL = torch.tensor(np.stack([row.input_ids for row in rows]))
     scores = []
     for which in range(N_CHOICES):
-        labels_BL = padded([row.choices[which] for row in rows])
-        output = model(
+        labels_BL = padded([row.answers[which] for row in rows])
+        output = placed.model(
             input_ids=inputs_BL,
             attention_mask=torch.ones_like(inputs_BL),
             labels=labels_BL,
@@ -112,13 +116,13 @@ def looped(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
 
 
 @torch.no_grad()
-def repeated(model: T5ForConditionalGeneration, rows: list[EncodedRow]) -> Tensor:
+def repeated(placed: PlacedBackbone, rows: list[EncodedRow]) -> Tensor:
     """The encoder once, then one decoder row per choice."""
     inputs_BL = torch.tensor(np.stack([row.input_ids for row in rows]))
     mask_BL = torch.ones_like(inputs_BL)
-    hidden = model.encoder(input_ids=inputs_BL, attention_mask=mask_BL).last_hidden_state
-    labels = padded([choice for row in rows for choice in row.choices])
-    output = model(
+    hidden = placed.model.encoder(input_ids=inputs_BL, attention_mask=mask_BL).last_hidden_state
+    labels = padded([choice for row in rows for choice in row.answers])
+    output = placed.model(
         encoder_outputs=(hidden.repeat_interleave(N_CHOICES, dim=0),),
         attention_mask=mask_BL.repeat_interleave(N_CHOICES, dim=0),
         labels=labels,

@@ -21,9 +21,9 @@ PLACEMENTS = {"replicated": "ds_configs/replicated.json", "ZeRO-3": "ds_configs/
 LOADING = """
 import json, sys, time
 begun = time.perf_counter()
-from mhr_scale.backbone import read_blueprint
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig
-from mhr_scale.engine import Engine
+from mhr_scale.engine.engine import Engine
 from mhr_scale.adapters import attach
 found = {"imports": time.perf_counter() - begun}
 settings = json.loads(sys.argv[1])

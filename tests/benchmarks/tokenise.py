@@ -17,6 +17,7 @@ os.environ["RAYON_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from mhr_scale.config import BatchConfig, JsonlTasks
+from mhr_scale.families.t5 import GATED
 from mhr_scale.rows.tokens import open_tokens
 from mhr_scale.tasks.suites import open_suite
 
@@ -32,7 +33,7 @@ def main() -> None:
         readings.append(time.process_time() - begun)
         with tempfile.TemporaryDirectory() as cache:
             begun = time.process_time()
-            tokens = open_tokens(config, tokenizer, BatchConfig(), cache=cache)
+            tokens = open_tokens(config, tokenizer, BatchConfig(), GATED, cache=cache)
             builds.append(time.process_time() - begun)
             size = sum(file.stat().st_size for file in Path(cache).rglob("*.arrow"))
     n_tokens = sum(

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from mhr_scale.engine import engine
-from mhr_scale.engine.ds_config import ALLOWED, OWNED, deepspeed_config, read_ds_config
+from mhr_scale.engine.ds_config import (
+    ALLOWED,
+    CHECKOUT,
+    OWNED,
+    deepspeed_config,
+    read_ds_config,
+)
 from mhr_scale.errors import EngineError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 
 
@@ -253,4 +258,4 @@ def test_a_shipped_sharded_file_keeps_torchs_linear(name):
 
 
 def test_the_checkout_is_the_folder_above_the_package():
-    assert engine.CHECKOUT == ROOT
+    assert CHECKOUT == ROOT

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mhr_scale.engine.filling import fill, shards_of, share
 from mhr_scale.errors import EngineError
 
 CPU = torch.device("cpu")
+FIELDS = {name: value for name, value in CARD.items() if name != "model_type"}
+BLUEPRINT = read_blueprint(BackboneConfig(config=FIELDS))
 TENSORS = tensors_of(small_t5(), aliases=False)
 ODD = 3  # elements of padding that the last ranks hold
 
@@ -52,17 +55,15 @@ class CountingSource:
         return found
 
 
-def skeleton() -> nn.Module:
-    """The small model without its weights."""
-    fields = {name: value for name, value in CARD.items() if name != "model_type"}
-    blueprint = read_blueprint(BackboneConfig(config=fields))
-    with torch.device("meta"):
-        return make_model(blueprint)
+def fill_from(source: CountingSource, model: nn.Module, *, rank: int | None) -> None:
+    """Fill the small model."""
+    fill(model, replace(BLUEPRINT, source=source), kind="none", rank=rank, device=CPU)
 
 
 def sharded(n_ranks: int) -> nn.Module:
     """A model whose parameters look as under ZeRO-3; each rank's shard lies in the same place."""
-    model = skeleton()
+    with torch.device("meta"):
+        model = make_model(BLUEPRINT)
     for parameter in model.parameters():
         held = -(-parameter.numel() // n_ranks) + (ODD if n_ranks > 1 else 0)
         parameter.ds_tensor = torch.full((held,), 7.0)  # type: ignore[attr-defined]
@@ -77,7 +78,7 @@ def filled(request: pytest.FixtureRequest) -> tuple[list[CountingSource], list[n
     sources = [CountingSource(TENSORS) for _ in range(request.param)]
     models = [sharded(request.param) for _ in sources]
     for rank, (model, source) in enumerate(zip(models, sources, strict=True)):
-        fill(model, source, kind="none", rank=rank, device=CPU)
+        fill_from(source, model, rank=rank)
     return sources, models
 
 
@@ -122,7 +123,7 @@ def test_a_replicated_backbone_reads_every_tensor_once() -> None:
     source, model = CountingSource(TENSORS), small_t5()
     for parameter in model.parameters():
         parameter.data.zero_()
-    fill(model, source, kind="none", rank=None, device=CPU)
+    fill_from(source, model, rank=None)
     assert sorted(source.reads) == sorted((name, 0, t.numel()) for name, t in TENSORS.items())
     assert torch.equal(model.lm_head.weight, TENSORS["lm_head.weight"])
 
@@ -134,7 +135,7 @@ def test_the_second_shards_of_a_node_are_filled_too() -> None:
         second = torch.full((-(-parameter.numel() // 2),), 7.0)
         parameter.ds_secondary_tensor = second  # type: ignore[attr-defined]
         parameter.ds_secondary_tensor_group_size = 2  # type: ignore[attr-defined]
-    fill(model, source, kind="none", rank=3, device=CPU)
+    fill_from(source, model, rank=3)
     for name, parameter in model.named_parameters():
         second, flat = parameter.ds_secondary_tensor, TENSORS[name].flatten()  # type: ignore[attr-defined]
         rest = flat[second.numel() :]
@@ -154,6 +155,6 @@ def test_reading_shows_its_bytes(
 ) -> None:
     monkeypatch.setattr("mhr_scale.run.runlog.ByteProgress._is_due", lambda self, now: True)
     caplog.set_level(logging.INFO, logger="mhr_scale")
-    fill(small_t5(), CountingSource(TENSORS), kind="none", rank=None, device=CPU)
+    fill_from(CountingSource(TENSORS), small_t5(), rank=None)
     assert caplog.messages[-1].startswith("read backbone 0.0/0.0 GB  ")
     assert len(caplog.messages) == len(TENSORS)

@@ -1,5 +1,6 @@
 """Shards on NVMe are filled before they are written; a file that cannot be followed is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,17 @@ def sharded(n_ranks: int) -> tuple[nn.Module, Swapper]:
     return model, swapper
 
 
+def fill_shards(model: nn.Module, *, rank: int) -> None:
+    blueprint = replace(BLUEPRINT, source=Source())
+    fill(model, blueprint, kind="none", rank=rank, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("n_ranks", [1, 2, 3])
 def test_shards_on_nvme_hold_what_was_read(n_ranks: int) -> None:
     parts: dict[str, list[Tensor]] = {name: [] for name in TENSORS}
     for rank in range(n_ranks):
         model, swapper = sharded(n_ranks)
-        fill(model, Source(), kind="none", rank=rank, device=torch.device("cpu"))
+        fill_shards(model, rank=rank)
         assert swapper.files
         for name, parameter in model.named_parameters():
             whole: Any = parameter
@@ -90,7 +96,7 @@ def test_shards_on_nvme_hold_what_was_read(n_ranks: int) -> None:
 
 def test_no_buffer_and_no_memory_stays_with_a_shard_on_nvme() -> None:
     model, swapper = sharded(1)
-    fill(model, Source(), kind="none", rank=0, device=torch.device("cpu"))
+    fill_shards(model, rank=0)
     shards: list[Any] = [parameter.ds_tensor for parameter in model.parameters()]  # type: ignore[attr-defined]
     assert not swapper.lent
     assert {shard.numel() for shard in shards if shard.final_location == "nvme"} == {1}

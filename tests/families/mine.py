@@ -1,5 +1,6 @@
 """A small encoder-decoder of another family than T5: other names, biases, late norms."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mhr_scale.families.encoder_decoder import BlockPattern, EncoderDecoder, below
 
 
 @dataclass
@@ -20,6 +23,7 @@ class MineConfig:
     encoder_layers: int = 2
     decoder_layers: int = 3
     vocab_size: int = 64
+    pad_token_id: int = 1
 
 
 class Attention(nn.Module):
@@ -32,7 +36,7 @@ class Attention(nn.Module):
             setattr(self, name, nn.Linear(config.width, config.width))
 
     def forward(self, x: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
-        """What x sees of `other`; `mask` (B, 1, 1 or L, K) is True where it may look."""
+        """What x sees of `other`; `mask` (B, 1, 1 or L, K) is boolean or added."""
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for y in (self.query(x), self.key(other), self.value(other))
@@ -88,18 +92,47 @@ class Mine(nn.Module):
         self.encoder = Stack(config, config.encoder_layers, is_decoder=False)
         self.decoder = Stack(config, config.decoder_layers, is_decoder=True)
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """What turns token ids into states, in both stacks."""
+        return self.words
+
+    def get_encoder(self) -> Callable[..., SimpleNamespace]:
+        """What reads inputs alone."""
+        return self._encode
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self.words(ids) + self.places.weight[: ids.shape[1]]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
-        """Loss and logits of the labels, each position seeing those before it."""
-        inputs_mask = attention_mask.bool()[:, None, None]
-        states = self.encoder(self._embed(input_ids), inputs_mask, None, inputs_mask)
-        before = F.pad(labels[:, :-1].clamp(min=0), (1, 0))
-        causal = torch.ones(2 * labels.shape[1:], dtype=torch.bool).tril()
-        x = self.decoder(self._embed(before), causal, states, inputs_mask)
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        mask = attention_mask.bool()[:, None, None]
+        states = self.encoder(self._embed(input_ids), mask, None, mask)
+        return SimpleNamespace(last_hidden_state=states)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> SimpleNamespace:
+        """Logits behind the decoder's inputs, or loss and logits of the labels.
+
+        Each position sees those before it, or what `decoder_attention_mask` lets it see.
+        """
+        states = self._encode(input_ids, attention_mask).last_hidden_state
+        if labels is not None:
+            decoder_input_ids = F.pad(labels[:, :-1].clamp(min=0), (1, 0))
+        x = self._embed(decoder_input_ids)
+        mask = decoder_attention_mask
+        if mask is None:
+            mask = torch.ones(2 * x.shape[1:2], dtype=torch.bool).tril()
+        x = self.decoder(x, mask, states, attention_mask.bool()[:, None, None])
         logits = x @ self.words.weight.T
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return SimpleNamespace(loss=loss, logits=logits)
 
 
@@ -108,3 +141,59 @@ def make_mine(**changes: Any) -> Mine:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Mine(MineConfig(**changes))
+
+
+class MineFamily(EncoderDecoder):
+    """What the package asks about it."""
+
+    def make_config(self, fields: Mapping[str, Any]) -> MineConfig:
+        return MineConfig(**fields)
+
+    def check_config(self, config: MineConfig, place: str) -> None:
+        """All sizes are good."""
+
+    def model_class(self, config: MineConfig) -> type[Mine]:
+        return Mine
+
+    def find_ties(
+        self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
+    ) -> dict[str, str]:
+        return {}
+
+    def random_weight(
+        self,
+        config: MineConfig,
+        name: str,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+    ) -> Tensor:
+        return torch.empty(shape).normal_(generator=generator)
+
+    def start_id(self, config: MineConfig) -> int:
+        return 0
+
+
+ATTENTION = ("query", "key", "value", "out")
+WIDE = ("fc1", "fc2")
+FAMILY = MineFamily(
+    name="Mine",
+    model_types=("mine",),
+    patterns={
+        "encoder": BlockPattern(
+            name="encoder.layers",
+            depth="encoder_layers",
+            sublayers=(below("self_attn", ATTENTION), WIDE),
+        ),
+        "decoder": BlockPattern(
+            name="decoder.layers",
+            depth="decoder_layers",
+            sublayers=(below("self_attn", ATTENTION), below("cross_attn", ATTENTION), WIDE),
+        ),
+    },
+    layouts={
+        "full": (*ATTENTION, *WIDE),
+        "light": ("key", "value", "fc1"),
+        "attention": ATTENTION,
+    },
+    inputs={"out": "value", "fc2": "fc1"},
+)

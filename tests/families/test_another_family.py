@@ -1,52 +1,31 @@
-"""A backbone family with other names than T5's is one row of the table."""
+"""A backbone family with other names than T5's is one object in the table."""
 
 import copy
 
 import pytest
 import torch
-from mine import make_mine
-from tiny import TASKS, attach_copy, logits, make_batch, randomise, tensors_of
+from adapters.tiny import TASKS, attach_copy, gradients, logits, make_batch, randomise, tensors_of
+from mine import FAMILY, make_mine
+from placed import place_model
 from torch.func import functional_call
 
 from mhr_scale import AdapterConfig, attach, average, collapse, load_adapter, save_adapter
 from mhr_scale.adapters import detach, find_sites, peft_folders
-from mhr_scale.adapters import sites as layout
-from mhr_scale.adapters.sites import Blocks, Family, below
+from mhr_scale.adapters.sites import recognise_sites
+from mhr_scale.engine.gradients import order_gradients
 from mhr_scale.errors import AdapterError, LayoutError
+from mhr_scale.families import table
+from mhr_scale.families.packed import EncodedRow
 
-ATTENTION = ("query", "key", "value", "out")
-WIDE = ("fc1", "fc2")
-ROW = Family(
-    name="Mine",
-    model_types=("mine",),
-    stacks={
-        "encoder": Blocks(
-            name="encoder.layers",
-            depth="encoder_layers",
-            sublayers=(below("self_attn", ATTENTION), WIDE),
-        ),
-        "decoder": Blocks(
-            name="decoder.layers",
-            depth="decoder_layers",
-            sublayers=(below("self_attn", ATTENTION), below("cross_attn", ATTENTION), WIDE),
-        ),
-    },
-    layouts={
-        "full": (*ATTENTION, *WIDE),
-        "light": ("key", "value", "fc1"),
-        "attention": ATTENTION,
-    },
-    inputs={"out": "value", "fc2": "fc1"},
-)
-LAYOUTS = tuple(ROW.layouts)
+LAYOUTS = tuple(FAMILY.layouts)
 TASK_IDS = (2, 0, 2, 1)
 MHR = AdapterConfig(rank=2, n_skills=3, n_splits=4)
 
 
 @pytest.fixture(autouse=True)
-def row(monkeypatch):
-    """The table with one row more."""
-    monkeypatch.setattr(layout, "FAMILIES", (*layout.FAMILIES, ROW))
+def _family(monkeypatch):
+    """The table with one family more."""
+    monkeypatch.setattr(table, "FAMILIES", (*table.FAMILIES, FAMILY))
 
 
 def config_of(name, **changes):
@@ -66,7 +45,7 @@ def bare_logits(model):
 def test_a_layout_finds_its_linears(name, count):
     sites = find_sites(make_mine(), name)
     assert len(sites) == count
-    assert {site.name.rpartition(".")[2] for site in sites} == set(ROW.layouts[name])
+    assert {site.name.rpartition(".")[2] for site in sites} == set(FAMILY.layouts[name])
 
 
 def test_a_site_knows_where_it_sits():
@@ -80,7 +59,7 @@ def test_a_site_knows_where_it_sits():
 def test_sites_are_recognised_without_the_model_in_its_own_order(name):
     sites = find_sites(make_mine(), name)
     widths = {site.name: (site.in_features, site.out_features) for site in reversed(sites)}
-    assert layout.recognise_sites(widths) == (name, sites)
+    assert recognise_sites(widths) == (name, sites)
 
 
 def test_a_linear_that_is_missing_names_both_counts():
@@ -213,3 +192,75 @@ def test_peft_folders_are_written_and_read_back(tmp_path, name, kind):
     assert found.config == config
     ours = tensors_of(adapter)
     torch.testing.assert_close(tensors_of(found), ours)
+
+
+# -- what passes ask of a family -------------------------------------------------------------------
+
+
+def rows_of(*answer_lengths):
+    """Rows of other lengths; a list of lengths for the answers of each."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(length):
+        return tuple(torch.randint(2, 64, (length,), generator=generator).tolist())
+
+    return [
+        EncodedRow(ids(4 + 3 * number), tuple(map(ids, lengths)), number=number)
+        for number, lengths in enumerate(answer_lengths)
+    ]
+
+
+def alone(model, row, answer):
+    """Logits of one answer to an unpadded row, by the model itself."""
+    inputs, labels = torch.tensor([row.input_ids]), torch.tensor([answer])
+    return model(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=labels).logits[0]
+
+
+@torch.no_grad()
+def test_logits_of_packed_rows_are_the_model_s_own():
+    placed = place_model(make_mine().double())
+    rows = rows_of([2], [5], [3])
+    packed = placed.pack(rows)
+    logits_BDV = placed.logits(packed)
+    for row, labels_D, logits_DV in zip(rows, packed.labels_BD, logits_BDV, strict=True):
+        (answer,) = row.answers
+        assert labels_D[labels_D >= 0].tolist() == list(answer)
+        torch.testing.assert_close(logits_DV[: len(answer)], alone(placed.model, row, answer))
+
+
+@torch.no_grad()
+def test_answers_side_by_side_see_themselves_alone():
+    model = make_mine().double()
+    model.places.weight.zero_()  # where positions count by their number they would not
+    placed = place_model(model)
+    rows = rows_of([2, 4, 1], [3], [1, 5])
+    packed = placed.pack(rows)
+    logits_BDV = placed.logits(packed)
+    for row, starts, logits_DV in zip(rows, packed.starts, logits_BDV, strict=True):
+        for start, answer in zip(starts, row.answers, strict=True):
+            found = logits_DV[start : start + len(answer)]
+            torch.testing.assert_close(found, alone(model, row, answer))
+
+
+@torch.no_grad()
+def test_states_are_those_of_what_reads_the_inputs():
+    placed = place_model(make_mine().double())
+    rows = rows_of([2], [5], [3])
+    states_BLH, mask_BL = FAMILY.states(placed.model, placed.pack(rows))
+    for row, states_LH, mask_L in zip(rows, states_BLH, mask_BL, strict=True):
+        inputs = torch.tensor([row.input_ids])
+        own = placed.model.get_encoder()(inputs, torch.ones_like(inputs)).last_hidden_state[0]
+        torch.testing.assert_close(states_LH[mask_L.bool()], own)
+
+
+def test_gradients_are_summed_in_order_at_its_blocks_and_norms():
+    model = make_mine()
+    adapter = randomise(attach(model, MHR, tasks=TASKS))
+    before = logits(model, adapter, TASK_IDS), gradients(model, adapter, TASK_IDS)
+    order_gradients(model, FAMILY)
+    hooked = {name for name, module in model.named_modules() if module._forward_pre_hooks}
+    blocks = {f"encoder.layers.{n}" for n in range(2)} | {f"decoder.layers.{n}" for n in range(3)}
+    norms = {name for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert hooked == blocks | norms
+    assert torch.equal(logits(model, adapter, TASK_IDS), before[0])
+    torch.testing.assert_close(gradients(model, adapter, TASK_IDS), before[1], rtol=1e-4, atol=1e-6)

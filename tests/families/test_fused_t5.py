@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from placed import place_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config
@@ -14,10 +15,11 @@ from transformers import T5ForConditionalGeneration as T5
 from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from mhr_scale.backbone import modes
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families import t5_fused
 from mhr_scale.families.modes import set_recompute
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.table import find_family
 from mhr_scale.passes import scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
@@ -67,7 +69,7 @@ def stock(family: str = "t5 v1.1", dtype: str = "float32", **changes: Any) -> An
 def fuse(model: Any, *names: str) -> Any:
     """A copy of the model with the named parts fused."""
     fused = copy.deepcopy(model)
-    modes.fuse(fused, switches(*names))
+    find_family(fused.config).fuse(fused, switches(*names))
     return fused
 
 
@@ -215,13 +217,13 @@ def test_packed_choices_under_their_own_mask_score_the_same(dtype: str) -> None:
         return tuple(torch.randint(2, 96, (length,), generator=generator).tolist())
 
     rows = [
-        scoring.EncodedRow(number, 0, ids(5 + number), tuple(ids(n) for n in (1, 3, 2 + number)))
+        EncodedRow(ids(5 + number), tuple(ids(n) for n in (1, 3, 2 + number)), number=number)
         for number in range(3)
     ]
     bare = stock(dtype=dtype).eval()
     with torch.no_grad():
-        expected, _ = scoring.choice_losses(bare, None, rows)
-        found, _ = scoring.choice_losses(fuse(bare, "attention"), None, rows)
+        expected, _ = scoring.choice_losses(place_model(bare), None, rows)
+        found, _ = scoring.choice_losses(place_model(fuse(bare, "attention")), None, rows)
     assert torch.equal(found, expected)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from mhr_scale.adapters import AdapterConfig, artefact
-from mhr_scale.adapters.wrapping import wrap
+from mhr_scale.adapters.sites import Site
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdaptConfig, BackboneConfig, OptimConfig, ProtocolConfig, VariantConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.jobs.adapt_inputs import AdaptInputs, all_sites, open_jobs
+from mhr_scale.engine.opened import PlacedBackbone, place
+from mhr_scale.jobs.adapt_inputs import AdaptInputs, open_jobs
 from mhr_scale.jobs.full import WEIGHTS, named_weights
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.open_waves import open_wave
@@ -63,21 +64,18 @@ class Bench:
     """What the verb opens, for one job after the other by hand."""
 
     def __init__(self, config: AdaptConfig) -> None:
-        self.opening: AdaptInputs = open_jobs(config)
-        self.engine = Engine({}, timeout_seconds=60.0)
-        self.model: Any = self.engine.build(self.opening.backbone, self.opening.blueprint)
-        self.linears = wrap(self.model, all_sites(self.opening, self.model))
-        self.engine.prepare(self.model, self.opening.backbone)
+        self.inputs: AdaptInputs = open_jobs(config)
+        self.placed = place_backbone(self.inputs.backbone.config, self.inputs.list_sites())
+        self.model: Any = self.placed.model
 
     def open(self, number: int = 0) -> Wave:
-        planned = PlannedWave((self.opening.outlook(self.opening.jobs[number], step=0),))
-        return open_wave(self.opening, planned, {}, device=self.engine.device)
+        planned = PlannedWave((self.inputs.estimate(self.inputs.jobs[number], step=0),))
+        return open_wave(self.inputs, planned, {}, device=self.placed.device)
 
-    def step(self, wave: Wave, after_backward: Callable[[], None] = lambda: None) -> StepValues:
-        wave.adapter.bind(self.linears)
+    def step(self, wave: Wave) -> StepValues:
+        wave.adapter.bind(self.placed.adapted)
         self.model.train()
-        device = self.engine.device
-        return wave.train_step(self.model, device=device, after_backward=after_backward)
+        return wave.train_step(self.placed)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: w.detach().cpu().clone() for name, w in named_weights(self.model).items()}
@@ -89,9 +87,14 @@ def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     return [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
+def place_backbone(config: BackboneConfig, sites: Sequence[Site] = ()) -> PlacedBackbone:
+    """The backbone as it is before any job, on a GPU if there is one."""
+    return place(Engine({}, timeout_seconds=60.0), config, read_blueprint(config), sites)
+
+
 def fresh_model(config: BackboneConfig) -> Any:
     """The backbone as it was before the job, without adapters."""
-    return Engine({}, timeout_seconds=60.0).build(config, read_blueprint(config))
+    return place_backbone(config).model
 
 
 def result_of(config: AdaptConfig, task: str = "one", variant: str = "f") -> dict[str, Any]:

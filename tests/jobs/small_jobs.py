@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from adapters.tiny import make_t5, randomise
+from placed import place_model
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, AdapterConfig, artefact, find_sites
 from mhr_scale.adapters.sites import Site
-from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
@@ -25,7 +25,8 @@ from mhr_scale.config import (
     ToyTasks,
     VariantConfig,
 )
-from mhr_scale.families.modes import order_gradients
+from mhr_scale.engine.gradients import order_gradients
+from mhr_scale.families.t5 import GATED
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.start import start
@@ -113,7 +114,7 @@ def make_config(variant: VariantConfig | None = None, **protocol: Any) -> AdaptC
 
 
 def make_data(config: AdaptConfig, name: str, n_rows: int = 10, *, seed: int = 0) -> JobData:
-    return open_data(make_few_shot(make_task(name, n_rows), seed=seed), config, tokenizer())
+    return open_data(make_few_shot(make_task(name, n_rows), seed=seed), config, tokenizer(), GATED)
 
 
 # --- adapters
@@ -155,14 +156,13 @@ class Bench:
     """A tiny frozen T5 that waves are bound to, one after the other."""
 
     def __init__(self, layout: str = "full") -> None:
-        self.model = make_t5(**SMALL)
-        self.linears = wrap(self.model, find_sites(self.model, layout))
-        order_gradients(self.model)
+        self.placed = place_model(make_t5(**SMALL), sites(layout))
+        order_gradients(self.placed.model, self.placed.family)
 
     def step(self, wave: Wave) -> StepValues:
-        wave.adapter.bind(self.linears)
-        self.model.train()
-        return wave.train_step(self.model, device=CPU, after_backward=lambda: None)
+        wave.adapter.bind(self.placed.adapted)
+        self.placed.model.train()
+        return wave.train_step(self.placed)
 
     def train(
         self, wave: Wave, *, until: int = 10**6, before: Callable[[Wave], None] | None = None

@@ -11,13 +11,14 @@ from small_jobs import make_config, make_data, make_examples, make_few_shot, mak
 from mhr_scale.config import SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.t5 import GATED
 from mhr_scale.jobs.job_data import JobData, open_data, round_up
 
 CONFIG = make_config()
 
 
 def opened(task, config=CONFIG, **options) -> JobData:
-    return open_data(make_few_shot(task, **options), config, tokenizer())
+    return open_data(make_few_shot(task, **options), config, tokenizer(), GATED)
 
 
 def text(ids) -> str:
@@ -98,7 +99,7 @@ def test_examples_that_change_from_epoch_to_epoch_are_drawn_for_each():
     few_shot = replace(
         make_few_shot(task), n_rows=4, draw=lambda number: task.train[number % 2 :: 2]
     )
-    data = open_data(few_shot, CONFIG, tokenizer())
+    data = open_data(few_shot, CONFIG, tokenizer(), GATED)
     for number in range(4):
         drawn = [example.input for example in task.train[number % 2 :: 2]]
         assert sorted(epoch(data, number)) == sorted(drawn)
@@ -117,7 +118,7 @@ def test_a_language_model_row_has_its_target_as_the_only_choice():
     found = by_input(data)
     for example in data.few_shot.task.train:
         row = found[example.input]
-        assert [text(choice) for choice in row.choices] == [example.targets[0]]
+        assert [text(choice) for choice in row.answers] == [example.targets[0]]
         assert row.label == 0
 
 
@@ -126,17 +127,17 @@ def test_a_t_few_row_has_all_choices_and_the_place_of_the_right_one():
     found = by_input(data)
     for example in data.few_shot.task.train:
         row = found[example.input]
-        assert [text(choice) for choice in row.choices] == list(example.choices)
-        assert text(row.choices[row.label]) == example.targets[0]
-        assert row.n_choice_tokens == sum(len(choice) for choice in row.choices)
+        assert [text(choice) for choice in row.answers] == list(example.choices)
+        assert text(row.answers[row.label]) == example.targets[0]
+        assert row.n_answer_tokens == sum(len(choice) for choice in row.answers)
     assert len({row.label for row in found.values()}) == 3
 
 
 def test_long_texts_are_cut_and_closed():
     data = make_data(make_config(max_input_tokens=4, max_target_tokens=3), "rows", 8)
     for row in data.batch(0):
-        assert (len(row.input_ids), len(row.choices[0])) == (4, 3)
-        assert row.input_ids[-1] == row.choices[0][-1] == tokenizer().eos_token_id
+        assert (len(row.input_ids), len(row.answers[0])) == (4, 3)
+        assert row.input_ids[-1] == row.answers[0][-1] == tokenizer().eos_token_id
 
 
 # --- several references
@@ -152,7 +153,7 @@ def with_references(n_rows: int = 4, *, longest: int = 12):
 
 
 def targets(data: JobData, steps: int) -> list[list[str]]:
-    return [[text(row.choices[0]) for row in data.batch(step)] for step in range(steps)]
+    return [[text(row.answers[0]) for row in data.batch(step)] for step in range(steps)]
 
 
 def test_the_first_reference_is_the_target_of_every_epoch():
@@ -217,8 +218,8 @@ def on(what: str, **protocol):
     return replace(make_config(**protocol), selection=SelectionConfig(on=what), shots=shots)
 
 
-def asked(exam) -> list[str]:
-    return [question.example.id for question in exam.questions]
+def asked(scored) -> list[str]:
+    return [question.example.id for question in scored.questions]
 
 
 def test_a_job_is_scored_on_the_test_rows_of_its_task():

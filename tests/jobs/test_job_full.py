@@ -78,7 +78,7 @@ def plain_loop(
         rows = wave.members[0].data.batch(step)
         inputs = nn.utils.rnn.pad_sequence([torch.tensor(r.input_ids).long() for r in rows], True)
         labels = nn.utils.rnn.pad_sequence(
-            [torch.tensor(r.choices[0]).long() for r in rows], True, padding_value=-100
+            [torch.tensor(r.answers[0]).long() for r in rows], True, padding_value=-100
         )
         starts = torch.zeros_like(labels[:, :1])
         logits = model(
@@ -171,7 +171,9 @@ def test_they_are_put_back_when_the_job_diverges(recipe: Callable[..., AdaptConf
     assert not differing(bench.weights(), before)
 
 
-def test_they_are_put_back_when_the_job_raises(recipe: Callable[..., AdaptConfig]) -> None:
+def test_they_are_put_back_when_the_job_raises(
+    recipe: Callable[..., AdaptConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = Bench(recipe())
     wave, before = bench.open(), bench.weights()
 
@@ -182,7 +184,8 @@ def test_they_are_put_back_when_the_job_raises(recipe: Callable[..., AdaptConfig
         with wave.thawed(bench.model):
             bench.step(wave)
             bench.step(wave)
-            bench.step(wave, after_backward=run_out)
+            monkeypatch.setattr(bench.placed.engine, "after_backward", run_out)
+            bench.step(wave)
 
     with pytest.raises(RuntimeError, match="out of memory"):
         train()

@@ -19,6 +19,7 @@ from full_jobs import (
     folder_of,
     fresh_model,
     left_by,
+    place_backbone,
     result_of,
 )
 from safetensors.torch import load_file
@@ -117,18 +118,16 @@ def test_a_fresh_model_with_the_weights_and_the_adapter_gives_the_scores(
     shots = ShotsConfig(seeds=(0,), set_aside=4)
     config = recipe(backbone=own, selection=selection, shots=shots)
     adapt(config)
-    folder, model = folder_of(config), fresh_model(own)
-    parameters, tensors = dict(model.named_parameters()), load_file(folder / WEIGHTS)
+    folder, placed = folder_of(config), place_backbone(own)
+    parameters, tensors = dict(placed.model.named_parameters()), load_file(folder / WEIGHTS)
     assert parameters.keys() == tensors.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    adapter = artefact.load(folder, model=model)
+    adapter = artefact.load(folder, model=placed.model)
     (data,) = open_jobs(config).data.values()
     batch = [replace(row, task=0) for row in data.test.rows]
-    scores = scoring.rank_choices(
-        model, adapter, batch, length_norm=1.0, device=next(model.parameters()).device
-    )
+    scores = scoring.rank_choices(placed, adapter, batch, length_norm=1.0)
     lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
     for line, expected in zip(lines, scores, strict=True):
         assert line["choice_scores"] == pytest.approx(expected, abs=1e-5)

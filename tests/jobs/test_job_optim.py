@@ -1,5 +1,7 @@
 """Jobs stacked in a wave against the same jobs one after another, update by update."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapters.tiny import Recorder, make_batch, make_t5, randomise, tensors_of
@@ -26,6 +28,7 @@ from stacked_jobs import (
 from transformers.optimization import Adafactor as Oracle
 
 from mhr_scale.adapters import Adapter, attach
+from mhr_scale.adapters.wrapping import AdaptedModel
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
 from mhr_scale.jobs.job_optim import (
@@ -76,7 +79,6 @@ def test_every_job_of_a_wave_moves_as_it_does_alone(kind, optim, clip_norm, dtyp
 def test_one_clip_and_one_optimizer_over_the_stack_would_be_another_method(optim):
     alones, wave, _ = start("MHR", optim)
     naive = make_optimizer(wave, optim)
-    wave.row_gradients = False
     for step in range(STEPS):
         for group in naive.param_groups:
             group["lr"] = draw_rates(N_JOBS, step)[group["name"]][0].item()
@@ -171,7 +173,7 @@ def test_jobs_train_in_one_pass_of_a_backbone_as_one_after_another(kind, optim):
                 made.routing_logits.data.add_(0.1 * job)
             starts.append(made)
         wave = make_wave(starts)
-        wave.bind({linear.name: linear for linear in first.linears})
+        wave.bind(AdaptedModel(model, {linear.name: linear for linear in first.linears}))
         optimizer = make_job_optimizer(wave, optim)
         rates_J = rates[list(jobs)]
         set_job_rates(optimizer, {"inventory": rates_J, "routing": 10.0 * rates_J})
@@ -368,9 +370,8 @@ def test_a_step_never_waits_for_the_device(kind, optim):
     ],
 )
 def test_there_are_groups_for_what_trains(kind, names, optim):
-    _, wave, optimizer = start(kind, optim)
+    _, _, optimizer = start(kind, optim)
     assert [group["name"] for group in optimizer.param_groups] == names
-    assert not wave.row_gradients
 
 
 def test_until_rates_are_set_every_job_has_the_peak_rates():
@@ -388,4 +389,12 @@ def test_only_the_inventory_decays(optim):
 def test_jobs_cannot_train_a_shared_inventory():
     wave = Adapter(CONFIGS["MHR"], SITES, task_names=["one", "two"])
     with pytest.raises(AssertionError, match="shared inventory"):
+        make_job_optimizer(wave, OptimConfig())
+
+
+def test_jobs_cannot_have_sparse_routing_gradients():
+    """Rows of the table that have none would stay where they are: each is a job's own."""
+    config = replace(CONFIGS["MHR"], private=True)
+    wave = Adapter(config, SITES, task_names=["one", "two"], row_gradients=True)
+    with pytest.raises(AssertionError, match="jobs move their own rows"):
         make_job_optimizer(wave, OptimConfig())

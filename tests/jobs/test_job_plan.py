@@ -9,12 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhr_scale.jobs.job import Job, as_folder
-from mhr_scale.jobs.scheduling import LARGEST, JobEstimate, PlannedWave, deal, plan_waves, wave_size
+from mhr_scale.jobs.scheduling import (
+    LARGEST,
+    JobEstimate,
+    PlannedWave,
+    assign_waves,
+    plan_waves,
+    wave_size,
+)
 
 few = settings(max_examples=100, deadline=None)
 
 
-def outlook(number: int, variant: str = "MHR", **changes) -> JobEstimate:
+def estimate(number: int, variant: str = "MHR", **changes) -> JobEstimate:
     one = JobEstimate(
         job=Job(task=f"task{number:02}", seed=0, variant=variant),
         step=0,
@@ -27,13 +34,13 @@ def outlook(number: int, variant: str = "MHR", **changes) -> JobEstimate:
 
 
 @st.composite
-def outlooks(draw) -> list[JobEstimate]:
+def estimates(draw) -> list[JobEstimate]:
     """Jobs of a few variants, shapes and saved steps, each job once."""
     keys = draw(
         st.lists(st.tuples(st.integers(0, 9), st.sampled_from("ab")), unique=True, max_size=20)
     )
     return [
-        outlook(
+        estimate(
             number,
             variant,
             step=draw(st.sampled_from([0, 50])),
@@ -59,16 +66,16 @@ def kind(one: JobEstimate) -> tuple[object, ...]:
 
 
 @few
-@given(outlooks(), sizes, ranks)
+@given(estimates(), sizes, ranks)
 def test_every_job_is_in_one_wave_of_one_rank(jobs, size, world_size):
-    dealt = deal(plan_waves(jobs, size=size, world_size=world_size), world_size)
+    dealt = assign_waves(plan_waves(jobs, size=size, world_size=world_size), world_size)
     assert len(dealt) == world_size
     found = [one.job for waves in dealt for wave in waves for one in wave.jobs]
     assert sorted(found) == sorted(one.job for one in jobs)
 
 
 @few
-@given(outlooks(), sizes, ranks)
+@given(estimates(), sizes, ranks)
 def test_jobs_of_a_wave_share_variant_saved_step_and_batch_shape(jobs, size, world_size):
     for wave in plan_waves(jobs, size=size, world_size=world_size):
         assert len({kind(one) for one in wave.jobs}) == 1
@@ -76,7 +83,7 @@ def test_jobs_of_a_wave_share_variant_saved_step_and_batch_shape(jobs, size, wor
 
 
 @few
-@given(outlooks(), sizes, ranks)
+@given(estimates(), sizes, ranks)
 def test_waves_are_as_few_as_their_size_allows_and_no_larger_than_a_rank_s_share(
     jobs, size, world_size
 ):
@@ -90,16 +97,17 @@ def test_waves_are_as_few_as_their_size_allows_and_no_larger_than_a_rank_s_share
 
 
 @few
-@given(outlooks(), sizes, ranks, st.randoms())
+@given(estimates(), sizes, ranks, st.randoms())
 def test_the_plan_depends_on_the_set_of_jobs_alone(jobs, size, world_size, shuffler):
     shuffled = shuffler.sample(jobs, len(jobs))
     plan, again = (plan_waves(o, size=size, world_size=world_size) for o in (jobs, shuffled))
     assert plan == again
-    assert deal(plan, world_size) == deal(shuffler.sample(plan, len(plan)), world_size)
+    mixed = shuffler.sample(plan, len(plan))
+    assert assign_waves(plan, world_size) == assign_waves(mixed, world_size)
 
 
 @few
-@given(outlooks(), sizes, ranks)
+@given(estimates(), sizes, ranks)
 def test_jobs_of_some_variants_can_be_kept_apart(jobs, size, world_size):
     waves = plan_waves(jobs, size=size, world_size=world_size, alone=["a"])
     others = plan_waves(
@@ -111,27 +119,27 @@ def test_jobs_of_some_variants_can_be_kept_apart(jobs, size, world_size):
 
 
 def test_waves_are_cut_evenly_rather_than_full():
-    waves = plan_waves([outlook(n) for n in range(9)], size=8, world_size=1)
+    waves = plan_waves([estimate(n) for n in range(9)], size=8, world_size=1)
     assert [len(wave.jobs) for wave in waves] == [5, 4]
 
 
 def test_waves_are_small_enough_to_go_round():
-    jobs = [outlook(n) for n in range(8)]
+    jobs = [estimate(n) for n in range(8)]
     assert [len(wave.jobs) for wave in plan_waves(jobs, size=8, world_size=4)] == [2, 2, 2, 2]
 
 
 def test_more_ranks_than_jobs_leave_some_without_any():
-    dealt = deal(plan_waves([outlook(n) for n in range(3)], size=8, world_size=5), 5)
+    dealt = assign_waves(plan_waves([estimate(n) for n in range(3)], size=8, world_size=5), 5)
     assert sorted(len(waves) for waves in dealt) == [0, 0, 1, 1, 1]
 
 
 def test_no_job_makes_no_wave():
     assert plan_waves([], size=8, world_size=2) == []
-    assert deal([], 2) == [[], []]
+    assert assign_waves([], 2) == [[], []]
 
 
 def test_jobs_that_end_together_share_a_wave():
-    jobs = [outlook(n, steps=300 if n % 2 else 100) for n in range(8)]
+    jobs = [estimate(n, steps=300 if n % 2 else 100) for n in range(8)]
     waves = plan_waves(jobs, size=4, world_size=1)
     assert [{one.steps for one in wave.jobs} for wave in waves] == [{100}, {300}]
 
@@ -140,24 +148,24 @@ def test_jobs_that_end_together_share_a_wave():
 
 
 @few
-@given(outlooks(), sizes, ranks)
+@given(estimates(), sizes, ranks)
 def test_no_rank_has_more_to_do_than_its_share_and_part_of_a_wave(jobs, size, world_size):
     waves = plan_waves(jobs, size=size, world_size=world_size)
-    loads = [sum(wave.cost for wave in mine) for mine in deal(waves, world_size)]
+    loads = [sum(wave.cost for wave in mine) for mine in assign_waves(waves, world_size)]
     dearest = max((wave.cost for wave in waves), default=0.0)
     assert max(loads) <= sum(loads) / world_size + dearest * (1 - 1 / world_size) + 1e-6
 
 
 def test_a_dear_wave_has_a_rank_to_itself_where_the_others_are_cheap():
-    jobs = [outlook(0, steps=1000), *(outlook(n, steps=100) for n in range(1, 6))]
+    jobs = [estimate(0, steps=1000), *(estimate(n, steps=100) for n in range(1, 6))]
     waves = plan_waves(jobs, size=1, world_size=2)
-    alone, rest = sorted(deal(waves, 2), key=len)
+    alone, rest = sorted(assign_waves(waves, 2), key=len)
     assert [one.job.task for wave in alone for one in wave.jobs] == ["task00"]
     assert len(rest) == 5
 
 
 def test_what_a_job_has_done_costs_nothing_more():
-    whole, half, scored = outlook(0), outlook(0, step=50), outlook(0, scored_tokens=10**4)
+    whole, half, scored = estimate(0), estimate(0, step=50), estimate(0, scored_tokens=10**4)
     assert half.cost == whole.cost / 2
     assert scored.cost == whole.cost + 10**4
 
@@ -207,14 +215,14 @@ def test_other_names_are_other_folders(names):
 
 
 def test_a_wave_costs_what_its_jobs_cost():
-    jobs = (outlook(0), outlook(1, scored_tokens=7))
+    jobs = (estimate(0), estimate(1, scored_tokens=7))
     assert PlannedWave(jobs).cost == jobs[0].cost + jobs[1].cost
 
 
 def test_the_order_of_equal_waves_is_that_of_their_jobs():
-    waves = [PlannedWave((outlook(n),)) for n in range(6)]
+    waves = [PlannedWave((estimate(n),)) for n in range(6)]
     random.Random(0).shuffle(waves)
-    dealt = deal(waves, 3)
+    dealt = assign_waves(waves, 3)
     assert [[wave.jobs[0].job.task for wave in mine] for mine in dealt] == [
         ["task00", "task03"],
         ["task01", "task04"],

@@ -1,6 +1,7 @@
 """AdapterSoup: which training tasks are like a new one."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pytest
 import torch
 from processes import ROOT
 
-from mhr_scale.adapters import attach, find_sites
-from mhr_scale.adapters.wrapping import wrap
+from mhr_scale.adapters import attach
+from mhr_scale.adapters.sites import Site
 from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SoupConfig, ToyTasks
-from mhr_scale.engine.ds_config import read_ds_config
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone, place
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.jobs.soup import (
     TaskEmbedder,
@@ -38,19 +40,19 @@ SETTINGS = SoupConfig(adapters=3, examples=12)
 
 
 @pytest.fixture(scope="module")
-def kitchen() -> TaskEmbedder:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        engine = Engine(read_ds_config(None), timeout_seconds=60.0)
+def embedder() -> TaskEmbedder:
     blueprint = read_blueprint(BARE)
-    model = engine.build(BARE, blueprint)
     return TaskEmbedder(
-        engine=engine,
-        model=model,
-        linears=wrap(model, find_sites(model, "attention")),
+        placed=place_bare(find_sites_of(blueprint, AdapterConfig(layout="attention"))),
         tokenizer=load_tokenizer(BARE, blueprint),
         max_input_tokens=64,
     )
+
+
+def place_bare(sites: Sequence[Site] = ()) -> PlacedBackbone:
+    """The backbone on the CPU."""
+    engine = Engine({}, timeout_seconds=60.0, device=torch.device("cpu"))
+    return place(engine, BARE, read_blueprint(BARE), sites)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,8 @@ def tasks() -> dict[str, toy.Task]:
     return {task.name: task for task in toy.make_tasks(SUITE)}
 
 
-def silence(kitchen: TaskEmbedder) -> None:
-    for linear in kitchen.linears.values():
+def silence(embedder: TaskEmbedder) -> None:
+    for linear in embedder.placed.adapted.values():
         linear.is_off = True
 
 
@@ -76,10 +78,11 @@ def silence(kitchen: TaskEmbedder) -> None:
 
 
 @torch.no_grad()
-def embed_plainly(kitchen: TaskEmbedder, task) -> torch.Tensor:
+def embed_plainly(embedder: TaskEmbedder, task) -> torch.Tensor:
     """Encoder states averaged over tokens, then over examples; one example at a time."""
-    rows = Encoder(task, kitchen.tokenizer, load(PretrainConfig, TOY).batch).rows(task.train)
-    encoder = kitchen.model.get_encoder()
+    config, family = load(PretrainConfig, TOY).batch, embedder.placed.family
+    rows = Encoder(task, embedder.tokenizer, config, family).rows(task.train)
+    encoder = embedder.placed.model.get_encoder()
     means = [
         encoder(input_ids=torch.tensor(row.input_ids)[None]).last_hidden_state[0].mean(0)
         for row in rows
@@ -88,82 +91,82 @@ def embed_plainly(kitchen: TaskEmbedder, task) -> torch.Tensor:
     return mean / mean.norm()
 
 
-def test_an_embedding_is_the_mean_state_of_the_backbone_s_own_encoder(kitchen, tasks):
-    silence(kitchen)
-    found = gather_embeddings(tasks, SETTINGS, kitchen)
+def test_an_embedding_is_the_mean_state_of_the_backbone_s_own_encoder(embedder, tasks):
+    silence(embedder)
+    found = gather_embeddings(tasks, SETTINGS, embedder)
     assert found.keys() == tasks.keys()
     for name, vector in found.items():
-        expected = embed_plainly(kitchen, tasks[name])
+        expected = embed_plainly(embedder, tasks[name])
         torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-6)
         assert vector.norm().item() == pytest.approx(1.0)
 
 
-def test_an_embedding_does_not_depend_on_the_tasks_beside_it(kitchen, tasks):
-    silence(kitchen)
-    together = gather_embeddings(tasks, SETTINGS, kitchen)
+def test_an_embedding_does_not_depend_on_the_tasks_beside_it(embedder, tasks):
+    silence(embedder)
+    together = gather_embeddings(tasks, SETTINGS, embedder)
     for name, task in tasks.items():
-        alone = gather_embeddings({name: task}, SETTINGS, kitchen)[name]
+        alone = gather_embeddings({name: task}, SETTINGS, embedder)[name]
         torch.testing.assert_close(alone, together[name], rtol=1e-5, atol=1e-6)
 
 
-def test_adapters_in_the_model_do_not_count(kitchen, source, tasks):
-    model = kitchen.engine.build(BARE, read_blueprint(BARE))
-    adapter = attach(model, AdapterConfig(layout="attention", n_skills=1), tasks=["one"])
+def test_adapters_in_the_model_do_not_count(embedder, source, tasks):
+    placed = place_bare()
+    config = AdapterConfig(layout="attention", n_skills=1)
+    adapter = attach(placed.model, config, tasks=["one"])
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
-    linears = {linear.name: linear for linear in adapter.linears}
-    adapted = replace(kitchen, model=model, linears=linears)
+    adapted = replace(embedder, placed=placed)
     found = gather_similar(str(source), list(tasks), tasks, SETTINGS, adapted)
-    assert found == gather_similar(str(source), list(tasks), tasks, SETTINGS, kitchen)
+    assert found == gather_similar(str(source), list(tasks), tasks, SETTINGS, embedder)
 
 
-def test_a_sentence_encoder_can_stand_in_for_the_backbone(kitchen, tasks):
+def test_a_sentence_encoder_can_stand_in_for_the_backbone(embedder, tasks):
     """Here it is the encoder of the same backbone, from its folder."""
-    silence(kitchen)
+    silence(embedder)
     settings = replace(SETTINGS, encoder=str(hub.BUILTIN["builtin:toy"]))
-    own, other = (gather_embeddings(tasks, one, kitchen) for one in (SETTINGS, settings))
+    own, other = (gather_embeddings(tasks, one, embedder) for one in (SETTINGS, settings))
     for name in tasks:
         assert float(own[name] @ other[name]) > 0.99
 
 
-def test_a_sentence_encoder_that_is_not_there_is_named(kitchen, tasks, tmp_path):
+def test_a_sentence_encoder_that_is_not_there_is_named(embedder, tasks, tmp_path):
     settings = replace(SETTINGS, encoder=str(tmp_path))
     with pytest.raises(BackboneError, match=r"soup\.encoder: .*not a readable encoder"):
-        gather_embeddings(tasks, settings, kitchen)
+        gather_embeddings(tasks, settings, embedder)
 
 
 # --- similar tasks
 
 
-def test_a_task_is_most_similar_to_itself(kitchen, source, tasks):
+def test_a_task_is_most_similar_to_itself(embedder, source, tasks):
     """Told from other rows than those the training task is known by."""
     new = {name: replace(task, train=task.validation) for name, task in tasks.items()}
-    found = gather_similar(str(source), list(tasks), new, SETTINGS, kitchen)
+    found = gather_similar(str(source), list(tasks), new, SETTINGS, embedder)
     assert {name: similar[0] for name, similar in found.items()} == {name: name for name in tasks}
     assert all(len(set(similar)) == 3 for similar in found.values())
 
 
-def test_a_task_may_come_in_several_draws_of_rows(kitchen, source, tasks):
+def test_a_task_may_come_in_several_draws_of_rows(embedder, source, tasks):
     (name, task), *_ = tasks.items()
     new = {(name, seed): replace(task, train=task.train[seed::2]) for seed in (0, 1)}
-    found = gather_similar(str(source), list(tasks), new, SETTINGS, kitchen)
+    found = gather_similar(str(source), list(tasks), new, SETTINGS, embedder)
     assert found.keys() == new.keys()
     assert [similar[0] for similar in found.values()] == [name, name]
 
 
-def test_similar_tasks_are_the_same_every_time(kitchen, source, tasks):
+def test_similar_tasks_are_the_same_every_time(embedder, source, tasks):
     names = list(tasks)
-    first = gather_similar(str(source), names, tasks, SETTINGS, kitchen)
+    first = gather_similar(str(source), names, tasks, SETTINGS, embedder)
     shuffled = random.Random(1).sample(names, len(names))
     again = gather_similar(
-        str(source), shuffled, {name: tasks[name] for name in shuffled}, SETTINGS, kitchen
+        str(source), shuffled, {name: tasks[name] for name in shuffled}, SETTINGS, embedder
     )
     assert first == again
 
 
-def test_only_tasks_that_the_adapter_has_are_chosen(kitchen, source, tasks):
+def test_only_tasks_that_the_adapter_has_are_chosen(embedder, source, tasks):
     names = list(tasks)[:4]
-    found = gather_similar(str(source), names, tasks, SETTINGS, kitchen)
+    found = gather_similar(str(source), names, tasks, SETTINGS, embedder)
     assert {name for similar in found.values() for name in similar} <= set(names)
 
 
@@ -175,13 +178,13 @@ def test_similarity_is_the_cosine_and_of_equal_ones_the_first_by_name():
     assert most_similar(vector, others, 2) == ["a", "c"]
 
 
-def test_a_task_s_embedding_takes_its_first_examples_up_to_a_number(kitchen, source, tasks):
+def test_a_task_s_embedding_takes_its_first_examples_up_to_a_number(embedder, source, tasks):
     settings = replace(SETTINGS, examples=2)
     long = dict(tasks)
     name, other = list(tasks)[:2]
     long[name] = replace(tasks[name], train=(*tasks[name].train[:2], *tasks[other].train))
-    found = gather_similar(str(source), list(tasks), long, settings, kitchen)
-    assert found == gather_similar(str(source), list(tasks), tasks, settings, kitchen)
+    found = gather_similar(str(source), list(tasks), long, settings, embedder)
+    assert found == gather_similar(str(source), list(tasks), tasks, settings, embedder)
 
 
 # --- the run they come from

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from small_jobs import (
     tensors_of,
 )
 
-from mhr_scale.config import AdapterConfig, VariantConfig
+from mhr_scale.config import AdapterConfig, AdaptRunConfig, VariantConfig
+from mhr_scale.jobs.adapt_inputs import AdaptInputs
 from mhr_scale.jobs.job import JobProgress
-from mhr_scale.jobs.open_waves import saved_of
-from mhr_scale.jobs.wave import Member, Wave
+from mhr_scale.jobs.open_waves import open_wave
+from mhr_scale.jobs.scheduling import PlannedWave
+from mhr_scale.jobs.wave import Wave
+from mhr_scale.tasks.task import Intake
 
 IA3 = AdapterConfig(kind="ia3", layout="light", n_skills=1)
 SOURCE = VariantConfig(adapter="source")
@@ -216,10 +220,19 @@ def test_a_wave_whose_jobs_are_all_lost_is_empty(benches):
 
 
 def reopen(case: Case, numbers: list[int], run: Path, step: int) -> Wave:
-    members = [Member(m.job, m.data, m.steps) for m in (case.members[n] for n in numbers)]
-    saved = [saved_of(member, run, step) for member in members]
-    adapters = [one.adapter for one in saved]
-    return Wave.open(case.config, case.variant, members, adapters, device=CPU, saved=saved)
+    """Some of the jobs as the verb opens them where they stand at a saved step."""
+    nothing: Any = None
+    inputs = AdaptInputs(
+        config=replace(case.config, run=AdaptRunConfig(folder=str(run))),
+        sources={} if case.source is None else {"source": case.source},
+        backbone=nothing,
+        sites={},
+        data={(member.job.task, member.job.seed): member.data for member in case.members},
+        intake=Intake(),
+        jobs=[member.job for member in case.members],
+    )
+    estimates = (inputs.estimate(case.members[n].job, step=step) for n in numbers)
+    return open_wave(inputs, PlannedWave(tuple(estimates)), {}, device=CPU)
 
 
 @pytest.mark.parametrize("kind", ["MHR", "routing", "noisy MHR", "(IA)3"])
@@ -254,11 +267,11 @@ def test_a_saved_job_remembers_its_evaluations(benches, tmp_path):
     wave = case.open()
     benches["full"].train(wave, until=2)
     for step, score in ((0, 20.0), (1, 60.0), (2, 60.0)):
-        wave.members[1].standing.take(step, score)
+        wave.members[1].progress.take(step, score)
     wave.copy(1, tmp_path, backbone={})()
     (member,) = reopen(case, [1], tmp_path, 2).members
-    assert member.standing == wave.members[1].standing
-    assert (member.standing.best_step, member.standing.worse) == (1, 1)
+    assert member.progress == wave.members[1].progress
+    assert (member.progress.best_step, member.progress.worse) == (1, 1)
 
 
 def test_only_the_newest_saved_step_of_a_job_stays(benches, tmp_path):
@@ -270,13 +283,13 @@ def test_only_the_newest_saved_step_of_a_job_stays(benches, tmp_path):
 
 
 def test_of_equal_scores_the_first_one_is_the_best():
-    standing = JobProgress()
-    assert [standing.take(n, score) for n, score in enumerate([1.0, 3.0, 3.0, 2.0, 4.0])] == [
+    progress = JobProgress()
+    assert [progress.take(n, score) for n, score in enumerate([1.0, 3.0, 3.0, 2.0, 4.0])] == [
         True,
         True,
         False,
         False,
         True,
     ]
-    assert (standing.best_step, standing.best_score, standing.worse) == (4, 4.0, 0)
-    assert JobProgress.read({"standing": asdict(standing)}, place=Path()) == standing
+    assert (progress.best_step, progress.best_score, progress.worse) == (4, 4.0, 0)
+    assert JobProgress.read({"standing": asdict(progress)}, place=Path()) == progress

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapters.tiny import attach_copy, make_t5
-from small_jobs import (
+from jobs.small_jobs import (
     MHR,
     SMALL,
     Bench,
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from mhr_scale.config import VariantConfig
 from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.t5 import GATED
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.job_data import open_data
 from mhr_scale.jobs.wave import Member
@@ -45,7 +46,7 @@ class Alone:
     @torch.no_grad()
     def logits(self, row: EncodedRow, choice: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of one choice behind its input, nothing padded."""
-        labels = torch.tensor(row.choices[choice], dtype=torch.long)[None]
+        labels = torch.tensor(row.answers[choice], dtype=torch.long)[None]
         with self.adapter.slots([0]):
             output = self.model(input_ids=torch.tensor(row.input_ids)[None], labels=labels)
         return output.logits[0], labels[0]
@@ -59,7 +60,7 @@ class Alone:
             )
             for parts, pad in (
                 ([row.input_ids for row in rows], 0),
-                ([row.choices[0] for row in rows], -100),
+                ([row.answers[0] for row in rows], -100),
             )
         )
         with self.adapter.slots([0] * len(rows)):
@@ -122,7 +123,7 @@ def test_t_few_losses_are_those_of_a_loop_over_choices(bench, length_norm):
         rows = case.members[number].data.batch(0)
         for row in rows:
             scores = []
-            for choice in range(len(row.choices)):
+            for choice in range(len(row.answers)):
                 logits, labels = alone.logits(row, choice)
                 nll = F.cross_entropy(logits.double(), labels, reduction="none").tolist()
                 scores.append(sum(nll) / len(nll) ** length_norm)
@@ -151,10 +152,10 @@ def test_rows_may_have_other_numbers_of_choices(bench):
                 for row in task.train[::2]
             ]
             task = replace(task, train=(*two, *task.train[1::2]))
-        data = open_data(make_few_shot(task), config, tokenizer())
+        data = open_data(make_few_shot(task), config, tokenizer(), GATED)
         members.append(Member(Job(task=name, seed=0, variant="v"), data, 15))
     case = Case(config, make_source(), members)
-    assert {len(row.choices) for row in members[0].data.batch(0)} == {2, 3}
+    assert {len(row.answers) for row in members[0].data.batch(0)} == {2, 3}
     together = first_step(bench, case)
     for number in range(2):
         alone = bench.step(case.open([number])).of(0)
@@ -169,10 +170,10 @@ def test_the_norm_of_a_job_s_gradient_is_its_own_before_clipping(bench):
         rows = wave.members[number].data.batch(0)
         alone.adapter.zero_grad()
         for row in rows:
-            labels = torch.tensor(row.choices[0], dtype=torch.long)[None]
+            labels = torch.tensor(row.answers[0], dtype=torch.long)[None]
             with alone.adapter.slots([0]) as slots:
                 loss = alone.model(input_ids=torch.tensor(row.input_ids)[None], labels=labels).loss
-                count = sum(len(row.choices[0]) for row in rows)
+                count = sum(len(row.answers[0]) for row in rows)
                 slots.backward(loss * labels.numel() / count)
         squares = sum(p.grad.double().square().sum().item() for p in alone.adapter.parameters())
         assert found["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)

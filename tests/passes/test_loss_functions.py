@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mhr_scale.families.packed import IGNORE
 from mhr_scale.passes import losses as loss_functions
-from mhr_scale.passes.losses import IGNORE, language_model
+from mhr_scale.passes.losses import language_model
 
 N_ROWS, N_TOKENS, VOCABULARY = 3, 5, 11
 
@@ -110,7 +111,7 @@ def pack(dtype=torch.float64):
     generator = torch.Generator().manual_seed(2)
     depth = max(sum(lengths) for lengths in CHOICES)
     logits = 3.0 * torch.randn(len(CHOICES), depth, VOCABULARY, generator=generator, dtype=dtype)
-    targets = torch.zeros(len(CHOICES), depth, dtype=torch.long)
+    targets = torch.full((len(CHOICES), depth), IGNORE)
     blocks = torch.full((len(CHOICES), depth), -1)
     for row, lengths in enumerate(CHOICES):
         width = sum(lengths)
@@ -190,7 +191,7 @@ def test_padded_positions_change_nothing_and_get_no_gradient():
 def test_certain_tokens_have_finite_losses_and_gradients(certain, dtype):
     """The probability of every target is 1 to rounding, of the wrong choices' tokens too."""
     logits, targets, blocks = pack(torch.float32)
-    logits.scatter_(2, targets[..., None], certain)
+    logits.scatter_(2, targets.clamp(min=0)[..., None], certain)
     logits = logits.to(dtype).requires_grad_()
     losses = tfew(logits, targets, blocks, LABELS)
     total(losses).backward()
@@ -201,7 +202,7 @@ def test_certain_tokens_have_finite_losses_and_gradients(certain, dtype):
 
 def test_impossible_tokens_have_finite_gradients():
     logits, targets, blocks = pack(torch.float32)
-    logits.scatter_(2, targets[..., None], -1e4)
+    logits.scatter_(2, targets.clamp(min=0)[..., None], -1e4)
     logits.requires_grad_()
     losses = tfew(logits, targets, blocks, LABELS)
     total(losses).backward()

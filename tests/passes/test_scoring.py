@@ -7,21 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adapters.tiny import make_adapted, make_t5
+from adapters.tiny import make_t5, randomise
+from placed import place_model
 from torch.nn import functional as F
 
-from mhr_scale.adapters import AdapterConfig
+from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.errors import DataError, DivergenceError
+from mhr_scale.families.encoder_decoder import shut_between
+from mhr_scale.families.packed import IGNORE, EncodedRow
+from mhr_scale.families.t5 import GATED
 from mhr_scale.passes.losses import tfew
-from mhr_scale.passes.scoring import (
-    EncodedRow,
-    deal,
-    fill_batches,
-    generate_answers,
-    pack_choices,
-    rank_choices,
-    score,
-)
+from mhr_scale.passes.scoring import generate_answers, rank_choices, score
+from mhr_scale.rows.batching import cut_batches, deal
 
 TASKS = ("copy", "reverse", "sort")
 CONFIGS = {
@@ -43,16 +40,31 @@ def make_rows(choices=CHOICES, seed=0):
         return np.append(draw.integers(2, 64, length - 1), 1).astype(np.int32)
 
     return [
-        EncodedRow(10 + n, (2, 0, 1)[n % 3], ids(3 + 7 * n % 11), tuple(ids(c) for c in lengths))
+        EncodedRow(
+            ids(3 + 7 * n % 11),
+            tuple(ids(c) for c in lengths),
+            task=(2, 0, 1)[n % 3],
+            number=10 + n,
+        )
         for n, lengths in enumerate(choices)
     ]
+
+
+def place_adapted(config, *, dtype=torch.float32):
+    """A tiny T5 in training mode, and a randomised adapter that is bound to it."""
+    model = make_t5().to(dtype).train()
+    sites = find_sites(model, config.layout)
+    placed = place_model(model, sites)
+    adapter = Adapter(config, sites, task_names=TASKS).to(dtype)
+    adapter.bind(placed.adapted)
+    return placed, randomise(adapter)
 
 
 @torch.no_grad()
 def naive(model, row, *, length_norm):
     """Scores of a row, one choice at a time, nothing padded."""
     scores = []
-    for choice in row.choices:
+    for choice in row.answers:
         labels = torch.tensor(choice, dtype=torch.long)[None]
         logits = model(input_ids=torch.tensor(row.input_ids)[None], labels=labels).logits
         nll = F.cross_entropy(logits[0], labels[0], reduction="sum").item()
@@ -67,10 +79,10 @@ def flat(scores):
 @pytest.mark.parametrize("length_norm", [0.0, 1.0])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_packed_scores_equal_one_choice_at_a_time(config, length_norm):
-    model, adapter = make_adapted(config, tasks=TASKS, dtype=torch.float32)
+    placed, adapter = place_adapted(config)
     rows = make_rows()
-    found = rank_choices(model, adapter, rows, length_norm=length_norm)
-    model.eval()
+    found = rank_choices(placed, adapter, rows, length_norm=length_norm)
+    model = placed.model.eval()
     wanted = []
     for row in rows:
         with adapter.slots([row.task]):
@@ -85,30 +97,30 @@ def test_packed_scores_of_a_bare_backbone(length_norm, attention):
     model = make_t5().eval()
     model.set_attn_implementation(attention)
     rows = make_rows()
-    found = rank_choices(model, None, rows, length_norm=length_norm)
+    found = rank_choices(place_model(model), None, rows, length_norm=length_norm)
     wanted = [naive(model, row, length_norm=length_norm) for row in rows]
     assert flat(found) == pytest.approx(flat(wanted), rel=1e-5, abs=1e-5)
 
 
 def test_the_bare_backbone_under_an_adapter_that_is_off():
-    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    placed, adapter = place_adapted(CONFIGS["MHR"])
     rows = make_rows()
     with adapter.off():
-        found = rank_choices(model, None, rows, length_norm=1.0)
-    assert found == rank_choices(make_t5(), None, rows, length_norm=1.0)
+        found = rank_choices(placed, None, rows, length_norm=1.0)
+    assert found == rank_choices(place_model(make_t5()), None, rows, length_norm=1.0)
 
 
 def test_a_hundred_choices_beyond_the_reach_of_the_position_buckets():
     model = make_t5().eval()
     (row,) = make_rows([(1, 2, 3, 4, 5) * 20])
-    (found,) = rank_choices(model, None, [row], length_norm=0.0)
+    (found,) = rank_choices(place_model(model), None, [row], length_norm=0.0)
     assert found == pytest.approx(naive(model, row, length_norm=0.0), rel=1e-5)
 
 
 def test_a_choice_as_long_as_the_last_position_bucket():
     model = make_t5().eval()
     (row,) = make_rows([(140, 3, 150)])
-    (found,) = rank_choices(model, None, [row], length_norm=0.0)
+    (found,) = rank_choices(place_model(model), None, [row], length_norm=0.0)
     assert found == pytest.approx(naive(model, row, length_norm=0.0), rel=1e-5)
 
 
@@ -118,73 +130,78 @@ def test_ranking_runs_the_encoder_once_and_cross_attention_once_per_example():
     model.encoder.register_forward_hook(lambda *_: seen.append("encoder"))
     cross = model.decoder.block[0].layer[1].EncDecAttention.k
     cross.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
-    rank_choices(model, None, make_rows(), length_norm=1.0)
+    rank_choices(place_model(model), None, make_rows(), length_norm=1.0)
     assert seen == ["encoder", len(CHOICES)]
 
 
 def test_the_model_trains_on_as_before_and_keeps_no_graph():
-    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
-    rank_choices(model, adapter, make_rows(), length_norm=1.0)
-    assert all(module.training for module in model.modules())
-    model.eval()
-    rank_choices(model, adapter, make_rows(), length_norm=1.0)
-    assert not any(module.training for module in model.modules())
+    placed, adapter = place_adapted(CONFIGS["MHR"])
+    rank_choices(placed, adapter, make_rows(), length_norm=1.0)
+    assert all(module.training for module in placed.model.modules())
+    placed.model.eval()
+    rank_choices(placed, adapter, make_rows(), length_norm=1.0)
+    assert not any(module.training for module in placed.model.modules())
     with adapter.slots([0]):  # no slots are left in use
         pass
 
 
 def test_dropout_is_off_while_scoring():
-    model = make_t5(dropout_rate=0.5).train()
+    placed = place_model(make_t5(dropout_rate=0.5).train())
     rows = make_rows()
-    first, second = (rank_choices(model, None, rows, length_norm=1.0) for _ in range(2))
+    first, second = (rank_choices(placed, None, rows, length_norm=1.0) for _ in range(2))
     assert first == second
 
 
+def pack(*answers):
+    rows = [EncodedRow((3, 1), choices) for choices in answers]
+    return GATED.pack(rows, SimpleNamespace(pad_token_id=0, decoder_start_token_id=9))
+
+
 def test_choices_are_packed_side_by_side():
-    choices = [[[5, 6, 1], [7, 1]], [[8, 1]]]
-    packed = pack_choices(choices, start_id=9, pad_id=0, device="cpu")
-    assert packed.decoder_input_ids_BD.tolist() == [[9, 5, 6, 9, 7], [9, 8, 0, 0, 0]]
-    assert packed.targets_BD.tolist() == [[5, 6, 1, 7, 1], [8, 1, 0, 0, 0]]
-    assert packed.blocks_BD.tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
+    packed = pack(((5, 6, 1), (7, 1)), ((8, 1),))
+    assert packed.inputs["decoder_input_ids"].tolist() == [[9, 5, 6, 9, 7], [9, 8, 0, 0, 0]]
+    assert packed.labels_BD.tolist() == [[5, 6, 1, 7, 1], [8, 1, IGNORE, IGNORE, IGNORE]]
+    assert packed.choices_BD.tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
     assert (packed.starts, packed.n_choices) == (((0, 3), (0,)), 2)
 
 
 def test_a_choice_sees_its_own_earlier_tokens_and_no_other_choice():
-    packed = pack_choices([[[5, 6, 1], [7, 1]]], start_id=9, pad_id=0, device="cpu")
-    is_open = packed.mask(torch.float32)[0, 0] == 0.0
+    packed = pack(((5, 6, 1), (7, 1)))
+    is_open = shut_between(packed.choices_BD, torch.float32)[0, 0] == 0.0
     wanted = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     assert is_open.int().tolist() == wanted
 
 
 @torch.no_grad()
 def test_training_ranks_packed_choices_by_the_scores_of_evaluation():
-    model = make_t5().eval()
+    placed = place_model(make_t5().eval())
     question = make_rows()[0].input_ids
     rows = [replace(row, input_ids=question) for row in make_rows()]
-    packed = pack_choices([row.choices for row in rows], start_id=0, pad_id=0, device="cpu")
-    logits = model(
+    packed = placed.pack(rows)
+    logits = placed.model(
         input_ids=torch.tensor(np.array([row.input_ids for row in rows])),
-        decoder_input_ids=packed.decoder_input_ids_BD,
-        decoder_attention_mask=packed.mask(torch.float32),
+        decoder_input_ids=packed.inputs["decoder_input_ids"],
+        decoder_attention_mask=shut_between(packed.choices_BD, torch.float32),
     ).logits
     labels = torch.zeros(len(rows), dtype=torch.long)
-    losses = tfew(logits, packed.targets_BD, packed.blocks_BD, labels, n_choices=packed.n_choices)
+    losses = tfew(logits, packed.labels_BD, packed.choices_BD, labels, n_choices=packed.n_choices)
     found = losses.scores_BC[losses.scores_BC.isfinite()].tolist()
-    assert found == pytest.approx(flat(rank_choices(model, None, rows, length_norm=1.0)), rel=1e-5)
+    assert found == pytest.approx(flat(rank_choices(placed, None, rows, length_norm=1.0)), rel=1e-5)
 
 
 def test_rows_that_cannot_be_ranked():
-    with pytest.raises(DataError, match="row 3: a choice has no tokens"):
-        EncodedRow(3, 0, np.array([1]), (np.array([1]), np.array([])))
+    with pytest.raises(DataError, match="row 3: an answer has no tokens"):
+        EncodedRow(np.array([1]), (np.array([1]), np.array([])), number=3)
+    row = EncodedRow(np.array([1]), number=3)
     with pytest.raises(DataError, match="row 3: no choices"):
-        rank_choices(make_t5(), None, [EncodedRow(3, 0, np.array([1]))], length_norm=1.0)
+        rank_choices(place_model(make_t5()), None, [row], length_norm=1.0)
 
 
 def test_scores_that_are_no_numbers_stop_the_job():
     model = make_t5()
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(DivergenceError, match="row 10: the scores"):
-        rank_choices(model, None, make_rows(), length_norm=1.0)
+        rank_choices(place_model(model), None, make_rows(), length_norm=1.0)
 
 
 # -- generation ----------------------------------------------------------------------------------
@@ -201,11 +218,11 @@ class Numbers:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("config", [CONFIGS["MHR"], CONFIGS["ia3"]], ids=["MHR", "ia3"])
 def test_answers_of_a_batch_equal_those_of_each_example(config, beams):
-    model, adapter = make_adapted(config, tasks=TASKS)
+    placed, adapter = place_adapted(config, dtype=torch.float64)
     options = {"tokenizer": Numbers(), "beams": beams, "max_new_tokens": 6}
     rows = make_rows()
-    together = generate_answers(model, adapter, rows, **options)
-    apart = [generate_answers(model, adapter, [row], **options)[0] for row in rows]
+    together = generate_answers(placed, adapter, rows, **options)
+    apart = [generate_answers(placed, adapter, [row], **options)[0] for row in rows]
     assert together == apart
     assert len(set(together)) > 1
     assert all(len(text.split()) <= 6 for text in together)
@@ -213,12 +230,12 @@ def test_answers_of_a_batch_equal_those_of_each_example(config, beams):
 
 
 def test_answers_of_the_bare_backbone():
-    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
+    placed, adapter = place_adapted(CONFIGS["MHR"])
     options = {"tokenizer": Numbers(), "beams": 1, "max_new_tokens": 6}
     rows = make_rows()
     with adapter.off():
-        found = generate_answers(model, None, rows, **options)
-    assert found == generate_answers(make_t5(), None, rows, **options)
+        found = generate_answers(placed, None, rows, **options)
+    assert found == generate_answers(place_model(make_t5()), None, rows, **options)
 
 
 # -- batches and jobs ----------------------------------------------------------------------------
@@ -226,25 +243,23 @@ def test_answers_of_the_bare_backbone():
 
 def random_rows(n_rows, seed=0):
     draw = np.random.default_rng(seed)
-    return [
-        EncodedRow(
-            number,
-            int(draw.integers(5)),
-            np.ones(draw.integers(1, 60), dtype=np.int32),
-            tuple(np.ones(draw.integers(1, 9)) for _ in range(draw.integers(0, 6))),
-        )
-        for number in range(n_rows)
-    ]
+    rows = []
+    for number in range(n_rows):
+        task = int(draw.integers(5))
+        input_ids = np.ones(draw.integers(1, 60), dtype=np.int32)
+        answers = tuple(np.ones(draw.integers(1, 9)) for _ in range(draw.integers(0, 6)))
+        rows.append(EncodedRow(input_ids, answers, task=task, number=number))
+    return rows
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 1000, 10**6])
 def test_batches_hold_every_row_once_within_their_tokens(max_tokens):
     rows = random_rows(83)
-    batches = fill_batches(rows, max_tokens)
+    batches = cut_batches(rows, max_tokens=max_tokens)
     assert sorted(row.number for batch in batches for row in batch) == list(range(83))
     for batch in batches:
         inputs = -(-max(len(row.input_ids) for row in batch) // 8) * 8
-        tokens = len(batch) * (inputs + max(row.n_choice_tokens for row in batch))
+        tokens = len(batch) * (inputs + max(row.n_answer_tokens for row in batch))
         assert tokens <= max_tokens or len(batch) == 1
         assert [row.task for row in batch] == sorted(row.task for row in batch)
     longest = [max(len(row.input_ids) for row in batch) for batch in batches]
@@ -253,14 +268,14 @@ def test_batches_hold_every_row_once_within_their_tokens(max_tokens):
 
 def test_batches_do_not_depend_on_the_order_of_the_rows():
     rows = random_rows(40)
-    assert fill_batches(rows, 300) == fill_batches(rows[::-1], 300)
-    assert fill_batches([], 300) == []
+    assert cut_batches(rows, max_tokens=300) == cut_batches(rows[::-1], max_tokens=300)
+    assert cut_batches([], max_tokens=300) == []
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 50])
 def test_ranks_share_the_batches_and_make_as_many_rounds(world_size, is_sharded):
-    batches = fill_batches(random_rows(83), 300)
+    batches = cut_batches(random_rows(83), max_tokens=300)
     hands = [deal(batches, rank, world_size, is_sharded=is_sharded) for rank in range(world_size)]
     assert {len(hand) for hand in hands} == {-(-len(batches) // world_size)}
     numbers = [row.number for hand in hands for batch, counts in hand if counts for row in batch]
@@ -295,14 +310,14 @@ def test_a_job_of_three_ranks_gives_each_row_one_result(is_sharded):
             found |= results
         calls.append(len(ran))
     assert found == {number: number * 2 for number in range(50)}
-    n_batches = len(fill_batches(rows, 250))
+    n_batches = len(cut_batches(rows, max_tokens=250))
     assert n_batches % 3
     assert calls == [-(-n_batches // 3)] * 3 if is_sharded else sum(calls) == n_batches
 
 
 def test_an_interrupted_job_goes_on_with_the_rows_that_are_left():
-    model, adapter = make_adapted(CONFIGS["MHR"], tasks=TASKS, dtype=torch.float32)
-    run = partial(rank_choices, model, adapter, length_norm=1.0)
+    placed, adapter = place_adapted(CONFIGS["MHR"])
+    run = partial(rank_choices, placed, adapter, length_norm=1.0)
     options = {"engine": fake_engine(0, 1, is_sharded=False), "max_tokens": 60}
     rows = make_rows()
     whole = {k: v for part in score(rows, run, **options) for k, v in part.items()}

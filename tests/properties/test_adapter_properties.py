@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import reference
 import torch
+from adapters.tiny import TASKS, make_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TASKS, make_linear
 
 from mhr_scale.adapters import Adapter, AdapterConfig, routing
 from mhr_scale.adapters.collapse import average
@@ -180,14 +180,16 @@ def test_one_skill_is_a_plain_lora(example):
 @few
 def test_the_weight_of_a_lone_skill_is_one(logit, n_splits):
     logits_UGQS = torch.full((1, 1, n_splits, 1), logit, dtype=torch.float64)
-    weights = routing.mixing_weights(logits_UGQS, AdapterConfig(), seeds=None)
+    weights = routing.mixing_weights(logits_UGQS, AdapterConfig().routing, seeds=None)
     assert_close(weights, torch.ones_like(weights), 2e-10)
 
 
 @given(examples())
 @few
 def test_mixing_weights_sum_to_one(example):
-    weights = routing.mixing_weights(example.logits_TQS[:, None], example.config, seeds=None)
+    weights = routing.mixing_weights(
+        example.logits_TQS[:, None], example.config.routing, seeds=None
+    )
     total = weights.sum(-1)
     assert_close(total, torch.ones_like(total), 1e-9)
 
@@ -208,8 +210,8 @@ def test_the_mixed_update_has_at_most_the_rank_of_a_skill(example):
 def test_adding_a_constant_to_the_logits_changes_the_weights(example, constant):
     n_skills = example.config.n_skills
     logits = torch.linspace(-1.0, 1.0, n_skills, dtype=torch.float64)[None, None, None]
-    before = routing.mixing_weights(logits, example.config, seeds=None)
-    after = routing.mixing_weights(logits + constant, example.config, seeds=None)
+    before = routing.mixing_weights(logits, example.config.routing, seeds=None)
+    after = routing.mixing_weights(logits + constant, example.config.routing, seeds=None)
     assert (after - before).abs().max() > 1e-3
 
 

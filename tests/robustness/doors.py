@@ -32,7 +32,9 @@ from mhr_scale.config import (
     PretrainConfig,
     SuperNITasks,
 )
+from mhr_scale.engine import opened
 from mhr_scale.engine.ds_config import deepspeed_config, read_ds_config
+from mhr_scale.engine.engine import Engine
 from mhr_scale.recipe.reading import load, parse, to_yaml
 from mhr_scale.rows.tokens import open_tokens
 from mhr_scale.run.files import hash_file
@@ -76,9 +78,9 @@ def at_the_door() -> Iterator[None]:
         raise Reached
 
     with pytest.MonkeyPatch.context() as patch:
-        for place in (evaluate, adapt, finetune):
+        for place in (opened, finetune):
             patch.setattr(place, "Engine", reached)
-        patch.setattr(average, "prepare", reached)
+        patch.setattr(average, "opened_training", reached)
         patch.setattr(convert.conversion, "write_weights", reached, raising=False)
         yield
 
@@ -102,8 +104,11 @@ def recipe(schema: Any, verb: Callable[[Any], Any]) -> Callable[[Originals], Non
 
 
 def prepared(config: PretrainConfig) -> None:
-    """Everything `pretrain` does before its first step."""
-    opening.prepare(config).engine.close()
+    """Everything `pretrain` does before its first step, with an engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "Engine", Engine)
+        with opening.opened_training(config):
+            pass
 
 
 # --- the other readers
@@ -127,8 +132,8 @@ def superni(originals: Originals) -> None:
 
 
 def _tokenised(config: Any) -> None:
-    tokenizer = load_tokenizer(TOY, read_blueprint(TOY))
-    open_tokens(config, tokenizer, BatchConfig(), cache=None)
+    blueprint = read_blueprint(TOY)
+    open_tokens(config, load_tokenizer(TOY, blueprint), BatchConfig(), blueprint.family)
 
 
 def tokens(originals: Originals) -> None:

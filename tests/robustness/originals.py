@@ -305,9 +305,12 @@ def _placement(originals: Originals, folder: Path) -> None:
 def open_cached(folder: Path) -> None:
     """Open a token cache of the toy tasks, or fill it."""
     toy = BackboneConfig(name="builtin:toy", dtype="float32")
-    tokenizer = load_tokenizer(toy, read_blueprint(toy))
-    tokens = open_tokens(ToyTasks(**TASKS), tokenizer, BatchConfig(), cache=str(folder))
-    assert sum(len(ids) for rows in tokens.train for row in rows for ids in row.targets) > 0
+    blueprint = read_blueprint(toy)
+    tokenizer = load_tokenizer(toy, blueprint)
+    tokens = open_tokens(
+        ToyTasks(**TASKS), tokenizer, BatchConfig(), blueprint.family, cache=str(folder)
+    )
+    assert sum(row.n_answer_tokens for rows in tokens.train for row in rows) > 0
 
 
 def _tokens(originals: Originals, folder: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import BatchConfig
 from mhr_scale.errors import DataError
+from mhr_scale.families.t5 import GATED
 from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
 from mhr_scale.tasks.task import Example, Task
 
@@ -20,7 +21,7 @@ def tokenise(tasks, tokenizer, config):
     """The rows of every task, and what was cut of all of them."""
     made = SimpleNamespace(train=[], validation=[], cuts=Cuts())
     for task in tasks:
-        encoder = Encoder(task, tokenizer, config)
+        encoder = Encoder(task, tokenizer, config, GATED)
         made.train.append(encoder.rows(task.train))
         check_rows_left(task, made.train[-1], config)
         made.validation.append(encoder.rows(task.validation))
@@ -54,17 +55,17 @@ def words(ids):
 
 def test_a_row_is_its_text_and_an_ending():
     (row,) = train_rows(task(example("abc", "yes")))
-    assert (words(row.input_ids), [words(ids) for ids in row.targets]) == ("abc$", ["yes$"])
+    assert (words(row.input_ids), [words(ids) for ids in row.answers]) == ("abc$", ["yes$"])
 
 
 def test_every_reference_is_kept():
     (row,) = train_rows(task(example("abc", "yes", "no", "")))
-    assert [words(ids) for ids in row.targets] == ["yes$", "no$", "$"]
+    assert [words(ids) for ids in row.answers] == ["yes$", "no$", "$"]
 
 
 def test_inputs_alone_are_those_of_rows():
     made = task(example("abc=>"), example("abcdefghijkl=>"), suffix="=>")
-    encoder = Encoder(made, BYTES, BatchConfig(max_input_tokens=8))
+    encoder = Encoder(made, BYTES, BatchConfig(max_input_tokens=8), GATED)
     assert [words(ids) for ids in encoder.inputs(made.train)] == ["abc=>$", "abcde=>$"]
     assert encoder.cuts == Cuts(rows=2, inputs=1)
     rows = [words(row.input_ids) for row in encoder.rows(made.train)]
@@ -108,18 +109,25 @@ def test_a_long_input_loses_tokens_in_front_of_its_suffix(text, suffix, limit, e
     assert words(row.input_ids) == expected
 
 
+def test_where_a_family_says_so_a_long_input_loses_its_beginning():
+    family = SimpleNamespace(close=GATED.close, cut_side="left")
+    made = task(example("abcdefghijkl=>"), suffix="=>")
+    (row,) = Encoder(made, BYTES, BatchConfig(max_input_tokens=8), family).rows(made.train)
+    assert words(row.input_ids) == "hijkl=>$"
+
+
 @pytest.mark.parametrize(
     ("target", "expected"),
     [("abc", "abc$"), ("abcd", "abc$"), ("abcdefgh", "abc$"), ("", "$")],
 )
 def test_a_long_target_loses_its_end_and_keeps_its_ending(target, expected):
     (row,) = train_rows(task(example("x", target)), max_target_tokens=4)
-    assert [words(ids) for ids in row.targets] == [expected]
+    assert [words(ids) for ids in row.answers] == [expected]
 
 
 def test_a_target_of_one_token_is_an_ending():
     (row,) = train_rows(task(example("x", "abc")), max_target_tokens=1)
-    assert words(row.targets[0]) == "$"
+    assert words(row.answers[0]) == "$"
 
 
 @pytest.mark.parametrize("own", [5, 12])
@@ -144,7 +152,7 @@ def test_another_tokenizers_suffix_survives_a_cut():
 
 def test_ids_take_four_bytes_each():
     (row,) = train_rows(task())
-    assert (row.input_ids.dtype, row.targets[0].dtype) == (np.int32, np.int32)
+    assert (row.input_ids.dtype, row.answers[0].dtype) == (np.int32, np.int32)
 
 
 LENGTHS = task(

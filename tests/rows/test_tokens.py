@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import BatchConfig, JsonlTasks
 from mhr_scale.errors import DataError
+from mhr_scale.families.t5 import GATED
 from mhr_scale.rows import tokens
 from mhr_scale.rows.tokens import TokenSet, open_tokens
 
@@ -40,17 +42,22 @@ def source(tmp_path: Path) -> Path:
 
 
 def read(
-    source: Path, cache: Path | None = None, *, tokenizer: Any = BYTES, **batch: Any
+    source: Path,
+    cache: Path | None = None,
+    *,
+    tokenizer: Any = BYTES,
+    family: Any = GATED,
+    **batch: Any,
 ) -> TokenSet:
     config = JsonlTasks(suite="jsonl", folder=str(source), validation_examples=3)
     folder = None if cache is None else str(cache)
-    return open_tokens(config, tokenizer, BatchConfig(**batch), cache=folder)
+    return open_tokens(config, tokenizer, BatchConfig(**batch), family, cache=folder)
 
 
 def values(made: TokenSet) -> list[Any]:
     return [
         [
-            [(row.input_ids.tolist(), [t.tolist() for t in row.targets]) for row in rows]
+            [(row.input_ids.tolist(), [t.tolist() for t in row.answers]) for row in rows]
             for rows in fold
         ]
         for fold in (made.train, made.validation)
@@ -99,7 +106,7 @@ def test_a_row_beyond_the_last_is_an_index_error(source: Path) -> None:
 
 def test_ids_of_a_small_vocabulary_take_two_bytes(source: Path, tmp_path: Path) -> None:
     row = read(source, tmp_path / "cache").train[0][0]
-    assert (row.input_ids.dtype, row.targets[0].dtype) == (np.uint16, np.uint16)
+    assert (row.input_ids.dtype, row.answers[0].dtype) == (np.uint16, np.uint16)
 
 
 def test_rows_are_views_into_the_mapped_file(source: Path, tmp_path: Path) -> None:
@@ -125,6 +132,19 @@ def test_another_tokenizer_makes_another_cache(source: Path, tmp_path: Path) -> 
     read(source, tmp_path / "cache")
     made = read(source, tmp_path / "cache", tokenizer=WORDS)
     assert values(made) == values(read(source, tokenizer=WORDS))
+
+
+@pytest.mark.parametrize("changed", ["cut_side", "close"])
+def test_a_family_that_cuts_or_closes_otherwise_makes_another_cache(
+    source: Path, tmp_path: Path, changed: str
+) -> None:
+    other = {"cut_side": "left", "close": lambda ids, side, tokenizer: [*ids, 2]}
+    own = {"cut_side": GATED.cut_side, "close": GATED.close}
+    family = SimpleNamespace(**{**own, changed: other[changed]})
+    for one in (GATED, family):
+        made = read(source, tmp_path / "cache", family=one, max_input_tokens=6)
+        assert values(made) == values(read(source, family=one, max_input_tokens=6))
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
 def test_a_changed_source_makes_another_cache(source: Path, tmp_path: Path) -> None:

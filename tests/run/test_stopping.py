@@ -86,7 +86,7 @@ def test_a_long_wait_ends_with_its_work_or_when_asked() -> None:
 
 PROGRAMME = """
 import os, signal, sys, time
-from mhr_scale import stopping
+from mhr_scale.run import stopping
 stopping.DEADLINE_SECONDS, stopping.AGAIN_SECONDS = 0.5, 0.05
 with stopping.listening(), stopping.held():
     {body}

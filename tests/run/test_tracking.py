@@ -131,8 +131,8 @@ def test_wandb_gets_every_line_under_one_id(resumed: Path) -> None:
 
 def test_without_trackers_nothing_of_theirs_is_imported() -> None:
     code = (
-        "import sys, mhr_scale.runs, mhr_scale.verbs.finetune; from mhr_scale import tracking; "
-        "tracking.check(()); "
+        "import sys, mhr_scale.training.opening, mhr_scale.verbs.finetune; "
+        "from mhr_scale.run import tracking; tracking.check(()); "
         "context = tracking.opened((), None, resume_step=-1); assert context.__enter__() is None; "
         "assert not {'tensorboard', 'wandb'} & set(sys.modules)"
     )

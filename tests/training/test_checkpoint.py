@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
-from mhr_scale.adapters import artefact, attach
+from mhr_scale.adapters import Adapter, artefact, find_sites
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig, OptimConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.training import checkpoint
-from mhr_scale.training.optim import make_optimizer
+from mhr_scale.training.optim import has_row_gradients, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -36,8 +37,13 @@ class Run:
     def __init__(self, optimizer="adafactor", *, config=CONFIG, tasks=TASKS, seed=0):
         source = BackboneConfig(config=SIZES, dtype="float32")
         self.model = Engine({}, timeout_seconds=60).build(source, read_blueprint(source))
-        self.adapter = attach(self.model, config, tasks=tasks, seed=seed)
-        self.optimizer = make_optimizer(self.adapter, OptimConfig(name=optimizer, lr=0.01))
+        optim = OptimConfig(name=optimizer, lr=0.01)
+        sites, row_gradients = find_sites(self.model, config.layout), has_row_gradients(optim)
+        self.adapter = Adapter(
+            config, sites, task_names=tasks, seed=seed, row_gradients=row_gradients
+        )
+        self.adapter.bind(wrap(self.model, sites))
+        self.optimizer = make_optimizer(self.adapter, optim)
 
     def step(self, *tasks):
         """One update from a batch of these tasks."""

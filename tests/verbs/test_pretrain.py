@@ -15,7 +15,7 @@ from mhr_scale.adapters import artefact
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import RunError, UserError
 from mhr_scale.recipe.reading import load
-from mhr_scale.verbs import pretrain as verb
+from mhr_scale.training.opening import opened_training
 from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain
 
@@ -106,12 +106,11 @@ def test_the_card_names_the_backbone_and_the_tasks(run: Path) -> None:
 
 def test_the_reloaded_adapter_gives_the_logged_validation_loss(run: Path, tmp_path: Path) -> None:
     logged = read_metrics(run)[-1]["validation_loss"]
-    folder = tmp_path / "copy"
-    shutil.copytree(run, folder)
-    config = load(PretrainConfig, TOY, [*SHORT, f"run.folder={folder}"])
-    setup = verb.prepare(config)
-    setup.adapter.load_state_dict(load_adapter(run).state_dict())
-    assert setup.validate()["validation_loss"] == pytest.approx(logged, rel=1e-6)
+    config = load(PretrainConfig, TOY, [*SHORT, f"run.folder={tmp_path / 'fresh'}"])
+    with opened_training(config) as trainer:
+        assert trainer.validate()["validation_loss"] != pytest.approx(logged, rel=1e-3)
+        trainer.adapter.load_state_dict(load_adapter(run).state_dict())
+        assert trainer.validate()["validation_loss"] == pytest.approx(logged, rel=1e-6)
 
 
 def test_a_finished_run_started_again_adds_nothing(run: Path, tmp_path: Path) -> None:
@@ -286,15 +285,14 @@ def test_an_adapter_of_another_layout_is_refused(run: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_tasks(tmp_path: Path) -> None:
-    trainer = verb.prepare(
-        load(PretrainConfig, TOY, [*SHORT, f"run.folder={tmp_path}", "run.validate_every=-1"])
-    )
-    task = trainer.batches.samples(0)[0].task
-    name = trainer.adapter.task_names[task]
-    with torch.no_grad():
-        trainer.adapter.routing_logits[task].fill_(float("nan"))
-    with pytest.raises(UserError, match=rf"step 1: .*{name}.*nothing is saved yet"):
-        trainer.train()
+    overrides = [*SHORT, f"run.folder={tmp_path}", "run.validate_every=-1"]
+    with opened_training(load(PretrainConfig, TOY, overrides)) as trainer:
+        task = trainer.batches.samples(0)[0].task
+        name = trainer.adapter.task_names[task]
+        with torch.no_grad():
+            trainer.adapter.routing_logits[task].fill_(float("nan"))
+        with pytest.raises(UserError, match=rf"step 1: .*{name}.*nothing is saved yet"):
+            trainer.train()
 
 
 # -- recipes on real rows ------------------------------------------------------------------------
@@ -341,12 +339,12 @@ def test_prompted_rows_train_random_weights_without_a_backbone(
 def gradients(folder: Path, micro_batch_size: int) -> dict[str, torch.Tensor]:
     """Gradients of the first step, of an adapter that has left its initial values."""
     overrides = [*SHORT, f"run.folder={folder}", f"batch.micro_batch_size={micro_batch_size}"]
-    trainer = verb.prepare(load(PretrainConfig, TOY, overrides))
     generator = torch.Generator().manual_seed(5)
-    for parameter in trainer.adapter.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    trainer.reduce_gradients(trainer.accumulate(trainer.batches[0]))
-    return {name: p.grad.to_dense() for name, p in trainer.adapter.named_parameters()}
+    with opened_training(load(PretrainConfig, TOY, overrides)) as trainer:
+        for parameter in trainer.adapter.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        trainer.reduce_gradients(trainer.accumulate(trainer.batches[0]))
+        return {name: p.grad.to_dense() for name, p in trainer.adapter.named_parameters()}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mhr_scale.adapters import attach
-from mhr_scale.backbone import fingerprint
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
+from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.config import AdapterConfig, BackboneConfig
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import place
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.t5 import EMBEDDING, HEAD
 from mhr_scale.verbs.launching import guarded
 
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -41,18 +42,16 @@ class CountingSource:
 
 def tie_head(blueprint: Blueprint) -> Blueprint:
     """As transformers ties it under ZeRO-3."""
-    return replace(blueprint, is_lm_head_tied=True)
+    return replace(blueprint, ties={**blueprint.ties, HEAD: EMBEDDING})
 
 
 def check(engine: Engine, folder: str, dtype: str, change: Change = lambda same: same) -> str:
-    """What the check says of a backbone that is placed, an adapter attached."""
+    """What the check says of a backbone that is placed, its linears wrapped."""
     config = BackboneConfig(name=folder, dtype=dtype)  # type: ignore[arg-type]
     blueprint = change(read_blueprint(config))
-    model = engine.build(config, blueprint)
-    attach(model, AdapterConfig(n_skills=2, n_splits=2), tasks=["a"])
-    model = engine.prepare(model, config)
+    sites = find_sites_of(blueprint, AdapterConfig(n_skills=2, n_splits=2))
     try:
-        fingerprint.check(model, blueprint, config, engine)
+        place(engine, config, blueprint, sites)
     except BackboneError as error:
         return str(error)
     return "right"

@@ -60,12 +60,13 @@ class Counter:
 
 def build(engine: Engine, folder: str, recompute: str) -> tuple[Any, Any, Adapter]:
     config = BackboneConfig(name=folder, dtype="float32", recompute=recompute)
-    model = engine.build(config, read_blueprint(config))
+    blueprint = read_blueprint(config)
+    model = engine.build(config, blueprint)
     adapter = attach(model, ADAPTER, tasks=TASKS)
     generator = torch.Generator().manual_seed(3)
     for parameter in adapter.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model, engine.prepare(model, config), adapter
+    return model, engine.prepare(model, blueprint.family, config), adapter
 
 
 def step(engine: Engine, module: Any, adapter: Adapter, rank: int) -> None:
