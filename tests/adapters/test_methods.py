@@ -213,6 +213,20 @@ def test_evaluation_ignores_seeds(name):
     assert torch.equal(found, logits(model, adapter, TASK_IDS))
 
 
+@pytest.mark.parametrize("name", ["noisy", "Random"])
+def test_the_mode_of_the_model_decides_and_not_that_of_a_linear(name):
+    model, adapter = make_adapted(CONFIGS[name])
+    trained = logits(model, adapter, TASK_IDS, seeds=SEEDS)
+    model.eval()
+    evaluated = logits(model, adapter, TASK_IDS, seeds=SEEDS)
+    adapter.linears[0].train()
+    assert torch.equal(logits(model, adapter, TASK_IDS, seeds=SEEDS), evaluated)
+    adapter.linears[0].eval()
+    model.train()
+    assert torch.equal(logits(model, adapter, TASK_IDS, seeds=SEEDS), trained)
+    assert not torch.equal(trained, evaluated)
+
+
 @pytest.mark.parametrize("name", ["noisy", "straight-through"])
 def test_evaluation_uses_the_plain_sigmoid(name):
     model, adapter = make_adapted(CONFIGS[name])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TASKS, Recorder, gradients, logits, make_adapted, make_batch, make_t5, tensors_of
 
-from mhr_scale.adapters import AdapterConfig, attach, detach
+from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach, find_sites
 from mhr_scale.errors import AdapterError
 
 MHR = AdapterConfig(n_skills=3, n_splits=4, rank=2)
@@ -150,6 +150,12 @@ def test_detaching_puts_the_linears_back(adapted):
 def test_a_detached_adapter_refuses_slots(adapted):
     model, adapter = adapted
     detach(model)
+    with pytest.raises(AdapterError, match="sits in no model"):
+        adapter.slots([0])
+
+
+def test_an_adapter_that_was_never_attached_refuses_slots():
+    adapter = Adapter(MHR, find_sites(make_t5(), MHR.layout), task_names=TASKS)
     with pytest.raises(AdapterError, match="sits in no model"):
         adapter.slots([0])
 

@@ -23,14 +23,15 @@ IMPORT = "import mhr_scale.adapters"
 STEP = """
 import torch
 from mhr_scale import Adapter, AdapterConfig, average, collapse
-from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.sites import Site
+from mhr_scale.adapters.wrapping import wrap
 
 site = Site(name="x", in_features=4, out_features=6, stack="encoder", block=0, sublayer=0)
 adapter = Adapter(AdapterConfig(n_skills=2, n_splits=2), (site,), task_names=["a", "b"])
-adapter.linears.append(AdaptedLinear(torch.nn.Linear(4, 6).requires_grad_(False), "x"))
+model = torch.nn.ModuleDict({"x": torch.nn.Linear(4, 6)})
+adapter.bind(wrap(model, [site]))
 with adapter.slots(["b", "a", "b"]) as slots:
-    slots.backward(adapter.linears[0](torch.ones(3, 2, 4)).sum())
+    slots.backward(model["x"](torch.ones(3, 2, 4)).sum())
 average(adapter), collapse(adapter, "a")
 """
 

@@ -393,7 +393,6 @@ def test_jobs_cannot_train_a_shared_inventory():
 
 
 def test_jobs_cannot_have_sparse_routing_gradients():
-    """Rows of the table that have none would stay where they are: each is a job's own."""
     config = replace(CONFIGS["MHR"], private=True)
     wave = Adapter(config, SITES, task_names=["one", "two"], row_gradients=True)
     with pytest.raises(AssertionError, match="jobs move their own rows"):
