@@ -23,6 +23,7 @@ from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes import scoring
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.encode import Encoder
+from mhr_scale.run.run_folder import RECIPE
 from mhr_scale.run.runlog import Progress
 from mhr_scale.tasks.suites import open_suite
 from mhr_scale.tasks.task import Example, Task
@@ -77,7 +78,7 @@ def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str,
 
 def find_recipe(adapter: str) -> Path:
     """The recipe of the run that trained private adapters; raises `RunError` if it is missing."""
-    file = Path(adapter) / "config.yaml"
+    file = Path(adapter) / RECIPE
     if not file.is_file():
         raise RunError(
             f"{file}: missing; a soup compares tasks by their training examples, so name the run "

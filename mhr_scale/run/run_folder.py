@@ -23,13 +23,25 @@ class RunFolder(Generic[T]):
     """The folder of a run of one verb, whose recipes are of the type `schema`.
 
     `free` are settings that may differ when the run resumes: where and how fast, not what; a name
-    that ends with a dot covers everything below it.
+    that ends with a dot covers everything below it. `last` is the file that a run writes last.
     """
 
-    def __init__(self, path: Path | str, schema: type[T], *, free: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        schema: type[T],
+        *,
+        free: Collection[str] = (),
+        last: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self.schema = schema
-        self._free = tuple(free)
+        self._free, self._last = tuple(free), last
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has written its last file."""
+        return self._last is not None and (self.path / self._last).is_file()
 
     @property
     def recipe_file(self) -> Path:

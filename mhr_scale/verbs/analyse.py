@@ -25,7 +25,7 @@ from mhr_scale.jobs.start import source_numbers, variant_numbers
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run.files import write_json
-from mhr_scale.run.run_folder import RunFolder
+from mhr_scale.run.run_folder import RECIPE, RunFolder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 
@@ -99,7 +99,7 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | Non
 def read_source_recipe(folder: Path) -> PretrainConfig | None:
     """The recipe of a pre-training run; None if `folder` is not one."""
     try:
-        return load(PretrainConfig, folder / "config.yaml")
+        return load(PretrainConfig, folder / RECIPE)
     except ConfigError:
         return None
 

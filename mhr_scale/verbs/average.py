@@ -15,7 +15,7 @@ from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError
 from mhr_scale.recipe.reading import load
-from mhr_scale.run.run_folder import write_recipe
+from mhr_scale.run.run_folder import RECIPE, write_recipe
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
@@ -30,7 +30,7 @@ def average(config: AverageConfig) -> Path:
     source = artefact.load(config.source)
     card = artefact.read_card(config.source)
     folder = Path(config.run.folder)
-    if (folder / "config.yaml").exists() and config.steps[-1] == 0:
+    if (folder / RECIPE).exists() and config.steps[-1] == 0:
         raise RunError(f"{folder}: holds a run already; use another run.folder")
     if config.steps[-1]:
         continue_training(config, source)
@@ -57,7 +57,7 @@ def continue_training(config: AverageConfig, source: Adapter) -> None:
 
     Collective. Resumes from the last saved step, as `pretrain` does.
     """
-    recipe_file = Path(config.source) / "config.yaml"
+    recipe_file = Path(config.source) / RECIPE
     if not recipe_file.is_file():
         raise RunError(
             f"{recipe_file}: missing; extra steps go on with the source run's own tasks, so name "

@@ -98,7 +98,7 @@ def finetune(config: FinetuneConfig) -> Path:
             f"finetune is one process, and {world_size()} were started: "
             "python launch/finetune.py RECIPE"
         )
-    folder = RunFolder(config.run.folder, FinetuneConfig, free=FREE)
+    folder = RunFolder(config.run.folder, FinetuneConfig, free=FREE, last=RESULT)
     path = folder.path
     folder.check(
         config,
@@ -107,7 +107,7 @@ def finetune(config: FinetuneConfig) -> Path:
         way_out="use another run.folder",
     )
     tracking.check(config.run.trackers)
-    if (path / RESULT).is_file():
+    if folder.is_complete:
         log.info("%s is finished: %s", path, path / RESULT)
         return path / "adapter"
     inputs = open_inputs(config)
