@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from reproduction.results import Measured
 from reproduction.statistics import Paired, against_zero, holm, slopes_over_log2, within
-from reproduction.study_suites import Suite
+from reproduction.study_suites import StudySuite
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
 
@@ -90,7 +90,7 @@ def _equal(name: str, place: str, text: str, *terms: str) -> Claim:
 TABLES = "few-shot tables"
 
 
-def claims_of(suite: Suite) -> tuple[Claim, ...]:
+def claims_of(suite: StudySuite) -> tuple[Claim, ...]:
     """The claims that a suite can test, in the order of the paper."""
     toy = (*_HEADS, *_SHARED_ROUTING) if suite.name == "toy" else ()
     controls = _CONTROLS if suite.name == "toy" else ()
@@ -214,7 +214,7 @@ _CONTROLS = (
 )
 
 
-def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
+def _zero_shot(suite: StudySuite) -> tuple[Claim, ...]:
     place, first, last = "Tab. 5", suite.steps[1], suite.steps[-1]
     claims = [
         _greater(
@@ -258,7 +258,7 @@ def _zero_shot(suite: Suite) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-def _alignment(suite: Suite) -> tuple[Claim, ...]:
+def _alignment(suite: StudySuite) -> tuple[Claim, ...]:
     return tuple(
         Claim(
             id=f"alignment-{regime}",
@@ -306,12 +306,12 @@ NOT_RUN = (
 )
 
 
-def judge(suite: Suite, measured: Measured) -> list[Finding]:
+def judge(suite: StudySuite, measured: Measured) -> list[Finding]:
     """The result for every claim of a suite."""
     return [judge_claim(suite, claim, measured) for claim in claims_of(suite)]
 
 
-def judge_claim(suite: Suite, claim: Claim, measured: Measured) -> Finding:
+def judge_claim(suite: StudySuite, claim: Claim, measured: Measured) -> Finding:
     """The result for one claim, over the seeds that have all its measures."""
     missing = [term for term in claim.terms if term not in measured.values]
     seeds, values = measured.paired(*claim.terms)

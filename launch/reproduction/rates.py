@@ -17,7 +17,7 @@ from mhr_scale.jobs.job import read_all_results
 from mhr_scale.run.runlog import log
 from mhr_scale.scores.comparison import compare
 from reproduction.results import zero_shot_score
-from reproduction.study_suites import Kind, Method, Suite
+from reproduction.study_suites import Kind, Method, StudySuite
 from reproduction.units_to_run import SEARCH, Rate, Rates, candidates, unit_name
 
 
@@ -35,7 +35,7 @@ class Trial:
     score: float | None
 
 
-def read_trials(suite: Suite, root: Path, fates: Mapping[str, str]) -> list[Trial]:
+def read_trials(suite: StudySuite, root: Path, fates: Mapping[str, str]) -> list[Trial]:
     """Every point of the grid, of all searched methods."""
     trials: list[Trial] = []
     for method in suite.searched:
@@ -47,7 +47,7 @@ def read_trials(suite: Suite, root: Path, fates: Mapping[str, str]) -> list[Tria
 
 
 def _few_shot(
-    suite: Suite, method: Method, lr: float, root: Path, fates: Mapping[str, str]
+    suite: StudySuite, method: Method, lr: float, root: Path, fates: Mapping[str, str]
 ) -> list[Trial]:
     regime = suite.regimes[0]
     name = unit_name(suite, SEARCH, "adapt", regime, method.name, f"{lr:g}")
@@ -73,7 +73,7 @@ def _few_shot(
 
 
 def _zero_shot(
-    suite: Suite, method: Method, lr: float, root: Path, fates: Mapping[str, str]
+    suite: StudySuite, method: Method, lr: float, root: Path, fates: Mapping[str, str]
 ) -> Trial:
     regime = suite.regimes[-1]
     tail = (regime, method.name, f"{lr:g}")
@@ -90,7 +90,7 @@ def _zero_shot(
     )
 
 
-def choose(suite: Suite, trials: list[Trial]) -> dict[str, Rates]:
+def choose(suite: StudySuite, trials: list[Trial]) -> dict[str, Rates]:
     """The rates of every family with a score for all its ways; the log names the others."""
     chosen: dict[str, Rates] = {}
     for method in suite.searched:
@@ -102,7 +102,7 @@ def choose(suite: Suite, trials: list[Trial]) -> dict[str, Rates]:
     return chosen
 
 
-def _choose(method: Method, trials: list[Trial], suite: Suite) -> Rates | None:
+def _choose(method: Method, trials: list[Trial], suite: StudySuite) -> Rates | None:
     kinds: list[Kind] = list(dict.fromkeys(method.ways.values()))
     best: dict[float, dict[Kind, Trial]] = {}
     for lr in suite.grid.pretrain:

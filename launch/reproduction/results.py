@@ -18,7 +18,7 @@ from mhr_scale.jobs.job import read_all_results
 from mhr_scale.run.files import read_object
 from mhr_scale.run.runlog import read_metric
 from mhr_scale.scores.comparison import compare
-from reproduction.study_suites import Method, Suite
+from reproduction.study_suites import Method, StudySuite
 from reproduction.units_to_run import seed_part, unit_name
 
 WAY_OUT = "delete its folder and run again"
@@ -59,7 +59,7 @@ def _by_seed(values: Mapping[int, Any]) -> dict[str, Any]:
     return {str(seed): value for seed, value in sorted(values.items())}
 
 
-def measure(suite: Suite, root: Path, fates: Mapping[str, str]) -> Measured:
+def measure(suite: StudySuite, root: Path, fates: Mapping[str, str]) -> Measured:
     """Read the results of the finished units of the study."""
     measured = Measured()
     for seed in suite.seeds:
@@ -72,7 +72,7 @@ def measure(suite: Suite, root: Path, fates: Mapping[str, str]) -> Measured:
 
 def _few_shot(
     measured: Measured,
-    suite: Suite,
+    suite: StudySuite,
     method: Method,
     seed: int,
     root: Path,
@@ -89,7 +89,7 @@ def _few_shot(
 
 
 def _scalars(
-    suite: Suite, method: Method, seed: int, root: Path, fates: Mapping[str, str]
+    suite: StudySuite, method: Method, seed: int, root: Path, fates: Mapping[str, str]
 ) -> Iterator[tuple[str, float]]:
     part = seed_part(seed)
     for k in suite.steps if method.name in suite.zero_shot else ():

@@ -19,7 +19,7 @@ from mhr_scale.run.files import read_json, write_json, write_text
 from mhr_scale.run.runlog import log, provenance
 from reproduction import claims, rates, results, tables
 from reproduction.pool import Clock, Pool
-from reproduction.study_suites import SUITES, Suite, quick
+from reproduction.study_suites import SUITES, StudySuite, quick
 from reproduction.study_tasks import Data, open_data
 from reproduction.units_to_run import Rate, Rates, Unit, search_units, study_units
 
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str], *, launch: Path) -> Options:
 class _Opened:
     """A suite with its tasks and its units."""
 
-    suite: Suite
+    suite: StudySuite
     data: Data
     search: list[Unit]
     expected: list[Unit]
@@ -125,7 +125,7 @@ def reproduce(options: Options) -> Path:
     return folder
 
 
-def _open(suite: Suite, options: Options) -> _Opened:
+def _open(suite: StudySuite, options: Options) -> _Opened:
     seeds = tuple(range(1, options.seeds + 1))
     suite = quick(suite) if options.is_quick else replace(suite, seeds=seeds)
     data = open_data(suite, root=options.folder, shared=options.shared)
@@ -135,7 +135,7 @@ def _open(suite: Suite, options: Options) -> _Opened:
     return _Opened(suite, data, search, expected)
 
 
-def _any_rates(suite: Suite) -> Rates:
+def _any_rates(suite: StudySuite) -> Rates:
     rate = Rate(lr=suite.grid.adapt[0], routing_lr=suite.grid.routing[0])
     return Rates(
         pretrain=dict.fromkeys(suite.regimes, suite.grid.pretrain[0]),

@@ -43,7 +43,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Suite:
+class StudySuite:
     """Everything that one suite runs."""
 
     name: str
@@ -151,7 +151,7 @@ def _shared_routing(name: str, label: str, **values: object) -> Method:
     )
 
 
-TOY = Suite(
+TOY = StudySuite(
     name="toy",
     title="built-in toy suite, a task split per seed",
     metric="exact match",
@@ -217,7 +217,7 @@ TOY = Suite(
     seconds={"pretrain": 25.0, "adapt": 1.0, "average": 26.0, "evaluate": 1.0, "analyse": 1.5},
 )
 
-SUPERNI = Suite(
+SUPERNI = StudySuite(
     name="superni",
     title="Super-NaturalInstructions sample over an 11-million-weight T5",
     metric="Rouge-L",
@@ -252,7 +252,7 @@ QUICK_OVERRIDES = {
 }
 
 
-def quick(suite: Suite) -> Suite:
+def quick(suite: StudySuite) -> StudySuite:
     """The suite at a size whose figures mean nothing: two of everything, and three steps."""
     return replace(
         suite,

@@ -15,7 +15,7 @@ from mhr_scale.errors import DataError
 from mhr_scale.run.files import write_text
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks import toy
-from reproduction.study_suites import SEARCH_SEED, Suite
+from reproduction.study_suites import SEARCH_SEED, StudySuite
 
 Overrides = dict[str, tuple[str, ...]]
 
@@ -33,7 +33,7 @@ class Data:
     """Names of the tasks that rates are chosen on."""
 
 
-def open_data(suite: Suite, *, root: Path, shared: Path) -> Data:
+def open_data(suite: StudySuite, *, root: Path, shared: Path) -> Data:
     """The tasks of a suite; writes the lists of SuperNI's search below `root`.
 
     Raises `DataError` where `shared` lacks the real data.
@@ -41,7 +41,7 @@ def open_data(suite: Suite, *, root: Path, shared: Path) -> Data:
     return _toy(suite) if suite.name == "toy" else _superni(suite, root, shared)
 
 
-def _toy(suite: Suite) -> Data:
+def _toy(suite: StudySuite) -> Data:
     held_out = {name for seed in suite.seeds for name in toy.split(seed)[0]}
     names = [name for name in toy.PARTS if name not in held_out]
     random.Random(seed_from("search tasks", SEARCH_SEED)).shuffle(names)
@@ -61,7 +61,7 @@ def _toy(suite: Suite) -> Data:
     )
 
 
-def _superni(suite: Suite, root: Path, shared: Path) -> Data:
+def _superni(suite: StudySuite, root: Path, shared: Path) -> Data:
     folder, backbone = shared / "data" / "superni_sample", shared / "backbones" / "t5_mini_text"
     lists = folder / "splits" / "default" / "train_tasks.txt"
     for path in (lists, lists.with_name("test_tasks.txt"), backbone / "config.json"):

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from reproduction.study_suites import SEARCH_SEED, Grid, Kind, Method, Suite
+from reproduction.study_suites import SEARCH_SEED, Grid, Kind, Method, StudySuite
 from reproduction.study_tasks import Data, Overrides
 
 #: Stands in the names of search units where those of the study have a seed.
@@ -67,7 +67,7 @@ def candidates(method: Method, kind: Kind, grid: Grid) -> dict[str, Rate]:
     }
 
 
-def unit_name(suite: Suite, part: str, verb: Verb, *rest: object) -> str:
+def unit_name(suite: StudySuite, part: str, verb: Verb, *rest: object) -> str:
     """The name of a unit; `part` is `search` or a seed."""
     return "/".join([suite.name, part, verb, *(str(word) for word in rest)])
 
@@ -77,7 +77,7 @@ def seed_part(seed: int) -> str:
     return f"seed{seed}"
 
 
-def search_units(suite: Suite, data: Data, root: Path) -> list[Unit]:
+def search_units(suite: StudySuite, data: Data, root: Path) -> list[Unit]:
     """The units whose results decide the rates of every searched method."""
     planner = _Planner(suite, data.search, root, SEARCH, SEARCH_SEED, may_diverge=True)
     units: list[Unit] = []
@@ -97,7 +97,7 @@ def search_units(suite: Suite, data: Data, root: Path) -> list[Unit]:
     return units
 
 
-def study_units(suite: Suite, data: Data, root: Path, rates: dict[str, Rates]) -> list[Unit]:
+def study_units(suite: StudySuite, data: Data, root: Path, rates: dict[str, Rates]) -> list[Unit]:
     """The units of all seeds, for the methods whose family has rates."""
     units: list[Unit] = []
     for seed in suite.seeds:
@@ -127,7 +127,7 @@ def _study_method(planner: "_Planner", method: Method, rates: Rates) -> Iterator
 class _Planner:
     """Makes the units of one suite, part and seed."""
 
-    suite: Suite
+    suite: StudySuite
     tasks: Overrides
     root: Path
     part: str

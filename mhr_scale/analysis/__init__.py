@@ -1,6 +1,6 @@
 """What an adapter has learned: gradient alignment, routing, inventory.
 
-Other rooms import: alignment, inventory_statistics, monitor, printed, routing_statistics.
+Other rooms import: alignment, analysis_table, inventory_statistics, monitor, routing_statistics.
 """
 
 #: The file that holds an analysis, and the version of its format.

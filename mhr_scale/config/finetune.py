@@ -5,7 +5,7 @@ from typing import Literal
 
 from mhr_scale.config.adaptation import ProtocolConfig
 from mhr_scale.config.model import BackboneConfig
-from mhr_scale.config.training import Tracker, check_betas, check_trackers
+from mhr_scale.config.training import TrackerName, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
@@ -66,7 +66,7 @@ class FinetuneRunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 100
     """Steps between saves to go on from (0: none)."""
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 
     def __post_init__(self) -> None:

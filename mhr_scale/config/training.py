@@ -6,7 +6,7 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
 #: Services that can get the lines of metrics.jsonl; each needs the package extra of its name.
-Tracker = Literal["tensorboard", "wandb"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 #: A month; longer values overflow the timers, which then do not wait at all.
 LONGEST_TIMEOUT_SECONDS = 30 * 86400.0
@@ -197,7 +197,7 @@ class RunConfig:
     """How long a collective may wait for the other ranks."""
     token_cache: str | None = None
     """Folder that keeps tokenised tasks between runs; null: tokenise in memory at every start."""
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 
     def __post_init__(self) -> None:

@@ -4,5 +4,5 @@
 steps; `placements` where the frozen weights are; `hardware` the machines; `cost` turns counts into
 estimates; `kinds` makes a plan for each kind of recipe; `wave_size` sizes few-shot waves.
 
-Other rooms import: hardware, kinds, printed, wave_size.
+Other rooms import: hardware, kinds, plan_table, wave_size.
 """

@@ -9,7 +9,7 @@ from mhr_scale.report.drawing import MOST_SERIES, short
 from mhr_scale.report.page import LONGEST, Block, Cell, Heading, Picture, Section, Table
 from mhr_scale.report.pictures import Curve, Series, by_name, curves
 from mhr_scale.report.runs import Run
-from mhr_scale.report.scored_adapters import Subject, subject_of, told_apart
+from mhr_scale.report.scored_adapters import ScoredAdapter, scored_adapter, told_apart
 from mhr_scale.scores.summary import aggregate
 
 
@@ -23,12 +23,12 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     evaluated = scored(runs)
     if not evaluated:
         return None
-    subjects = {run.label: subject_of(run, runs) for run in evaluated}
+    adapters = {run.label: scored_adapter(run, runs) for run in evaluated}
     rows: list[list[Cell]] = [
         [
             run.label,
-            subjects[run.label].name,
-            subjects[run.label].extra_steps,
+            adapters[run.label].name,
+            adapters[run.label].extra_steps,
             len(run.summary["tasks"]),
             run.summary["examples"],
             run.summary["mean_over_tasks"],
@@ -41,7 +41,7 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     caption = "Evaluations, in points from 0 to 100"
     is_long = len(rows) > LONGEST
     each = Table(caption=caption, columns=head, rows=rows, decimals=2, is_folded=is_long)
-    blocks = together(evaluated, subjects)
+    blocks = together(evaluated, adapters)
     blocks.insert(len(blocks) if is_long else 0, each)
     sets: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in evaluated:
@@ -52,10 +52,10 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     return Section(id="evaluations", title="Evaluations", blocks=blocks)
 
 
-def together(evaluated: Sequence[Run], subjects: Mapping[str, Subject]) -> list[Block]:
+def together(evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]) -> list[Block]:
     """One row for all evaluations that differ in their seed only."""
-    groups = grouped(evaluated, subjects)
-    names = told_apart(list(subjects.values()))
+    groups = grouped(evaluated, adapters)
+    names = told_apart(list(adapters.values()))
     rows: list[list[Cell]] = []
     for (key, steps), members in groups.items():
         if len(members) > 1:
@@ -76,13 +76,13 @@ def together(evaluated: Sequence[Run], subjects: Mapping[str, Subject]) -> list[
 
 
 def grouped(
-    evaluated: Sequence[Run], subjects: Mapping[str, Subject]
+    evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]
 ) -> dict[tuple[str, int | None], list[Run]]:
-    """Finished evaluations of the same tasks, by subject and extra steps."""
+    """Finished evaluations of the same tasks, by adapter and extra steps."""
     groups: dict[tuple[str, int | None], list[Run]] = defaultdict(list)
     for run in evaluated:
-        subject = subjects[run.label]
-        members = groups[subject.key, subject.extra_steps]
+        adapter = adapters[run.label]
+        members = groups[adapter.key, adapter.extra_steps]
         tasks = run.summary["tasks"].keys()
         if run.is_finished and (not members or members[0].summary["tasks"].keys() == tasks):
             members.append(run)
@@ -160,10 +160,10 @@ def of_prompts(runs: Sequence[Run]) -> list[Block]:
 def extra_steps(runs: Sequence[Run]) -> Section | None:
     """Zero-shot score of averaged adapters against extra steps, aggregated over seeds."""
     evaluated = scored(runs)
-    subjects = {run.label: subject_of(run, runs) for run in evaluated}
-    names = told_apart(list(subjects.values()))
+    adapters = {run.label: scored_adapter(run, runs) for run in evaluated}
+    names = told_apart(list(adapters.values()))
     points: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for (key, steps), members in grouped(evaluated, subjects).items():
+    for (key, steps), members in grouped(evaluated, adapters).items():
         if steps is not None:
             points[key][steps] = [run.summary["mean_over_tasks"] for run in members]
     if not points:

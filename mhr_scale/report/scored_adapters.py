@@ -14,8 +14,8 @@ OF_SEEDS = ("run", "averaged_adapter", "seed", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """What was scored; subjects of one `key` differ in their seed or extra steps only."""
+class ScoredAdapter:
+    """What was scored; adapters of one `key` differ in their seed or extra steps only."""
 
     name: str
     key: str
@@ -23,15 +23,15 @@ class Subject:
     """None: not an averaged adapter."""
 
 
-def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
-    """The subject of an evaluation; the source of its adapter is read where it still exists."""
+def scored_adapter(run: Run, runs: Sequence[Run]) -> ScoredAdapter:
+    """The adapter an evaluation scored; its source is read where it still exists."""
     config = run.config
     questions = {"tasks": seedless(config.get("tasks")), "scoring": config.get("scoring")}
     adapter = config.get("adapter")
     if not isinstance(adapter, str):
         bare = part(config, "backbone")
         name = f"{bare.get('name') or 'random weights'} alone"
-        return Subject(name=name, key=_key(name, bare, questions), extra_steps=None)
+        return ScoredAdapter(name=name, key=_key(name, bare, questions), extra_steps=None)
     folder, steps = Path(adapter), None
     if folder.parent.name == "averaged" and folder.name.isdigit():
         folder, steps = folder.parent.parent, int(folder.name)
@@ -43,12 +43,12 @@ def subject_of(run: Run, runs: Sequence[Run]) -> Subject:
     routing = str(config.get("routing", "own"))
     is_mean = steps is not None or routing == "average"
     if "schedule" not in trained:
-        return Subject(name=adapter, key=_key(adapter, routing, questions), extra_steps=steps)
+        return ScoredAdapter(name=adapter, key=_key(adapter, routing, questions), extra_steps=steps)
     name = method_of(trained)
     name += "-mu" if is_mean and name != "LoRA" else ""
     name += " (soup)" if routing == "soup" else ""
     way = {key: value for key, value in average.items() if key in ("trainable", "warmup_fraction")}
-    return Subject(
+    return ScoredAdapter(
         name=name, key=_key(name, seedless(trained), way, routing, questions), extra_steps=steps
     )
 
@@ -84,14 +84,14 @@ def _key(*parts: Any) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-def told_apart(subjects: Sequence[Subject]) -> dict[str, str]:
+def told_apart(adapters: Sequence[ScoredAdapter]) -> dict[str, str]:
     """A name for every key, numbered if different settings share a name."""
     names: dict[str, str] = {}
-    for subject in subjects:
-        if subject.key not in names:
+    for adapter in adapters:
+        if adapter.key not in names:
             same = sum(
-                name == subject.name or name.startswith(f"{subject.name} [")
+                name == adapter.name or name.startswith(f"{adapter.name} [")
                 for name in names.values()
             )
-            names[subject.key] = f"{subject.name} [{same + 1}]" if same else subject.name
+            names[adapter.key] = f"{adapter.name} [{same + 1}]" if same else adapter.name
     return names

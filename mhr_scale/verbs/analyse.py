@@ -14,8 +14,8 @@ from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
 from mhr_scale.analysis.alignment import AlignedTask, Alignment
+from mhr_scale.analysis.analysis_table import table
 from mhr_scale.analysis.inventory_statistics import describe_inventory
-from mhr_scale.analysis.printed import table
 from mhr_scale.analysis.routing_statistics import clustered_order, describe_routing
 from mhr_scale.backbone.of_adapter import backbone_of, check_fit
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mhr_scale.config import PlanConfig
 from mhr_scale.planning.hardware import find_machines
 from mhr_scale.planning.kinds import PLANNERS, recognise
-from mhr_scale.planning.printed import as_json, as_text
+from mhr_scale.planning.plan_table import as_json, as_text
 from mhr_scale.recipe.reading import check_recipe_given, help_text, load, load_settings, split_words
 
 USAGE = (

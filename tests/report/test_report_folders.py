@@ -9,7 +9,7 @@ import pytest
 from mhr_scale.errors import RunError
 from mhr_scale.report.build import build
 from mhr_scale.report.runs import labels, open_run, open_runs
-from mhr_scale.report.scored_adapters import subject_of
+from mhr_scale.report.scored_adapters import scored_adapter
 
 
 def test_every_kind_is_recognised(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_seeds_of_a_method_are_one_subject_and_methods_are_two(tmp_path: Path) -
         made_runs.pretraining(tmp_path / "rank", "adapter.rank=1"),
     ]
     runs = [open_run(scored(tmp_path, source, 20)) for source in sources]
-    one, two, lora, rank = (subject_of(run, runs) for run in runs)
+    one, two, lora, rank = (scored_adapter(run, runs) for run in runs)
     assert (one.name, lora.name, one.extra_steps) == ("MHR-mu", "LoRA", 20)
     assert one.key == two.key
     assert len({one.key, lora.key, rank.key}) == 3
@@ -135,13 +135,13 @@ def test_seeds_of_a_method_are_one_subject_and_methods_are_two(tmp_path: Path) -
 def test_an_adapter_whose_run_is_gone_is_called_by_its_path(tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "averaged" / "000200"
     run = open_run(made_runs.evaluation(tmp_path / "scores", gone, {"sort": 1.0}))
-    subject = subject_of(run, [run])
+    subject = scored_adapter(run, [run])
     assert (subject.name, subject.extra_steps) == (str(gone), 200)
 
 
 def test_a_bare_backbone_is_called_so(tmp_path: Path) -> None:
     run = open_run(made_runs.evaluation(tmp_path, None, {"sort": 1.0}))
-    assert subject_of(run, [run]).name == "builtin:toy alone"
+    assert scored_adapter(run, [run]).name == "builtin:toy alone"
 
 
 # -- what cannot be read ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from mhr_scale.recipe.reading import load
 from mhr_scale.tasks import toy
 from reproduction.rates import Trial, choose
 from reproduction.study import parse
-from reproduction.study_suites import SEARCH_SEED, SUITES, TOY, Suite, quick
+from reproduction.study_suites import SEARCH_SEED, SUITES, TOY, StudySuite, quick
 from reproduction.study_tasks import open_data
 from reproduction.units import VERBS, read_record, write_record
 from reproduction.units_to_run import Rate, Rates, Unit, candidates, search_units, study_units
@@ -34,7 +34,7 @@ def sample(tmp_path: Path) -> Path:
     return tmp_path / "shared"
 
 
-def any_rates(suite: Suite) -> dict[str, Rates]:
+def any_rates(suite: StudySuite) -> dict[str, Rates]:
     rate = Rate(lr=0.002, routing_lr=0.2)
     rates = Rates(
         pretrain=dict.fromkeys(suite.regimes, 0.01),
@@ -43,7 +43,7 @@ def any_rates(suite: Suite) -> dict[str, Rates]:
     return {method.name: rates for method in suite.searched}
 
 
-def all_units(suite: Suite, root: Path, shared: Path) -> list[Unit]:
+def all_units(suite: StudySuite, root: Path, shared: Path) -> list[Unit]:
     data = open_data(suite, root=root, shared=shared)
     return [
         *search_units(suite, data, root),
@@ -53,7 +53,7 @@ def all_units(suite: Suite, root: Path, shared: Path) -> list[Unit]:
 
 @pytest.mark.parametrize("suite", [*SUITES.values(), *map(quick, SUITES.values())])
 def test_every_unit_is_a_valid_recipe_and_comes_after_what_it_needs(
-    suite: Suite, tmp_path: Path, sample: Path
+    suite: StudySuite, tmp_path: Path, sample: Path
 ):
     seen: set[str] = set()
     units = all_units(suite, tmp_path, sample)
