@@ -39,12 +39,11 @@ def make(config):
     return model.eval(), adapter
 
 
-@pytest.mark.parametrize("task", [0, 3])
 @pytest.mark.parametrize("name", ROUTED)
-def test_a_collapsed_adapter_gives_the_logits_of_its_task(name, task):
+def test_a_collapsed_adapter_gives_the_logits_of_its_task(name):
     model, adapter = make(ROUTED[name])
-    expected = logits(model, adapter, [task] * 4)
-    found = logits_in_a_fresh_model(collapse(adapter, TASKS[task]))
+    expected = logits(model, adapter, [3] * 4)
+    found = logits_in_a_fresh_model(collapse(adapter, TASKS[3]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -62,29 +61,14 @@ def test_an_averaged_adapter_gives_the_logits_of_equal_weights(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_an_averaged_adapter_holds_the_mean_of_each_side(name):
-    _, adapter = make(EVERY[name])
-    mean = average(adapter)
-    for stack in adapter.inventory.stacks:
-        for side in adapter.inventory.sides:
-            pairs = adapter.inventory.stacked(stack, side)
-            pairs = pairs.mean(1) if adapter.config.private else pairs
-            pairs = pairs.mean(2)
-            # splits go side by side: along A's first dimension, along the last of B and l
-            whole = torch.cat(list(pairs.unbind(1)), 1 if side == "A" else -1)
-            found = mean.inventory.stacked(stack, side)[:, 0, 0]
-            torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("make_single", [average, lambda adapter: collapse(adapter, "sort")])
 @pytest.mark.parametrize("name", ROUTED)
-def test_the_result_is_one_ordinary_adapter_of_the_same_rank(name, make_single):
+def test_the_result_is_one_ordinary_adapter_of_the_same_rank(name):
     _, adapter = make(ROUTED[name])
-    single = make_single(adapter)
-    assert single.config.method in ("LoRA", "(IA)3")
-    assert (single.config.rank, single.config.alpha) == (adapter.config.rank, adapter.config.alpha)
-    assert single.routing_logits is None
+    config = adapter.config
+    for single in (average(adapter), collapse(adapter, "sort")):
+        assert single.config.method in ("LoRA", "(IA)3")
+        assert (single.config.rank, single.config.alpha) == (config.rank, config.alpha)
+        assert single.routing_logits is None
 
 
 def test_the_result_is_named_after_what_it_is():
@@ -93,7 +77,7 @@ def test_the_result_is_named_after_what_it_is():
     assert names == (("average",), ("sort",))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["MHR", "private", "LoRA", "(IA)3"])
 def test_averaging_leaves_the_adapter_as_it_was(name):
     _, adapter = make(EVERY[name])
     before = tensors_of(adapter)
@@ -114,7 +98,7 @@ def test_a_method_without_routing_of_its_own_points_to_the_average(name):
         collapse(adapter, "sort")
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["MHR", "LoRA"])
 def test_collapsing_an_unknown_task_suggests_a_known_one(name):
     _, adapter = make(EVERY[name])
     with pytest.raises(AdapterError, match="did you mean 'reverse'"):

@@ -26,47 +26,22 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     ("config", "writer", "words"),
     [
-        (
-            MHR,
-            peft_folders.write_peft_lora,
-            "MHR .* PEFT LoRA: it is no single adapter; average it or",
-        ),
-        (
-            POLY,
-            peft_folders.write_peft_ia3,
-            "Poly .* PEFT IA3: it is no single adapter; average it or",
-        ),
+        (MHR, peft_folders.write_peft_lora, "MHR .*PEFT LoRA: .*single"),
         (
             replace(LORA, private=True),
             peft_folders.write_peft_lora,
-            "no single adapter; average it or",
+            "private .*PEFT LoRA: .*single",
         ),
-        (
-            replace(MHR, policy="uniform"),
-            peft_folders.write_peft_lora,
-            "no single adapter; average it",
-        ),
-        (IA3, peft_folders.write_peft_lora, r"\(IA\)3 .* write_peft_ia3 writes this kind"),
-        (LORA, peft_folders.write_peft_ia3, "LoRA .* write_peft_lora writes this kind"),
-        (LORA, peft_folders.write_peft_poly, "LoRA .* as PEFT Poly: there is nothing to route"),
-        (replace(POLY, private=True), peft_folders.write_peft_poly, "one inventory for all tasks"),
-        (
-            replace(IA3, n_skills=3),
-            peft_folders.write_peft_poly,
-            "mixes low-rank pairs only; average",
-        ),
-        (
-            replace(POLY, granularity="block"),
-            peft_folders.write_peft_poly,
-            "shared by block, PEFT has",
-        ),
+        (replace(MHR, policy="uniform"), peft_folders.write_peft_ia3, "MHR .*PEFT IA3: .*single"),
+        (IA3, peft_folders.write_peft_lora, r"\(IA\)3 .* write_peft_ia3"),
+        (LORA, peft_folders.write_peft_ia3, "LoRA .* write_peft_lora"),
+        (LORA, peft_folders.write_peft_poly, "LoRA .*PEFT Poly: .*nothing to route"),
+        (replace(POLY, private=True), peft_folders.write_peft_poly, "PEFT Poly: .*one inventory"),
+        (replace(IA3, n_skills=3), peft_folders.write_peft_poly, r"Poly-\(IA\)3 .*low-rank"),
+        (replace(POLY, granularity="block"), peft_folders.write_peft_poly, "shared by block"),
         *(
-            (
-                replace(POLY, policy=policy),
-                peft_folders.write_peft_poly,
-                f"no policy '{policy}'; aver",
-            )
-            for policy in ("uniform", "random", "fixed", "straight_through")
+            (replace(POLY, policy=policy), peft_folders.write_peft_poly, f"'{policy}'")
+            for policy in ("random", "straight_through")
         ),
     ],
 )
@@ -80,24 +55,18 @@ def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rank_pattern": {"q": 4}}, "rank_pattern: {'q': 4}: no adapter of ours can express"),
-        ({"alpha_pattern": {"q": 4}}, "alpha_pattern"),
-        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q": 4}, "use_dora": True}, "rank_pattern: {'q': 4}, use_dora: True"),
         ({"bias": "lora_only"}, "bias: lora_only"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"layer_replication": [[0, 4]]}, "layer_replication"),
         ({"some_future_setting": 0.5}, "some_future_setting: 0.5"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the backbone"),
-        ({"r": "2"}, "r is '2', not a number"),
-        ({"lora_alpha": None}, "lora_alpha is None, not a number"),
-        ({"r": 0}, "adapter.rank: 0 is not at least 1"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"r": "2"}, "r is '2'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": 0}, "adapter.rank: 0 "),
     ],
 )
 def test_settings_of_a_lora_that_we_cannot_express_are_refused(fields, words, lora_folder):
     edit(lora_folder, **fields)
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(AdapterError, match=rf"^{lora_folder}/\S+: {words}"):
         peft_folders.read_peft_lora(lora_folder)
 
 
@@ -115,30 +84,30 @@ def test_a_folder_of_another_type_is_refused(reader, found, lora_folder):
 def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
     folder = write(make(replace(IA3, layout="full")), tmp_path)
     edit(folder, feedforward_modules=inputs)
-    with pytest.raises(AdapterError, match=r"feedforward_modules .* which scales inputs .*wo"):
+    with pytest.raises(AdapterError, match=r"adapter_config.json: feedforward_modules .*wo"):
         peft_folders.read_peft_ia3(folder)
 
 
 def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
     folder = write(make(IA3), tmp_path)
     (folder / peft_folders.NOTE).unlink()
-    with pytest.raises(AdapterError, match="do not tell the width of the backbone; pass width"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: .*width"):
         peft_folders.read_peft_ia3(folder)
 
 
 def test_another_router_than_polys_is_refused(tmp_path):
     folder = write(make(POLY), tmp_path)
     edit(folder, poly_type="clustered")
-    with pytest.raises(AdapterError, match="poly_type 'clustered'"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: poly_type 'clustered'"):
         peft_folders.read_peft_poly(folder)
 
 
 @pytest.mark.parametrize(
     ("note", "words"),
     [
-        ({"task_names": ["a"]}, "1 task names for 4 routing rows"),
-        ({"task_names": "abcd"}, "task_names is 'abcd'"),
-        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"task_names": ["a"]}, "adapter_model.safetensors: 1 .* 4 routing rows"),
+        ({"task_names": "abcd"}, "mhr_scale.json: task_names is 'abcd'"),
+        ({"temperature": "hot"}, "mhr_scale.json: temperature is 'hot'"),
     ],
 )
 def test_a_note_that_does_not_fit_is_refused(note, words, tmp_path):
@@ -163,10 +132,6 @@ def add(tensors):
 
 def add_linear(tensors):
     tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(2, 32)
-
-
-def reshape(tensors):
-    tensors[f"{STORED}.lora_A.weight"] = torch.zeros(2, 31)
 
 
 def rerank(tensors):
@@ -195,15 +160,14 @@ def rename(tensors):
     ("change", "words"),
     [
         (drop, f"missing {QUERY}.A"),
-        (drop_linear, f"nearest is 'full', with 1 odd: missing {QUERY}"),
+        (drop_linear, f"35 linears .*'full', .*missing {QUERY}"),
         (add, f"unknown {STORED}.lora_magnitude_vector"),
-        (add_linear, "nearest is 'full', with 1 odd: unknown lm_head"),
-        (reshape, rf"{QUERY}.A is \[1, 1, 31, 2\], not \[1, 1, 32, 2\]"),
+        (add_linear, "37 linears .*'full', .*unknown lm_head"),
         (rerank, rf"{QUERY}.B is \[1, 1, 3, 32\], not \[1, 1, 2, 32\]"),
         (flatten, rf"{QUERY}.B is \[64\], not \[1, 1, 2, 32\]"),
         (poison, f"{QUERY}.B holds NaN or infinity"),
-        (poison_all, r"72 tensor\(s\) do not fit: .* holds NaN or infinity; .* holds NaN"),
-        (rename, "none of its 72 tensors is named"),
+        (poison_all, r": 72 tensor\(s\) .*k\.A holds NaN or infinity; .*k\.B holds NaN"),
+        (rename, "none of its 72 tensors .*lora_"),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed(change, words, lora_folder):
@@ -223,7 +187,7 @@ def test_routing_tables_of_another_shape_are_listed(tmp_path):
 def test_linears_of_no_layout_are_named(tmp_path):
     config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
     make_stock(config, tmp_path)
-    words = "12 linears are those of no layout; nearest is 'attention', with 12 odd: missing"
+    words = r"12 linears .*'attention', with 12 odd: missing encoder\.block\.0\..*\.k;"
     with pytest.raises(AdapterError, match=words):
         peft_folders.read_peft_lora(tmp_path)
 
@@ -232,7 +196,7 @@ def test_pickled_tensors_are_refused(lora_folder):
     tensors = load_file(lora_folder / peft_folders.TENSORS)
     torch.save(tensors, lora_folder / "adapter_model.bin")
     (lora_folder / peft_folders.TENSORS).unlink()
-    with pytest.raises(AdapterError, match=r"only adapter_model.bin, .* save it as safetensors"):
+    with pytest.raises(AdapterError, match=r"/adapter_model\.safetensors: .*adapter_model\.bin"):
         peft_folders.read_peft_lora(lora_folder)
 
 
@@ -250,5 +214,5 @@ def test_a_missing_or_broken_file_is_refused(name, content, words, lora_folder):
     (lora_folder / name).unlink()
     if content is not None:
         (lora_folder / name).write_bytes(content)
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(AdapterError, match=rf"/{name}(:1)?: {words}"):
         peft_folders.read_peft_lora(lora_folder)

@@ -67,14 +67,22 @@ def siblings_of(model):
 # -- the same results ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, UNGATED], ids=["gated", "ungated"])
-def test_outputs_and_gradients_are_those_of_linears_one_by_one(method, layout, task_ids, changes):
-    together, alone = make_pair(AdapterConfig(layout=layout, **method), **changes)
+def check_as_one_by_one(together, alone, task_ids):
     torch.testing.assert_close(
         logits(*together, task_ids), logits(*alone, task_ids), rtol=1e-12, atol=1e-12
     )
     found, expected = gradients(*together, task_ids), gradients(*alone, task_ids)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_outputs_and_gradients_are_those_of_linears_one_by_one(method, layout, task_ids):
+    check_as_one_by_one(*make_pair(AdapterConfig(layout=layout, **method)), task_ids)
+
+
+@pytest.mark.parametrize("layout", ["full", "light"])
+def test_an_ungated_feed_forward_gives_the_same_too(layout):
+    pair = make_pair(AdapterConfig(layout=layout, **METHODS["MHR"]), **UNGATED)
+    check_as_one_by_one(*pair, ROWS["ragged"])
 
 
 @pytest.mark.parametrize("layout", ["full", "light"])
@@ -139,13 +147,13 @@ def test_weights_keep_their_names(layout):
     assert names[0] == names[1]
 
 
-def test_detaching_restores_the_module_tree(method, layout):
+def test_detaching_restores_the_module_tree(layout):
     model = make_t5()
     install(model, FUSED)
     before = dict(model.named_modules())
     with torch.no_grad():
         expected = model(**make_batch(4)).logits
-    adapter = attach(model, AdapterConfig(layout=layout, **method), tasks=TASKS)
+    adapter = attach(model, AdapterConfig(layout=layout), tasks=TASKS)
     detach(model)
     after = dict(model.named_modules())
     assert list(after) == list(before)
@@ -164,8 +172,9 @@ def test_another_adapter_may_follow_on_other_linears():
     assert len(siblings_of(model)) == LAYOUTS["light"][0]
 
 
-def test_off_reaches_siblings(method, layout):
-    (model, adapter), _ = make_pair(AdapterConfig(layout=layout, **method))
+@pytest.mark.parametrize(("name", "layout"), [*zip(METHODS, LAYOUTS, strict=True)])
+def test_off_reaches_siblings(name, layout):
+    (model, adapter), _ = make_pair(AdapterConfig(layout=layout, **METHODS[name]))
     with torch.no_grad(), adapter.off():
         found = model(**make_batch(4)).logits
     detach(model)

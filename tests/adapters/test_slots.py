@@ -99,7 +99,6 @@ def test_off_inside_slots_is_the_bare_backbone(adapted):
         assert torch.equal(bare_logits(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "config",
     [
@@ -112,11 +111,12 @@ def test_off_inside_slots_is_the_bare_backbone(adapted):
     ],
     ids=["LoRA", "MHR", "noisy", "random", "private", "ia3"],
 )
-def test_a_new_adapter_changes_nothing_bit_for_bit(config, dtype):
-    model = make_t5().to(dtype)
-    expected = bare_logits(model)
-    adapter = attach(model, config, tasks=TASKS)
-    assert torch.equal(logits(model, adapter, TASK_IDS), expected)
+def test_a_new_adapter_changes_nothing_bit_for_bit(config):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_t5().to(dtype)
+        expected = bare_logits(model)
+        adapter = attach(model, config, tasks=TASKS)
+        assert torch.equal(logits(model, adapter, TASK_IDS), expected), dtype
 
 
 # --- attaching and detaching

@@ -67,9 +67,8 @@ def test_the_builtin_backbone_builds(build):
     assert torch.equal(model.shared.weight, expected.float())
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 35), (0, 1), (3, 4), (5, 10), (6, 29), (34, 35)])
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin in the old format", "random"])
-def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind, start, stop):
+def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind):
     tensors = {"a.weight": torch.randn(7, 5), "b.weight": torch.randn(7, 5)}
     write_weights(tmp_path, tensors, kind)
     if kind == "random":
@@ -77,18 +76,19 @@ def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind, start, stop
     else:
         reader = SafetensorsSource if kind == "safetensors" else PickledSource
         source = reader(list(tmp_path.iterdir()))
-    source.read("b.weight", 0, 3)
-    expected = source.read("a.weight", 0, 35)[start:stop].clone()
-    source.read("b.weight", 0, 3)
-    assert torch.equal(source.read("a.weight", start, stop), expected)
+    for start, stop in ((0, 35), (0, 1), (3, 4), (5, 10), (6, 29), (34, 35)):
+        source.read("b.weight", 0, 3)
+        expected = source.read("a.weight", 0, 35)[start:stop].clone()
+        source.read("b.weight", 0, 3)
+        assert torch.equal(source.read("a.weight", start, stop), expected), (start, stop)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 6), (2, 5)])
-def test_a_range_of_a_vector_is_a_slice_of_it(tmp_path, start, stop):
+def test_a_range_of_a_vector_is_a_slice_of_it(tmp_path):
     vector = torch.arange(6.0)
     save_file({"a": vector}, tmp_path / "a.safetensors")
-    read = SafetensorsSource([tmp_path / "a.safetensors"]).read("a", start, stop)
-    assert torch.equal(read, vector[start:stop])
+    for start, stop in ((0, 6), (2, 5)):
+        read = SafetensorsSource([tmp_path / "a.safetensors"]).read("a", start, stop)
+        assert torch.equal(read, vector[start:stop]), (start, stop)
 
 
 def test_a_folder_without_a_start_token_starts_with_padding(make, original):
@@ -122,12 +122,10 @@ def test_a_blueprint_of_random_weights_says_how_to_make_them_again():
 # -- finding --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/nowhere", "builtin:tpy", "../x"]
-)
-def test_a_name_that_can_only_be_a_folder_is_not_asked_of_the_hub(name):
-    message = message_of(BackboneConfig(name=name))
-    assert message.startswith(f"backbone.name: no folder '{name}' (looked in ")
+def test_a_name_that_can_only_be_a_folder_is_not_asked_of_the_hub():
+    for name in ("./nowhere", "/nowhere", "~/nowhere", "a/b/nowhere", "builtin:tpy", "../x"):
+        message = message_of(BackboneConfig(name=name))
+        assert message.startswith(f"backbone.name: no folder '{name}' ")
 
 
 @pytest.mark.usefixtures("offline")

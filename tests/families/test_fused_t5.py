@@ -41,12 +41,7 @@ FAMILIES: dict[str, Any] = {
     "mt5": (MT5ForConditionalGeneration, MT5Config, {"feed_forward_proj": "gated-gelu"}),
 }
 #: Switches whose results are transformers' own, bit for bit, and the types in which they are.
-EXACT = [
-    ("attention", "float32"),
-    ("attention", "bfloat16"),
-    ("attention", "float64"),
-    ("norm", "float32"),
-]
+EXACT = [("attention", "float32"), ("attention", "bfloat16"), ("norm", "float32")]
 RECOMPUTE = ("none", "reentrant", "non_reentrant")
 
 
@@ -150,18 +145,13 @@ def test_switched_off_parts_stay_transformers_own() -> None:
 # -- outputs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_padded", [True, False], ids=["padded", "unpadded"])
 @pytest.mark.parametrize(("part", "dtype"), EXACT)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_transformers_own_bit_for_bit(
-    family: str, part: str, dtype: str, is_padded: bool
-) -> None:
-    if (part, dtype) == ("attention", "float64"):
-        dtype = "float32"  # transformers' norm computes in float32; seen with gradients below
+def test_logits_are_transformers_own_bit_for_bit(family: str, part: str, dtype: str) -> None:
     bare = stock(family, dtype)
-    assert torch.equal(
-        logits(fuse(bare, part), is_padded=is_padded), logits(bare, is_padded=is_padded)
-    )
+    fused = fuse(bare, part)
+    for is_padded in (True, False):
+        assert torch.equal(logits(fused, is_padded=is_padded), logits(bare, is_padded=is_padded))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapters.tiny import Recorder, make_batch, make_t5, randomise, tensors_of
+from adapters.tiny import Recorder, tensors_of
 from stacked_jobs import (
     CLIP_NORM,
     CONFIGS,
@@ -27,8 +27,7 @@ from stacked_jobs import (
 )
 from transformers.optimization import Adafactor as Oracle
 
-from mhr_scale.adapters import Adapter, attach
-from mhr_scale.adapters.wrapping import AdaptedModel
+from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
 from mhr_scale.jobs.job_optim import (
@@ -39,29 +38,48 @@ from mhr_scale.jobs.job_optim import (
     set_job_rates,
     take_jobs,
 )
-from mhr_scale.passes.losses import language_model
 from mhr_scale.training import checkpoint
 from mhr_scale.training.optim import clip_gradients, gradient_norm, make_optimizer
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(",", "").replace(" ", "-"))
-def kind(request):
-    return request.param
+def cases_of(pairs):
+    return [
+        pytest.param(
+            kind, OPTIMIZERS[name], id=f"{kind}-{name}".replace(", ", "-").replace(" ", "-")
+        )
+        for kind, name in pairs
+    ]
 
 
-@pytest.fixture(params=OPTIMIZERS, ids=lambda name: name.replace(",", "").replace(" ", "-"))
-def optim(request):
-    return OPTIMIZERS[request.param]
+every_pair = pytest.mark.parametrize(
+    ("kind", "optim"), cases_of((kind, name) for kind in CONFIGS for name in OPTIMIZERS)
+)
+#: Every shape of tensors and of their state.
+each_shape = pytest.mark.parametrize(
+    ("kind", "optim"),
+    cases_of(
+        [
+            ("MHR", "adafactor"),
+            ("Poly, rank 1", "adafactor, scale_parameter"),
+            ("LoRA", "adafactor"),
+            ("MHR-(IA)3", "adafactor"),
+            ("routing only", "adafactor"),
+            ("MHR", "adamw, decay"),
+            ("(IA)3", "adamw"),
+            ("routing only", "adamw"),
+        ]
+    ),
+)
+each_optimizer = pytest.mark.parametrize(
+    ("kind", "optim"), cases_of([("MHR", "adafactor"), ("MHR", "adamw")])
+)
 
 
 # --- stacked equals separate
 
 
-@pytest.mark.parametrize("clip_norm", [CLIP_NORM, None], ids=["clipped", "not-clipped"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
-)
-def test_every_job_of_a_wave_moves_as_it_does_alone(kind, optim, clip_norm, dtype, tolerance):
+def check_as_alone(kind, optim, *, clip_norm=CLIP_NORM, dtype=torch.float64, tolerance=1e-12):
+    """Every job of a wave moves as it does alone; returns the gradient norms."""
     alones, wave, optimizer = start(kind, optim, dtype=dtype)
     before = tensors_of(wave)
     jobs = range(N_JOBS)
@@ -70,14 +88,27 @@ def test_every_job_of_a_wave_moves_as_it_does_alone(kind, optim, clip_norm, dtyp
         norms_T = run_alone(alones[job], job, optim, clip_norm=clip_norm)
         torch.testing.assert_close(norms_TJ[:, job], norms_T)
         assert largest_difference(slices(wave, job), tensors_of(alones[job])) < tolerance
-    assert (norms_TJ > CLIP_NORM).any()
-    assert (norms_TJ < CLIP_NORM).any()
     trained = [name for name, p in wave.named_parameters() if p.requires_grad]
     assert all(not torch.equal(wave.get_parameter(name), before[name]) for name in trained)
+    return norms_TJ
 
 
-def test_one_clip_and_one_optimizer_over_the_stack_would_be_another_method(optim):
-    alones, wave, _ = start("MHR", optim)
+@every_pair
+def test_every_job_of_a_wave_moves_as_it_does_alone(kind, optim):
+    norms_TJ = check_as_alone(kind, optim)
+    assert (norms_TJ > CLIP_NORM).any()
+    assert (norms_TJ < CLIP_NORM).any()
+
+
+@each_optimizer
+def test_jobs_move_as_alone_without_clipping_and_in_float32(kind, optim):
+    check_as_alone(kind, optim, clip_norm=None)
+    check_as_alone(kind, optim, dtype=torch.float32, tolerance=1e-5)
+
+
+@each_optimizer
+def test_one_clip_and_one_optimizer_over_the_stack_would_be_another_method(kind, optim):
+    alones, wave, _ = start(kind, optim)
     naive = make_optimizer(wave, optim)
     for step in range(STEPS):
         for group in naive.param_groups:
@@ -152,54 +183,15 @@ def test_one_job_under_adafactor_is_transformers_on_the_linears_own_tensors(kind
             torch.testing.assert_close(part, expected.data, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(name="adamw")], ids=lambda o: o.name)
-@pytest.mark.parametrize("kind", ["MHR", "LoRA", "(IA)3", "routing only"])
-def test_jobs_train_in_one_pass_of_a_backbone_as_one_after_another(kind, optim):
-    """Losses are a mean over each job's own tokens; float32, as language_model computes."""
-    config = CONFIGS[kind]
-    rates = torch.tensor([1e-3, 3e-3, 2e-3])
-    batches = [make_batch(4, seed=job) for job in range(N_JOBS)]
-
-    def train(jobs):
-        """The adapter of some jobs after a few steps together."""
-        model = make_t5().train()
-        first = attach(model, config, tasks=["job"])
-        starts = []
-        for job in jobs:
-            made = Adapter(config, first.sites, task_names=[f"job{job}"])
-            randomise(made, seed=0 if kind == "routing only" else job)
-            made.inventory.requires_grad_(kind != "routing only")
-            if made.routing_logits is not None:
-                made.routing_logits.data.add_(0.1 * job)
-            starts.append(made)
-        wave = make_wave(starts)
-        wave.bind(AdaptedModel(model, {linear.name: linear for linear in first.linears}))
-        optimizer = make_job_optimizer(wave, optim)
-        rates_J = rates[list(jobs)]
-        set_job_rates(optimizer, {"inventory": rates_J, "routing": 10.0 * rates_J})
-        batch = {key: torch.cat([batches[job][key] for job in jobs]) for key in batches[0]}
-        for _ in range(5):
-            optimizer.zero_grad()
-            task_ids = [number for number in range(len(jobs)) for _ in range(4)]
-            with wave.slots(task_ids) as slots:
-                loss = language_model(model(**batch).logits, batch["labels"])
-                sums_J, counts_J = loss.sum.view(-1, 4).sum(1), loss.count.view(-1, 4).sum(1)
-                slots.backward((sums_J / counts_J).sum())
-            clip_jobs(wave, CLIP_NORM)
-            optimizer.step()
-        return wave
-
-    together = train(range(N_JOBS))
-    for job in range(N_JOBS):
-        expected = slices(train([job]), 0)
-        assert largest_difference(slices(together, job), expected) < 1e-5
-
-
 # --- jobs that diverge
 
 
-@pytest.mark.parametrize("clip_norm", [CLIP_NORM, None], ids=["clipped", "not-clipped"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@each_shape
+@pytest.mark.parametrize(
+    ("value", "clip_norm"),
+    [(float("nan"), CLIP_NORM), (float("inf"), None)],
+    ids=["nan-clipped", "inf-not-clipped"],
+)
 def test_a_job_whose_gradient_is_no_number_leaves_the_others_bit_for_bit(
     kind, optim, value, clip_norm
 ):
@@ -219,6 +211,7 @@ def test_a_job_whose_gradient_is_no_number_leaves_the_others_bit_for_bit(
     assert all(tensor.isfinite().all() for tensor in tensors_of(wave).values())
 
 
+@each_shape
 def test_a_job_at_rate_zero_stays_bit_for_bit(kind, optim):
     alones, wave, optimizer = start(kind, optim)
     run_wave(wave, optimizer, alones, range(N_JOBS), range(3))
@@ -234,6 +227,7 @@ def test_a_job_at_rate_zero_stays_bit_for_bit(kind, optim):
 # --- compaction, saving, loading
 
 
+@each_shape
 def test_the_jobs_that_are_left_go_on_in_a_smaller_wave_bit_for_bit(kind, optim):
     left = [2, 0]
     alones, wave, optimizer = start(kind, optim)
@@ -251,20 +245,7 @@ def test_the_jobs_that_are_left_go_on_in_a_smaller_wave_bit_for_bit(kind, optim)
         assert_same(slices(smaller, number), slices(wave, job))
 
 
-def test_a_wave_goes_on_bit_for_bit_from_the_saved_states_of_its_jobs(kind, optim):
-    alones, wave, optimizer = start(kind, optim)
-    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
-    states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
-    tensors = tensors_of(wave)
-    run_wave(wave, optimizer, alones, range(N_JOBS), range(6, STEPS))
-    _, again, its_optimizer = start(kind, optim)
-    for name, tensor in tensors.items():
-        again.get_parameter(name).data.copy_(tensor)
-    load_job_states(again, its_optimizer, states, places=PLACES)
-    run_wave(again, its_optimizer, alones, range(N_JOBS), range(6, STEPS))
-    assert_same(tensors_of(again), tensors_of(wave))
-
-
+@each_shape
 def test_a_job_s_state_is_named_and_shaped_as_that_of_the_job_alone(kind, optim):
     alones, wave, optimizer = start(kind, optim)
     run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
@@ -280,24 +261,7 @@ def test_a_job_s_state_is_named_and_shaped_as_that_of_the_job_alone(kind, optim)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of the whole wave
 
 
-def test_a_job_goes_on_alone_from_the_state_its_wave_gave(kind, optim):
-    alones, wave, optimizer = start(kind, optim)
-    run_wave(wave, optimizer, alones, range(N_JOBS), range(6))
-    alone = alones[1]
-    for name, tensor in slices(wave, 1).items():
-        alone.get_parameter(name).data.copy_(tensor)
-    single = make_optimizer(alone, optim)
-    tensors, numbers = job_state(wave, optimizer, 1)
-    for key, value in tensors.items():
-        name, _, part = key.rpartition("/")
-        single.state[alone.get_parameter(name)][part] = value
-    for name, own in numbers.items():
-        single.state[alone.get_parameter(name)].update(own)
-    run_wave(wave, optimizer, alones, range(N_JOBS), range(6, STEPS))
-    run_alone(alone, 1, optim, steps=range(6, STEPS), optimizer=single)
-    assert largest_difference(slices(wave, 1), tensors_of(alone)) < 1e-12
-
-
+@each_optimizer
 def test_states_before_the_first_step_are_empty_and_can_be_loaded(kind, optim):
     alones, wave, optimizer = start(kind, optim)
     states = [job_state(wave, optimizer, job) for job in range(N_JOBS)]
@@ -306,6 +270,7 @@ def test_states_before_the_first_step_are_empty_and_can_be_loaded(kind, optim):
     run_wave(wave, optimizer, alones, range(N_JOBS), range(2))
 
 
+@each_optimizer
 def test_jobs_of_different_steps_make_no_wave(kind, optim):
     alones, wave, optimizer = start(kind, optim)
     run_wave(wave, optimizer, alones, range(N_JOBS), range(2))
@@ -341,10 +306,12 @@ def record_step(n_jobs, kind, optim):
     return recorder.operations
 
 
+@each_shape
 def test_more_jobs_take_no_more_operations(kind, optim):
     assert record_step(8, kind, optim) == record_step(2, kind, optim)
 
 
+@each_shape
 def test_a_step_never_waits_for_the_device(kind, optim):
     """Nothing can be read from tensors of the device `meta`."""
     wave = make_wave([make_alone(kind, job) for job in range(N_JOBS)]).to("meta")
@@ -369,8 +336,8 @@ def test_a_step_never_waits_for_the_device(kind, optim):
         ("routing only", ["routing"]),
     ],
 )
-def test_there_are_groups_for_what_trains(kind, names, optim):
-    _, _, optimizer = start(kind, optim)
+def test_there_are_groups_for_what_trains(kind, names):
+    _, _, optimizer = start(kind, OptimConfig())
     assert [group["name"] for group in optimizer.param_groups] == names
 
 
@@ -378,12 +345,6 @@ def test_until_rates_are_set_every_job_has_the_peak_rates():
     _, _, optimizer = start("MHR", OptimConfig(lr=0.5, routing_lr=0.25))
     rates = {group["name"]: group["lr"].flatten().tolist() for group in optimizer.param_groups}
     assert rates == {"inventory": [0.5] * N_JOBS, "routing": [0.25] * N_JOBS}
-
-
-def test_only_the_inventory_decays(optim):
-    _, _, optimizer = start("MHR", optim)
-    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
-    assert decays == {"inventory": optim.weight_decay, "routing": 0.0}
 
 
 def test_jobs_cannot_train_a_shared_inventory():

@@ -62,14 +62,14 @@ def inventory(adapter: Adapter) -> dict[str, torch.Tensor]:
 # --- full and routing
 
 
-@pytest.mark.parametrize("variant", [FULL, ROUTING], ids=lambda v: v.kind)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_job_starts_from_the_very_inventory_of_its_source(kind, variant):
+def test_a_job_starts_from_the_very_inventory_of_its_source(kind):
     source = make_source(KINDS[kind])
-    made = begin(variant, source)
-    assert_same(inventory(made), inventory(source))
-    assert made.config == source.config
-    assert made.task_names == ("new",)
+    for variant in (FULL, ROUTING):
+        made = begin(variant, source)
+        assert_same(inventory(made), inventory(source))
+        assert made.config == source.config
+        assert made.task_names == ("new",)
 
 
 @pytest.mark.parametrize("variant", [FULL, ROUTING], ids=lambda v: v.kind)
@@ -319,17 +319,9 @@ def sites_of_xl(layout: str):
     ("options", "routing_only", "count"),
     [
         ({"n_skills": 1}, False, 2_211_840),
-        ({"n_skills": 1, "rank": 16}, False, 35_389_440),
-        ({"n_skills": 8}, False, 17_694_720 + 3_456),
-        ({"n_skills": 8}, True, 3_456),
         ({"n_skills": 8, "n_splits": 64}, False, 17_694_720 + 221_184),
         ({"n_skills": 8, "n_splits": 64}, True, 221_184),
-        ({"n_skills": 8, "policy": "uniform"}, False, 17_694_720),
-        ({"n_skills": 8, "n_splits": 64, "granularity": "model"}, True, 512),
         ({"n_skills": 1, "kind": "ia3", "layout": "light"}, False, 540_672),
-        ({"n_skills": 1, "layout": "light"}, False, 933_888),
-        ({"n_skills": 8, "layout": "light"}, False, 7_471_104 + 1_536),
-        ({"n_skills": 8, "n_splits": 32, "layout": "light"}, True, 49_152),
     ],
     ids=str,
 )
@@ -339,19 +331,13 @@ def test_a_job_on_t5_xl_trains_the_numbers_of_the_paper(options, routing_only, c
     assert found == count
 
 
-@pytest.mark.parametrize("n_jobs", [1, 3])
-@pytest.mark.parametrize(
-    ("kind", "variant"),
-    [
-        *((kind, variant) for kind in KINDS for variant in (FULL, MEAN, INVENTORY)),
-        *((kind, ROUTING) for kind, config in KINDS.items() if config.has_logits),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.trainable}",
-)
-def test_the_count_is_that_of_the_tensors_that_train(kind, variant, n_jobs):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_count_is_that_of_the_tensors_that_train(kind):
     source = make_source(KINDS[kind])
-    is_routing = variant.kind == "routing"
-    wave = stack([*"abc"[:n_jobs]], [begin(variant, source)] * n_jobs, routing_only=is_routing)
-    expected = sum(p.numel() for p in wave.parameters() if p.requires_grad) / n_jobs
-    counted = count_trained(config_of(variant, source), source.sites, routing_only=is_routing)
-    assert counted == trained_numbers(wave) == expected
+    variants = (FULL, MEAN, INVENTORY, *((ROUTING,) if KINDS[kind].has_logits else ()))
+    for variant in variants:
+        is_routing = variant.kind == "routing"
+        wave = stack([*"abc"], [begin(variant, source)] * 3, routing_only=is_routing)
+        expected = sum(p.numel() for p in wave.parameters() if p.requires_grad) / 3
+        counted = count_trained(config_of(variant, source), source.sites, routing_only=is_routing)
+        assert counted == trained_numbers(wave) == expected, variant

@@ -40,26 +40,26 @@ def refused(folder, config="c", **options):
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"nothing of P3 here; looked for .*dataset_dict\.json"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}: .*dataset_dict\.json"):
         p3.open_source(str(tmp_path))
 
 
 def test_the_folder_of_one_config_is_not_a_source(tmp_path):
     write_table(tmp_path, [GOOD])
-    with pytest.raises(DataError, match="looked for"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}/c: "):
         p3.open_source(str(tmp_path / "c"))
 
 
 def test_two_layouts_in_one_folder_are_ambiguous(tmp_path):
     write_table(tmp_path, [GOOD])
     write_lines(tmp_path, [GOOD], config="d")
-    with pytest.raises(DataError, match=r"side by side \(jsonl, parquet\)"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}: .*jsonl, parquet"):
         p3.open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./none", "none", "a/b/c"])
 def test_a_folder_that_is_not_there_is_named(name):
-    with pytest.raises(DataError, match=f"tasks.source: no folder '{name}'"):
+    with pytest.raises(DataError, match=f"^tasks.source: .*'{name}'"):
         p3.open_source(name, setting="tasks.source")
 
 
@@ -72,14 +72,14 @@ def test_hidden_folders_are_passed_over(tmp_path):
 def test_a_saved_folder_without_its_list_of_splits_is_named(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "dataset_dict.json").write_text("{")
-    with pytest.raises(DataError, match=r"c/dataset_dict\.json: no list of splits"):
+    with pytest.raises(DataError, match=r"/c/dataset_dict\.json: "):
         p3.open_source(str(tmp_path))
 
 
 def test_a_saved_split_that_is_absent_is_named(tmp_path):
     DatasetDict(train=Dataset.from_list([GOOD])).save_to_disk(str(tmp_path / "c"))
     shutil.rmtree(tmp_path / "c" / "train")
-    with pytest.raises(DataError, match=r"c/train: cannot be read \(FileNotFoundError"):
+    with pytest.raises(DataError, match=r"/c/train: .*FileNotFoundError"):
         read(tmp_path, "c")
 
 
@@ -87,7 +87,7 @@ def test_a_torn_table_is_named(tmp_path):
     write_table(tmp_path, [GOOD])
     file = tmp_path / "c" / "train-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet: cannot be read \(Arrow"):
+    with pytest.raises(DataError, match=r"/train-00000-of-00001\.parquet: .*Arrow"):
         read(tmp_path, "c")
 
 
@@ -97,8 +97,8 @@ def test_a_torn_table_is_named(tmp_path):
 def test_a_missing_column_is_named_with_those_found_and_expected(tmp_path):
     write_table(tmp_path, [{"inputs_pretokenized": "x", "target": "y"}])
     message = (
-        r"config c lacks targets_pretokenized; expected the columns inputs_pretokenized, "
-        r"targets_pretokenized, found inputs_pretokenized, target"
+        r"\.parquet: config c lacks targets_pretokenized; .*inputs_pretokenized, "
+        r"targets_pretokenized, .*inputs_pretokenized, target$"
     )
     with pytest.raises(DataError, match=message):
         read(tmp_path, "c")
@@ -106,7 +106,7 @@ def test_a_missing_column_is_named_with_those_found_and_expected(tmp_path):
 
 def test_a_config_of_choices_needs_their_columns(tmp_path):
     write_table(tmp_path, [GOOD], config="c_score_eval")
-    with pytest.raises(DataError, match=r"c_score_eval lacks idx, is_correct; expected .* found"):
+    with pytest.raises(DataError, match=r"config c_score_eval lacks idx, is_correct;"):
         read(tmp_path, "c_score_eval")
 
 
@@ -150,18 +150,20 @@ def test_a_column_of_choices_may_be_empty(tmp_path, choices):
         ({"answer_choices": ["yes", None]}, "'answer_choices' is not a list of strings"),
     ],
 )
-@pytest.mark.parametrize("write", [write_table, write_lines])
-def test_a_row_that_cannot_be_used_is_refused(tmp_path, write, change, reason):
-    write(tmp_path, [WITH_CHOICES, {**WITH_CHOICES, **change}])
-    assert refused(tmp_path) == reason
+def test_a_row_that_cannot_be_used_is_refused(tmp_path, change, reason):
+    for write in (write_table, write_lines):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        write(folder, [WITH_CHOICES, {**WITH_CHOICES, **change}])
+        assert refused(folder) == reason, write
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"inputs_pretokenized": "x"}, "missing field 'targets_pretokenized'"),
-        ({**GOOD, "inputs_pretokenized": 5}, "'inputs_pretokenized' is a number, expected"),
-        ({**GOOD, "answer_choices": "yes"}, "'answer_choices' is not a list of strings"),
+        ({**GOOD, "inputs_pretokenized": 5}, "'inputs_pretokenized' is a number"),
+        ({**GOOD, "answer_choices": "yes"}, "'answer_choices' is not a list"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_refused(tmp_path, row, reason):
@@ -180,31 +182,27 @@ def test_a_malformed_line_is_refused_with_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([ranked(1, 0), ranked(1, 1)], "0 of 2 choices are correct, expected one"),
-        (
-            [ranked(1, 0, is_correct=True), ranked(1, 1, is_correct=True)],
-            "2 of 2 choices are correct, expected one",
-        ),
-        ([ranked(1, 0, is_correct=True)], "choices [0]; expected two or more"),
-        ([ranked(1, 0, is_correct=True), ranked(1, 2)], "choices [0, 2]; expected two or more"),
-        (
-            [ranked(1, 0, is_correct=True), ranked(1, 1), ranked(1, 1)],
-            "choices [0, 1, 1]; expected two or more from 0 on, each once",
-        ),
+        ([ranked(1, 0), ranked(1, 1)], "0 of 2 "),
+        ([ranked(1, 0, is_correct=True), ranked(1, 1, is_correct=True)], "2 of 2 "),
+        ([ranked(1, 0, is_correct=True)], "choices [0];"),
+        ([ranked(1, 0, is_correct=True), ranked(1, 2)], "choices [0, 2];"),
+        ([ranked(1, 0, is_correct=True), ranked(1, 1), ranked(1, 1)], "choices [0, 1, 1];"),
         (
             [ranked(1, 0, is_correct=True), ranked(1, 1, inputs_pretokenized="other")],
             "its choices have different inputs",
         ),
         ([ranked(1, 0, is_correct=True), ranked(1, 1, targets_pretokenized=" ")], "empty target"),
         ([ranked(1, 0, is_correct=True), ranked(1, 1, is_correct=None)], "'is_correct' is missing"),
-        ([{**ranked(1, 0), "idx": [1]}], "'idx' is [1], expected [example, choice]"),
-        ([{**ranked(1, 0), "idx": None}], "'idx' is None, expected [example, choice]"),
+        ([{**ranked(1, 0), "idx": [1]}], "'idx' is [1]"),
+        ([{**ranked(1, 0), "idx": None}], "'idx' is None"),
     ],
 )
-@pytest.mark.parametrize("write", [write_table, write_lines])
-def test_an_example_whose_choices_do_not_fit_is_refused(tmp_path, write, rows, reason):
-    write(tmp_path, [*GROUP, *rows], config="c_score_eval")
-    assert refused(tmp_path, "c_score_eval").startswith(reason)
+def test_an_example_whose_choices_do_not_fit_is_refused(tmp_path, rows, reason):
+    for write in (write_table, write_lines):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        write(folder, [*GROUP, *rows], config="c_score_eval")
+        assert refused(folder, "c_score_eval").startswith(reason), write
 
 
 def test_rows_of_an_example_need_not_stand_together_or_in_order(tmp_path):
@@ -224,5 +222,5 @@ def test_empty_texts_are_kept_on_demand(tmp_path, side):
 
 @pytest.mark.parametrize("rows", [[], [{**GOOD, "targets_pretokenized": ""}]])
 def test_a_config_without_a_usable_row_is_an_error(tmp_path, rows):
-    with pytest.raises(DataError, match="no usable row in c, split train"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}: .* c, split train"):
         read(write_lines(tmp_path, rows), "c")

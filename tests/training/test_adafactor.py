@@ -90,11 +90,10 @@ def assert_parts_close(found, expected):
 # --- Adafactor, dense
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_stack_moves_as_its_separate_tensors_do(stack, scale_parameter, weight_decay):
+def test_a_stack_moves_as_its_separate_tensors_do(stack, scale_parameter):
     shape, lead = stack
     start, stream = numbers(*shape, seed=0), list(gradient_stream(shape))
-    options = {"scale_parameter": scale_parameter, "weight_decay": weight_decay}
+    options = {"scale_parameter": scale_parameter, "weight_decay": 0.1}
     found = run_ours(start, stream, lead=lead, **options)
     expected = run_oracle(
         separate(start, lead), [separate(gradient, lead) for gradient in stream], **options
@@ -133,10 +132,10 @@ def test_private_inventories_without_a_gradient_stay_bit_for_bit():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_separate_tensors_may_have_rates_of_their_own(scale_parameter, weight_decay):
+def test_separate_tensors_may_have_rates_of_their_own(weight_decay):
     shape, lead = STACKS["private B"]
     start, stream = numbers(*shape, seed=0), list(gradient_stream(shape))
-    options = {"scale_parameter": scale_parameter, "weight_decay": weight_decay}
+    options = {"scale_parameter": True, "weight_decay": weight_decay}
     rates_T = torch.tensor([1e-2, 0.0, 3e-3, 1.0], dtype=torch.float64)
     found = run_ours(start, stream, lead=lead, lr=rates_T[:, None, None, None, None], **options)
     for task, rate in enumerate(rates_T.tolist()):

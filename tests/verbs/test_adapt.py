@@ -36,7 +36,6 @@ from mhr_scale.config import (
     WavesConfig,
 )
 from mhr_scale.errors import DivergenceError
-from mhr_scale.jobs.adapt_inputs import open_jobs
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.scores import comparison, summary
 from mhr_scale.verbs.adapt import adapt
@@ -154,12 +153,6 @@ def test_the_summary_is_made_from_the_results(run):
     assert stored["tasks"] == found["tasks"]
 
 
-def test_jobs_of_one_wave_and_jobs_alone_leave_the_same_bits(config, run, tmp_path):
-    assert len({data.shape for data in open_jobs(config).data.values()}) == 1
-    alone = replace(config, waves=WavesConfig(size=1))
-    assert adapter_bytes(adapt(onto(alone, tmp_path / "run"))) == adapter_bytes(run)
-
-
 # --- the adapters can be used
 
 
@@ -270,16 +263,6 @@ def test_patience_ends_a_job_that_gets_no_better(two, source, tmp_path):
         assert [line["step"] for line in read_metrics(job_folders(run)[key])][-1] == 4
 
 
-def test_a_job_without_patience_leaves_alone_those_that_have_some_left(two, tmp_path):
-    """Jobs of one wave stop at other steps; each is what it would be alone."""
-    patient = replace(two, selection=replace(two.selection, patience=1))
-    together = adapt(onto(patient, tmp_path / "together"))
-    alone = adapt(onto(patient, tmp_path / "alone", waves=WavesConfig(size=1)))
-    assert len({found["steps"] for found in results(together).values()}) > 1
-    assert results(together) == results(alone)
-    assert adapter_bytes(together) == adapter_bytes(alone)
-
-
 # --- other settings
 
 
@@ -337,8 +320,11 @@ def test_a_soup_says_what_is_in_it(two, tmp_path):
 # --- jobs that diverge
 
 
-@pytest.mark.parametrize("every_epochs", [1, 3], ids=["while-evaluated", "while-training"])
-@pytest.mark.parametrize("on", ["test", "last"])
+@pytest.mark.parametrize(
+    ("on", "every_epochs"),
+    [("test", 1), ("test", 3), ("last", 1)],
+    ids=["while-evaluated", "while-training", "in-the-scores-of-the-last-step"],
+)
 def test_jobs_that_diverge_are_named_and_the_others_are_finished(two, tmp_path, on, every_epochs):
     """One step of rate 1e30: the next loss is no number, nor is a score before it."""
     wild = onto(
@@ -356,16 +342,15 @@ def test_jobs_that_diverge_are_named_and_the_others_are_finished(two, tmp_path, 
     assert set(stored["variants"]) == set(two.variants)
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["while-evaluated", "while-training"])
-def test_a_job_that_diverges_changes_nothing_for_the_other_one_of_its_wave(
-    two, run, tmp_path, step, monkeypatch
+def test_a_job_that_diverges_while_evaluated_changes_nothing_for_the_other_one_of_its_wave(
+    two, run, tmp_path, monkeypatch
 ):
     train_step = Wave.train_step
 
     def overflow(wave, *arguments, **options):
         """Blow up the tensors of the second job."""
         values = train_step(wave, *arguments, **options)
-        if wave.step == step:
+        if wave.step == 2:
             for parameter in wave.adapter.inventory.parameters():
                 parameter.data[:, 1] *= 1e30
         return values

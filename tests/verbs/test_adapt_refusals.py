@@ -66,42 +66,42 @@ def refuse(config: AdaptConfig, error: type[UserError], words: str) -> None:
 
 def test_an_adapter_that_is_not_there_is_named(config, tmp_path):
     variants = {**config.variants, "mine": VariantConfig(adapter=str(tmp_path / "gone"))}
-    refuse(replace(config, variants=variants), AdapterError, "gone: no adapter here; looked for")
+    refuse(replace(config, variants=variants), AdapterError, r"/gone: ")
 
 
 def test_a_variant_that_its_adapter_cannot_give_is_named(config, source):
     variants = {"mine": VariantConfig(adapter=str(source), kind="soup")}
-    refuse(replace(config, variants=variants), ConfigError, r"variants\.mine\.kind: soup averages")
+    refuse(replace(config, variants=variants), ConfigError, r"variants\.mine\.kind: soup")
 
 
 def test_splits_that_do_not_fit_the_backbone_are_refused(fresh):
     odd = VariantConfig(fresh=AdapterConfig(layout="attention", n_skills=2, n_splits=7))
-    refuse(replace(fresh, variants={"odd": odd}), LayoutError, "n_splits: 7 does not divide")
+    refuse(
+        replace(fresh, variants={"odd": odd}),
+        LayoutError,
+        r"adapter\.n_splits: 7 .* width 64 of encoder",
+    )
 
 
 def test_a_layout_that_the_backbone_lacks_is_refused(fresh):
     odd = VariantConfig(fresh=AdapterConfig(layout="atention"))
-    refuse(replace(fresh, variants={"odd": odd}), LayoutError, "did you mean 'attention'")
+    refuse(replace(fresh, variants={"odd": odd}), LayoutError, r"adapter\.layout: 'atention'")
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("variants.MHR.kind=rooting", "kind: 'rooting' is not .* did you mean 'routing'"),
-        ("variants.MHR.adaptor=x", "unknown setting 'variants.MHR.adaptor'; did you mean"),
-        ("variants.MHR.fresh={rank: 1}", "an adapter to start from, or fresh settings"),
-        ("variants={}", "variants: name at least one"),
-        ("selection.on=tests", "selection.on: 'tests' is not"),
-        ("selection.on=shots", "selection.on: shots needs shots.set_aside"),
-        ("selection.patience=0", "patience: 0 is not at least 1"),
-        ("shots.seeds=[1, 1]", "are not different seeds"),
-        ("shots.seeds=[]", "are not different seeds"),
-        ("shots.set_aside=8", "set_aside: 8 leaves no shot"),
-        ("protocol.batch_size=0", "batch_size: 0 is not at least 1"),
-        ("protocol.loss=tfew", "protocol.loss: 'tfew' is not"),
-        ("waves.size=0", "waves.size: 0 is not at least 1"),
-        ("waves.save_every=-1", "save_every: -1 is below 0"),
-        ("variants.MHR.soup={adapters: 0}", "soup.adapters: 0 is not at least 1"),
+        ("variants.MHR.adaptor=x", "'variants.MHR.adaptor'"),
+        ("variants={}", "recipe.yaml: variants: "),
+        ("selection.on=shots", "selection.on: shots .*shots.set_aside"),
+        ("selection.patience=0", "selection.patience: 0 "),
+        ("shots.seeds=[1, 1]", r"shots.seeds: \[1, 1\] "),
+        ("shots.seeds=[]", r"shots.seeds: \[\] "),
+        ("shots.set_aside=8", "shots.set_aside: 8 "),
+        ("protocol.batch_size=0", "protocol.batch_size: 0 "),
+        ("waves.size=0", "waves.size: 0 "),
+        ("waves.save_every=-1", "waves.save_every: -1 "),
+        ("variants.MHR.soup={adapters: 0}", "soup.adapters: 0 "),
     ],
 )
 def test_settings_that_are_none_are_refused_as_the_recipe_is_read(tmp_path, override, words):
@@ -121,7 +121,7 @@ def test_settings_that_are_none_are_refused_as_the_recipe_is_read(tmp_path, over
 
 
 def test_fresh_variants_alone_need_a_backbone(fresh):
-    refuse(replace(fresh, backbone=None), ConfigError, "backbone: required where every variant")
+    refuse(replace(fresh, backbone=None), ConfigError, "^backbone: ")
 
 
 def test_jobs_of_a_run_share_a_backbone(config, source, tmp_path):
@@ -133,13 +133,15 @@ def test_jobs_of_a_run_share_a_backbone(config, source, tmp_path):
     refuse(
         replace(config, variants=variants),
         ConfigError,
-        "builtin:toy, .*other on t5-other; jobs of one run share a backbone: make two runs, or set",
+        r"variants: .*/source .*builtin:toy, .*/other .*t5-other;.* backbone_moved_to",
     )
 
 
 def test_an_adapter_and_another_backbone_make_no_run(config):
     other = replace(BARE, name="t5-other")
-    refuse(replace(config, backbone=other), ConfigError, "backbone on t5-other; jobs of one run")
+    refuse(
+        replace(config, backbone=other), ConfigError, "/source .*builtin:toy, backbone .*t5-other"
+    )
 
 
 def test_random_weights_of_another_seed_are_another_backbone(config, source, tmp_path):
@@ -148,7 +150,7 @@ def test_random_weights_of_another_seed_are_another_backbone(config, source, tmp
         facts = {"name": None, "config": {"d_model": 64}, "config_seed": seed}
         folder = artefact.save(loaded, tmp_path / str(seed), backbone=facts)
         variants[f"seed {seed}"] = VariantConfig(adapter=str(folder))
-    refuse(replace(config, variants=variants), ConfigError, "jobs of one run share a backbone")
+    refuse(replace(config, variants=variants), ConfigError, "/0 .*random weights, .*/1 .*other")
 
 
 def test_an_adapter_of_other_widths_is_refused(config, tmp_path):
@@ -157,19 +159,21 @@ def test_an_adapter_of_other_widths_is_refused(config, tmp_path):
     settings = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**settings, "num_layers": 1}))
     refuse(
-        replace(config, backbone_moved_to=str(narrow)), AdapterError, "made for another backbone"
+        replace(config, backbone_moved_to=str(narrow)), AdapterError, "/source: .*encoder.block.1"
     )
 
 
-@pytest.mark.parametrize("dropout", [0.1, None], ids=["given", "of-the-backbone"])
-def test_dropout_is_refused(fresh, tmp_path, dropout):
+@pytest.mark.parametrize(
+    ("dropout", "value"), [(0.1, "0.1"), (None, "null")], ids=["given", "of-the-backbone"]
+)
+def test_dropout_is_refused(fresh, tmp_path, dropout, value):
     """Null keeps the rate of the backbone's own configuration."""
     wet = tmp_path / "wet"
     shutil.copytree(BUILTIN["builtin:toy"], wet)
     settings = json.loads((wet / "config.json").read_text())
     (wet / "config.json").write_text(json.dumps({**settings, "dropout_rate": 0.1}))
     backbone = BackboneConfig(name=str(wet), dtype="float32", dropout=dropout)
-    refuse(replace(fresh, backbone=backbone), ConfigError, r"backbone\.dropout: .*set it to 0")
+    refuse(replace(fresh, backbone=backbone), ConfigError, rf"backbone\.dropout: {value}\b")
 
 
 # --- rows
@@ -186,7 +190,7 @@ def test_t_few_needs_choices_to_rank(fresh, tmp_path):
     for fold, examples in (("train", task.train), ("test", task.test[:3])):
         write_fold(folder / task.name / f"{fold}.jsonl", examples, choices=None, label=None)
     plain = replace(fresh, tasks=JsonlTasks(suite="jsonl", folder=str(folder)))
-    refuse(plain, ConfigError, rf"t_few ranks choices, .* of {task.name} has 0; set language_model")
+    refuse(plain, ConfigError, rf"protocol\.loss: t_few .* of {task.name} has 0\b")
 
 
 def test_validation_rows_have_to_be_there_to_select_on(fresh, tmp_path):
@@ -196,17 +200,21 @@ def test_validation_rows_have_to_be_there_to_select_on(fresh, tmp_path):
     refuse(
         replace(fresh, tasks=tasks, selection=selection),
         ConfigError,
-        "no validation row; select on shots, test or last",
+        rf"selection\.on: validation, .* {TASKS[0]} ",
     )
 
 
 def test_more_shots_than_rows_are_refused(fresh):
-    refuse(replace(fresh, shots=ShotsConfig(count=99)), DataError, "cannot fill 99 shots; lower")
+    refuse(
+        replace(fresh, shots=ShotsConfig(count=99)),
+        DataError,
+        rf"task {TASKS[0]}: 10 .* 99 .*shots\.count",
+    )
 
 
 def test_training_tasks_are_no_few_shot_tasks(fresh):
     tasks = ToyTasks(suite="toy")
-    refuse(replace(fresh, tasks=tasks), ConfigError, r"tasks\.fold: train tasks were trained on")
+    refuse(replace(fresh, tasks=tasks), ConfigError, r"tasks\.fold: train .*held_out")
 
 
 # --- the folder
@@ -214,12 +222,12 @@ def test_training_tasks_are_no_few_shot_tasks(fresh):
 
 def test_a_run_folder_that_is_a_file_is_refused(config, tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(RunError, match="is a file; name a folder"):
+    with pytest.raises(RunError, match=r"run\.folder: .*/run "):
         adapt(config)
 
 
 def test_a_recipe_in_the_run_folder_that_cannot_be_read_is_named(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("variants: [")
-    with pytest.raises(UserError, match=r"config\.yaml"):
+    with pytest.raises(UserError, match=r"/run/config\.yaml:1: "):
         adapt(config)

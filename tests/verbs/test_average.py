@@ -127,18 +127,6 @@ def test_the_mean_and_the_inventory_train_differently(source: Path) -> None:
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_stopped_on_the_way_goes_on(source: Path, extra: Path, tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "again"
-    shutil.copytree(extra, folder)
-    shutil.rmtree(folder / "steps" / "000003")
-    shutil.rmtree(folder / "averaged")
-    average(settings(source, folder, steps=(0, 2, 3), trainable=extra.name))
-    again, whole = averaged(folder, 3), averaged(extra, 3)
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-
-
 def test_a_lora_can_be_given_the_same_steps(tmp_path: Path) -> None:
     lora = [*SHORT, "adapter={layout: attention, rank: 2, n_skills: 1}"]
     pretrain(load(PretrainConfig, TOY, [*lora, f"run.folder={tmp_path / 'lora'}"]))

@@ -73,20 +73,6 @@ def test_the_summary_is_that_of_the_scores_alone(ranked: Path) -> None:
     assert stored == summary.summarise(scores(ranked))
 
 
-def test_an_interrupted_job_goes_on_to_the_same_scores(
-    source: Path, ranked: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "again"
-    shutil.copytree(ranked, folder)
-    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
-    (folder / "scores.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    evaluate(settings(folder, source))
-    for identity, score in by_id(ranked).items():
-        again = by_id(folder)[identity]
-        assert again["choice_scores"] == pytest.approx(score["choice_scores"], rel=1e-5)
-    assert len((folder / "scores.jsonl").read_text().splitlines()) == len(lines)
-
-
 def test_a_finished_job_scores_nothing_again(source: Path, ranked: Path) -> None:
     before = (ranked / "scores.jsonl").stat().st_mtime_ns
     evaluate(settings(ranked, source))

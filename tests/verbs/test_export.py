@@ -64,18 +64,19 @@ def read(folder: Path | str) -> Adapter:
 # --- what is exported
 
 
-@pytest.mark.parametrize("form", ["peft", "native"])
 @pytest.mark.parametrize(
-    ("kind", "settings", "change"),
+    ("form", "kind", "settings", "change"),
     [
-        ("MHR", {"what": "average"}, average),
-        ("MHR", {"what": "task", "task": TASK}, lambda adapter: collapse(adapter, TASK)),
-        ("MHR-IA3", {"what": "task", "task": TASK}, lambda adapter: collapse(adapter, TASK)),
-        ("private", {"what": "task", "task": TASK}, lambda adapter: collapse(adapter, TASK)),
-        ("private", {"what": "soup", "tasks": SOUP}, lambda adapter: soup(adapter, SOUP)),
-        ("private", {"what": "average"}, average),
-        ("LoRA", {"what": "whole"}, lambda adapter: adapter),
-        ("IA3", {"what": "average"}, lambda adapter: adapter),
+        ("native", "MHR", {"what": "average"}, average),
+        ("native", "IA3", {"what": "whole"}, lambda adapter: adapter),
+        ("peft", "MHR", {"what": "average"}, average),
+        ("peft", "MHR", {"what": "task", "task": TASK}, lambda adapter: collapse(adapter, TASK)),
+        ("peft", "MHR-IA3", {"what": "task", "task": TASK}, lambda one: collapse(one, TASK)),
+        ("peft", "private", {"what": "task", "task": TASK}, lambda one: collapse(one, TASK)),
+        ("peft", "private", {"what": "soup", "tasks": SOUP}, lambda one: soup(one, SOUP)),
+        ("peft", "private", {"what": "average"}, average),
+        ("peft", "LoRA", {"what": "whole"}, lambda adapter: adapter),
+        ("peft", "IA3", {"what": "average"}, lambda adapter: adapter),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -29,15 +29,16 @@ def refusal(config: FinetuneConfig, error: type[Exception]) -> str:
 def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
     artefact.save(make_adapter(TOY), tmp_path / "run" / "adapter")
     message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
-    assert "no PEFT LoRA folder" in message
-    assert message.endswith("export the adapter first: python launch/export.py")
+    assert str(tmp_path / "run") in message
+    assert "launch/export.py" in message
 
 
 def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     settings = AdapterConfig(kind="ia3", n_skills=1)
     write_peft_ia3(make_adapter(TOY, settings), tmp_path / "ia3", base_model=None)
     message = refusal(toy(tmp_path / "ia3", tmp_path / "out"), AdapterError)
-    assert "a PEFT IA3, and finetune trains a LoRA" in message
+    assert str(tmp_path / "ia3") in message
+    assert "IA3" in message
 
 
 def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -
     (tmp_path / "narrow" / "config.json").write_text(json.dumps({**card, "d_ff": 96}))
     other = replace(TOY, name=str(tmp_path / "narrow"))
     message = refusal(toy(exported, tmp_path / "out", backbone=other), AdapterError)
-    assert "made for another backbone" in message
+    assert str(exported) in message
     assert "192 wide there, 96 here" in message
 
 
@@ -62,11 +63,12 @@ def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Pat
 
 def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path) -> None:
     message = refusal(toy(exported, tmp_path / "out", task="sort.plus4.aftr"), ConfigError)
-    assert "suite toy has no task 'sort.plus4.aftr'; did you mean 'sort.plus4.after'?" in message
+    assert "'sort.plus4.aftr'" in message
+    assert "'sort.plus4.after'" in message
 
 
 def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"backbone.name: required"):
+    with pytest.raises(ConfigError, match=r"^backbone\.name: "):
         toy(exported, tmp_path, backbone=BackboneConfig(config={"d_model": 64}))
 
 
@@ -74,10 +76,10 @@ def test_several_processes_are_refused(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "finetune is one process" in refusal(toy(exported, tmp_path / "out"), ConfigError)
+    assert "one process" in refusal(toy(exported, tmp_path / "out"), ConfigError)
 
 
 def test_paged_optimizers_need_a_gpu(exported: Path, tmp_path: Path) -> None:
     optim = FinetuneOptimConfig(name="paged_adamw_8bit")
-    with pytest.raises(ConfigError, match="use adamw"):
+    with pytest.raises(ConfigError, match=r"paged_adamw_8bit.*adamw"):
         finetune(toy(exported, tmp_path, optim=optim))
