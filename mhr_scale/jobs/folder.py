@@ -23,7 +23,6 @@ FREE = (
 def open_folder(config: AdaptConfig) -> RunFolder[AdaptConfig]:
     """Open the folder of a run; raises `RunError` if it holds jobs of other settings."""
     folder = RunFolder(config.run.folder, AdaptConfig, free=FREE)
-    folder.check_writable()
     stored = folder.read_recipe()
     before = {} if stored is None else stored.variants
     changed = [

@@ -10,6 +10,7 @@ import yaml
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.recipe.reading import as_written, load, to_yaml
 from mhr_scale.run.files import write_text
+from mhr_scale.run.folders import nearest_folder
 from mhr_scale.run.runlog import record_provenance
 
 T = TypeVar("T")
@@ -48,10 +49,10 @@ class RunFolder(Generic[T]):
         """The file of the stored recipe."""
         return self.path / RECIPE
 
-    def check_writable(self) -> None:
+    def _check_writable(self) -> None:
         """Raise `RunError` if the folder cannot be made or written to."""
         path = self.path
-        parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        parent = path if path.exists() else nearest_folder(path)
         if not os.access(parent, os.W_OK):
             raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
         if path.exists() and not path.is_dir():
@@ -80,7 +81,7 @@ class RunFolder(Generic[T]):
         It may if nothing `is_begun`, or if all settings that are not free equal the stored ones.
         `holds` is what errors call the folder's content; `more` are further differences.
         """
-        self.check_writable()
+        self._check_writable()
         stored = self.read_recipe()
         if stored is None:
             if is_begun:
