@@ -4,9 +4,11 @@ python launch/adapt.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/adapt.py RECIPE [a.b=value ...]      N processes
 """
 
-from mhr_scale.config import AdaptConfig
-from mhr_scale.verbs.adapt import adapt
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import AdaptConfig
+    from mhr_scale.verbs.adapt import adapt
 
 if __name__ == "__main__":
     main(AdaptConfig, adapt, about=__doc__)

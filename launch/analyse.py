@@ -4,9 +4,11 @@ python launch/analyse.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/analyse.py RECIPE [a.b=value ...]      N processes
 """
 
-from mhr_scale.config import AnalyseConfig
-from mhr_scale.verbs.analyse import analyse
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import AnalyseConfig
+    from mhr_scale.verbs.analyse import analyse
 
 if __name__ == "__main__":
     main(AnalyseConfig, analyse, about=__doc__)

@@ -3,9 +3,11 @@
 python launch/convert.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.config import ConvertConfig
-from mhr_scale.verbs.convert import convert
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import ConvertConfig
+    from mhr_scale.verbs.convert import convert
 
 if __name__ == "__main__":
     main(ConvertConfig, convert, about=__doc__)

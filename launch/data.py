@@ -3,9 +3,11 @@
 python launch/data.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.config import PretrainConfig
-from mhr_scale.verbs.data import check_data
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import PretrainConfig
+    from mhr_scale.verbs.data import check_data
 
 if __name__ == "__main__":
     main(PretrainConfig, check_data, about=__doc__)

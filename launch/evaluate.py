@@ -4,9 +4,11 @@ python launch/evaluate.py RECIPE [a.b=value ...] [--print]            one proces
 deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processes
 """
 
-from mhr_scale.config import EvaluateConfig
-from mhr_scale.verbs.evaluate import evaluate
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import EvaluateConfig
+    from mhr_scale.verbs.evaluate import evaluate
 
 if __name__ == "__main__":
     main(EvaluateConfig, evaluate, about=__doc__)

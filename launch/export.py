@@ -3,9 +3,11 @@
 python launch/export.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.config import ExportConfig
-from mhr_scale.verbs.export import export
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import ExportConfig
+    from mhr_scale.verbs.export import export
 
 if __name__ == "__main__":
     main(ExportConfig, export, about=__doc__)

@@ -3,9 +3,11 @@
 python launch/finetune.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.config import FinetuneConfig
-from mhr_scale.verbs.finetune import finetune
-from mhr_scale.verbs.launching import main
+from mhr_scale.verbs.launching import imported, main
+
+with imported():
+    from mhr_scale.config import FinetuneConfig
+    from mhr_scale.verbs.finetune import finetune
 
 if __name__ == "__main__":
     main(FinetuneConfig, finetune, about=__doc__)

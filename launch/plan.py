@@ -3,8 +3,10 @@
 python launch/plan.py RECIPE [hardware.gpu=A100-80G hardware.gpus=8] [a.b=value ...] [--json]
 """
 
-from mhr_scale.verbs.launching import main_of_words
-from mhr_scale.verbs.plan import plan
+from mhr_scale.verbs.launching import imported, main_of_words
+
+with imported():
+    from mhr_scale.verbs.plan import plan
 
 if __name__ == "__main__":
     main_of_words(plan)

@@ -3,8 +3,10 @@
 python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]
 """
 
-from mhr_scale.verbs.launching import main_of_words
-from mhr_scale.verbs.report import report
+from mhr_scale.verbs.launching import imported, main_of_words
+
+with imported():
+    from mhr_scale.verbs.report import report
 
 if __name__ == "__main__":
     main_of_words(report)

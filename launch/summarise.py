@@ -3,8 +3,10 @@
 python launch/summarise.py RUN [RUN ...]
 """
 
-from mhr_scale.verbs.launching import main_of_words
-from mhr_scale.verbs.summarise import summarise_runs
+from mhr_scale.verbs.launching import imported, main_of_words
+
+with imported():
+    from mhr_scale.verbs.summarise import summarise_runs
 
 if __name__ == "__main__":
     main_of_words(summarise_runs)

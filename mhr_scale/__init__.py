@@ -4,9 +4,13 @@ The names here are what another PyTorch program needs; the verbs live in `mhr_sc
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach
+if TYPE_CHECKING:
+    from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach
+    from mhr_scale.adapters.artefact import load as load_adapter
+    from mhr_scale.adapters.artefact import save as save_adapter
+    from mhr_scale.adapters.collapse import average, collapse
 
 __all__ = [
     "Adapter",
@@ -19,8 +23,13 @@ __all__ = [
     "save_adapter",
 ]
 
-#: Names that need more than torch, imported when first used.
+#: Where the names are imported from when first used: a launch tells of a machine that has no room
+#: for torch before it imports torch.
 _LATER = {
+    "Adapter": ("mhr_scale.adapters.methods", "Adapter"),
+    "AdapterConfig": ("mhr_scale.adapters.config", "AdapterConfig"),
+    "attach": ("mhr_scale.adapters.methods", "attach"),
+    "detach": ("mhr_scale.adapters", "detach"),
     "average": ("mhr_scale.adapters.collapse", "average"),
     "collapse": ("mhr_scale.adapters.collapse", "collapse"),
     "load_adapter": ("mhr_scale.adapters.artefact", "load"),

@@ -25,6 +25,7 @@ __all__ = [
     "did_you_mean",
     "first_line",
     "one_line",
+    "printable",
     "shortened",
     "some",
 ]
@@ -48,6 +49,8 @@ class ExitCode(IntEnum):
     """This rank is fine and another one is not; that one's code is the one to look at."""
     AGAIN = 75
     """Stopped by a signal; the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+    UNREAD = 141
+    """Done, but standard output had no reader for the result (what a shell makes of SIGPIPE)."""
 
 
 class UserError(ValueError):
@@ -100,13 +103,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """Text with unprintable characters escaped, except those to keep."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: str) -> str:
     """Text with unprintable characters escaped, and the middle of very long text left out."""
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    if len(printable) <= LONGEST_TEXT:
-        return printable
+    line = printable(text)
+    if len(line) <= LONGEST_TEXT:
+        return line
     kept = LONGEST_TEXT * 2 // 3
-    return f"{printable[:kept]} ... {printable[kept - LONGEST_TEXT + 5 :]}"
+    return f"{line[:kept]} ... {line[kept - LONGEST_TEXT + 5 :]}"
 
 
 def some(names: Iterable[str], *, shown: int = 10) -> str:

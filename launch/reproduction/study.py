@@ -17,6 +17,7 @@ from typing import Any
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.run.files import read_json, write_json, write_text
 from mhr_scale.run.runlog import log, provenance
+from mhr_scale.run.streams import write_result
 from reproduction import claims, rates, results, tables
 from reproduction.pool import Clock, Pool
 from reproduction.study_suites import SUITES, StudySuite, quick
@@ -42,6 +43,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(f"{message}; --help shows what there is")
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help page as the result that it is."""
+        write_result(self.format_help())
 
 
 def parse(argv: Sequence[str], *, launch: Path) -> Options:
@@ -114,7 +119,7 @@ def reproduce(options: Options) -> Path:
         _write(options, written, findings, pool)
     failed = pool.failed
     missing = len(units) - len(pool.fates)
-    log.info("\n  tables   %s\n  numbers  %s", folder / "tables.md", folder / "results.json")
+    write_result(f"  tables   {folder / 'tables.md'}\n  numbers  {folder / 'results.json'}\n")
     if failed or missing:
         broken = [name for name in failed if pool.fates[name] == "failed"]
         raise RunError(

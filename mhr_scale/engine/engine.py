@@ -8,7 +8,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import psutil
@@ -24,6 +23,7 @@ from mhr_scale.engine import nvme
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
+from mhr_scale.engine.meeting import gather_store
 from mhr_scale.errors import EngineError
 from mhr_scale.families.family import Family
 from mhr_scale.families.modes import set_dropout, set_recompute
@@ -77,15 +77,14 @@ class Engine:
         """Join the process group, with a timeout and without the compiled collective on CPU."""
         deepspeed = import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        join = partial(dist.init_process_group, backend, timeout=self.timeout)
-        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:  # no launcher
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            join(store=dist.HashStore(), rank=0, world_size=1)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0":  # torchrun's store may still have addresses of ranks that died
-            store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            join(store=store, rank=self.rank, world_size=self.world_size)
+        store: dist.Store = dist.HashStore()
+        if self.world_size > 1:
+            store = gather_store(self.rank, self.world_size, timeout=self.timeout)
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)  # DeepSpeed looks there
+        dist.init_process_group(
+            backend, timeout=self.timeout, store=store, rank=self.rank, world_size=self.world_size
+        )
         deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
 
     # -- backbone ------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import inspect
 import json
 import math
 import re
-import sys
 import textwrap
 import types
 import typing
@@ -141,19 +140,23 @@ def check_recipe_given(words: Sequence[str], *, usage: str) -> None:
         raise ConfigError(f"no recipe given; usage: {usage}")
 
 
-def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
-    """Parse `RECIPE [a.b=c ...] [--print] [--help]`.
+def help_page(schema: type[T], argv: Sequence[str], *, about: str) -> str | None:
+    """What `--help` asks for: how to call a command, and every setting; None without it."""
+    options, _ = split_words(argv, "--print")
+    if "--help" not in options:
+        return None
+    return (
+        f"{about.strip()}\n\n--print shows the complete recipe, and stops. The settings of a "
+        f"recipe:\n\n{help_text(schema)}"
+    )
 
-    `about` is the help text of the command; its first line with RECIPE is the usage. `--help`
-    prints it and every setting, and exits with code 0.
+
+def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
+    """Parse `RECIPE [a.b=c ...] [--print]`.
+
+    `about` is the help text of the command; its first line with RECIPE is the usage.
     """
     options, words = split_words(argv, "--print")
-    if "--help" in options:
-        sys.stdout.write(
-            f"{about.strip()}\n\n--print shows the complete recipe, and stops. The settings of a "
-            f"recipe:\n\n{help_text(schema)}"
-        )
-        raise SystemExit(0)
     call = next(line for line in about.splitlines() if "RECIPE" in line)
     check_recipe_given(words, usage=call.partition("  ")[0])
     config = load(schema, words[0], words[1:])

@@ -5,9 +5,10 @@ Libraries raise these as errors of many types; `explain` recognises them by numb
 
 import errno
 import re
+import resource
 from dataclasses import dataclass
 
-from mhr_scale.errors import ExitCode, first_line, one_line
+from mhr_scale.errors import EngineError, ExitCode, UserError, first_line, one_line
 
 #: Errors of the file system, and what to do.
 FILES = {
@@ -31,6 +32,16 @@ LESS_MEMORY = (
     "lower batch.micro_batch_size, batch.max_input_tokens, waves.size or scoring.max_tokens, set "
     "backbone.recompute, or shard or offload the backbone (run.ds_config)"
 )
+#: Address space that importing the libraries takes. With less some of them do not fail but wait
+#: for memory for good.
+LEAST_ADDRESS_SPACE = 1.5e9
+#: Limits of a process's memory: what `ulimit` calls them, and the system's number.
+MEMORY_LIMITS = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
+_REFUSED = re.compile(
+    r"can't start new thread|failed to map segment|cannot allocate memory in static TLS|"
+    r"resource temporarily unavailable",
+    re.IGNORECASE,
+)
 _MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory",
     re.IGNORECASE,
@@ -53,10 +64,18 @@ class Explained:
 
 def explain(error: BaseException) -> Explained | None:
     """The explanation of an error whose cause is outside the program; None for any other."""
+    if isinstance(error, UserError):
+        return Explained(str(error))
     if not isinstance(error, Exception):
         return None
     text = f"{type(error).__name__}: {error}"
-    used_up = Explained(f"memory is used up ({first_line(error)}); {LESS_MEMORY}")
+    used_up = Explained(f"memory is used up ({first_line(error)}){_memory_limits()}; {LESS_MEMORY}")
+    if isinstance(error, RuntimeError | ImportError | OSError) and _REFUSED.search(text):
+        return Explained(
+            f"no room for a thread or a library ({first_line(error)}): memory or threads are "
+            f"limited too narrowly{_memory_limits() or ', perhaps by a container or a scheduler'}; "
+            "raise that limit (or ulimit -u), or lower OMP_NUM_THREADS and batch.workers"
+        )
     if isinstance(error, MemoryError) or _names(error) & {"OutOfMemoryError"}:
         return used_up
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -83,6 +102,27 @@ def explain(error: BaseException) -> Explained | None:
             "/dev/shm, used up? lower batch.workers"
         )
     return None
+
+
+def check_address_space() -> None:
+    """Raise `EngineError` if this process may not have the address space that imports take."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY and most < LEAST_ADDRESS_SPACE:
+        raise EngineError(
+            f"memory is limited too narrowly{_memory_limits()}: the libraries alone take "
+            f"{LEAST_ADDRESS_SPACE / 1e9:.1f} GB of address space; raise that limit"
+        )
+
+
+def _memory_limits() -> str:
+    """The limits on this process's memory, where there are any, as part of a sentence."""
+    most = {name: resource.getrlimit(number)[0] for name, number in MEMORY_LIMITS.items()}
+    listed = ", ".join(
+        f"{limit / 1e9:.2f} GB ({name})"
+        for name, limit in most.items()
+        if limit != resource.RLIM_INFINITY
+    )
+    return f" under a limit of {listed}" if listed else ""
 
 
 def file_error(error: BaseException) -> int | None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mhr_scale.errors import RunError
+from mhr_scale.errors import RunError, printable
 from mhr_scale.run.files import flush, read_json, write_json, write_text
+from mhr_scale.run.streams import LogHandler
 
 log = logging.getLogger("mhr_scale")
 
@@ -33,6 +34,9 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
 )
+
+#: The commit of code that lies outside git, or where git is not installed.
+UNKNOWN = "unknown"
 
 
 def rank() -> int:
@@ -55,7 +59,7 @@ def ranks_here() -> int:
 
 def start_logging() -> None:
     """Send the package's log lines to standard error: all of rank 0's, others' errors only."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
@@ -153,15 +157,21 @@ def record_provenance(path: Path, **facts: Any) -> None:
     write_json(path, [*starts, provenance(**facts)])
 
 
-def _git_commit() -> str | None:
-    package = Path(__file__).resolve().parent
-    result = subprocess.run(
-        ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
+def _git_commit() -> str:
+    """The commit this code runs from; `unknown` without git, or in somebody else's checkout."""
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return UNKNOWN
+    return _git("describe", "--always", "--dirty", "--abbrev=40") or UNKNOWN
+
+
+def _git(*words: str) -> str:
+    """What git says of this file's folder; nothing if it is absent or refuses."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout.strip()
 
 
 def as_time(seconds: float) -> str:
@@ -198,7 +208,7 @@ class Progress:
         """Advance by one step, or `by`; `text` describes the state (loss, tokens/s)."""
         self._done += by
         self._bar.update(by)
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_postfix_str(printable(text), refresh=False)
         now = time.monotonic()
         if not self._is_terminal and self._is_due(now):
             left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)

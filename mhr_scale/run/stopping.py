@@ -1,12 +1,12 @@
 """Graceful stopping: signals, a launcher that has died, and the deadline after them.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (which Slurm can send ahead of its time limit) ask a run to
-save and exit. Inside `held` the request is deferred to the end of the step: loops poll `is_asked`
-and raise `Stopped` once their state is saved. Elsewhere there is nothing to save, and the signal
-handler raises `Stopped` at once. A thread handles what cannot wait: it receives signals even while
-the main thread is stuck in a collective, asks when the launcher has died (a killed `deepspeed`
-leaves its ranks behind), and ends the process `DEADLINE_SECONDS` after SIGTERM or SIGINT, before
-launchers send SIGKILL.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost connection) and SIGUSR1 (which Slurm can send ahead of its
+time limit) ask a run to save and exit; under `nohup` SIGHUP stays ignored. Inside `held` a request
+is deferred to the end of the step: loops poll `is_asked` and raise `Stopped` once their state is
+saved. Elsewhere there is nothing to save, and the signal handler raises `Stopped` at once. A thread
+handles what cannot wait: it receives signals even while the main thread is stuck in a collective,
+asks when the launcher has died (a killed `deepspeed` leaves its ranks behind), and ends the process
+`DEADLINE_SECONDS` after any signal but SIGUSR1, before launchers send SIGKILL.
 """
 
 import os
@@ -24,7 +24,7 @@ import psutil
 
 from mhr_scale.errors import ExitCode
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 #: The deepspeed launcher, torchrun and Slurm kill after 30 s.
 DEADLINE_SECONDS = 28.0
 #: A SIGINT this long after the first one counts as a second Ctrl-C.
@@ -112,7 +112,7 @@ def listening() -> Iterator[None]:
     forget()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    before = {number: signal.signal(number, _on_signal) for number in SIGNALS if _is_heard(number)}
     old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = _Watcher(reader)
     watcher.start()
@@ -124,6 +124,11 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
         writer.close()  # ends the watcher
         watcher.join(timeout=2.0)  # or it would ask again later
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    """Whether a signal asks this process to stop: not SIGHUP under `nohup`."""
+    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
 
 
 def ignore_signals(*_: object) -> None:

@@ -21,6 +21,7 @@ from mhr_scale.jobs.scheduling import assign_waves, plan_waves
 from mhr_scale.planning.wave_size import gather_wave_size
 from mhr_scale.run.files import write_json
 from mhr_scale.run.runlog import log
+from mhr_scale.run.streams import write_result
 from mhr_scale.scores import comparison
 
 
@@ -106,4 +107,5 @@ def report(inputs: AdaptInputs, folder: Path) -> None:
         return
     compared = comparison.compare(results, tasks={job.task for job in inputs.jobs})
     write_json(folder / "summary.json", compared)
-    log.info("\n%s\n  jobs     %s", comparison.table(compared), folder / "jobs")
+    log.info("jobs in %s", folder / "jobs")
+    write_result(comparison.table(compared))

@@ -27,6 +27,7 @@ from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run.files import write_json
 from mhr_scale.run.run_folder import RECIPE, RunFolder
 from mhr_scale.run.runlog import Progress, log, rank
+from mhr_scale.run.streams import write_result
 from mhr_scale.tasks.suite import Suite
 
 
@@ -200,7 +201,8 @@ def rank0_report(
     folder.record_start(**facts)
     write_json(file, analysis)
     blocks = {site.name: site.routing_group("block", 1) for site in adapter.sites}
-    log.info("\n%s\n  analysis %s", table(analysis, blocks), file)
+    log.info("analysis in %s", file)
+    write_result(table(analysis, blocks))
 
 
 def describe(

@@ -17,6 +17,7 @@ from mhr_scale.errors import RunError
 from mhr_scale.recipe.reading import load
 from mhr_scale.run.run_folder import RECIPE, write_recipe
 from mhr_scale.run.runlog import log, rank
+from mhr_scale.run.streams import write_result
 from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
 
@@ -48,7 +49,7 @@ def average(config: AverageConfig) -> Path:
             mean = mean_of(trained)
             for target in targets:
                 artefact.save(mean, target, step=steps, backbone=card.backbone, origin=facts)
-        log.info("averaged adapters of %s extra steps in %s", list(config.steps), folder)
+        write_result(f"averaged adapters of {list(config.steps)} extra steps in {folder}\n")
     return folder / "adapter"
 
 

@@ -28,6 +28,7 @@ from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.exchange import stock
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import log, rank
+from mhr_scale.run.streams import write_result
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -75,7 +76,7 @@ def convert(config: ConvertConfig) -> Path:
             ),
         )
         read_blueprint(BackboneConfig(name=str(folder)))
-    log.info("%s", closing(config, weights, left_out, n_files=len(files), verdict=verdict))
+    write_result(closing(config, weights, left_out, n_files=len(files), verdict=verdict) + "\n")
     return target
 
 
@@ -153,11 +154,9 @@ def verify(target: Path) -> None:
         )
     except BackboneError as error:
         raise BackboneError(f"{target}: {error}; convert anew") from error
-    log.info(
-        "%s: %d files as they were written, logits %s",
-        target,
-        len(manifest.files),
-        agreement(difference),
+    write_result(
+        f"{target}: {len(manifest.files)} files as they were written, logits "
+        f"{agreement(difference)}\n"
     )
 
 

@@ -3,7 +3,6 @@
 With `run.token_cache` it fills the cache from which later runs of the recipe read their tokens.
 """
 
-import sys
 from collections import Counter
 
 from mhr_scale.backbone.blueprint import read_blueprint
@@ -11,6 +10,8 @@ from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import DataError
 from mhr_scale.rows.tokens import TokenSet, open_tokens
+from mhr_scale.run.runlog import rank
+from mhr_scale.run.streams import write_result
 from mhr_scale.tasks.task import Intake
 
 SHOWN_REJECTS = 10
@@ -32,7 +33,8 @@ def check_data(config: PretrainConfig) -> None:
         cache=config.run.token_cache,
         on_bad="skip",
     )
-    sys.stdout.write(report(tokens))
+    if rank() == 0:
+        write_result(report(tokens))
     check_refused(tokens, on_bad=policy.on_bad if policy else "reject")
 
 

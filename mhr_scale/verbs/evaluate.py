@@ -26,6 +26,7 @@ from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder
 from mhr_scale.run.runlog import Progress, log
+from mhr_scale.run.streams import write_result
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
 from mhr_scale.tasks.suites import read_evaluation
@@ -73,7 +74,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         if engine.rank == 0:
             summarised = summary.summarise(summary.read_scores(scores))
             write_json(folder.path / "summary.json", summarised)
-            log.info("\n%s\n  scores   %s", summary.table(summarised), scores)
+            log.info("scores in %s", scores)
+            write_result(summary.table(summarised))
         engine.gather_barrier()
     return folder.path
 

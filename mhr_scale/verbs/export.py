@@ -33,6 +33,7 @@ from mhr_scale.recipe.reading import to_yaml
 from mhr_scale.run.files import write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log, rank
+from mhr_scale.run.streams import write_result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ def export(config: ExportConfig) -> Path:
     with moved_into_place(target) as folder:
         write(config, inputs, parts, folder)
         verdict = check(config, inputs, parts, folder) if config.check else "not checked"
-    log.info("%s", closing(config, inputs, parts, verdict=verdict))
+    write_result(closing(config, inputs, parts, verdict=verdict) + "\n")
     return target
 
 

@@ -50,6 +50,7 @@ from mhr_scale.run import stopping, tracking
 from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder
 from mhr_scale.run.runlog import Metrics, Progress, log, world_size
+from mhr_scale.run.streams import write_result
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge
@@ -108,7 +109,7 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     tracking.check(config.run.trackers)
     if folder.is_complete:
-        log.info("%s is finished: %s", path, path / RESULT)
+        write_result(f"{path} is finished: {path / RESULT}\n")
         return path / "adapter"
     inputs = open_inputs(config)
     engine = Engine({}, timeout_seconds=60.0)
@@ -345,7 +346,7 @@ def close(
     before: float,
     after: float,
 ) -> None:
-    """Write the result, the last file of a run, and log where everything is."""
+    """Write the result, the last file of a run, and print where everything is."""
     folder, questions = Path(config.run.folder), inputs.data.test.questions
     result = {
         "task": config.task,
@@ -359,13 +360,8 @@ def close(
     }
     write_json(folder / RESULT, result)
     shutil.rmtree(folder / "steps", ignore_errors=True)
-    log.info(
-        "\n%s: %s %.2f before, %.2f after %d steps\n  adapter  %s\n  numbers  %s",
-        config.task,
-        questions[0].metric,
-        before,
-        after,
-        config.protocol.steps,
-        folder / "adapter",
-        folder / "metrics.jsonl",
+    write_result(
+        f"{config.task}: {questions[0].metric} {before:.2f} before, {after:.2f} after "
+        f"{config.protocol.steps} steps\n"
+        f"  adapter  {folder / 'adapter'}\n  numbers  {folder / 'metrics.jsonl'}\n"
     )

@@ -1,21 +1,21 @@
 """What every launch stub does: parse a recipe, run the verb, turn errors into exit codes.
 
-The codes are `errors.ExitCode`. An error that all ranks find is printed once, an error of one rank
-by that rank. The rank that failed ends before those that only noticed, so that the launcher returns
-its code.
+The codes are `errors.ExitCode`. Results go to standard output by `streams.write_result`, all else
+to standard error. An error that all ranks find is printed once, an error of one rank by that rank.
+The rank that failed ends before those that only noticed, so that the launcher returns its code.
 """
 
 import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from mhr_scale.errors import ExitCode, UserError
-from mhr_scale.recipe.reading import parse, to_yaml
-from mhr_scale.run import failures, stopping
+from mhr_scale.errors import EngineError, ExitCode, UserError
+from mhr_scale.recipe.reading import help_page, parse, to_yaml
+from mhr_scale.run import failures, launch_environment, stopping, streams
 from mhr_scale.run.runlog import log, rank, start_logging, world_size
 
 T = TypeVar("T")
@@ -27,19 +27,49 @@ PATIENCE_SECONDS = 6.0
 FINE_PATIENCE_SECONDS = 15.0
 
 
+@contextmanager
+def imported() -> Iterator[None]:
+    """Import a verb inside the block; where memory is too little for that, one line says so."""
+    try:
+        failures.check_address_space()
+        yield
+    except (EngineError, ImportError, MemoryError) as error:
+        explained = failures.explain(error)
+        if explained is None:
+            raise
+        sys.stderr.write(f"error: {explained.text}\n")
+        raise SystemExit(explained.code) from None
+
+
 def guarded(action: Callable[[], object]) -> NoReturn:
     """Run `action` and end the process; an error of the user is one line and exit code 2."""
+    with streams.opened():
+        leave(_outcome_of_launch(action))
+
+
+def _outcome_of_launch(action: Callable[[], object]) -> int:
+    """Listen to signals while `action` runs; returns the exit code."""
+    try:
+        launch_environment.check()
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")  # the log asks for the rank
+        return ExitCode.MISTAKE
     start_logging()
-    with stopping.listening():
-        code = _outcome(action)
-    leave(code)
+    try:
+        with stopping.listening():
+            return _outcome(action)
+    except RuntimeError as error:  # no thread to listen with
+        return _tell(error)
 
 
 def _outcome(action: Callable[[], object]) -> int:
     """Run `action` and report what went wrong; returns the exit code."""
     try:
         action()
-        return ExitCode.DONE
+        lost = streams.lost_result()
+        if lost is not None and not streams.is_unread(lost):
+            raise lost
+        return ExitCode.DONE if lost is None else ExitCode.UNREAD
     except BaseException as error:
         with stopping.held():
             return _tell(error)
@@ -56,10 +86,8 @@ def _tell(error: BaseException) -> int:
     if isinstance(error, SystemExit | KeyboardInterrupt):
         raise error
     explained = failures.explain(error)
-    if isinstance(error, UserError):
-        explained = failures.Explained(str(error))
     if explained is None:
-        sys.stderr.write(_of_this_rank("".join(traceback.format_exception(error))))
+        log.error("%s", _of_this_rank("".join(traceback.format_exception(error)).rstrip()))
         return ExitCode.DEFECT
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0" or stopping.is_asked()
@@ -67,8 +95,8 @@ def _tell(error: BaseException) -> int:
         stopping.wait_asked(FINE_PATIENCE_SECONDS)
         log.error("%s", _of_this_rank(explained.text + notes))
     elif is_first or not stopping.wait_asked(PATIENCE_SECONDS):
-        line = f"error: {explained.text}{notes}\n"
-        sys.stderr.write(line if rank() == 0 else _of_this_rank(line))
+        line = f"error: {explained.text}{notes}"
+        log.error("%s", line if rank() == 0 else _of_this_rank(line))
     return explained.code
 
 
@@ -86,7 +114,6 @@ def leave(code: int) -> NoReturn:
     if "WORLD_SIZE" not in os.environ:
         raise SystemExit(code)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
@@ -95,25 +122,30 @@ def main(schema: type[T], verb: Callable[[T], object], *, about: str) -> NoRetur
     """Run `verb` on the recipe named on the command line, or print it under `--print`."""
 
     def action() -> None:
-        command = parse(schema, sys.argv[1:], about=about)
-        if not command.print_only:
-            verb(command.config)
-        elif rank() == 0:
-            _print(lambda: to_yaml(command.config) + _ds_text(command.config))
+        page = help_page(schema, sys.argv[1:], about=about)
+        if page is None:
+            command = parse(schema, sys.argv[1:], about=about)
+            if not command.print_only:
+                verb(command.config)
+                return
+            page = to_yaml(command.config) + _ds_text(command.config)
+        if rank() == 0:
+            streams.write_result(page)
 
     guarded(action)
 
 
 def main_of_words(verb: Callable[[Sequence[str]], str]) -> NoReturn:
-    """Run a verb that parses the command line itself, and print the text it returns."""
-    guarded(lambda: _print(lambda: verb(sys.argv[1:])))
+    """Run a verb that parses the command line itself, and print the text it returns.
 
+    Only rank 0 works; other processes of a launcher return at once.
+    """
 
-def _print(make: Callable[[], str]) -> None:
-    """Print what `make` returns; what libraries print meanwhile goes to stderr."""
-    with redirect_stdout(sys.stderr):
-        text = make()
-    sys.stdout.write(text)
+    def action() -> None:
+        if rank() == 0:
+            streams.write_result(verb(sys.argv[1:]))
+
+    guarded(action)
 
 
 def _ds_text(config: Any) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mhr_scale.config import PretrainConfig
 from mhr_scale.run.runlog import log, read_metric
+from mhr_scale.run.streams import write_result
 from mhr_scale.training.opening import opened_training
 from mhr_scale.training.trainer import Trainer
 
@@ -60,26 +61,22 @@ def announce(trainer: Trainer) -> None:
 
 
 def summarise(trainer: Trainer) -> None:
-    """Log what was done and where the results are."""
+    """Print what was done and where the results are."""
     config, folder = trainer.config, trainer.folder
     losses = read_metric(folder / "metrics.jsonl", "validation_loss")
-    log.info(
-        "\nTrained %s on %d tasks for %d steps; the backbone stayed frozen.",
-        config.adapter.method,
-        len(trainer.adapter.task_names),
-        trainer.step,
-    )
+    lines = [
+        f"Trained {config.adapter.method} on {len(trainer.adapter.task_names)} tasks for "
+        f"{trainer.step} steps; the backbone stayed frozen."
+    ]
     if len(losses) > 1:
-        log.info(
-            "Loss per target token on held-out rows of these tasks: %.4f for the backbone alone, "
-            "%.4f with the adapter.",
-            losses[0],
-            losses[-1],
+        lines.append(
+            f"Loss per target token on held-out rows of these tasks: {losses[0]:.4f} for the "
+            f"backbone alone, {losses[-1]:.4f} with the adapter."
         )
-    log.info("  adapter  %s", folder / "adapter")
-    log.info("  numbers  %s", folder / "metrics.jsonl")
-    log.info(
-        "  recipe   %s (as it ran), %s (where it ran)",
-        folder / "config.yaml",
-        folder / "provenance.json",
-    )
+    lines += [
+        f"  adapter  {folder / 'adapter'}",
+        f"  numbers  {folder / 'metrics.jsonl'}",
+        f"  recipe   {folder / 'config.yaml'} (as it ran), {folder / 'provenance.json'} (where it "
+        "ran)",
+    ]
+    write_result("\n".join(lines) + "\n")

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from mhr_scale.errors import ExitCode, RunError
 from mhr_scale.run import failures, stopping
+from mhr_scale.run.runlog import start_logging
 from mhr_scale.verbs import launching
 
 GLOO = "[/w/gloo/transport/tcp/"
@@ -31,6 +32,10 @@ CASES = [
     ),
     (RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [::1]"), "another rank", 69),
     (RuntimeError(f"{GLOO}pair.cc:537] Read error: Connection reset by peer"), "another rank", 69),
+    (RuntimeError("can't start new thread"), "memory or threads are limited too narrowly", 2),
+    (ImportError("libx.so: failed to map segment from shared object"), "raise that limit", 2),
+    (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "(or ulimit -u)", 2),
+    (RunError("train.jsonl:7: mend it"), "train.jsonl:7: mend it", 2),
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "batch.workers", 2),
 ]
 
@@ -72,6 +77,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
         def action() -> None:
             raise error
 
+        start_logging()
         return launching._outcome(action)
 
     return run

@@ -53,6 +53,16 @@ def test_the_handlers_of_before_come_back() -> None:
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
+def test_under_nohup_a_lost_connection_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.listening():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_first_reason_counts() -> None:
     stopping.ask("SIGUSR1")
     stopping.ask("SIGTERM")

@@ -115,11 +115,10 @@ def test_the_same_analysis_has_the_same_numbers(sources: dict[str, Path], tmp_pa
 
 
 def test_a_table_is_printed(
-    sources: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="mhr_scale"):
-        found = look(sources["MHR"], tmp_path / "out")
-    lines = caplog.text.splitlines()
+    found = look(sources["MHR"], tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
     assert any(
         line.startswith("  alignment ") and "over 3 tasks of 2 rows" in line for line in lines
     )

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -150,11 +149,10 @@ def test_the_artefact_knows_its_backbone_and_where_it_is_from(runs: Path, tmp_pa
 
 
 def test_the_last_words_say_what_was_written_and_how_to_load_it(
-    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="mhr_scale"):
-        run_export(str(runs / "MHR"), tmp_path / "out", what="task", task=TASK)
-    words = caplog.messages[-1]
+    run_export(str(runs / "MHR"), tmp_path / "out", what="task", task=TASK)
+    words = capsys.readouterr().out
     assert f"task {TASK} -> {tmp_path / 'out'} (peft)" in words
     assert "the logits are the original's" in words
     assert f'PeftModel.from_pretrained(model, "{tmp_path / "out"}")' in words

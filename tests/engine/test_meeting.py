@@ -1,0 +1,58 @@
+"""How the ranks of a launch find each other, and what they say if they do not."""
+
+import logging
+import threading
+from datetime import timedelta
+
+import pytest
+from processes import free_port
+
+from mhr_scale.engine import meeting
+from mhr_scale.errors import EngineError
+
+SHORT, LONG = timedelta(seconds=0.5), timedelta(seconds=60)
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> str:
+    number = str(free_port())
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", number)
+    monkeypatch.setattr(meeting, "LOOK_SECONDS", 0.01)
+    return number
+
+
+def test_ranks_that_come_in_any_order_share_a_store(port: str) -> None:
+    stores = {}
+
+    def come(rank: int) -> None:
+        stores[rank] = meeting.gather_store(rank, 3, timeout=LONG)
+
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in (2, 1, 0)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    stores[1].set("word", "said")
+    assert stores[2].get("word") == b"said"
+
+
+def test_ranks_that_never_come_are_named(port: str, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(meeting, "REMIND_SECONDS", 0.0)
+    with (
+        caplog.at_level(logging.WARNING, logger="mhr_scale"),
+        pytest.raises(EngineError, match=r"rank\(s\) 1, 2 of 3 did not come to 127.0.0.1:"),
+    ):
+        meeting.gather_store(0, 3, timeout=SHORT)
+    assert "still waiting for rank(s) 1, 2 of 3 at 127.0.0.1:" in caplog.messages[0]
+
+
+def test_a_first_rank_that_never_comes_is_named_with_its_place(port: str) -> None:
+    with pytest.raises(EngineError, match=f"rank 0 does not answer at 127.0.0.1:{port} within"):
+        meeting.gather_store(1, 2, timeout=SHORT)
+
+
+def test_an_unknown_machine_is_named_at_once(port: str, monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no such machine.invalid")
+    with pytest.raises(EngineError, match=r"MASTER_ADDR=no such machine\.invalid: no such"):
+        meeting.gather_store(0, 2, timeout=LONG)
