@@ -63,7 +63,7 @@ class Owner:
 
 
 @contextmanager
-def owned(lock: Path, *, way_out: str = "use another run.folder") -> Iterator[None]:
+def owned(lock: Path, *, way_out: str) -> Iterator[None]:
     """Own the folder of a lock file inside the block; rank 0 does, the other ranks only run it.
 
     The file's folder is made if it is missing, and removed if it is empty in the end. Raises

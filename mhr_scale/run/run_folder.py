@@ -169,11 +169,11 @@ class RunFolder(Generic[T]):
 
 
 @contextmanager
-def owned_folder(path: Path | str) -> Iterator[None]:
+def owned_folder(path: Path | str, *, way_out: str = "use another run.folder") -> Iterator[None]:
     """Own a run's folder inside the block; raises `RunError` naming another process that does."""
     folder = Path(path)
     check_writable(folder)
-    with owned(folder / LOCK):
+    with owned(folder / LOCK, way_out=way_out):
         yield
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import pytest
 
 from mhr_scale.errors import RunError
 from mhr_scale.run import ownership
-from mhr_scale.run.ownership import LOCK, owned
+from mhr_scale.run.ownership import LOCK
 
+WAY_OUT = "use another run.folder"
+owned = partial(ownership.owned, way_out=WAY_OUT)
 HOLD = """
 import sys, os
 from pathlib import Path
 from mhr_scale.run.ownership import owned
-with owned(Path(sys.argv[1])):
+with owned(Path(sys.argv[1]), way_out=""):
     if "fork" in sys.argv and not os.fork():
         sys.stdin.read()
         os._exit(0)
