@@ -24,7 +24,7 @@ WAY_OUT = (
     "all machines the same recipe and versions"
 )
 #: Identifiers that schedulers and launchers give all processes of a launch.
-JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "PBS_JOBID", "LSB_JOBID")
+JOB_IDS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "PBS_JOBID", "LSB_JOBID")
 PACKAGES = ("torch", "deepspeed", "transformers")
 LAUNCH, ARRIVED = "mhr_scale/launch", "mhr_scale/arrived"
 
