@@ -1,10 +1,13 @@
 """How the ranks of a launch find each other, and what they say if they do not."""
 
 import logging
+import socket
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from processes import free_port
 
 from mhr_scale.engine import meeting
@@ -22,11 +25,15 @@ def port(monkeypatch: pytest.MonkeyPatch) -> str:
     return number
 
 
+def meet(rank: int, world_size: int, timeout: timedelta, recipe: str = "") -> dist.Store:
+    return meeting.meet(recipe, rank=rank, world_size=world_size, timeout=timeout)
+
+
 def test_ranks_that_come_in_any_order_share_a_store(port: str) -> None:
     stores = {}
 
     def come(rank: int) -> None:
-        stores[rank] = meeting.gather_store(rank, 3, timeout=LONG)
+        stores[rank] = meet(rank, 3, LONG)
 
     ranks = [threading.Thread(target=come, args=(rank,)) for rank in (2, 1, 0)]
     for rank in ranks:
@@ -41,18 +48,38 @@ def test_ranks_that_never_come_are_named(port: str, monkeypatch, caplog) -> None
     monkeypatch.setattr(meeting, "REMIND_SECONDS", 0.0)
     with (
         caplog.at_level(logging.WARNING, logger="mhr_scale"),
-        pytest.raises(EngineError, match=r"rank\(s\) 1, 2 of 3 did not come to 127.0.0.1:"),
+        pytest.raises(EngineError, match=r"rank 1, 2 of 3 did not come to 127.0.0.1:"),
     ):
-        meeting.gather_store(0, 3, timeout=SHORT)
-    assert "still waiting for rank(s) 1, 2 of 3 at 127.0.0.1:" in caplog.messages[0]
+        meet(0, 3, SHORT)
+    assert "still waiting for rank 1, 2 of 3 at 127.0.0.1:" in caplog.messages[0]
 
 
 def test_a_first_rank_that_never_comes_is_named_with_its_place(port: str) -> None:
     with pytest.raises(EngineError, match=f"rank 0 does not answer at 127.0.0.1:{port} within"):
-        meeting.gather_store(1, 2, timeout=SHORT)
+        meet(1, 2, SHORT)
 
 
 def test_an_unknown_machine_is_named_at_once(port: str, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no such machine.invalid")
     with pytest.raises(EngineError, match=r"MASTER_ADDR=no such machine\.invalid: no such"):
-        meeting.gather_store(0, 2, timeout=LONG)
+        meet(0, 2, LONG)
+
+
+def test_a_rank_of_another_launch_is_sent_away(port: str) -> None:
+    def come() -> None:
+        with suppress(EngineError):
+            meet(0, 2, timedelta(seconds=3))
+
+    first = threading.Thread(target=come)
+    first.start()
+    with pytest.raises(EngineError, match=r"is of another launch \(recipe is"):
+        meet(1, 2, LONG, recipe="another")
+    first.join(60)
+
+
+def test_a_port_in_use_is_named(port: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(port)))
+        other.listen()
+        with pytest.raises(EngineError, match=f"port {port} of this machine is in use"):
+            meet(0, 2, SHORT)
