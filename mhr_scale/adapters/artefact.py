@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mhr_scale.adapters.config import AdapterConfig
@@ -28,6 +28,7 @@ from mhr_scale.adapters.wrapping import check_bare, detach
 from mhr_scale.errors import AdapterError, UserError
 from mhr_scale.recipe import typed
 from mhr_scale.run.files import as_json, flush, hash_file, hash_parts, read_object
+from mhr_scale.run.tensors import save_tensors
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
@@ -78,7 +79,7 @@ def save(
         for name, tensor in named_tensors(adapter).items()
     }
     partial = folder / f".{TENSORS}.tmp"
-    save_file(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
+    save_tensors(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
     digest = hash_file(partial)
     card = {
         "schema": SCHEMA,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mhr_scale.adapters import artefact
@@ -35,6 +34,7 @@ from mhr_scale.errors import AdapterError
 from mhr_scale.families.family import Family
 from mhr_scale.families.table import family_of_linears
 from mhr_scale.run.files import put_in_place, read_object, write_json
+from mhr_scale.run.tensors import save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -173,7 +173,7 @@ def _write(
     (folder / CONFIG).unlink(missing_ok=True)
     partial = folder / f".{TENSORS}.tmp"
     contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": "pt"})
+    save_tensors(contiguous, partial, metadata={"format": "pt"})
     put_in_place(partial, folder / TENSORS)
     note = {
         "task_names": list(adapter.task_names),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact
@@ -25,6 +24,7 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.runlog import Progress
+from mhr_scale.run.tensors import save_tensors
 
 #: Files of a backbone folder that belong to a merged one too.
 COMPANIONS = (
@@ -92,7 +92,7 @@ def write_merged(
             merged = merge(weight.name, stored, pairs, scale=scale)
             tensors[weight.name] = merged.to(weight.dtype).contiguous()
             files[weight.name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, metadata={"format": "pt"})
         progress.advance(file)
     progress.close()
     if len(shards) > 1:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.errors import RunError
-from mhr_scale.run.files import write_json
+from mhr_scale.run.files import named, write_json
 
 #: Data types by their names in a header.
 DTYPES = {
@@ -112,7 +112,7 @@ def write_shard(
     and the bytes of every chunk. Weights of several data types have to come widest first.
     """
     digest, size = hashlib.sha256(), 0
-    with file.open("wb") as out:
+    with named(file), file.open("wb") as out:
 
         def put(data: Any) -> None:
             nonlocal size

@@ -29,6 +29,7 @@ from mhr_scale.families.table import complete
 from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
+from mhr_scale.run.tensors import written
 from mhr_scale.training import checkpoint
 
 OPTIMIZER = "optimizer.pt"
@@ -195,7 +196,8 @@ def _fill_peft(
     model: Any, folder: Path, source: Path, tensors: dict[str, Tensor] | None = None
 ) -> None:
     """Write the model's adapter as a PEFT folder; with `tensors` their values, not the model's."""
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
+    with written(folder / peft_folders.TENSORS):
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
     if (source / peft_folders.NOTE).is_file():
         shutil.copy(source / peft_folders.NOTE, folder / peft_folders.NOTE)
 

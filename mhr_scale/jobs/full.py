@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +27,7 @@ from mhr_scale.jobs import job_optim
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.run.files import put_in_place
 from mhr_scale.run.runlog import log
+from mhr_scale.run.tensors import save_tensors
 from mhr_scale.training import optim
 
 #: File of a job's trained weights, in the result's folder and beside the best adapter.
@@ -178,5 +179,5 @@ def fill(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 def write_weights(weights: dict[str, nn.Parameter], file: Path) -> None:
     """Write named weights atomically."""
     partial = file.with_name(f".{file.name}.tmp")
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
+    save_tensors({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
     put_in_place(partial, file)

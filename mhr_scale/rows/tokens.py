@@ -33,7 +33,7 @@ from mhr_scale.errors import DataError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
-from mhr_scale.run.files import hash_file, hash_parts, write_json
+from mhr_scale.run.files import hash_file, hash_parts, named, write_json
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.suites import open_suite, source_files
@@ -278,7 +278,7 @@ def _build(
 def _write(path: Path, batches: Sequence[pa.RecordBatch], tokenizer: Any) -> None:
     kind = _id_type(tokenizer)
     schema = pa.schema([("input_ids", pa.list_(kind)), ("targets", pa.list_(pa.list_(kind)))])
-    with path.open("wb") as file:
+    with named(path), path.open("wb") as file:
         with ipc.new_file(file, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,34 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let errors of the system inside the block name the file that is written there.
+
+    A full disk is found by writes, and those know of no name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk before anything that follows (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file."""
+    with named(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_json(
@@ -108,7 +130,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with named(path):
+            partial.write_text(text, encoding="utf-8")
         put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mhr_scale.errors import RunError, printable
-from mhr_scale.run.files import flush, read_json, write_json, write_text
+from mhr_scale.run.files import append_text, flush, read_json, write_json, write_text
 from mhr_scale.run.streams import LogHandler
 
 log = logging.getLogger("mhr_scale")
@@ -116,8 +116,7 @@ class Metrics:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_text(self.path, json.dumps(values) + "\n")
         if self._also is not None:
             self._also(values)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +25,7 @@ from mhr_scale.run import failures
 from mhr_scale.run.files import hash_file, names_in, write_json
 from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
 from mhr_scale.run.runlog import log
+from mhr_scale.run.tensors import save_tensors
 from mhr_scale.training.optim import OptimizerState, check_states
 
 #: Errors of reading a saved step whose files are missing or damaged.
@@ -103,7 +104,7 @@ def _save_resume(folder: Path, optimizer: OptimizerState, progress: Mapping[str,
     folder.mkdir()
     tensors, numbers = optimizer
     file = folder / "optimizer.safetensors"
-    save_file(tensors, file)
+    save_tensors(tensors, file)
     facts = {"optimizer": numbers, "sha256": hash_file(file), **progress}
     write_json(folder / "progress.json", facts)
 

@@ -23,7 +23,7 @@ from mhr_scale.jobs.soup import TaskEmbedder, gather_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.passes import scoring
 from mhr_scale.run import stopping
-from mhr_scale.run.files import to_json_lines, write_json, write_text
+from mhr_scale.run.files import append_text, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log
 from mhr_scale.run.streams import write_result
@@ -121,8 +121,7 @@ def score_rows(
         for results in scoring.score(group, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
                 lines = [judge(questions[n], value) for n, value in sorted(results.items())]
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(to_json_lines(lines))
+                append_text(path, to_json_lines(lines))
                 for line in lines:
                     progress.advance(line["task"])
     progress.close()

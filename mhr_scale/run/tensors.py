@@ -1,0 +1,39 @@
+"""Safetensors files with the mode that the umask gives, and errors that name the file."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhr_scale.run.files import named
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors, contiguous and on the host, into a file; the caller moves it into place."""
+    with written(path):
+        save_file(dict(tensors), path, metadata=metadata)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Inside the block a safetensors file is written: it gets the mode that the umask gives, the
+    library's is for its owner alone; and errors of the disk name it."""
+    try:
+        with named(path):
+            yield
+            probe = path.with_name(f".{path.name}.mode")
+            probe.touch()
+            path.chmod(probe.stat().st_mode & 0o777)
+            probe.unlink()
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
