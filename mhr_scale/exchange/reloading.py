@@ -3,10 +3,7 @@
 Everything runs on one backbone in float32 on the CPU, on a few fixed pseudo-random token rows.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,13 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
 from mhr_scale.adapters.wrapping import wrap
+from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies, tie
 from mhr_scale.backbone.merging import merge
 from mhr_scale.backbone.shards import Weight
 from mhr_scale.backbone.weights import read_whole
 from mhr_scale.errors import AdapterError, first_line
+from mhr_scale.exchange.stock import quiet
 from mhr_scale.families.packed import EncodedRow
 
 #: Logits that differ by at most this share of the largest logit count as the same.
@@ -78,10 +77,11 @@ class LogitsCheck:
 
         Raises `AdapterError` if PEFT does not load it.
         """
+        quantise.import_bitsandbytes()  # before PEFT does, which prints remarks
         from peft import PeftModel
 
         try:
-            with _quiet():
+            with quiet():
                 stock = PeftModel.from_pretrained(self._model, folder).eval()
         except Exception as error:
             raise AdapterError(f"stock PEFT does not load it: {first_line(error)}") from error
@@ -114,7 +114,7 @@ class LogitsCheck:
         """
         del self._model
         try:
-            with _quiet():
+            with quiet():
                 self._model, info = self._family.model_class(
                     blueprint.model_config
                 ).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -223,17 +223,3 @@ def _load(blueprint: Blueprint) -> nn.Module:
     for name, parameter in plan_copies(model, blueprint).items():
         parameter.data.copy_(read_whole(blueprint.source, name))
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' advice on the configuration and its deprecation warnings."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

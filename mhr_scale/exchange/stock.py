@@ -8,7 +8,8 @@ optimizer is torch's, transformers' or bitsandbytes'.
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,7 @@ def load_model(
     base = load_backbone(config, blueprint, device)
     stored = read_safetensors(folder / peft_folders.TENSORS).keys()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # transformers deprecates a call of PEFT's
+        with quiet():
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except Exception as error:
         raise AdapterError(
@@ -121,10 +119,27 @@ def load_model(
     return model
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' advice, its progress bars, and what it deprecates in PEFT's calls."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
     """The frozen backbone as transformers loads it."""
     import transformers
-    from transformers.utils import logging
 
     dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
@@ -141,19 +156,16 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             **settings[config.quantise]
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # ties and missing tensors are checked below
     try:
-        model, info = getattr(transformers, family.auto_class).from_pretrained(
-            blueprint.folder, output_loading_info=True, **options
-        )
+        with quiet():  # ties and missing tensors are checked below
+            model, info = getattr(transformers, family.auto_class).from_pretrained(
+                blueprint.folder, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise BackboneError(
             f"backbone.name: transformers does not load {config.name} ({first_line(error)}); fetch "
             "it again"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     odd = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if odd:
         raise BackboneError(

@@ -116,6 +116,10 @@ class FullWave(Wave):
         n_weights = sum(weight.numel() for weight in self.weights.values())
         return super().trained_numbers + n_weights
 
+    def _list_rates(self, factors: Sequence[float]) -> dict[str, list[float]]:
+        rates = {"lr_backbone": [self.variant.backbone_lr * factor for factor in factors]}
+        return {**super()._list_rates(factors), **rates}
+
     def _update(self, factors: Sequence[float]) -> Tensor:
         """Clip adapter and weights by their common norm, then step both.
 

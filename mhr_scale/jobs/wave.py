@@ -147,7 +147,7 @@ class Wave:
         names = [*parts, "grad_norm"]
         measured = torch.stack([*(part.detach().float() for part in parts.values()), norm_J])
         values = dict(zip(names, measured.tolist(), strict=True))
-        return StepValues({**values, "lr": [self._optim.lr * factor for factor in factors]})
+        return StepValues({**values, **self._list_rates(factors)})
 
     def _update(self, factors: Sequence[float]) -> Tensor:
         """Clip, step and drop the gradients; returns the jobs' norms (J,) before clipping."""
@@ -170,6 +170,16 @@ class Wave:
             self.optimizer, {name: factor_J * peak for name, peak in peaks.items()}
         )
         return factors
+
+    def _list_rates(self, factors: Sequence[float]) -> dict[str, list[float]]:
+        """Every job's rates as the log has them: `lr` is the routing's where that alone trains."""
+        peaks = {"inventory": self._optim.lr, "routing": self._optim.routing_lr}
+        trained = [str(group["name"]) for group in self.optimizer.param_groups]
+        first, *others = sorted(trained)  # the inventory, if it trains
+        names = {first: "lr", **{name: f"lr_{name}" for name in others}}
+        return {
+            label: [peaks[name] * factor for factor in factors] for name, label in names.items()
+        }
 
     def _seeds(self, batches: Sequence[Sequence[EncodedRow]]) -> list[int]:
         """One seed per row for policies that draw numbers; it does not depend on the other jobs."""

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,10 @@ PACKAGES = (
 
 #: The commit of code that lies outside git, or where git is not installed.
 UNKNOWN = "unknown"
+
+#: Steps that the progress line tells the mean of, and of which of their numbers.
+RECENT_STEPS = 50
+RECENT = ("loss", "tokens", "seconds")
 
 
 def rank() -> int:
@@ -176,6 +181,23 @@ def _git(*words: str) -> str:
 def as_time(seconds: float) -> str:
     """Seconds as log lines tell how much time is left: `0:05:00`, `1 day, 2:03:04`."""
     return str(timedelta(seconds=round(seconds)))
+
+
+class RecentSteps:
+    """Means over the last steps, for the line of a progress bar: one step alone tells little."""
+
+    def __init__(self) -> None:
+        self._steps: deque[Mapping[str, float]] = deque(maxlen=RECENT_STEPS)
+
+    def add(self, values: Mapping[str, float]) -> str:
+        """Take a step's `loss`, and `tokens` and `seconds` if known; returns the means in words."""
+        self._steps.append(values)
+        count = len(self._steps)
+        sums = {name: sum(step[name] for step in self._steps) for name in RECENT if name in values}
+        text = f"loss {sums['loss'] / count:.4f}"
+        if "seconds" in sums:
+            text += f", {sums['tokens'] / sums['seconds']:,.0f} tokens/s"
+        return f"{text} (mean of {count} steps)" if count > 1 else text
 
 
 class Progress:

@@ -26,7 +26,7 @@ from mhr_scale.passes import validation
 from mhr_scale.rows.batching import StepBatches, cut_batches, number_rows
 from mhr_scale.rows.tokens import TokenSet
 from mhr_scale.run import stopping, tracking
-from mhr_scale.run.runlog import Metrics, Progress, log
+from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log
 from mhr_scale.run.writer import Writer
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim
@@ -99,12 +99,10 @@ class Trainer:
             if self.resume_step is None:
                 self._log_alignment()
             progress = Progress(config.schedule.steps, start=self.step, what="train")
-            start_time = time.monotonic()
+            recent, start_time = RecentSteps(), time.monotonic()
             for micro_batches in self.batches.load(self.step, config.schedule.steps):
                 values = self._train_step(micro_batches, start_time)
-                progress.advance(
-                    f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
-                )
+                progress.advance(recent.add(values))
                 self._validate_and_save()
                 if self._is_stop_agreed and self.step < config.schedule.steps:
                     self._stop()

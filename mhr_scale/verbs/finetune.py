@@ -50,7 +50,7 @@ from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
 from mhr_scale.run.files import hash_file, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
-from mhr_scale.run.runlog import Metrics, Progress, log, world_size
+from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log, world_size
 from mhr_scale.run.streams import write_result
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
@@ -257,7 +257,7 @@ def train(
         steps=protocol.steps, warmup_fraction=protocol.warmup_fraction, decay=protocol.decay
     )
     tracked = tracking.opened(run.trackers, folder, resume_step=start)
-    progress = Progress(protocol.steps, start=start, what="finetune")
+    progress, recent = Progress(protocol.steps, start=start, what="finetune"), RecentSteps()
     loaded.placed.model.train()
     with Writer() as writer, tracked as track:
         metrics = Metrics(folder / "metrics.jsonl", resume_step=start, also=track)
@@ -280,7 +280,7 @@ def train(
                 copy = stock.copy_step(loaded.model, optimizer)
                 write = partial(_write_step, metrics, loaded.model, copy, folder, step)
                 writer.submit(partial(write, inputs.source))
-            progress.advance(f"loss {values['loss']:.4f}")
+            progress.advance(recent.add(values))
             if is_stopped:
                 writer.wait()
                 raise stopping.stop(f"step {step} is saved")

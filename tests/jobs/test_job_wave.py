@@ -147,6 +147,16 @@ def test_a_variant_s_own_rates_stand_in_for_the_recipe_s(benches):
         assert moved == (pytest.approx(0.5, rel=1e-3) if "routing" in name else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "logged"), [("routing", {"lr": 0.5}), ("full", {"lr": 0.25, "lr_routing": 0.5})]
+)
+def test_the_rate_in_the_log_is_the_one_of_what_trains(benches, kind, logged):
+    variant = VariantConfig(adapter="source", kind=kind, lr=0.25, routing_lr=0.5)
+    case = make_case(variant, make_source(), warmup_fraction=0.0)
+    values = benches["full"].train(case.open(), until=1).values[case.members[0].job][0]
+    assert {name: value for name, value in values.items() if name.startswith("lr")} == logged
+
+
 # --- jobs that diverge
 
 

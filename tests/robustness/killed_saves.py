@@ -174,8 +174,8 @@ class Clock:
         """Count from now on; nothing takes it away again."""
         sys.addaudithook(self._hear)
         self._fsync, os.fsync = os.fsync, self._flush
-        self._write_tensors = checkpoint.save_file
-        checkpoint.save_file = artefact.save_file = self._save_tensors  # type: ignore[assignment]
+        self._write_tensors = checkpoint.save_tensors
+        checkpoint.save_tensors = artefact.save_tensors = self._save_tensors  # type: ignore[assignment]
 
     def tick(self) -> None:
         """One thing more."""

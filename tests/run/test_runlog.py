@@ -10,7 +10,7 @@ import pytest
 from mhr_scale.errors import RunError
 from mhr_scale.run import runlog
 from mhr_scale.run.files import write_json, write_text
-from mhr_scale.run.runlog import Metrics, Progress, as_time, record_provenance
+from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, as_time, record_provenance
 
 
 @pytest.fixture
@@ -284,6 +284,18 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, lines):
         ["pretrain 3/4", "loss 3"],
         ["pretrain 4/4", "loss 4"],
     ]
+
+
+def test_the_progress_line_tells_means_of_the_last_steps_and_of_how_many():
+    recent = RecentSteps()
+    assert recent.add({"loss": 4.0}) == "loss 4.0000"
+    recent = RecentSteps()
+    assert recent.add({"loss": 4.0, "tokens": 100, "seconds": 0.5}) == "loss 4.0000, 200 tokens/s"
+    second = recent.add({"loss": 2.0, "tokens": 500, "seconds": 0.5})
+    assert second == "loss 3.0000, 600 tokens/s (mean of 2 steps)"
+    for _ in range(60):
+        last = recent.add({"loss": 1.0, "tokens": 10, "seconds": 1.0})
+    assert last == "loss 1.0000, 10 tokens/s (mean of 50 steps)"
 
 
 def test_time_left_beyond_a_day_is_told_in_days():

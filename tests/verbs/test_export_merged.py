@@ -171,7 +171,7 @@ def test_no_more_than_one_shard_is_read_before_it_is_written(
 ) -> None:
     blueprint = read_blueprint(BackboneConfig(name="builtin:toy"))
     weights = merging.plan_weights(blueprint, None)
-    source, save, shards = WatchedSource(blueprint.source), merging.save_file, []
+    source, save, shards = WatchedSource(blueprint.source), merging.save_tensors, []
 
     def save_shard(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
         shards.append(sum(tensor.nbytes for tensor in tensors.values()))
@@ -179,7 +179,7 @@ def test_no_more_than_one_shard_is_read_before_it_is_written(
         source.read_bytes = 0
         save(tensors, file, **options)
 
-    monkeypatch.setattr(merging, "save_file", save_shard)
+    monkeypatch.setattr(merging, "save_tensors", save_shard)
     watched = replace(blueprint, source=source)
     merging.write_merged(
         make("LoRA"), tmp_path, blueprint=watched, weights=weights, max_shard_bytes=40_000
@@ -315,13 +315,13 @@ def test_a_job_without_the_weights_it_trained_is_refused(
 
 def spoiled(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every shard be changed before it is written."""
-    save = merging.save_file
+    save = merging.save_tensors
 
     def save_changed(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
         change(tensors)
         save(tensors, file, **options)
 
-    monkeypatch.setattr(merging, "save_file", save_changed)
+    monkeypatch.setattr(merging, "save_tensors", save_changed)
 
 
 def add(tensors: dict[str, Tensor]) -> None:
