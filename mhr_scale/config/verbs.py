@@ -1,7 +1,7 @@
 """The recipes of `pretrain`, `average` and `evaluate`, put together from parts."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.analyse import MonitorConfig
@@ -65,6 +65,11 @@ class AverageConfig:
     """Extra steps train the mean as one adapter, or the whole inventory under uniform routing."""
     warmup_fraction: float = 0.06
     """Warm-up of the extra steps, as a share of the largest number; then linear decay to 0."""
+    tasks: dict[str, Any] | None = None
+    """Settings of the source run's tasks that are others here, such as `folder`, if they have moved
+    or are relative to another folder than the current one."""
+    backbone_moved_to: str | None = None
+    """Where the source run's backbone is now, if it has moved since training."""
     run: RunConfig
     """Where to write, and how the extra steps run."""
 
@@ -73,6 +78,9 @@ class AverageConfig:
             raise ConfigError(f"steps: {list(self.steps)} are not ascending numbers from 0")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+        for name in ("tasks", "backbone_moved_to"):
+            if getattr(self, name) is not None and not self.steps[-1]:
+                raise ConfigError(f"{name}: only extra steps read tasks and backbone; set steps")
 
 
 @part

@@ -10,7 +10,7 @@ from mhr_scale.report.drawing import MOST_SERIES, count
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
 from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
 from mhr_scale.report.runs import Run
-from mhr_scale.report.scored_adapters import seedless
+from mhr_scale.report.scored_adapters import split_seeds
 from mhr_scale.scores.comparison import compare
 
 #: Names of runs in a heading at most.
@@ -45,7 +45,8 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: list[tuple[Any, set[str], list[Run]]] = []
     for run in runs:
-        settings = {part: seedless(run.config.get(part)) for part in SHARED}
+        settings, _ = split_seeds({name: run.config.get(name) for name in SHARED})
+        settings["precision"] = run.precision
         tasks = {result["task"] for result in run.results}
         for others, known, group in groups:
             if settings == others and (tasks <= known or known <= tasks):

@@ -64,6 +64,14 @@ class Run:
             return "average"
         return method_of(self.config)
 
+    @property
+    def precision(self) -> str:
+        """Data type of the frozen backbone in the last start, quantised or not; empty: unknown."""
+        facts = part(self.starts[-1], "backbone") if self.starts else {}
+        facts = facts or part(self.config, "backbone")
+        kinds = [str(facts[name]) for name in ("quantise", "dtype") if facts.get(name)]
+        return " and ".join(kind for kind in kinds if kind != "none")
+
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
     """Read run folders; labels are the shortest that are unique.

@@ -32,7 +32,7 @@ from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
 
 #: Settings that may change between two starts of a run: those that do not affect its scores.
-FREE = ("run.", "backbone_moved_to")
+FREE = ("run.", "backbone_moved_to", "soup.tasks", "soup.tasks.")
 
 
 def evaluate(config: EvaluateConfig) -> Path:
