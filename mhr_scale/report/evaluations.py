@@ -41,9 +41,14 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     ]
     head = ["evaluation", "of", "extra steps", "tasks", "examples", "mean over tasks"]
     head += ["mean over examples"]
+    note = ""
+    if len({run.precision for run in evaluated if run.precision}) > 1:
+        head.append("precision")
+        rows = [[*row, run.precision] for row, run in zip(rows, evaluated, strict=True)]
+        note = "Precision differs between these evaluations, and scores with it."
     caption = "Evaluations, in points from 0 to 100"
     is_long = len(rows) > LONGEST
-    each = Table(caption=caption, columns=head, rows=rows, decimals=2, is_folded=is_long)
+    each = Table(caption=caption, columns=head, rows=rows, decimals=2, note=note, is_folded=is_long)
     blocks = together(evaluated, adapters, names)
     blocks.insert(len(blocks) if is_long else 0, each)
     sets: dict[tuple[str, ...], list[Run]] = defaultdict(list)

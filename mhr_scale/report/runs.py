@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mhr_scale.adapters.artefact import CARD
 from mhr_scale.analysis import ANALYSIS, SCHEMA
+from mhr_scale.backbone.of_adapter import precision_of
 from mhr_scale.config import AdapterConfig
 from mhr_scale.errors import ConfigError, RunError, shortened, some
 from mhr_scale.jobs.job import RESULT, read_all_results
@@ -68,9 +69,7 @@ class Run:
     def precision(self) -> str:
         """Data type of the frozen backbone in the last start, quantised or not; empty: unknown."""
         facts = part(self.starts[-1], "backbone") if self.starts else {}
-        facts = facts or part(self.config, "backbone")
-        kinds = [str(facts[name]) for name in ("quantise", "dtype") if facts.get(name)]
-        return " and ".join(kind for kind in kinds if kind != "none")
+        return precision_of(facts or part(self.config, "backbone"))
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:

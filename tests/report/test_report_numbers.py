@@ -69,6 +69,36 @@ def test_a_variant_of_two_runs_on_one_seed_is_named_by_its_run(tmp_path: Path) -
     assert {row[0] for row in table.rows} == names
 
 
+def test_a_variant_in_two_precisions_is_not_averaged_over_them(tmp_path: Path) -> None:
+    folders = [made_runs.few_shot(tmp_path / str(seed), seeds=(seed,)) for seed in (0, 1)]
+    for folder, dtype in zip(folders, ("float32", "bfloat16"), strict=True):
+        starts = [{"backbone": {"dtype": dtype, "quantise": "none"}}]
+        (folder / "provenance.json").write_text(json.dumps(starts))
+    table = tables(page_of(*folders), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[-1] for row in table.rows] == [1] * 6
+    assert "precision differs" in table.note
+    assert "LoRA (0) float32" in table.note
+
+
+def test_selection_on_the_test_rows_is_marked(tmp_path: Path) -> None:
+    folder = made_runs.few_shot(tmp_path)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("selection: {on: test}\n")
+    table = tables(page_of(folder), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[0] for row in table.rows] == ["LoRA *", "MHR-z *", "MHR *"]
+    assert "selected on the reported test rows" in table.note
+
+
+def test_evaluations_in_other_precisions_say_so(tmp_path: Path) -> None:
+    folders = [made_runs.evaluation(tmp_path / name, None, {"sort": 5.0}) for name in ("a", "b")]
+    for folder, dtype in zip(folders, ("float32", "bfloat16"), strict=True):
+        starts = [{"backbone": {"dtype": dtype, "quantise": "int8"}}]
+        (folder / "provenance.json").write_text(json.dumps(starts))
+    table = tables(page_of(*folders), "evaluations")["Evaluations, in points from 0 to 100"]
+    assert [row[-1] for row in table.rows] == ["int8 and float32", "int8 and bfloat16"]
+    assert "Precision differs" in table.note
+
+
 def test_few_shot_runs_of_other_tasks_stay_apart(tmp_path: Path) -> None:
     tasks = {"one": ("sort", "copy"), "two": ("sort", "tail")}
     folders = [made_runs.few_shot(tmp_path / n, tasks=t, seeds=(0,)) for n, t in tasks.items()]
