@@ -103,6 +103,8 @@ class ScoringConfig:
     """Padded tokens of one batch on one rank, inputs and choices together."""
     examples: int | None = None
     """Examples per task at most, the first ones; null = all."""
+    texts: bool | None = None
+    """Whether scores.jsonl holds the texts of inputs and choices; null: below 50,000 rows."""
 
     def __post_init__(self) -> None:
         names = ("beams", "max_new_tokens", "max_input_tokens", "max_choice_tokens", "max_tokens")

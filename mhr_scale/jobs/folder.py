@@ -16,6 +16,7 @@ FREE = (
     "run.",
     "backbone.recompute",
     "backbone_moved_to",
+    "scoring.texts",
     "variants.",
 )
 

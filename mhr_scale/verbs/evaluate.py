@@ -1,6 +1,6 @@
 """The verb `evaluate`: a backbone, with or without an adapter, and tasks in; scores out.
 
-<run folder>/  scores.jsonl   one line per example, written as it is scored
+<run folder>/  scores.jsonl   one line per example, written as it is scored, in the end in order
                summary.json   per task, per prompt, means; computed from scores.jsonl alone
 """
 
@@ -27,12 +27,12 @@ from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder
 from mhr_scale.run.runlog import Progress, log
 from mhr_scale.scores import summary
-from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
+from mhr_scale.scores.questions import Question, answerers, ask, encode, judge, keeps_texts
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Task
 
 #: Settings that may change between two starts of a run: those that do not affect its scores.
-FREE = ("run.", "backbone_moved_to", "soup.tasks", "soup.tasks.")
+FREE = ("run.", "backbone_moved_to", "soup.tasks", "soup.tasks.", "scoring.texts")
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -97,17 +97,32 @@ def score_rows(
         {score["id"] for score in summary.read_scores(path)} if engine.rank == 0 else None
     )
     options = config.scoring
+    with_texts = keeps_texts(options, len(questions))
     pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
     for _, run, group in answerers(pending, placed, adapter, tokenizer, options):
         for results in scoring.score(group, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
-                lines = [judge(questions[n], value) for n, value in sorted(results.items())]
+                lines = [
+                    judge(questions[number], value, with_texts=with_texts)
+                    for number, value in sorted(results.items())
+                ]
                 with path.open("a", encoding="utf-8") as file:
                     file.write(to_json_lines(lines))
                 for line in lines:
                     progress.advance(line["task"])
     progress.close()
+    if engine.rank == 0:
+        put_in_order(path, questions)
+
+
+def put_in_order(path: Path, questions: Sequence[Question]) -> None:
+    """Sort the scores by their questions, whatever the ranks and starts that wrote them."""
+    scores = summary.read_scores(path)
+    places = {question.id: place for place, question in enumerate(questions)}
+    ordered = sorted(scores, key=lambda score: places.get(score["id"], len(places)))
+    if ordered != scores:
+        write_text(path, to_json_lines(ordered))
 
 
 def open_adapter_of(

@@ -19,7 +19,8 @@ from mhr_scale.config import (
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
-from mhr_scale.scores import summary
+from mhr_scale.scores import questions, summary
+from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.evaluate import evaluate
 
@@ -66,6 +67,37 @@ def test_a_score_tells_every_choice_and_the_best_one(ranked: Path) -> None:
         best = min(range(5), key=score["choice_scores"].__getitem__)
         assert score["prediction"] == best
         assert score["points"] == 100.0 * (best == score["label"])
+
+
+def test_scores_stand_in_the_order_of_their_tasks_and_rows(ranked: Path) -> None:
+    tasks, _ = read_evaluation(TASKS, examples=None)
+    wanted = [f"{task.name}/{example.id}" for task in tasks for example in task.test]
+    assert [score["id"] for score in scores(ranked)] == wanted
+
+
+def test_scores_hold_the_texts_that_were_asked_unless_there_are_many(
+    ranked: Path, source: Path, tmp_path: Path
+) -> None:
+    (first, *_), _ = read_evaluation(TASKS, examples=None)
+    example, line = first.test[0], scores(ranked)[0]
+    assert (line["input"], line["choices"]) == (example.input, list(example.choices))
+    assert line["choices"][line["label"]] == example.targets[0]
+    without = ScoringConfig(metric="accuracy", max_tokens=300, texts=False)
+    bare = scores(evaluate(settings(tmp_path / "bare", source, scoring=without)))
+    texts = {"input", "choices"}
+    assert bare == [
+        {key: value for key, value in score.items() if key not in texts} for score in scores(ranked)
+    ]
+    assert [questions.keeps_texts(ScoringConfig(), n) for n in (49_999, 50_000)] == [True, False]
+
+
+def test_texts_may_be_asked_for_or_left_out_when_a_job_goes_on(
+    source: Path, ranked: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(ranked, folder)
+    evaluate(settings(folder, source, scoring=replace(settings(folder).scoring, texts=False)))
+    assert scores(folder) == scores(ranked)
 
 
 def test_the_summary_is_that_of_the_scores_alone(ranked: Path) -> None:
