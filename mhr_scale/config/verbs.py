@@ -28,6 +28,9 @@ class PretrainConfig:
     """The frozen encoder-decoder."""
     adapter: AdapterConfig
     """The adapter trained on it."""
+    source: str | None = None
+    """The run or adapter to start from, of the same settings; null: fresh tensors. Tasks that it
+    does not know get fresh rows of the routing tensor."""
     tasks: TasksConfig
     """The training tasks; `suite` chooses the kind."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

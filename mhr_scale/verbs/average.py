@@ -20,6 +20,7 @@ from mhr_scale.run.run_folder import RECIPE, write_recipe
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
+from mhr_scale.training.starting import Start
 
 
 def average(config: AverageConfig) -> Path:
@@ -68,17 +69,18 @@ def continue_training(config: AverageConfig, source: Adapter) -> None:
             f"{recipe_file}: missing; extra steps go on with the source run's own tasks, so name "
             "its run folder, not its adapter"
         )
-    start = mean_of(source) if config.trainable == "mean" else under_uniform_routing(source)
+    begun = mean_of(source) if config.trainable == "mean" else under_uniform_routing(source)
     extra = config.steps[-1]
     moved = overrides_of("tasks", config.tasks)
     if config.backbone_moved_to is not None:
         moved += overrides_of("backbone", {"name": config.backbone_moved_to})
     recipe = replace(
         load(PretrainConfig, recipe_file, moved),
-        adapter=start.config,
+        adapter=begun.config,
         schedule=ScheduleConfig(steps=extra, warmup_fraction=config.warmup_fraction),
         run=config.run,
     )
+    start = Start(adapter=begun, place=config.source)
     save_steps = tuple(steps for steps in config.steps if steps)
     with opened_training(recipe, start=start, save_steps=save_steps) as trainer:
         check_same_tasks(config, source, [card.name for card in trainer.tokens.cards])
