@@ -1,5 +1,7 @@
 """Loading and checking the backbone's tokenizer."""
 
+import hashlib
+import json
 from typing import Any
 
 from mhr_scale.backbone.blueprint import Blueprint
@@ -65,3 +67,13 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int, *, place: str, way_out: st
         raise BackboneError(
             f"{place} cannot read every text ({first_line(error)}); {way_out}"
         ) from error
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """What tells tokenizers apart by content."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+    else:
+        text = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()

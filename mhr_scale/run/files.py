@@ -23,6 +23,27 @@ def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) 
     return digest.hexdigest()
 
 
+def hash_parts(parts: Iterable[str | bytes]) -> str:
+    """sha256 of texts and bytes, each with its length, so that they cannot run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of a folder's entries, sorted; none where there is no folder.
+
+    Raises `OSError` for a folder that may not be read, which a glob passes over.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk before anything that follows (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -75,7 +96,12 @@ def read_object(
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: to a partial file, flushed to disk, then moved into place."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """A value as the text of a JSON file."""
+    return json.dumps(value, indent=1, default=str) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter
+from mhr_scale.adapters.artefact import digest
 from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.config import PretrainConfig, ScheduleConfig
@@ -69,6 +70,7 @@ def opened_training(
         config.backbone,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        recipe=config,
     )
     sites = find_sites_of(opened.blueprint, config.adapter)
     tokens = open_tokens(
@@ -82,6 +84,10 @@ def opened_training(
     task_names = [card.name for card in tokens.cards]
     if start is not None:
         check_start(start, config.adapter, sites, task_names)
+    inputs = {**opened.inputs, **tokens.inputs}
+    if start is not None:
+        inputs["adapter to start from"] = digest(start.adapter)
+    folder.check_inputs(inputs, is_begun=is_begun, holds="a run")
     plan = make_plan(config, tokens)
     with opened.placed(sites) as placed:
         adapter = Adapter(
@@ -107,7 +113,9 @@ def opened_training(
         trainer.resume()
         if placed.engine.rank == 0:
             facts = {} if start is None else {"start": start.facts}
-            rank0_open_folder(folder, trainer, opened, facts)
+            folder.keep_recipe(config)
+            folder.keep_inputs(inputs, is_begun=is_begun)
+            rank0_record(folder, trainer, opened, facts)
         placed.engine.gather_barrier()
         yield trainer
 
@@ -171,15 +179,14 @@ def make_batches(
     )
 
 
-def rank0_open_folder(
+def rank0_record(
     folder: RunFolder[PretrainConfig],
     trainer: Trainer,
     opened: OpenedBackbone,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the recipe, DeepSpeed's configuration, the provenance and the rejected rows."""
+    """Write DeepSpeed's configuration, the provenance and the rejected rows."""
     config, tokens = trainer.config, trainer.tokens
-    folder.keep_recipe(config)
     merged = deepspeed_config(opened.ds_content, dtype=config.backbone.dtype)
     write_json(folder.path / "deepspeed.json", merged)
     folder.record_start(

@@ -3,15 +3,13 @@
 Shape letters: T tasks, Q splits, S skills.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetensors.torch import save
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.artefact import load_tensors, named_tensors
+from mhr_scale.adapters.artefact import digest, load_tensors, named_tensors
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import AdapterError, some
@@ -35,9 +33,7 @@ class Start:
     @property
     def facts(self) -> dict[str, str | int]:
         """Which adapter it was, by its content too."""
-        tensors = {name: t.contiguous() for name, t in named_tensors(self.adapter).items()}
-        digest = hashlib.sha256(save(tensors)).hexdigest()
-        return {"adapter": self.place, "step": self.step, "tensors": digest}
+        return {"adapter": self.place, "step": self.step, "content": digest(self.adapter)}
 
 
 def check_start(

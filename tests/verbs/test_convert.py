@@ -26,6 +26,7 @@ from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig
 from mhr_scale.errors import ConfigError, UserError
 from mhr_scale.exchange import stock
 from mhr_scale.recipe.reading import load
+from mhr_scale.run.folders import moved_into_place
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,9 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 def test_what_an_interrupted_conversion_left_is_not_used(tmp_path: Path) -> None:
-    left = tmp_path / ".out.unfinished"
+    with moved_into_place(tmp_path / "out") as left:
+        pass
+    (tmp_path / "out").rmdir()
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     found = run_convert("builtin:toy", tmp_path / "out")
