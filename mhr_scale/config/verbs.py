@@ -132,9 +132,13 @@ class EvaluateConfig:
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
     """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
-    routing: Literal["own", "average", "soup"] = "own"
+    routing: Literal["own", "average", "soup", "off"] = "own"
     """own: each task under its own routing; average: all tasks under the averaged adapter; soup:
-    each task under the mean of similar training tasks' private adapters, found by its inputs."""
+    each task under the mean of similar training tasks' private adapters, found by its inputs; off:
+    the adapter's backbone without it."""
+    extra_steps: Literal["all"] | tuple[int, ...] | None = None
+    """Numbers of extra steps whose averages are scored, of a run of `average`, all or these, each
+    into a folder of its own in `run.folder`, with the bare backbone beside them; null: the last."""
     soup: SoupConfig = field(default_factory=SoupConfig)
     """How similar tasks are found, for routing soup."""
     tasks: EvalTasksConfig
@@ -153,3 +157,9 @@ class EvaluateConfig:
             raise ConfigError("backbone_quantise: of a bare backbone, set backbone.quantise")
         if self.routing == "soup" and self.adapter is None:
             raise ConfigError("routing: soup averages the private adapters of a run; name it")
+        if self.routing == "off" and self.adapter is None:
+            raise ConfigError("routing: off leaves out an adapter, and there is none; leave it out")
+        if self.extra_steps is not None and (self.adapter is None or self.routing != "own"):
+            raise ConfigError("extra_steps: name a run of average as adapter, under routing: own")
+        if self.extra_steps == ():
+            raise ConfigError("extra_steps: [] names none; give numbers, all or null")

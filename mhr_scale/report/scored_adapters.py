@@ -177,15 +177,19 @@ def told_apart(adapters: Sequence[ScoredAdapter]) -> dict[str, str]:
 
 
 def find_differences(adapters: Mapping[str, ScoredAdapter]) -> list[str]:
-    """In what evaluations, by their labels, differ besides their seeds; one line each."""
+    """In what evaluations, by their labels, differ besides their seeds; one line each.
+
+    Settings that only some have are left out where it was other things that were scored.
+    """
     lines = []
+    is_one_thing = len({adapter.name for adapter in adapters.values()}) == 1
     every = {label: {"scored": a.name, **a.everything} for label, a in adapters.items()}
     for key in dict.fromkeys(key for settings in every.values() for key in settings):
         values: dict[str, list[str]] = {}
         for label, settings in every.items():
             said = as_written(settings[key]) if key in settings else "not set"
             values.setdefault(said, []).append(label)
-        if len(values) > 1:
+        if len(values) > 1 and (is_one_thing or "not set" not in values):
             listed = ", ".join(f"{said} ({', '.join(who)})" for said, who in values.items())
             lines.append(f"{key} is {listed}")
     return lines

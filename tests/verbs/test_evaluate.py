@@ -123,6 +123,54 @@ def test_the_average_scores_like_the_averaged_adapter(source: Path, tmp_path: Pa
         assert by_id(two)[identity]["choice_scores"] == pytest.approx(score["choice_scores"])
 
 
+def test_routing_off_is_the_bare_backbone_of_the_same_run(source: Path, tmp_path: Path) -> None:
+    off = evaluate(settings(tmp_path / "off", source, routing="off"))
+    assert scores(off) == scores(evaluate(settings(tmp_path / "bare")))
+
+
+@pytest.fixture(scope="module")
+def averages(source: Path) -> Path:
+    run = RunConfig(folder=str(source.parent / "averages"), validate_every=-1)
+    average(AverageConfig(source=str(source), steps=(0, 2), run=run))
+    return Path(run.folder)
+
+
+def test_every_number_of_extra_steps_is_scored_beside_the_backbone_and_chance(
+    averages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        folder = evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
+    assert sorted(path.name for path in folder.iterdir()) == ["000000", "000002", "bare"]
+    table = caplog.messages[-1].splitlines()
+    assert table[1].split() == ["task", "k", "=", "0", "k", "=", "2", "bare", "chance"]
+    assert table[2].split()[-1] == "20.00"
+    for name in ("000000", "000002"):
+        alone = evaluate(settings(tmp_path / name, averages / "averaged" / name))
+        assert scores(folder / name) == scores(alone)
+    assert scores(folder / "bare") == scores(evaluate(settings(tmp_path / "bare")))
+    before = (folder / "bare" / "scores.jsonl").stat().st_mtime_ns
+    evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
+    assert (folder / "bare" / "scores.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_number_of_extra_steps_that_was_not_made_is_named(
+    averages: Path, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match="no average of 7 extra steps; there is 0, 2"):
+        evaluate(settings(tmp_path / "run", averages, extra_steps=(0, 7)))
+    with pytest.raises(AdapterError, match="there is none; name a run of average"):
+        evaluate(settings(tmp_path / "run", source, extra_steps="all"))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_extra_steps_and_routing_off_need_an_adapter(tmp_path: Path) -> None:
+    for changes in ({"extra_steps": (0,)}, {"routing": "off"}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            settings(tmp_path, **changes)
+    with pytest.raises(ConfigError, match="names none"):
+        settings(tmp_path, tmp_path, extra_steps=())
+
+
 def test_held_out_tasks_are_scored_under_the_average(source: Path, tmp_path: Path) -> None:
     tasks = replace(TASKS, fold="held_out")
     folder = evaluate(settings(tmp_path / "run", source, tasks=tasks, routing="average"))

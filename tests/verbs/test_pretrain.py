@@ -15,8 +15,7 @@ from mhr_scale import load_adapter
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import RunError, UserError
-from mhr_scale.recipe.reading import load
-from mhr_scale.run.run_folder import write_recipe
+from mhr_scale.recipe.reading import load, to_yaml
 from mhr_scale.training.opening import opened_training
 from mhr_scale.verbs.launching import main
 from mhr_scale.verbs.pretrain import pretrain, start_of
@@ -151,10 +150,8 @@ def test_steps_that_would_change_those_made_are_refused_with_the_reason(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    write_recipe(
-        folder / "config.yaml",
-        load(PretrainConfig, TOY, [*SHORT, f"schedule={schedule}", f"run.folder={folder}"]),
-    )
+    words = [*SHORT, f"schedule={schedule}", f"run.folder={folder}"]
+    (folder / "config.yaml").write_text(to_yaml(load(PretrainConfig, TOY, words)))
     longer = schedule.replace("steps: 4", "steps: 9", 1)
     with pytest.raises(RunError, match=rf"schedule.steps was 4, is 9.*cannot be made.*{reason}"):
         train(folder, f"schedule={longer}")
