@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from mhr_scale.errors import counted
 from mhr_scale.report.drawing import MOST_SERIES, short
 from mhr_scale.report.page import LONGEST, Block, Cell, Heading, Picture, Section, Table
-from mhr_scale.report.pictures import Curve, Series, by_name, curves
+from mhr_scale.report.pictures import Curve, Series, curves, pictured
 from mhr_scale.report.runs import Run
 from mhr_scale.report.scored_adapters import ScoredAdapter, scored_adapter, told_apart
-from mhr_scale.scores.summary import aggregate
+from mhr_scale.scores.summary import aggregate, mean_chance
 
 
 def scored(runs: Sequence[Run]) -> list[Run]:
@@ -41,6 +41,10 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     ]
     head = ["evaluation", "of", "extra steps", "tasks", "examples", "mean over tasks"]
     head += ["mean over examples"]
+    chances = [mean_chance(run.summary) for run in evaluated]
+    if any(chance is not None for chance in chances):
+        head.append("chance")
+        rows = [[*row, chance] for row, chance in zip(rows, chances, strict=True)]
     note = ""
     if len({run.precision for run in evaluated if run.precision}) > 1:
         head.append("precision")
@@ -126,7 +130,7 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
     note = "+-: standard error of the mean over the task's examples."
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2, note=note)
     if len(runs) > MOST_SERIES:
-        caption = f"Scores by task of {len(runs)} evaluations, in points"
+        caption = f"Scores by task of {counted(len(runs), 'evaluation')}, in points"
         return [replace(data, caption=caption, is_folded=True)]
     series = [
         Series(
@@ -136,9 +140,11 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
         )
         for run in runs
     ]
-    svg = by_name(series, names, title="Scores by task", x="score (points)")
-    caption = f"Scores on {len(names)} tasks; the lines are standard errors over examples."
-    return [Picture(caption=caption, svg=svg, data=data)]
+    caption = (
+        f"Scores on {counted(len(names), 'task')}; the lines are standard errors over examples."
+    )
+    title = "Scores by task"
+    return [pictured(series, names, data, title=title, caption=caption, x="score (points)")]
 
 
 def of_prompts(runs: Sequence[Run]) -> list[Block]:

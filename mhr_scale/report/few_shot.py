@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhr_scale.errors import some
+from mhr_scale.errors import counted, some
 from mhr_scale.report.drawing import MOST_SERIES, count
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
-from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
+from mhr_scale.report.pictures import Series, Spot, pictured, trade_off
 from mhr_scale.report.runs import Run, part
 from mhr_scale.report.scored_adapters import split_seeds
 from mhr_scale.scores.comparison import compare, legend, marked
@@ -105,7 +105,8 @@ def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
     metrics = sorted(
         {metric for values in compared["variants"].values() for metric in values["metrics"]}
     )
-    caption = f"Few-shot {', '.join(metrics)} on {len(compared['tasks'])} tasks, in points"
+    tasks = counted(len(compared["tasks"]), "task")
+    caption = f"Few-shot {', '.join(metrics)} on {tasks}, in points"
     blocks: list[Block] = [variants_table(compared, caption)]
     open_seeds = [name for name, v in compared["variants"].items() if v["incomplete_seeds"]]
     if open_seeds:
@@ -204,8 +205,8 @@ def of_tasks(results: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) 
     ]
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2)
     shown = series[:MOST_SERIES]
-    svg = by_name(shown, tasks, title="Few-shot scores by task", x="score (points)")
     caption = "Scores by task: means and standard deviations over seeds."
     if len(series) > len(shown):
         caption += f" The first {MOST_SERIES} variants; all are in the numbers."
-    return [Picture(caption=caption, svg=svg, data=data)]
+    title = "Few-shot scores by task"
+    return [pictured(shown, tasks, data, title=title, caption=caption, x="score (points)")]

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mhr_scale.errors import one_line
 from mhr_scale.scores.summary import aggregate
 
 
@@ -68,6 +69,7 @@ def _said(results: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 def marked(name: str, values: Mapping[str, Any]) -> str:
     """A variant's name, with a mark if the reported rows selected its checkpoints."""
+    name = one_line(name)
     return f"{name} *" if "test" in values["selected_on"] else name
 
 
@@ -115,16 +117,17 @@ def table(compared: Mapping[str, Any]) -> str:
 
 def _per_task(variants: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
     """Median over seeds of every task and variant."""
-    width = max(len("task (median over seeds)"), *(len(task) for task in tasks))
+    names = [one_line(task) for task in tasks]
+    width = max(map(len, ["task (median over seeds)", *names]))
     columns = {name: max(7, len(name)) for name in variants}
     head = f"{'task (median over seeds)':{width}}"
     lines = [head + "".join(f"  {name:>{columns[name]}}" for name in variants)]
-    for task in tasks:
+    for task, shown in zip(tasks, names, strict=True):
         cells = [
             f"  {values['median_per_task'][task]:{columns[name]}.2f}"
             for name, values in variants.items()
         ]
-        lines.append(f"{task:{width}}" + "".join(cells))
+        lines.append(f"{shown:{width}}" + "".join(cells))
     return lines
 
 

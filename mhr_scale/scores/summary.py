@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.errors import RunError, some
+from mhr_scale.errors import RunError, one_line, some
 
 SCORES = "scores.jsonl"
 
@@ -133,13 +133,16 @@ def table(summary: Mapping[str, Any]) -> str:
     """A summary as lines of text."""
     tasks = summary["tasks"]
     chance = mean_chance(summary)
-    width = max([len("mean over examples"), *(len(name) for name in tasks)])
+    names = {name: one_line(name) for name in tasks}
+    width = max(map(len, ["mean over examples", *names.values()]))
     head = f"{'task':{width}}  {'metric':12} {'examples':>8} {'mean':>7}"
     has_chance = any("chance" in task for task in tasks.values())
     head += f" {'chance':>7}" if has_chance else ""
     lines = [f"{head}   prompts: median (spread)"]
     for name, task in tasks.items():
-        line = f"{name:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+        line = (
+            f"{names[name]:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+        )
         line += f" {_points(task.get('chance')):>7}" if has_chance else ""
         if "prompts" in task:
             line += f"   {task['prompt_median']:.2f} ({task['prompt_spread']:.2f})"
@@ -168,7 +171,7 @@ def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     chances = [asked[task].get("chance") for task in tasks]
     if any(chance is not None for chance in chances):
         columns.append(["chance", *chances, mean_chance({"tasks": asked})])
-    names = ["task", *tasks, "mean over tasks"]
+    names = ["task", *map(one_line, tasks), "mean over tasks"]
     width = max(map(len, names))
     widths = [max(7, len(column[0])) for column in columns]
     lines = []
