@@ -25,7 +25,7 @@ from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
-from mhr_scale.families.table import complete
+from mhr_scale.families.table import read_config
 from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
@@ -135,7 +135,9 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             "bnb_4bit_compute_dtype": dtype,
         },
     }
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    assert blueprint.folder is not None
+    _, model_config, _ = read_config(blueprint.folder)
+    options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
     if config.quantise != "none":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             **settings[config.quantise]
@@ -164,7 +166,8 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             f"backbone.name: transformers has tied {tied} of {config.name}, which is a tensor of "
             "its own in the checkpoint; use adapt, which reads it as it is"
         )
-    complete(model.config, family)
+    # as our own models answer: what a generation_config.json says is no part of a recipe
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
     model.requires_grad_(False)
     quantise.keep_format(model)
     set_dropout(model, config.dropout)
