@@ -18,7 +18,13 @@ from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
-from mhr_scale.backbone.shards import Weight, name_shard, plan_shards, write_index
+from mhr_scale.backbone.shards import (
+    Weight,
+    name_shard,
+    named_in_errors,
+    plan_shards,
+    write_index,
+)
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.backbone.weights import SafetensorsSource, read_whole
 from mhr_scale.config import BackboneConfig
@@ -93,7 +99,8 @@ def write_merged(
             merged = merge(weight.name, stored, pairs, scale=scale)
             tensors[weight.name] = merged.to(weight.dtype).contiguous()
             files[weight.name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with named_in_errors(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         progress.advance(file)
     progress.close()
     if len(shards) > 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mhr_scale.backbone.shards import first_cut
 from mhr_scale.errors import BackboneError, first_line, shortened
+from mhr_scale.run.files import as_size
 from mhr_scale.run.runlog import log
 from mhr_scale.seeds import seed_from
 
@@ -260,7 +261,7 @@ def _look_at_old_format(file: Path) -> None:
         raise BackboneError(f"{file}: not a readable checkpoint (its end is missing); {AGAIN}")
     if size > LARGE:
         log.warning(
-            "%s: torch's old format cannot be memory-mapped; %.1f GB go into memory",
+            "%s: torch's old format cannot be memory-mapped; %s go into memory",
             file,
-            size / 1e9,
+            as_size(size),
         )

@@ -199,8 +199,9 @@ def test_a_large_file_in_torchs_old_format_is_told_to_fill_memory(
     torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
     monkeypatch.setattr("mhr_scale.backbone.weights.LARGE", 100)
     open_weights(folder)
+    size = f"{file.stat().st_size / 1000:.1f} kB"
     assert caplog.messages == [
-        f"{file}: torch's old format cannot be memory-mapped; 0.0 GB go into memory"
+        f"{file}: torch's old format cannot be memory-mapped; {size} go into memory"
     ]
 
 
