@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.reference_checkpoints import read_safetensors
 from mhr_scale.backbone import hub, quantise
-from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
@@ -121,10 +121,16 @@ def load_model(
 
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
-    """The frozen backbone as transformers loads it."""
+    """The frozen backbone as transformers loads it.
+
+    Raises `BackboneError` for weights that our own loader refuses too: transformers would drop
+    those that it does not know.
+    """
     import transformers
     from transformers.utils import logging
 
+    with torch.device("meta"):
+        plan_copies(make_model(blueprint), blueprint)
     dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
         "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
@@ -151,7 +157,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     except (OSError, ValueError, RuntimeError) as error:
         raise BackboneError(
             f"backbone.name: transformers does not load {config.name} ({first_line(error)}); fetch "
-            "it again"
+            "it again, or use adapt, which reads it itself"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

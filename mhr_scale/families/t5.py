@@ -82,6 +82,11 @@ class T5(EncoderDecoder):
                 raise BackboneError(f"{place}: {name} {size} is not {bound}")
         _check_attention(config, place)
         _check_tokens(config, place)
+        if not config.is_encoder_decoder:
+            raise BackboneError(
+                f"{place}: is_encoder_decoder is false, and an encoder alone is no backbone; use "
+                "the whole T5"
+            )
         if not 0.0 <= config.dropout_rate < 1.0:
             raise BackboneError(f"{place}: dropout_rate {config.dropout_rate} is not in [0, 1)")
         if config.dense_act_fn not in ACT2FN:
@@ -205,7 +210,7 @@ def _check_tokens(config: Any, place: str) -> None:
 
 def _says_tied(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json says, or leaves it to T5, that the head is the embedding."""
-    return raw.get("tie_word_embeddings", True) is not False
+    return raw.get("tie_word_embeddings") is not False
 
 
 def _check_attention(config: Any, place: str) -> None:

@@ -135,6 +135,9 @@ def test_a_bin_file_of_something_else_is_named(make, content, expected):
             {**CARD, "auto_map": {"AutoModelForSeq2SeqLM": "modeling.Own"}},
             "config.json: auto_map asks for code of its own",
         ),
+        ({**CARD, "tie_word_embeddings": "false"}, "tie_word_embeddings 'false' is neither true"),
+        ({**CARD, "tie_word_embeddings": 0}, "tie_word_embeddings 0 is neither true nor false"),
+        ({**CARD, "is_encoder_decoder": False}, "config.json: is_encoder_decoder is false"),
         (
             {**CARD, "eos_token_id": [1, 2]},
             "config.json: eos_token_id [1, 2] is a list, and a T5 has one",

@@ -9,6 +9,7 @@ from small_t5 import CARD, small_t5
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
+from mhr_scale.errors import BackboneError
 from mhr_scale.exchange import stock
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5 import EMBEDDING, EMBEDDING_ALIASES, GATED
@@ -48,11 +49,25 @@ def assert_same(models):
         {"eos_token_id": None},
         {"decoder_start_token_id": None},
         {"tie_word_embeddings": True},
+        {"tie_word_embeddings": None},
+        {"return_dict": False},
+        {"output_hidden_states": True, "output_attentions": True},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "eager"},
+        {"num_beams": 4, "repetition_penalty": 3.0, "min_length": 4},
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )
 def test_a_configuration_is_read_alike(make, both, original, fields):
     assert_same(both(make(stored(original), {**CARD, **fields})))
+
+
+def test_tensors_that_the_model_has_no_place_for_are_refused_as_elsewhere(make, original):
+    """Transformers would leave them out, here the second block of either stack."""
+    folder = make(stored(original), {**CARD, "num_layers": 1})
+    config = BackboneConfig(name=str(folder), dtype="float32")
+    with pytest.raises(BackboneError, match=r"unknown decoder\.block\.1\."):
+        stock.load_backbone(config, read_blueprint(config), CPU)
 
 
 def test_a_deeper_decoder_is_read_alike(make, both):
