@@ -12,7 +12,7 @@ from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.fingerprint import make as fingerprint_of
 from mhr_scale.backbone.fingerprint import make_questions
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
+from mhr_scale.backbone.weights import PickledSource, RenamedSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.gradients import order_gradients
 from mhr_scale.families.packed import EncodedRow
@@ -68,12 +68,15 @@ def test_the_builtin_backbone_builds(build):
     assert torch.equal(model.shared.weight, expected.float())
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin in the old format", "random"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "bin", "bin in the old format", "random", "renamed"]
+)
 def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind):
     tensors = {"a.weight": torch.randn(7, 5), "b.weight": torch.randn(7, 5)}
     write_weights(tmp_path, tensors, kind)
-    if kind == "random":
-        source = random_source({name: (7, 5) for name in tensors})
+    if kind in ("random", "renamed"):
+        source = random_source({name: (7, 5) for name in ("copy", *tensors)})
+        source = RenamedSource(source, {"a.weight": "copy"}) if kind == "renamed" else source
     else:
         reader = SafetensorsSource if kind == "safetensors" else PickledSource
         source = reader(list(tmp_path.iterdir()))
