@@ -16,7 +16,6 @@ from torch import nn
 
 from mhr_scale.backbone.hub import find_folder
 from mhr_scale.backbone.manifest import Manifest, check_files, check_weights, read_manifest
-from mhr_scale.backbone.shards import DTYPES
 from mhr_scale.backbone.weight_files import open_weights
 from mhr_scale.backbone.weights import RandomSource, RenamedSource, WeightSource, is_equal
 from mhr_scale.config import BackboneConfig
@@ -52,7 +51,8 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     if manifest is not None:
         check_files(folder, manifest)
     source = open_weights(folder)
-    _check_types(source)
+    for name in sorted(source.names()):
+        source.dtype(name)  # raises if it is no weight's
     renamed = family.find_renamed(raw, source.names())
     source = RenamedSource(source, renamed) if renamed else source
     are_equal = cache(partial(is_equal, source))
@@ -82,17 +82,6 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         facts=facts,
         manifest=manifest,
     )
-
-
-def _check_types(source: WeightSource) -> None:
-    """Raise `BackboneError` if a tensor is no float: it would be taken for one without a scale."""
-    for name in sorted(source.names()):
-        dtype = source.dtype(name)
-        if dtype not in DTYPES:
-            raise BackboneError(
-                f"{source.file(name)}: {name} is {dtype}, which is no weight's data type; use the "
-                "original, not a quantised copy (backbone.quantise quantises it)"
-            )
 
 
 def _say(raw: Mapping[str, Any], family: Family, config: Any, place: Path | str) -> None:

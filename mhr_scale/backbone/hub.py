@@ -29,6 +29,8 @@ def find_folder(
     path = Path(name).expanduser()
     if path.is_dir():
         return path if path.name else path.absolute()  # "." would be no name in errors
+    if path.is_file():
+        raise BackboneError(f"{setting}: {name} is a file; give the folder that it lies in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
         raise BackboneError(
             f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "

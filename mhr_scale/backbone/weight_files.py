@@ -70,7 +70,7 @@ def open_weights(folder: Path) -> WeightSource:
 
     Raises `BackboneError` if files are missing, damaged, or not what the index says.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.is_file()}
     others = sorted(name for name in names if name.endswith(SUFFIXES) and name not in NO_WEIGHTS)
     chosen = choose_weights(names)
     if chosen is None:

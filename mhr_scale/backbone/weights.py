@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mhr_scale.backbone.shards import first_cut
+from mhr_scale.backbone.shards import DTYPES, first_cut
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.run.files import as_size
 from mhr_scale.run.runlog import log
@@ -39,7 +39,7 @@ class WeightSource(Protocol):
         """The file that holds a tensor; None if there is no file."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Data type of one tensor."""
+        """Data type of one tensor; no number is read. Raises `BackboneError` unless a float."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -76,10 +76,9 @@ class SafetensorsSource:
         return self._handles[name][1]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Data type of one tensor; no number is read."""
-        handle, _ = self._handles[name]
-        none: Tensor = handle.get_slice(name)[:0] if self.shape(name) else handle.get_tensor(name)
-        return none.dtype
+        """Data type of one tensor, from the file's header."""
+        handle, file = self._handles[name]
+        return _type_of_weight(handle.get_slice(name).get_dtype(), name, file)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -139,7 +138,8 @@ class PickledSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of one tensor."""
-        return self._tensors[name].dtype
+        dtype = self._tensors[name].dtype
+        return _type_of_weight(DTYPES.get(dtype, str(dtype)), name, self._files[name])
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -226,6 +226,20 @@ def is_equal(source: WeightSource, name: str, other: str) -> bool:
         return source.read(of, start, min(start + step, total)).contiguous().view(torch.uint8)
 
     return all(torch.equal(bits(name, at), bits(other, at)) for at in range(0, total, step))
+
+
+def _type_of_weight(kind: str, name: str, file: Path) -> torch.dtype:
+    """The data type by what safetensors calls it; raises `BackboneError` if it is no float.
+
+    Integers, or floats of 8 bits and less, would pass for weights without their scale.
+    """
+    found = next((dtype for dtype, known in DTYPES.items() if known == kind), None)
+    if found is None:
+        raise BackboneError(
+            f"{file}: {name} is {kind.removeprefix('torch.')}, which is no weight's data type; use "
+            "the original, not a quantised copy (backbone.quantise quantises it)"
+        )
+    return found
 
 
 def _fault_of(name: object, tensor: object) -> str | None:

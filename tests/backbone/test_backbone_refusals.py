@@ -162,7 +162,25 @@ def test_weights_that_are_no_floats_are_refused_before_they_are_read(make, origi
     """A saved 8-bit copy: without its scales, integers would pass for weights."""
     tensors = {**stored(original), WO: torch.ones(16, 24).to(dtype)}
     message = message_of(BackboneConfig(name=str(make(tensors, kind=kind))))
-    assert f": {WO} is {dtype}, which is no weight's data type; use the original" in message
+    assert f": {WO} is " in message
+    assert ", which is no weight's data type; use the original, not a quantised copy" in message
+
+
+@pytest.mark.parametrize("kind", [b"F4", b"F6_E2M3", b"U64", b"C64"])
+def test_weights_of_a_type_that_torch_does_not_read_are_refused(make, kind):
+    folder = make({})
+    file = folder / "model.safetensors"
+    n_bytes = {b"F4": 2, b"F6_E2M3": 3, b"U64": 32, b"C64": 32}[kind]
+    header = json.dumps({"a": {"dtype": kind.decode(), "shape": [4], "data_offsets": [0, n_bytes]}})
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(n_bytes))
+    message = message_of(BackboneConfig(name=str(folder)))
+    assert message.startswith(f"{file}: a is {kind.decode()}, which is no weight's data type; ")
+
+
+def test_a_file_is_no_folder(folder):
+    file = folder / "model.safetensors"
+    message = message_of(BackboneConfig(name=str(file)))
+    assert message == f"backbone.name: {file} is a file; give the folder that it lies in"
 
 
 def test_a_folder_without_a_configuration_is_no_backbone(folder):

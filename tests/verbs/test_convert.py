@@ -230,7 +230,7 @@ def test_without_memory_nothing_is_compared(
         (
             "safetensors",
             lambda tensors: tensors.update({WO: torch.zeros(16, 24, dtype=torch.int8)}),
-            f"{WO} is torch.int8",
+            f"{WO} is I8",
         ),
         (
             "bin",
