@@ -123,10 +123,10 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
 
 
 def test_folders_of_the_same_name_are_filled_at_once(tmp_path: Path) -> None:
-    with moved_into_place(tmp_path / "a" / "new") as one:
-        with moved_into_place(tmp_path / "b" / "new") as other:
-            (one / "one").touch()
-            (other / "other").touch()
+    targets = (tmp_path / "a" / "new", tmp_path / "b" / "new")
+    with moved_into_place(targets[0]) as one, moved_into_place(targets[1]) as other:
+        (one / "one").touch()
+        (other / "other").touch()
     assert names(tmp_path) == ["a", "b"]
     assert (names(tmp_path / "a" / "new"), names(tmp_path / "b" / "new")) == (["one"], ["other"])
 
@@ -134,9 +134,9 @@ def test_folders_of_the_same_name_are_filled_at_once(tmp_path: Path) -> None:
 def test_a_target_that_is_being_filled_is_taken(tmp_path: Path) -> None:
     with moved_into_place(tmp_path / "new") as folder:
         (folder / "file").touch()
-        with pytest.raises(RunError, match="name another folder"):
-            with moved_into_place(tmp_path / "new"):
-                pass
+        again = moved_into_place(tmp_path / "new")
+        with pytest.raises(RunError, match="name another folder"), again:
+            pass
     assert names(tmp_path / "new") == ["file"]
 
 
