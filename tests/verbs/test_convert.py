@@ -286,10 +286,11 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
     monkeypatch.setattr(shards.os, "fsync", full)
     text = refused("builtin:toy", tmp_path / "out")
-    assert text == (
+    assert text.startswith(
         f"folder: cannot write to {tmp_path / 'out'} ([Errno 28] No space left on device: "
-        f"'{tmp_path / '.out.unfinished' / 'model-00001-of-00001.safetensors'}'); make room, or "
-        "name a folder on another disk"
+    )
+    assert text.endswith(
+        "/model-00001-of-00001.safetensors'); make room, or name a folder on another disk"
     )
 
 
