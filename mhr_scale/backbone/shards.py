@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.errors import RunError
-from mhr_scale.run.files import named, write_json
+from mhr_scale.run.files import as_size, named, write_json
 
 #: Data types by their names in a header.
 DTYPES = {
@@ -86,8 +86,8 @@ def check_free_space(folder: Path, weights: Sequence[Weight], *, what: str) -> N
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"folder: {what} takes {needed / 1e9:.1f} GB and {folder} has "
-            f"{free / 1e9:.1f} GB left; name a folder on another disk"
+            f"folder: {what} takes {as_size(needed)} and {folder} has {as_size(free)} left; name a "
+            "folder on another disk"
         )
 
 
