@@ -82,7 +82,9 @@ def pipe(draw: random.Random) -> Circumstance:
 
 def closed(draw: random.Random) -> Circumstance:
     """No standard output, error or input at all."""
-    return Circumstance(after=draw.choice([" >&-", " 2>&-", " <&-", " >&- 2>&-"]), codes=(0, 2))
+    return Circumstance(
+        after=draw.choice([" >&-", " 2>&-", " <&-", " >&- 2>&-"]), codes=(0, 2, 141)
+    )
 
 
 def full_device(draw: random.Random) -> Circumstance:

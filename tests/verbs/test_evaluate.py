@@ -136,14 +136,13 @@ def averages(source: Path) -> Path:
 
 
 def test_every_number_of_extra_steps_is_scored_beside_the_backbone_and_chance(
-    averages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level("INFO"):
-        folder = evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
+    folder = evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
     assert sorted(path.name for path in folder.iterdir()) == ["000000", "000002", "bare"]
-    table = caplog.messages[-1].splitlines()
-    assert table[1].split() == ["task", "k", "=", "0", "k", "=", "2", "bare", "chance"]
-    assert table[2].split()[-1] == "20.00"
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["task", "k", "=", "0", "k", "=", "2", "bare", "chance"]
+    assert table[1].split()[-1] == "20.00"
     for name in ("000000", "000002"):
         alone = evaluate(settings(tmp_path / name, averages / "averaged" / name))
         assert scores(folder / name) == scores(alone)

@@ -389,14 +389,13 @@ def test_a_disk_that_fills_up_is_told_with_the_file(
     def full(*arguments: Any, **options: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(merging, "save_file", full)
+    monkeypatch.setattr("mhr_scale.run.tensors.save_file", full)
     with pytest.raises(RunError) as caught:
         run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
-    file = tmp_path / ".out.unfinished" / "model.safetensors"
-    assert str(caught.value) == (
-        f"folder: cannot write to {tmp_path / 'out'} (I/O error: No space left on device (os error "
-        f"28): '{file}'); make room, or name a folder on another disk"
-    )
+    said = str(caught.value)
+    assert said.startswith(f"folder: cannot write to {tmp_path / 'out'} (")
+    assert "No space left on device: " in said
+    assert "model.safetensors'); make room, or name a folder on another disk" in said
     assert list(tmp_path.iterdir()) == []
 
 
