@@ -298,7 +298,7 @@ def _read_tensors(folder: Path, card: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: not a safetensors file ({error})") from error
+        raise AdapterError(f"{file}: not a safetensors file ({error}); copy it again") from error
 
 
 def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:

@@ -12,6 +12,14 @@ from mhr_scale.errors import UserError, first_line
 CHUNK = 1 << 24
 
 
+def as_size(n_bytes: float) -> str:
+    """A number of bytes as text, in the largest unit of which there is a whole one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
 def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) -> str:
     """sha256 of a file; `advance` is called with its name and the bytes of every chunk."""
     digest = hashlib.sha256()

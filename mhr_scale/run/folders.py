@@ -145,7 +145,10 @@ def moved_into_place(target: Path) -> Iterator[Path]:
             os.replace(unfinished, place)
             flush(place.parent)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"folder: cannot write to {target} ({first_line(error)})") from error
+            raise RunError(
+                f"folder: cannot write to {target} ({first_line(error)}); make room, or name a "
+                "folder on another disk"
+            ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

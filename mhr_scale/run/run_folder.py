@@ -179,13 +179,13 @@ def owned_folder(path: Path | str, *, way_out: str = "use another run.folder") -
 
 def check_writable(path: Path) -> None:
     """Raise `RunError` if the folder cannot be made, read or written to."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run.folder: {path} is a file; name a folder")
     parent = path if path.exists() else nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
     if not os.access(parent, os.R_OK | os.X_OK):
         raise RunError(f"run.folder: no permission to read {parent}; name another folder")
-    if path.exists() and not path.is_dir():
-        raise RunError(f"run.folder: {path} is a file; name a folder")
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, str]]:
