@@ -89,7 +89,6 @@ def facts_of(inputs: AdaptInputs, soups: Soups, job: Job) -> dict[str, Any]:
         "kind": variant.kind,
         "adapter": variant.adapter,
         "source_numbers": numbers,
-        "selected_on": inputs.config.selection.on,
         "precision": precision_of(inputs.backbone.facts),
     }
     return {**facts, "soup": list(soups[job])} if job in soups else facts

@@ -18,6 +18,7 @@ from mhr_scale.recipe import strict_yaml, typed
 from mhr_scale.run.files import read_json, read_object
 from mhr_scale.run.runlog import metric_lines
 from mhr_scale.scores import summary
+from mhr_scale.scores.comparison import as_one
 from mhr_scale.training import checkpoint
 
 Kind = Literal[
@@ -70,9 +71,13 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """Data type of the frozen backbone in the last start, quantised or not; empty: unknown."""
-        facts = part(self.starts[-1], "backbone") if self.starts else {}
-        return precision_of(facts or part(self.config, "backbone"))
+        """Data type of the frozen backbone in the last start, quantised or not; empty: unknown.
+
+        And that in which its adapter was stored, if it was not float32.
+        """
+        start = self.starts[-1] if self.starts else {}
+        computed = precision_of(part(start, "backbone") or part(self.config, "backbone"))
+        return as_one(computed, start.get("stored_precision"))
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
@@ -255,10 +260,11 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 
 def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard error of each task's mean; an example with several prompts counts once."""
+    """Standard error of each task's mean; an example under several prompts counts once."""
     examples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
-        examples[score["task"]][str(score.get("example", score["id"]))].append(score["points"])
+        row = str(score.get("example", score["id"])).removesuffix(f"/{score['prompt']}")
+        examples[score["task"]][row].append(score["points"])
     errors = {}
     for task, by_example in examples.items():
         means = [statistics.fmean(points) for points in by_example.values()]

@@ -12,7 +12,7 @@ from mhr_scale.errors import RunError
 from mhr_scale.recipe.reading import as_written
 from mhr_scale.report.runs import Run, extra_steps, method_of, part, read_tree
 from mhr_scale.run.files import read_object
-from mhr_scale.run.run_folder import dotted
+from mhr_scale.run.run_folder import INPUTS, dotted
 from mhr_scale.training.opening import FREE
 
 #: Parts and settings that say where and how fast something ran, or what is kept of it.
@@ -47,7 +47,7 @@ class ScoredAdapter:
 def scored_adapter(run: Run, runs: Sequence[Run]) -> ScoredAdapter:
     """The adapter an evaluation scored; its source is read where it still exists."""
     own = {key: value for key, value in run.config.items() if key != "adapter"}
-    own["precision"] = run.precision
+    own |= {"precision": run.precision, **_rows(run)}
     adapter, routing = run.config.get("adapter"), str(own.get("routing", "own"))
     if not isinstance(adapter, str):
         name = f"{part(own, 'backbone').get('name') or 'random weights'} alone"
@@ -65,6 +65,22 @@ def scored_adapter(run: Run, runs: Sequence[Run]) -> ScoredAdapter:
     name += "-mu" if (steps is not None or routing == "average") and name != "LoRA" else ""
     name += " (soup)" if routing == "soup" else ""
     return _make(name, {"": own, "pretrain.": trained}, average, steps)
+
+
+def _rows(run: Run) -> dict[str, Any]:
+    """The rows that were scored, by their content in place of their folder, where it is known.
+
+    Not where a seed draws them: that differs between seeds.
+    """
+    tasks, file = part(run.config, "tasks"), run.folder / INPUTS
+    if split_seeds(tasks)[1] or not file.is_file():
+        return {}
+    try:
+        inputs = read_object(file, RunError)
+    except RunError:  # the report can do without it
+        return {}
+    rows = {name: told for name, told in inputs.items() if name.startswith("rows of ")}
+    return {"tasks": {k: v for k, v in tasks.items() if k != "folder"}, **rows} if rows else {}
 
 
 def _make(

@@ -40,7 +40,9 @@ def _variant(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict
         "adaptation_numbers": results[0]["trained_numbers"],
         "metrics": sorted({result["metric"] for result in results}),
         "selected_on": _said(results, "selected_on"),
-        "precisions": _said(results, "precision"),
+        "precisions": sorted(
+            {as_one(r.get("precision"), r.get("stored_precision")) for r in results} - {""}
+        ),
         "seeds": list(complete),
         "incomplete_seeds": sorted(set(by_seed) - set(complete)),
     }
@@ -60,6 +62,13 @@ def _variant(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict
             "median_per_task": aggregates["median_per_task"],
         }
     return values
+
+
+def as_one(computed: object, stored: object) -> str:
+    """The precision of a backbone, and that in which its adapter was stored, if not float32."""
+    texts = [str(computed)] if computed else []
+    texts += [f"adapter stored in {stored}"] if stored not in (None, "", "float32") else []
+    return ", ".join(texts)
 
 
 def _said(results: Sequence[Mapping[str, Any]], name: str) -> list[str]:
@@ -82,7 +91,7 @@ def legend(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "optimistic"
         )
     precisions = {name: " or ".join(values["precisions"]) for name, values in variants.items()}
-    if len({said for said in precisions.values() if said}) > 1:
+    if len(set(precisions.values())) > 1:
         listed = ", ".join(f"{name} {said or 'unknown'}" for name, said in precisions.items())
         lines.append(f"precision differs, and scores with it: {listed}")
     return lines

@@ -145,6 +145,18 @@ def test_the_error_of_a_score_is_over_examples_not_over_prompts(tmp_path: Path) 
     assert table.rows[0][-1] == pytest.approx(statistics.stdev([15.0, 25.0]) / 2**0.5)
 
 
+def test_a_row_under_several_prompts_is_one_example_in_the_lines_that_evaluate_writes(
+    tmp_path: Path,
+) -> None:
+    """Their examples are named `row/prompt`."""
+    folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0}, prompts=("p", "q"))
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    named = [{**line, "example": f"{line['example']}/{line['prompt']}"} for line in lines]
+    made_runs.write_lines(folder / "scores.jsonl", named)
+    table = tables(page_of(folder), "evaluations")["Scores by task"]
+    assert table.rows[0][-1] == pytest.approx(statistics.stdev([15.0, 25.0]) / 2**0.5)
+
+
 def test_validation_loss_is_sorted_by_the_first_run(tmp_path: Path) -> None:
     page = page_of(made_runs.pretraining(tmp_path))
     table = tables(page, "validation-by-task")["Validation loss by task"]

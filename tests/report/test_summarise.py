@@ -67,6 +67,22 @@ def test_the_precision_that_scored_counts_not_the_one_of_the_training(tmp_path: 
     assert "precision is float32 (scored_0), bfloat16 (scored_1)" in summarise_runs(folders)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(("ab", "ab"), "2 seeds: "), (("ab", "cd"), "rows of sort is ab (scored_0), cd (scored_1)")],
+)
+def test_rows_are_told_by_their_content_not_by_their_folder(
+    tmp_path: Path, content: tuple[str, str], said: str
+) -> None:
+    folders = seeds(tmp_path, (), ())
+    for folder, rows in zip(folders, content, strict=True):
+        recipe = Path(folder) / "config.yaml"
+        mine = f"tasks: {{suite: jsonl, folder: {folder}}}"
+        recipe.write_text(recipe.read_text().replace("tasks: {suite: toy}", mine))
+        (Path(folder) / "inputs.json").write_text(json.dumps({"rows of sort": rows}))
+    assert said in summarise_runs(folders)
+
+
 def test_other_numbers_of_extra_steps_are_no_seeds(tmp_path: Path) -> None:
     source = made_runs.pretraining(tmp_path / "run")
     mean = made_runs.average(tmp_path / "mean", source, steps=(0, 20))

@@ -173,5 +173,10 @@ def test_mixed_precision_is_told_below_the_table():
     ]
     text = table(compare(mixed))
     assert "precision differs, and scores with it: MHR float32, LoRA bfloat16" in text
+    stored = [
+        {**result, "stored_precision": "bfloat16" if result["variant"] == "LoRA" else "float32"}
+        for result in results()
+    ]
+    assert "MHR unknown, LoRA adapter stored in bfloat16" in table(compare(stored))
     same = table(compare([{**result, "precision": "float32"} for result in results()]))
     assert "precision" not in same
