@@ -1,6 +1,8 @@
 """Check the tasks of a recipe, and fill its token cache.
 
 python launch/data.py RECIPE [a.b=value ...] [--print]
+
+--format text, markdown, csv or latex: how tables are printed.
 """
 
 from mhr_scale.verbs.launching import imported, main
@@ -10,4 +12,4 @@ with imported():
     from mhr_scale.verbs.data import check_data
 
 if __name__ == "__main__":
-    main(PretrainConfig, check_data, about=__doc__)
+    main(PretrainConfig, check_data, about=__doc__, has_tables=True)

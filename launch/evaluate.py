@@ -2,6 +2,8 @@
 
 python launch/evaluate.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processes
+
+--format text, markdown, csv or latex: how tables are printed.
 """
 
 from mhr_scale.verbs.launching import imported, main
@@ -11,4 +13,4 @@ with imported():
     from mhr_scale.verbs.evaluate import evaluate
 
 if __name__ == "__main__":
-    main(EvaluateConfig, evaluate, about=__doc__)
+    main(EvaluateConfig, evaluate, about=__doc__, has_tables=True)

@@ -1,6 +1,8 @@
 """Say what a recipe would take on some machines, and which placement to use.
 
 python launch/plan.py RECIPE [hardware.gpu=A100-80G hardware.gpus=8] [a.b=value ...] [--json]
+
+--format text, markdown, csv or latex: how the table is printed.
 """
 
 from mhr_scale.verbs.launching import imported, main_of_words
@@ -9,4 +11,4 @@ with imported():
     from mhr_scale.verbs.plan import plan
 
 if __name__ == "__main__":
-    main_of_words(plan)
+    main_of_words(plan, has_tables=True)

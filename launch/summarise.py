@@ -1,6 +1,6 @@
 """Print the tables of evaluations again, and of several seeds their aggregates.
 
-python launch/summarise.py RUN [RUN ...]
+python launch/summarise.py RUN [RUN ...] [--format F]
 """
 
 from mhr_scale.verbs.launching import imported, main_of_words
@@ -9,4 +9,4 @@ with imported():
     from mhr_scale.verbs.summarise import summarise_runs
 
 if __name__ == "__main__":
-    main_of_words(summarise_runs)
+    main_of_words(summarise_runs, has_tables=True)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mhr_scale.run.tables import prose, render
+
 COLUMNS = ("alignment", "sparsity", "discreteness", "entropy", "norm", "overlap")
 #: Longer lists are printed up to this many numbers.
 MOST_NUMBERS = 16
@@ -38,7 +40,8 @@ def table(analysis: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
             f"  alignment     {alignment['mean']:.4f} over {len(alignment['tasks'])} tasks of "
             f"{alignment['rows']} rows"
         )
-    return "\n".join([*lines, "", *_by_block(routing, inventory, alignment, blocks)])
+    words = prose("".join(f"{line}\n" for line in lines))
+    return f"{words}\n{_by_block(routing, inventory, alignment, blocks)}"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -47,7 +50,7 @@ def _numbers(values: Sequence[float]) -> str:
     return text + (f" and {rest} more" if rest > 0 else "")
 
 
-def _by_block(routing: Any, inventory: Any, alignment: Any, blocks: Mapping[str, str]) -> list[str]:
+def _by_block(routing: Any, inventory: Any, alignment: Any, blocks: Mapping[str, str]) -> str:
     """One line per block; empty cells where a figure belongs to larger groups than blocks."""
     rows: dict[str, dict[str, list[float | None]]] = {}
     for linear in inventory["linears"]:
@@ -61,12 +64,8 @@ def _by_block(routing: Any, inventory: Any, alignment: Any, blocks: Mapping[str,
     for layer in alignment["layers"] if alignment is not None else ():
         rows[layer["name"]]["alignment"] = [layer["mean"]]
     columns = [column for column in COLUMNS if any(_mean(row.get(column)) for row in rows.values())]
-    width = max(len("block"), *(len(name) for name in rows))
-    lines = [f"  {'block':{width}}" + "".join(f"{column:>14}" for column in columns)]
-    for name, row in rows.items():
-        cells = "".join(f"{_mean(row.get(column)):>14}" for column in columns)
-        lines.append(f"  {name:{width}}{cells}")
-    return lines
+    lines = [[name, *(_mean(row.get(column)) for column in columns)] for name, row in rows.items()]
+    return render(["block", *columns], lines)
 
 
 def _mean(values: Sequence[float | None] | None) -> str:

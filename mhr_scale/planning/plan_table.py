@@ -12,10 +12,12 @@ from mhr_scale.planning.hardware import (
     PRODUCT_SHARE,
 )
 from mhr_scale.planning.kinds import Plan
+from mhr_scale.run.tables import prose, render
 
 #: Names of backbone settings in a recipe whose backbone comes with its adapter.
 RENAMED = {"backbone.dtype": "backbone_dtype", "backbone.quantise": "backbone_quantise"}
 COLUMNS = ("weights", "gathered", "adapter", "gradients", "optimizer", "activations", "logits")
+HEADS = ("weights", "whole", "adapter", "grad", "optim", "activ", "logits")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -34,35 +36,28 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def as_text(plan: Plan) -> str:
     """The plan as a table, the placement to use and why, and the assumptions."""
     machines = plan.machines
-    lines = [
-        f"{plan.kind}: {plan.what}",
+    heads = ["GiB of a rank", *HEADS, "total", plan.rows_are, "most", "s/step", "tokens/s", "limit"]
+    above = (
+        f"{plan.kind}: {plan.what}\n"
         f"on {machines.ranks} x {machines.name} in {machines.nodes} machine(s), "
-        f"{machines.memory / GIB:.1f} GiB each, {machines.usable / GIB:.1f} of it usable",
-        "",
-        f"{'GiB of a rank':34} {'weights':>7} {'whole':>6} {'adapter':>7} {'grad':>6} "
-        f"{'optim':>6} {'activ':>6} {'logits':>6} {'total':>6} | {plan.rows_are:>13} {'most':>5} "
-        f"| {'s/step':>7} {'tokens/s':>9}  limit",
-    ]
-    lines += [_row(estimate) for estimate in plan.estimates]
-    lines.append("")
-    lines += _advice(plan)
-    lines += ["", "Assumed:"] + [f"  {line}" for line in (*plan.notes, *assumptions(plan))]
-    return "\n".join(lines) + "\n"
+        f"{machines.memory / GIB:.1f} GiB each, {machines.usable / GIB:.1f} of it usable\n\n"
+    )
+    notes = [f"  {line}" for line in (*plan.notes, *assumptions(plan))]
+    below = "\n".join(["", *_advice(plan), "", "Assumed:", *notes]) + "\n"
+    table = render(heads, [_row(estimate) for estimate in plan.estimates])
+    return prose(above) + table + prose(below)
 
 
-def _row(estimate: Estimate) -> str:
+def _row(estimate: Estimate) -> list[str]:
     name = estimate.placement.name + (" + recompute" if estimate.recompute != "none" else "")
-    parts = [getattr(estimate.memory, column) / GIB for column in COLUMNS]
-    widths = (7, 6, 7, 6, 6, 6, 6)
-    memory = " ".join(f"{part:{width}.2f}" for part, width in zip(parts, widths, strict=True))
-    head = f"{name:34} {memory} {estimate.memory.total / GIB:6.1f} | {estimate.rows:13} "
+    parts = [f"{getattr(estimate.memory, column) / GIB:.2f}" for column in COLUMNS]
+    total = f"{estimate.memory.total / GIB:.1f}"
+    head = [name, *parts, total, str(estimate.rows), str(estimate.largest_rows)]
     if not estimate.fits:
         why = estimate.why_not or f"{estimate.rows} do not fit"
-        return f"{head}{estimate.largest_rows:5} | does not fit: {why}"
-    return (
-        f"{head}{estimate.largest_rows:5} | {estimate.step_seconds:7.3f} "
-        f"{estimate.tokens_per_second:9,.0f}  {estimate.seconds.limit}"
-    )
+        return [*head, "", "", f"does not fit: {why}"]
+    pace = [f"{estimate.step_seconds:.3f}", f"{estimate.tokens_per_second:,.0f}"]
+    return [*head, *pace, estimate.seconds.limit]
 
 
 def _advice(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mhr_scale.errors import one_line
+from mhr_scale.run.tables import prose, render
 from mhr_scale.scores.summary import aggregate
 
 
@@ -98,46 +99,35 @@ def legend(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def table(compared: Mapping[str, Any]) -> str:
-    """Two tables as lines of text: a line per variant, and a line per task."""
+    """Two tables: a line per variant, and a line per task."""
     variants = compared["variants"]
-    names = {name: marked(name, values) for name, values in variants.items()}
-    width = max(len("variant"), *(len(name) for name in names.values()))
-    lines = [
-        f"{'variant':{width}}  {'multi-task':>10}  {'adaptation':>10}  {'mean':>6}  "
-        f"{'+- seeds':>8}  {'medians':>7}  seeds"
-    ]
+    heads = ["variant", "multi-task", "adaptation", "mean", "+- seeds", "medians", "seeds"]
+    rows = []
     for name, values in variants.items():
         counts = (values["multi_task_numbers"], values["adaptation_numbers"])
-        line = f"{names[name]:{width}}  {_short(counts[0]):>10}  {_short(counts[1]):>10}  "
+        means = ["-", "-", "-"]
         if values["seeds"]:
-            line += f"{values['mean']:6.2f}  {values['std_over_seeds']:8.2f}  "
-            line += f"{values['mean_of_medians']:7.2f}  {len(values['seeds'])}"
-        else:
-            line += f"{'-':>6}  {'-':>8}  {'-':>7}  0"
+            found = (values["mean"], values["std_over_seeds"], values["mean_of_medians"])
+            means = [f"{mean:.2f}" for mean in found]
+        seeds = str(len(values["seeds"]))
         if values["incomplete_seeds"]:
-            line += f" (unfinished: {', '.join(map(str, values['incomplete_seeds']))})"
-        lines.append(line)
-    lines += legend(variants)
+            seeds += f" (unfinished: {', '.join(map(str, values['incomplete_seeds']))})"
+        rows.append([marked(name, values), *map(_short, counts), *means, seeds])
+    text = render(heads, rows) + prose("".join(f"{line}\n" for line in legend(variants)))
     complete = {name: values for name, values in variants.items() if values["seeds"]}
-    if complete:
-        lines += ["", *_per_task(complete, compared["tasks"])]
-    return "\n".join(lines) + "\n"
+    return f"{text}\n{_per_task(complete, compared['tasks'])}" if complete else text
 
 
-def _per_task(variants: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+def _per_task(variants: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
     """Median over seeds of every task and variant."""
-    names = [one_line(task) for task in tasks]
-    width = max(map(len, ["task (median over seeds)", *names]))
-    columns = {name: max(7, len(name)) for name in variants}
-    head = f"{'task (median over seeds)':{width}}"
-    lines = [head + "".join(f"  {name:>{columns[name]}}" for name in variants)]
-    for task, shown in zip(tasks, names, strict=True):
-        cells = [
-            f"  {values['median_per_task'][task]:{columns[name]}.2f}"
-            for name, values in variants.items()
+    rows = [
+        [
+            one_line(task),
+            *(f"{values['median_per_task'][task]:.2f}" for values in variants.values()),
         ]
-        lines.append(f"{shown:{width}}" + "".join(cells))
-    return lines
+        for task in tasks
+    ]
+    return render(["task (median over seeds)", *map(one_line, variants)], rows)
 
 
 def _short(count: int) -> str:

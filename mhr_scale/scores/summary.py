@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import RunError, one_line, some
+from mhr_scale.run.tables import render
 
 SCORES = "scores.jsonl"
 
@@ -130,28 +131,28 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """A summary as lines of text."""
-    tasks = summary["tasks"]
-    chance = mean_chance(summary)
-    names = {name: one_line(name) for name in tasks}
-    width = max(map(len, ["mean over examples", *names.values()]))
-    head = f"{'task':{width}}  {'metric':12} {'examples':>8} {'mean':>7}"
-    has_chance = any("chance" in task for task in tasks.values())
-    head += f" {'chance':>7}" if has_chance else ""
-    lines = [f"{head}   prompts: median (spread)"]
-    for name, task in tasks.items():
-        line = (
-            f"{names[name]:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+    """A summary as a table."""
+    tasks = summary["tasks"].values()
+    optional = {
+        "chance": [task.get("chance") for task in tasks],
+        "median over prompts": [task.get("prompt_median") for task in tasks],
+        "spread": [task.get("prompt_spread") for task in tasks],
+    }
+    shown = {head: cells for head, cells in optional.items() if any(c is not None for c in cells)}
+    rows = [
+        [one_line(name), task["metric"], str(task["examples"]), _points(task["mean"]), *more]
+        for (name, task), *more in zip(
+            summary["tasks"].items(),
+            *([_points(cell, none="") for cell in cells] for cells in shown.values()),
+            strict=True,
         )
-        line += f" {_points(task.get('chance')):>7}" if has_chance else ""
-        if "prompts" in task:
-            line += f"   {task['prompt_median']:.2f} ({task['prompt_spread']:.2f})"
-        lines.append(line)
+    ]
     for key in ("mean_over_tasks", "mean_over_examples"):
-        line = f"{key.replace('_', ' '):{width}}  {'':12} {'':8} {summary[key]:7.2f}"
-        line += f" {_points(chance):>7}" if has_chance and key == "mean_over_tasks" else ""
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+        row = [key.replace("_", " "), "", "", _points(summary[key]), *[""] * len(shown)]
+        if "chance" in shown and key == "mean_over_tasks":
+            row[4] = _points(mean_chance(summary))
+        rows.append(row)
+    return render(["task", "metric", "examples", "mean", *shown], rows)
 
 
 def mean_chance(summary: Mapping[str, Any]) -> float | None:
@@ -172,23 +173,15 @@ def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     if any(chance is not None for chance in chances):
         columns.append(["chance", *chances, mean_chance({"tasks": asked})])
     names = ["task", *map(one_line, tasks), "mean over tasks"]
-    width = max(map(len, names))
-    widths = [max(7, len(column[0])) for column in columns]
-    lines = []
-    for number, name in enumerate(names):
-        cells = [
-            f"  {_points(column[number]):>{size}}"
-            for column, size in zip(columns, widths, strict=True)
-        ]
-        lines.append(f"{name:{width}}" + "".join(cells))
-    return "\n".join(lines) + "\n"
+    head, *rows = zip(names, *(map(_points, column) for column in columns), strict=True)
+    return render(head, rows)
 
 
-def _points(value: Any) -> str:
-    """A score as tables show it; a head as it is, and a dash where there is none."""
+def _points(value: Any, *, none: str = "-") -> str:
+    """A score as tables show it; a head as it is, and `none` where there is no score."""
     if isinstance(value, str):
         return value
-    return "-" if value is None else f"{value:.2f}"
+    return none if value is None else f"{value:.2f}"
 
 
 def _mean(values: Sequence[float]) -> Any:

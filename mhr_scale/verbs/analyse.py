@@ -201,7 +201,7 @@ def rank0_report(
     write_json(file, analysis)
     blocks = {site.name: site.routing_group("block", 1) for site in adapter.sites}
     log.info("analysis in %s", file)
-    write_result(table(analysis, blocks) + "\n")
+    write_result(table(analysis, blocks))
 
 
 def describe(

@@ -4,14 +4,17 @@ With `run.token_cache` it fills the cache from which later runs of the recipe re
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import DataError
+from mhr_scale.rows.encode import Cuts
 from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run.runlog import rank
 from mhr_scale.run.streams import write_result
+from mhr_scale.run.tables import prose, render
 from mhr_scale.tasks.task import Intake
 
 SHOWN_REJECTS = 10
@@ -53,29 +56,38 @@ def check_refused(tokens: TokenSet, *, on_bad: str) -> None:
 def report(tokens: TokenSet) -> str:
     """The table of tasks, its totals, and the first refused rows."""
     refused = Counter(reject["task"] for reject in tokens.rejects)
-    width = max([len("total"), *(len(card.name) for card in tokens.cards)])
-    head = f"{'task':{width}}  {'train':>8} {'held out':>8} {'in':>6} {'out':>6} {'cut in':>7} "
-    lines = [f"{head}{'cut out':>7} {'dropped':>7} {'refused':>7}   (in, out: mean tokens)"]
-    for card in tokens.cards:
-        facts = card.cuts.facts()
-        lines.append(
-            f"{card.name:{width}}  {card.n_train:8} {card.n_validation:8} "
-            f"{card.mean_input_tokens:6.1f} {card.mean_target_tokens:6.1f} "
-            f"{facts['cut_input_share']:7.1%} {facts['cut_target_share']:7.1%} "
-            f"{card.cuts.dropped:7} {refused[card.name]:7}"
+    heads = ["task", "train", "held out", "mean in", "mean out", "cut in", "cut out"]
+    table = [
+        _row(
+            card.name,
+            (card.n_train, card.n_validation),
+            (card.mean_input_tokens, card.mean_target_tokens),
+            card.cuts,
+            refused[card.name],
         )
-    facts, rows = tokens.cuts.facts(), max(1, sum(card.n_train for card in tokens.cards))
+        for card in tokens.cards
+    ]
+    rows = sum(card.n_train for card in tokens.cards)
     means = [
-        sum(getattr(card, name) * card.n_train for card in tokens.cards) / rows
+        sum(getattr(card, name) * card.n_train for card in tokens.cards) / max(1, rows)
         for name in ("mean_input_tokens", "mean_target_tokens")
     ]
-    lines.append(
-        f"{'total':{width}}  {rows:8} {sum(card.n_validation for card in tokens.cards):8} "
-        f"{means[0]:6.1f} {means[1]:6.1f} {facts['cut_input_share']:7.1%} "
-        f"{facts['cut_target_share']:7.1%} {tokens.cuts.dropped:7} {len(tokens.rejects):7}"
-    )
-    for reject in tokens.rejects[:SHOWN_REJECTS]:
-        lines.append(f"refused {reject['place']}: {reject['reason']} (task {reject['task']})")
+    held_out = sum(card.n_validation for card in tokens.cards)
+    table.append(_row("total", (rows, held_out), means, tokens.cuts, len(tokens.rejects)))
+    lines = [
+        f"refused {reject['place']}: {reject['reason']} (task {reject['task']})"
+        for reject in tokens.rejects[:SHOWN_REJECTS]
+    ]
     if len(tokens.rejects) > SHOWN_REJECTS:
         lines.append(f"... and {len(tokens.rejects) - SHOWN_REJECTS} more")
-    return "\n".join(lines) + "\n"
+    words = prose("".join(f"{line}\n" for line in lines))
+    return render([*heads, "dropped", "refused"], table) + words
+
+
+def _row(
+    name: str, counts: Sequence[int], means: Sequence[float], cuts: Cuts, refused: int
+) -> list[str]:
+    facts = cuts.facts()
+    shares = [f"{facts[key]:.1%}" for key in ("cut_input_share", "cut_target_share")]
+    numbers = [*map(str, counts), *(f"{mean:.1f}" for mean in means), *shares]
+    return [name, *numbers, str(cuts.dropped), str(refused)]

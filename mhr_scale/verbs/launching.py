@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mhr_scale.errors import EngineError, ExitCode, UserError
 from mhr_scale.recipe.reading import help_page, parse, to_yaml
-from mhr_scale.run import failures, launch_environment, stopping, streams
+from mhr_scale.run import failures, launch_environment, stopping, streams, tables
 from mhr_scale.run.runlog import log, rank, start_logging, world_size
 
 T = TypeVar("T")
@@ -118,15 +118,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def main(schema: type[T], verb: Callable[[T], object], *, about: str) -> NoReturn:
-    """Run `verb` on the recipe named on the command line, or print it under `--print`."""
+def main(
+    schema: type[T], verb: Callable[[T], object], *, about: str, has_tables: bool = False
+) -> NoReturn:
+    """Run `verb` on the recipe named on the command line, or print it under `--print`.
+
+    A verb that `has_tables` prints them as `--format` says.
+    """
 
     def action() -> None:
-        page = help_page(schema, sys.argv[1:], about=about)
+        words, name = take_format(sys.argv[1:]) if has_tables else (sys.argv[1:], "text")
+        page = help_page(schema, words, about=about)
         if page is None:
-            command = parse(schema, sys.argv[1:], about=about)
+            command = parse(schema, words, about=about)
             if not command.print_only:
-                verb(command.config)
+                with tables.printed_as(name):
+                    verb(command.config)
                 return
             page = to_yaml(command.config) + _ds_text(command.config)
         if rank() == 0:
@@ -135,17 +142,33 @@ def main(schema: type[T], verb: Callable[[T], object], *, about: str) -> NoRetur
     guarded(action)
 
 
-def main_of_words(verb: Callable[[Sequence[str]], str]) -> NoReturn:
+def main_of_words(verb: Callable[[Sequence[str]], str], *, has_tables: bool = False) -> NoReturn:
     """Run a verb that parses the command line itself, and print the text it returns.
 
     Only rank 0 works; other processes of a launcher return at once.
     """
 
     def action() -> None:
+        words, name = take_format(sys.argv[1:]) if has_tables else (sys.argv[1:], "text")
         if rank() == 0:
-            streams.write_result(verb(sys.argv[1:]))
+            with tables.printed_as(name):
+                streams.write_result(verb(words))
 
     guarded(action)
+
+
+def take_format(argv: Sequence[str]) -> tuple[list[str], str]:
+    """A command line without its `--format NAME`, or `--format=NAME`, and the name."""
+    words: list[str] = []
+    found = "text"
+    rest = iter(argv)
+    for word in rest:
+        option, _, name = word.partition("=")
+        if option == "--format":
+            found = name or next(rest, "")
+        else:
+            words.append(word)
+    return words, found
 
 
 def _ds_text(config: Any) -> str:

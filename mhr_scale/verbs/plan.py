@@ -11,7 +11,7 @@ from mhr_scale.recipe.reading import check_recipe_given, help_text, load, load_s
 
 USAGE = (
     "python launch/plan.py RECIPE [hardware.x=value ...] [workload.x=value ...] [a.b=value ...] "
-    "[--json]"
+    "[--json] [--format text|markdown|csv|latex]"
 )
 #: Settings of the plan itself; every other one overrides the recipe.
 PLAN_SETTINGS = ("hardware.", "workload.")

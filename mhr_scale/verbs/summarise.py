@@ -11,9 +11,10 @@ from mhr_scale.errors import ConfigError, RunError, counted
 from mhr_scale.recipe.reading import as_written, split_words
 from mhr_scale.report.runs import Run, open_runs
 from mhr_scale.report.scored_adapters import find_differences, scored_adapter
+from mhr_scale.run.tables import prose
 from mhr_scale.scores import summary
 
-USAGE = "python launch/summarise.py RUN [RUN ...]"
+USAGE = "python launch/summarise.py RUN [RUN ...] [--format text|markdown|csv|latex]"
 #: How many differing settings are listed at most.
 SHOWN = 8
 
@@ -32,7 +33,7 @@ def summarise_runs(arguments: Sequence[str]) -> str:
     if not folders:
         raise ConfigError(f"no run given; usage: {USAGE}")
     runs = read_runs(folders)
-    text = "".join(f"{run.folder}\n{summary.table(run.summary)}\n" for run in runs)
+    text = "".join(prose(f"{run.folder}\n") + summary.table(run.summary) + "\n" for run in runs)
     return text + (together(runs) if len(folders) > 1 else "")
 
 
@@ -65,13 +66,13 @@ def together(runs: Sequence[Run]) -> str:
         listed = "".join(f"  {reason}\n" for reason in reasons[:SHOWN])
         rest = len(reasons) - SHOWN
         listed += f"  and {counted(rest, 'further difference')}\n" if rest > 0 else ""
-        return (
-            f"{summary.side_by_side(summaries)}\nnot averaged: {counted(len(runs), 'run')} that "
-            f"are not seeds of one setting\n{listed}"
+        words = (
+            f"not averaged: {counted(len(runs), 'run')} that are not seeds of one setting\n{listed}"
         )
+        return f"{summary.side_by_side(summaries)}\n{prose(words)}"
     aggregates = summary.aggregate(list(summaries.values()))
     mean, deviation = aggregates["mean_then_std"]
-    return (
+    return prose(
         f"{aggregates['seeds']} seeds: median over seeds per task, mean over tasks "
         f"{aggregates['median_then_mean']:.2f}; mean over tasks {mean:.2f} +- {deviation:.2f} "
         "(standard deviation over seeds)\n"

@@ -122,7 +122,7 @@ def test_a_table_is_printed(
     assert any(
         line.startswith("  alignment ") and "over 3 tasks of 2 rows" in line for line in lines
     )
-    (block,) = (line.split() for line in lines if line.startswith("  decoder.block.1 "))
+    (block,) = (line.split() for line in lines if line.startswith("decoder.block.1 "))
     assert block[1] == f"{found['alignment']['layers'][3]['mean']:.4f}"
 
 
