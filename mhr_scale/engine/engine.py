@@ -61,7 +61,7 @@ class Engine:
         self.device = torch.device("cpu") if device is None else device
         if device is not None:
             return
-        on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        on_gpu = _is_on_gpu()
         if not on_gpu and self.world_size > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
         if on_gpu:
@@ -251,6 +251,22 @@ class Engine:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_on_gpu() -> bool:
+    """Whether this rank takes a GPU; raises `EngineError` if there is none for it."""
+    wanted = os.environ.get("DS_ACCELERATOR")
+    if wanted == "cpu":
+        return False
+    number, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if wanted == "cuda" and not n_gpus:
+        raise EngineError("DS_ACCELERATOR=cuda, but torch finds no GPU here; set it to cpu")
+    if n_gpus and number >= n_gpus:
+        raise EngineError(
+            f"LOCAL_RANK={number}, but this machine has {n_gpus} GPU(s); start as many ranks as it "
+            "has, or set DS_ACCELERATOR=cpu"
+        )
+    return torch.cuda.is_available()
 
 
 class _ModuleSequence:

@@ -7,10 +7,12 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from processes import free_port
 
 from mhr_scale.engine import meeting
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import EngineError
 
 SHORT, LONG = timedelta(seconds=0.5), timedelta(seconds=60)
@@ -83,3 +85,19 @@ def test_a_port_in_use_is_named(port: str) -> None:
         other.listen()
         with pytest.raises(EngineError, match=f"port {port} of this machine is in use"):
             meet(0, 2, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "variables", "message"),
+    [
+        (0, {"DS_ACCELERATOR": "cuda"}, "torch finds no GPU here; set it to cpu"),
+        (2, {"LOCAL_RANK": "2"}, r"LOCAL_RANK=2, but this machine has 2 GPU\(s\)"),
+    ],
+)
+def test_a_rank_without_a_gpu_of_its_own_says_so(n_gpus, variables, message, monkeypatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError, match=message):
+        Engine({}, timeout_seconds=1.0)
