@@ -1,11 +1,14 @@
 """What launchers set, found good before anything relies on it."""
 
 import subprocess
+import sys
 
 import pytest
 
+from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import EngineError
 from mhr_scale.run import launch_environment, runlog
+from mhr_scale.verbs import launching
 
 GOOD = {
     "RANK": "1",
@@ -69,3 +72,12 @@ def test_where_git_is_absent_or_refuses_the_commit_is_unknown(monkeypatch) -> No
     monkeypatch.delenv("GIT_DIR")
     monkeypatch.setattr(subprocess, "run", absent)
     assert runlog.provenance()["git_commit"] == "unknown"
+
+
+def test_a_launch_of_a_malformed_environment_is_one_line_and_code_2(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "r.yaml"])
+    with pytest.raises(SystemExit) as left:
+        launching.main(PretrainConfig, print, about="pretrain RECIPE")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: RANK='x': must be a number; ")
