@@ -84,7 +84,8 @@ class ProtocolConfig:
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 after the warm-up, or none."""
     loss: Literal["t_few", "language_model"] = "t_few"
-    """t_few: likelihood, ranking and unlikelihood over the choices; or of the target alone."""
+    """t_few: likelihood, ranking and unlikelihood over the choices, for a row without choices the
+    likelihood alone; language_model: the likelihood of the target alone for all."""
     label_smoothing: float = 0.0
     """language_model: share of the target's probability spread over the vocabulary."""
     normalise: Literal["tokens", "examples"] = "tokens"

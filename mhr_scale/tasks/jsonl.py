@@ -12,10 +12,10 @@ place, or one without a usable row, is an error. Fold names cannot be task names
 
 Fields of a row: `input` and `target` (strings, required); `task`, `id` (strings), `targets` (all
 accepted references; `target` comes first whether it is listed or not), `choices` (strings, at
-least two, the target among them), `label` (index of the target in `choices`; derived where absent)
-and `meta` (an object, not read). An optional field that is null counts as absent. Texts are kept
-as they are, white space included; nothing is converted to a string. A row without an `id` gets
-`<file stem>:<line>`, or `<path below the folder, no suffix>:<line>` where the folder does not name
+least two different ones, the target among them), `label` (index of the target in `choices`; derived
+where absent) and `meta` (an object, not read). An optional field that is null counts as absent.
+Texts are kept as they are, white space included; nothing is converted to a string. A row without an
+`id` gets `<file stem>:<line>`, or `<path below the folder, no suffix>:<line>` where the folder does not name
 its task, so that ids are unique in a task over all its folds.
 
 A task without a single validation row sets some of its training rows aside.
@@ -218,8 +218,8 @@ def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
         return "label -1 (hidden test label) cannot be scored"
     if not choices:
         return None if label is None else "label without choices"
-    if len(choices) < 2:
-        return "fewer than two choices"
+    if len(set(choices)) < 2:
+        return "fewer than two different choices"
     if label is not None and not 0 <= label < len(choices):
         return f"label {label} is out of range for {len(choices)} choices"
     if target not in choices:
