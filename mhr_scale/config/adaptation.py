@@ -1,6 +1,6 @@
 """Settings of `adapt`: which few-shot jobs there are, how they train, when they stop."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Literal
 
 from mhr_scale.adapters.config import AdapterConfig
@@ -54,9 +54,11 @@ class VariantConfig:
 class SelectionConfig:
     """Which of a job's checkpoints is kept."""
 
-    on: Literal["test", "validation", "shots", "last"] = "test"
+    on: Literal["test", "validation", "shots", "held_out", "last"] | None = None
     """test: the reported rows themselves (the reference on T0; optimistic); validation: the
-    suite's validation rows; shots: those set aside; last: no selection."""
+    suite's validation rows; shots: those set aside; last: no selection; held_out: validation for
+    tasks that have rows of it beside the reported ones, last for the others. Null: held_out for
+    your own tasks (jsonl), test for the others."""
     every_epochs: int = 50
     """Epochs between evaluations."""
     at_start: bool = True
@@ -187,5 +189,8 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if not self.variants or "" in self.variants:
             raise ConfigError("variants: name at least one, and each of them")
+        if self.selection.on is None:
+            chosen = replace(self.selection, on=self.tasks.selects_on)
+            object.__setattr__(self, "selection", chosen)  # a default that hangs on the suite
         if self.selection.on == "shots" and not self.shots.set_aside:
             raise ConfigError("selection.on: shots needs shots.set_aside, the shots to select on")

@@ -41,6 +41,7 @@ class JobData:
     config: AdaptConfig
     test: ScoredSet
     selection: ScoredSet | None
+    selects_on: str
     _encoder: Encoder
     _rows: dict[tuple[str, tuple[str, ...]], EncodedRow] = field(default_factory=dict)
     _epoch: tuple[int, tuple[EncodedRow, ...]] = (-1, ())
@@ -135,16 +136,7 @@ def open_data(
     lengths = BatchConfig(
         max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
     )
-    selection: tuple[Example, ...] = ()
-    if config.selection.on == "validation":
-        if not task.validation:
-            raise ConfigError(
-                f"selection.on: validation, but task {task.name} has no validation row; select on "
-                "shots, test or last"
-            )
-        selection = task.validation
-    elif config.selection.on == "shots":
-        selection = few_shot.selection
+    selects_on, selection = _select(few_shot, str(config.selection.on))
 
     def make_set(examples: tuple[Example, ...]) -> ScoredSet:
         scored = replace(task, test=examples)
@@ -157,5 +149,26 @@ def open_data(
         config,
         test=make_set(task.test),
         selection=make_set(selection) if selection else None,
+        selects_on=selects_on,
         _encoder=Encoder(task, tokenizer, lengths, family),
     )
+
+
+def _select(few_shot: FewShotTask, on: str) -> tuple[str, tuple[Example, ...]]:
+    """What a task's checkpoints are selected on, and its rows if they are not the reported ones."""
+    task = few_shot.task
+    if on == "held_out":
+        if not task.validation:
+            log.warning(
+                "task %s: no validation row beside the reported ones, so the last step of every "
+                "job is kept; give it a test file too, or select on shots",
+                task.name,
+            )
+        on = "validation" if task.validation else "last"
+    if on == "validation" and not task.validation:
+        raise ConfigError(
+            f"selection.on: validation, but task {task.name} has no validation row; select on "
+            "shots, test or last"
+        )
+    rows = {"validation": task.validation, "shots": few_shot.selection}
+    return on, rows.get(on, ())

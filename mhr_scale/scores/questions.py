@@ -36,7 +36,7 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
         "id": question.id,
         "task": question.task,
         "example": example.id,
-        "prompt": example.id.partition("/")[2],
+        "prompt": example.prompt,
         "metric": question.metric,
     }
     if question.metric == "accuracy":

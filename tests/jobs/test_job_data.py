@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_jobs import make_config, make_data, make_examples, make_few_shot, make_task, tokenizer
 
-from mhr_scale.config import SelectionConfig, ShotsConfig
+from mhr_scale.config import JsonlTasks, SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5 import GATED
@@ -240,6 +240,24 @@ def test_validation_rows_select():
     data = opened(task, on("validation"))
     assert asked(data.selection) == [f"validation:{n}" for n in range(5)]
     assert len(data.test.rows) == 3
+
+
+def test_what_is_held_out_selects_where_there_is_any():
+    task = make_task("rows", validation=make_examples("rows", "validation", 5))
+    data = opened(task, on("held_out"))
+    assert (data.selects_on, len(data.selection.rows)) == ("validation", 5)
+    data = opened(make_task("rows"), on("held_out"))
+    assert (data.selects_on, data.selection) == ("last", None)
+
+
+def test_own_tasks_are_not_selected_on_the_reported_rows_by_default():
+    config = make_config()
+    own = JsonlTasks(suite="jsonl", folder="nowhere")
+    found = [
+        replace(config, tasks=tasks, selection=SelectionConfig()).selection.on
+        for tasks in (config.tasks, own)
+    ]
+    assert found == ["test", "held_out"]
 
 
 def test_a_task_without_validation_rows_cannot_select_on_them():

@@ -299,7 +299,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_folder_without_rows_explains_the_layouts(tmp_path):
-    with pytest.raises(DataError, match=r"no JSONL file; expected <task>/train\.jsonl"):
+    with pytest.raises(DataError, match=r"no file of rows; expected <task>/train\.jsonl"):
         read(tmp_path)
 
 
