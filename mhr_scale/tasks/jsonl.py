@@ -111,6 +111,10 @@ class JsonlTasks(Suite):
         options = _load_options(options_file)
         rows, left_out = _read_rows(files, config=self, intake=intake)
         intake.check()
+        lost = {reject.task: None for reject in intake.rejects if reject.task != "?"}
+        for name in lost.keys() - rows.keys():
+            refused = intake.describe_refused(name)
+            raise DataError(f"{folder}: no usable row of task {name!a}{refused}; mend its rows")
         known = sorted({*rows, *left_out})
         for place, names in ((options_file, options), ("tasks.tasks", self.tasks)):
             for name in sorted(set(names).difference(known)):

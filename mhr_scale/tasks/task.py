@@ -138,6 +138,13 @@ class Intake:
             "mend the data or set on_bad: skip"
         )
 
+    def describe_refused(self, task: str) -> str:
+        """How many rows of a task were refused and why the first was, in brackets; '' if none."""
+        refused = [reject for reject in self.rejects if reject.task == task]
+        if not refused:
+            return ""
+        return f" ({len(refused)} refused, first {refused[0].place}: {refused[0].reason})"
+
     def rows(self) -> list[dict[str, str]]:
         """The refused rows as plain values."""
         return [{**asdict(reject), "place": str(reject.place)} for reject in self.rejects]
@@ -184,7 +191,9 @@ def group_raw(rows: Iterable[Example]) -> list[tuple[Example, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def check_not_empty(task: Task) -> None:
-    """Raise `DataError` if a task has no training example."""
+def check_not_empty(task: Task, *, refused: str = "") -> None:
+    """Raise `DataError` if a task has no training example; `refused` tells of refused rows."""
     if not task.train:
-        raise DataError(f"no training example in task {task.name}; remove the task or give it rows")
+        raise DataError(
+            f"no training example in task {task.name}{refused}; remove the task or give it rows"
+        )
