@@ -189,6 +189,9 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if not self.variants or "" in self.variants:
             raise ConfigError("variants: name at least one, and each of them")
+        for name in self.variants:
+            if not name.isprintable():
+                raise ConfigError(f"variants: {name!a} has a character that cannot be printed")
         if self.selection.on is None:
             chosen = replace(self.selection, on=self.tasks.selects_on)
             object.__setattr__(self, "selection", chosen)  # a default that hangs on the suite
