@@ -5,7 +5,8 @@ into micro batches; micro batch c goes to rank c mod W. So there is little paddi
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, Dataset
@@ -112,12 +113,28 @@ class StepBatches(Dataset[list[Packed]]):
         batches = cut_batches(rows, max_rows=self.config.micro_batch_size)
         return [self.pack(batch) for batch in batches[self.rank :: self.world_size]]
 
-    def load(self, start: int, stop: int) -> DataLoader[list[Packed]]:
+    def load(self, start: int, stop: int) -> Iterator[list[Packed]]:
         """Batches of the steps [start, stop) in order, prepared ahead by `workers` processes."""
-        return DataLoader(
-            self,
+        if not self.config.workers:
+            return (self[step] for step in range(start, stop))
+        loader = DataLoader(
+            _Pickled(self),
             batch_size=None,
             sampler=range(start, stop),
             num_workers=self.config.workers,
             worker_init_fn=stopping.ignore_signals,
         )
+        return map(pickle.loads, loader)
+
+
+@dataclass(frozen=True)
+class _Pickled(Dataset[bytes]):
+    """Batches as bytes, which workers send through a pipe.
+
+    They would put tensors into shared memory, and if it is too small the loader waits for ever.
+    """
+
+    batches: StepBatches
+
+    def __getitem__(self, step: int) -> bytes:
+        return pickle.dumps(self.batches[step])

@@ -105,6 +105,7 @@ class JsonlTasks(Suite):
 
     def read_tasks(self, intake: Intake) -> list[Task]:
         """Read every task below `folder`, sorted by name."""
+        self.check_source()
         folder = Path(self.folder)
         files = _find_files(folder)
         options_file = folder / "tasks.yaml"
@@ -139,8 +140,6 @@ class JsonlTasks(Suite):
 
 def _find_files(folder: Path) -> list[FoldFile]:
     """List the files of rows, training ones first, so that a duplicate is the held-out row."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; set tasks.folder")
     files, unread = [], []
     for path in (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
         inner = path.relative_to(folder)

@@ -8,6 +8,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from mhr_scale.errors import ConfigError, DataError
@@ -93,6 +94,12 @@ class Suite(ABC):
         """Names of the local folders that it may be read from: its `folder`, if it has one."""
         folder = getattr(self, "folder", None)
         return () if folder is None else (folder,)
+
+    def check_source(self) -> None:
+        """Raise `DataError` if a local source is not there, before anything is made of its rows."""
+        folder = getattr(self, "folder", None)
+        if folder is not None and not Path(folder).is_dir():
+            raise DataError(f"tasks.folder: no folder '{folder}' (looked in {Path.cwd()})")
 
     def more_test_rows(self) -> str:
         """How a task gets more rows to evaluate on."""

@@ -99,6 +99,7 @@ class SuperNITasks(Suite):
 
     def read_tasks(self, intake: Intake) -> list[Task]:
         """Read the tasks of one list of a split, sorted by name."""
+        self.check_source()
         folder = Path(self.folder)
         names = _list_tasks(folder, self)
         tasks = [_read_task(folder / "tasks" / f"{name}.json", self, intake) for name in names]

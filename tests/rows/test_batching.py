@@ -1,6 +1,8 @@
 """Rows as batches: references drawn, micro batches cut, tokens packed."""
 
+import multiprocessing
 import random
+import resource
 from functools import partial
 from itertools import chain, pairwise
 
@@ -233,7 +235,10 @@ def numbers_of(packed):
     return tuple(row.number for row in packed.rows)
 
 
-def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5):
+PACK = partial(pack, pad_multiple=8)
+
+
+def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK):
     """The sample numbers of each micro batch of each step, as one rank sees them."""
     sizes = [7, 12, 5]
     rows = [
@@ -250,7 +255,7 @@ def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5):
         config=BatchConfig(batch_size=16, micro_batch_size=2, workers=workers),
         references="first",
         seed=3,
-        pack=partial(pack, pad_multiple=8),
+        pack=pack,
         rank=rank,
         world_size=world_size,
     )
@@ -262,6 +267,19 @@ def test_ranks_together_see_the_stream_of_one_rank(world_size):
     ranks = [stream(rank=rank, world_size=world_size) for rank in range(world_size)]
     together = [list(chain(*zip(*steps, strict=True))) for steps in zip(*ranks, strict=True)]
     assert together == stream()
+
+
+def pack_without_shared_memory(batch):
+    """What `pack` does; a worker may write no byte to a file after it, nor to shared memory."""
+    if multiprocessing.parent_process() is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return pack(batch, pad_multiple=8)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.timeout(60)
+def test_workers_need_no_shared_memory_for_their_batches():
+    assert stream(workers=2, pack=pack_without_shared_memory) == stream()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -285,7 +285,7 @@ def test_an_unlisted_task_is_an_error_even_where_missing_files_are_skipped(tmp_p
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/splits: no such folder"):
+    with pytest.raises(DataError, match=r"tasks\.folder: no folder '.*nowhere'"):
         read(tmp_path / "nowhere")
 
 

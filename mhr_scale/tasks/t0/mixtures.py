@@ -102,6 +102,11 @@ class T0Tasks(Suite):
 
         return TaskStream(len(units), read)
 
+    def check_source(self) -> None:
+        """Raise `DataError` for a source that is a path and not there."""
+        if self.source.startswith((".", "/", "~")) and not Path(self.source).expanduser().is_dir():
+            raise DataError(f"tasks.source: no folder '{self.source}' (looked in {Path.cwd()})")
+
     def folders(self) -> tuple[str, ...]:
         """The source, if it is one, and the templates."""
         return (self.source, *filter(None, (self.templates,)))
