@@ -25,6 +25,7 @@ from typing import Any
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.json_lines import JsonLine, iter_rows
+from mhr_scale.tasks.t0.bounds import UnboundedTemplateError
 from mhr_scale.tasks.t0.held_out_rows import read_saved
 from mhr_scale.tasks.t0.p3 import all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
@@ -106,6 +107,8 @@ def read_examples(
                 dropped += 1
                 continue
             example = _make_example(rendered, id=id, place=line.place, policy=policy)
+        except UnboundedTemplateError:
+            raise
         except ValueError as error:
             intake.refuse(place=line.place, task=config, reason=str(error), text=line.text)
         else:
