@@ -8,7 +8,7 @@ from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.training import OptimConfig, check_timeout
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suite import ShotsConfig
 from mhr_scale.tasks.suites import EvalTasksConfig
 
@@ -150,7 +150,7 @@ class AdaptRunConfig:
         check_timeout(self.timeout_seconds)
 
 
-@part
+@recipe
 class AdaptConfig:
     """Everything `adapt` reads: tasks x seeds x variants are the jobs."""
 

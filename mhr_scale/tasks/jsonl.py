@@ -337,11 +337,7 @@ def _make_task(
 def _load_options(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
-    tasks, places = strict_yaml.read(text, source=str(path), error=DataError)
+    tasks, places = strict_yaml.read_file(path, error=DataError)
     made = {}
     for name, options in tasks.items():
         where = f"{places[(name,)]}: {name}"

@@ -334,6 +334,8 @@ def _make_template(
         if not isinstance(fields.get(name), str) or not fields[name].strip():
             raise DataError(f"{place}: '{name}' of template '{key}' is missing or no text")
     place = f"{place}: template '{fields['name']}'"
+    if not fields["name"].isprintable():
+        raise DataError(f"{place}: its name has a character that cannot be printed")
     if not isinstance(fields.get("answer_choices"), str | None):
         raise DataError(f"{place}: 'answer_choices' is no text")
     if (n_separators := fields["jinja"].count(SEPARATOR)) != 1:
