@@ -28,6 +28,7 @@ __all__ = [
     "printable",
     "shortened",
     "some",
+    "suggest",
 ]
 
 
@@ -99,6 +100,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     completions = [name for name in known if len(word) > 1 and name.startswith(word)]
     matches = completions or get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for a name near a known one, else the first of those known."""
+    names = list(known)
+    return did_you_mean(word, names) or f"; there are: {some(names) or 'none'}"
 
 
 def one_line(text: str) -> str:

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale.errors import DataError, did_you_mean, shortened, some
+from mhr_scale.errors import DataError, did_you_mean, shortened, some, suggest
 from mhr_scale.recipe import strict_yaml
 from mhr_scale.recipe.part import part
 from mhr_scale.tasks.json_lines import JsonLine, kind_of
@@ -119,8 +119,7 @@ class JsonlTasks(Suite):
         known = sorted({*rows, *left_out})
         for place, names in ((options_file, options), ("tasks.tasks", self.tasks)):
             for name in sorted(set(names).difference(known)):
-                hint = did_you_mean(name, known) or f"; there are: {some(known)}"
-                raise DataError(f"{place}: no task '{name}' in {folder}{hint}")
+                raise DataError(f"{place}: no task '{name}' in {folder}{suggest(name, known)}")
         return [
             _make_task(name, folds, options=options.get(name, {}), config=self)
             for name, folds in sorted(rows.items())

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, some, suggest
 from mhr_scale.recipe.part import part
 from mhr_scale.tasks.json_lines import kind_of, no_twins
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
@@ -159,7 +159,7 @@ def _list_tasks(folder: Path, config: SuperNITasks) -> list[str]:
     ]
     problems = []
     if unknown:
-        hint = did_you_mean(unknown[0], listed)
+        hint = suggest(unknown[0], sorted(listed))
         problems.append(f"{path}: {len(unknown)} task(s) not listed: {some(unknown)}{hint}")
     if missing and config.missing == "error":
         problems.append(

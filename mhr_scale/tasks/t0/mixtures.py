@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.errors import ConfigError, DataError, some, suggest
 from mhr_scale.recipe.part import part
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.suite import Suite
@@ -180,7 +180,7 @@ def _choose(config: T0Tasks) -> list[Prompt]:
     if unknown:
         raise DataError(
             f"tasks.tasks: no prompt or data set of mixture {config.mixture} is called "
-            f"{', '.join(unknown)}{did_you_mean(unknown[0], known)}"
+            f"{', '.join(unknown)}{suggest(unknown[0], sorted(known))}"
         )
     if not config.tasks:
         return prompts
