@@ -61,7 +61,7 @@ def read_file(file: File, *, error: type[UserError]) -> tuple[dict[str, Any], di
         with file.open("rb") as opened:
             raw = opened.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
-            raise error(f"{file}: longer than {MOST_BYTES} bytes; is it the file that was meant?")
+            raise error(f"{file}: longer than {MOST_BYTES} bytes, the most that is read")
         return read(raw.decode("utf-8"), source=str(file), error=error)
     except OSError as fault:
         raise error(f"{file}: cannot be read ({fault.strerror})") from fault

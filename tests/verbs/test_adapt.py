@@ -242,6 +242,8 @@ def test_own_tasks_select_on_held_out_rows_where_they_have_some_beside_the_repor
         TASKS[0]: "last",
         TASKS[1]: "validation",
     }
+    stored = json.loads((run / "summary.json").read_text())
+    assert stored["selected_on"] == {TASKS[0]: "last", TASKS[1]: "validation"}
     assert found[TASKS[0]]["evaluations"] == []
     assert [step for step, _ in found[TASKS[1]]["evaluations"]] == [0, 2, 4, 6]
 

@@ -281,11 +281,11 @@ def _read_file(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
 
 def _read_story(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
     """StoryCloze's CSV file, by the fields that templates know."""
-    columns: set[str] = set()
-    for number, line in enumerate(iter_csv(path, task=task.name, intake=intake)):
-        columns = columns or set(line.row)
-        if absent := sorted(STORY_COLUMNS.keys() - columns):
-            raise DataError(f"{path}: not StoryCloze's file, no column {', '.join(absent)}")
+    lines = list(iter_csv(path, task=task.name, intake=intake))
+    columns = lines[0].row.keys() if lines else set()
+    if absent := sorted(STORY_COLUMNS.keys() - columns):
+        raise DataError(f"{path}: not StoryCloze's file, no column {', '.join(absent)}")
+    for number, line in enumerate(lines):
         row = {STORY_COLUMNS.get(key, key): cell for key, cell in line.row.items()}
         yield JsonLine(place=line.place, text=line.text, row={**row, "idx": number})
 
