@@ -39,6 +39,29 @@ def test_a_mistake_under_the_launcher_is_one_line_and_exit_code_two(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_an_installed_package_has_its_data_and_the_deepspeed_files_beside_it(
+    tmp_path: Path,
+) -> None:
+    command = "from setuptools import setup; setup()"
+    words = ["-q", "egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path)]
+    installed = tmp_path / "lib"
+    subprocess.run(
+        [sys.executable, "-c", command, *words, "--build-lib", str(installed)],
+        cwd=ROOT,
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
+    wanted = {
+        path.relative_to(ROOT)
+        for folder, pattern in (("mhr_scale", "*"), ("ds_configs", "*.json"))
+        for path in (ROOT / folder).rglob(pattern)
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert wanted <= found
+
+
 def test_launch_stubs_have_no_loop_and_at_most_forty_lines() -> None:
     for stub in sorted((ROOT / "launch").glob("*.py")):
         text = stub.read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.run.files import read_json, write_json, write_text
+from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, provenance
 from reproduction import claims, rates, results, tables
 from reproduction.pool import Clock, Pool
@@ -92,6 +93,12 @@ def reproduce(options: Options) -> Path:
 
     The same command continues the study. Raises `RunError` at the end if a unit failed.
     """
+    with owned_folder(options.folder, way_out="use another --folder"):
+        return run_study(options)
+
+
+def run_study(options: Options) -> Path:
+    """Run what is not done yet, in a folder that this process owns."""
     folder = options.folder
     opened = [_open(SUITES[name], options) for name in options.suites]
     _check_folder(options)

@@ -7,7 +7,10 @@ never read as a pair.
 """
 
 import filecmp
+import json
+import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +27,13 @@ from mhr_scale.adapters.sites import Site, find_sites
 from mhr_scale.adapters.wrapping import check_bare, detach
 from mhr_scale.errors import AdapterError, UserError
 from mhr_scale.recipe import typed
-from mhr_scale.run.files import hash_file, put_in_place, read_object, write_json
+from mhr_scale.run.files import as_json, flush, hash_file, hash_parts, read_object
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
 CARD = "adapter.json"
+#: Far longer than a save takes to move its second file into place after the first.
+SAVING_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +67,9 @@ def save(
 ) -> Path:
     """Write the artefact into `folder` (made if missing) and return the folder.
 
-    Each file is replaced atomically: the tensors first, then the card with their hash. There is one
-    metadata entry, because the order of several would vary: the same adapter gives the same bytes.
+    Each file is replaced atomically, the card right after the tensors, whose hash it has. There is
+    one metadata entry, because the order of several would vary: the same adapter gives the same
+    bytes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,6 @@ def save(
     partial = folder / f".{TENSORS}.tmp"
     save_file(tensors, partial, metadata={"schema": f"mhr_scale {SCHEMA}"})
     digest = hash_file(partial)
-    put_in_place(partial, folder / TENSORS)
     card = {
         "schema": SCHEMA,
         "method": adapter.config.method,
@@ -87,8 +92,18 @@ def save(
         "tensors": {name: list(tensor.shape) for name, tensor in sorted(tensors.items())},
         "sha256": digest,
     }
-    write_json(folder / CARD, card)
+    (folder / f".{CARD}.tmp").write_text(as_json(card), encoding="utf-8")
+    put_pair_in_place(folder)
     return folder
+
+
+def put_pair_in_place(folder: Path) -> None:
+    """Move both partial files into place, one right after the other."""
+    partials = {name: folder / f".{name}.tmp" for name in (TENSORS, CARD)}
+    for partial in partials.values():
+        flush(partial)
+    for name, partial in partials.items():
+        os.replace(partial, folder / name)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -101,9 +116,8 @@ def copy(source: Path, target: Path) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        partial = target / f".{name}.tmp"
-        shutil.copyfile(source / name, partial)
-        put_in_place(partial, target / name)
+        shutil.copyfile(source / name, target / f".{name}.tmp")
+    put_pair_in_place(target)
 
 
 def find(path: Path | str) -> Path:
@@ -118,11 +132,15 @@ def find(path: Path | str) -> Path:
 def read_card(path: Path | str) -> Card:
     """Read `adapter.json`; raises `AdapterError` if it is missing, broken or of another schema."""
     file = find(path) / CARD
-    card = read_object(file, AdapterError)
+    return _make_card(read_object(file, AdapterError), file)
+
+
+def _make_card(card: dict[str, Any], file: Path) -> Card:
+    """The card in parsed JSON; raises `AdapterError` if it is none, or of another schema."""
     try:
         if card["schema"] != SCHEMA:
             raise AdapterError(f"{file}: schema {card['schema']}, this version reads {SCHEMA}")
-        return _make_card(card)
+        return _build_card(card)
     except AdapterError:
         raise
     except UserError as error:
@@ -131,7 +149,7 @@ def read_card(path: Path | str) -> Card:
         raise AdapterError(f"{file}: not a readable adapter card ({error!r})") from error
 
 
-def _make_card(card: dict[str, Any]) -> Card:
+def _build_card(card: dict[str, Any]) -> Card:
     """Build the card from parsed JSON; raises `KeyError`, `TypeError` or `ConfigError`."""
     sites = [typed.build(Site, site, name=f"sites.{n}") for n, site in enumerate(card["sites"])]
     names, origin = card["task_names"], card["origin"]
@@ -162,9 +180,13 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
     extra, of another shape or not finite, if the files do not belong together, or if the
     adapter was made for a backbone with other linears.
     """
+    return read(path, model=model)[1]
+
+
+def read(path: Path | str, *, model: nn.Module | None = None) -> tuple[Card, Adapter]:
+    """An artefact's card and its adapter, of the same save, as `load` loads it."""
     folder = find(path)
-    card = read_card(folder)
-    tensors = _read_tensors(folder)
+    card, tensors = _read_pair(folder)
     place = str(folder / TENSORS)
     check_size(card.adapter, card.sites, len(card.task_names), tensors, place=str(folder / CARD))
     if model is None:
@@ -173,7 +195,7 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
         except UserError as error:
             raise AdapterError(f"{folder / CARD}: {error}") from error
         load_tensors(adapter, tensors, place=place)
-        return adapter
+        return card, adapter
     check_bare(model)
     check_backbone(folder, card, model)
     adapter = attach(model, card.adapter, tasks=card.task_names)
@@ -182,7 +204,19 @@ def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
     except AdapterError:
         detach(model)
         raise
-    return adapter
+    return card, adapter
+
+
+def digest(adapter: Adapter) -> str:
+    """What tells adapters apart by content: a hash of settings, names of tasks and tensors."""
+    settings = [asdict(adapter.config), [asdict(site) for site in adapter.sites]]
+    texts = [json.dumps([*settings, list(adapter.task_names)], sort_keys=True)]
+    tensors = named_tensors(adapter)
+    parts: list[str | bytes] = [*texts]
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        parts += [name, tensor.numpy().tobytes()]
+    return hash_parts(parts)[:16]
 
 
 def check_size(
@@ -227,12 +261,36 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], *, place: str)
         target.copy_(tensors[name])
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_pair(folder: Path) -> tuple[Card, dict[str, Tensor]]:
+    """Both files of one save, though a run may be saving here meanwhile.
+
+    What does not fit together is damage only where it stays as it is.
+    """
+    while True:
+        before = _state(folder)
+        try:
+            text = read_object(folder / CARD, AdapterError)
+            card, tensors = _make_card(text, folder / CARD), _read_tensors(folder, text)
+        except AdapterError:
+            time.sleep(SAVING_SECONDS)
+            if _state(folder) == before:
+                raise
+            continue
+        if _state(folder) == before:
+            return card, tensors
+
+
+def _state(folder: Path) -> list[tuple[int, ...]]:
+    """What changes when a file of the pair is replaced."""
+    facts = [(folder / name).stat() for name in (TENSORS, CARD) if (folder / name).exists()]
+    return [(fact.st_ino, fact.st_size, fact.st_mtime_ns) for fact in facts]
+
+
+def _read_tensors(folder: Path, card: Mapping[str, Any]) -> dict[str, Tensor]:
     file = folder / TENSORS
     if not file.is_file():
         raise AdapterError(f"{file}: missing, though {CARD} is there; copy the folder whole")
-    expected = read_object(folder / CARD, AdapterError).get("sha256")
-    if hash_file(file) != expected:
+    if hash_file(file) != card.get("sha256"):
         raise AdapterError(
             f"{file}: its hash is not the one in {CARD}: it is damaged, or the two files come "
             "from different saves; take both from one complete folder under steps/"
@@ -240,7 +298,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: not a safetensors file ({error})") from error
+        raise AdapterError(f"{file}: not a safetensors file ({error}); copy it again") from error
 
 
 def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:

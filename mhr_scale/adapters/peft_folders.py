@@ -274,7 +274,7 @@ def open_adapter(path: Path | str) -> tuple[artefact.Card, Adapter]:
     """
     path = Path(path)
     if any((folder / artefact.CARD).is_file() for folder in (path, path / "adapter")):
-        return artefact.read_card(path), artefact.load(path)
+        return artefact.read(path)
     backbone: dict[str, Any] = {}
     if (path / "adapter" / CONFIG).is_file():  # the run folder of a fine-tuning
         path = path / "adapter"

@@ -97,7 +97,9 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{file}: not a safetensors file ({first_line(error)})") from error
+        raise AdapterError(
+            f"{file}: not a safetensors file ({first_line(error)}); copy it again"
+        ) from error
 
 
 def widths_of(

@@ -5,8 +5,9 @@ tensor that it needs. The loader is our own because transformers ties weights by
 that is often wrong: here the names and numbers in the checkpoint decide.
 """
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import nn
 
 from mhr_scale.backbone.hub import find_folder
 from mhr_scale.backbone.manifest import Manifest, check_files, check_weights, read_manifest
-from mhr_scale.backbone.weights import RandomSource, WeightSource, is_equal, open_weights
+from mhr_scale.backbone.weight_files import open_weights
+from mhr_scale.backbone.weights import RandomSource, RenamedSource, WeightSource, is_equal
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.family import Family
-from mhr_scale.families.table import make_config, read_config
+from mhr_scale.families.table import QUANTISED, make_config, read_config
+from mhr_scale.run.runlog import log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +51,21 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     if manifest is not None:
         check_files(folder, manifest)
     source = open_weights(folder)
-    ties = family.find_ties(raw, source.names(), partial(is_equal, source))
+    for name in sorted(source.names()):
+        source.dtype(name)  # raises if it is no weight's
+    renamed = family.find_renamed(raw, source.names())
+    source = RenamedSource(source, renamed) if renamed else source
+    are_equal = cache(partial(is_equal, source))
+    ties = family.find_ties(raw, source.names(), are_equal)
     if manifest is not None:
         check_weights(folder, manifest, source, ties)
+    for name, target in ties.items():
+        if name in source.names() and not are_equal(name, target):
+            raise BackboneError(
+                f"{source.file(name)}: {name} differs from {renamed.get(target, target)}, and the "
+                "model has one tensor for both; leave out the one that was not trained"
+            )
+    _say(raw, family, model_config, folder / "config.json")
     facts: dict[str, Any] = {
         "name": config.name,
         "revision": config.revision,
@@ -69,10 +84,20 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     )
 
 
+def _say(raw: Mapping[str, Any], family: Family, config: Any, place: Path | str) -> None:
+    """Tell which settings of a configuration are not used as they stand."""
+    for name, value in family.required_fields(config).items():
+        if name in raw and raw[name] is None:
+            log.info("%s: %s is null; %s is used", place, name, value)
+    if raw.get(QUANTISED):
+        log.info("%s: %s is not used: the weights are not quantised", place, QUANTISED)
+
+
 def _random_blueprint(config: BackboneConfig) -> Blueprint:
     """A randomly initialised backbone of the configuration in the recipe."""
     assert config.config is not None
     family, model_config, fields = make_config(config.config)
+    _say(fields, family, model_config, "backbone.config")
     with torch.device("meta"):
         model = family.build(model_config)
     names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
@@ -108,6 +133,18 @@ def tie(model: nn.Module, blueprint: Blueprint) -> None:
     blueprint.family.tie(model, blueprint.ties)
 
 
+def _check_prefix(missing: Set[str], unknown: Set[str], source: WeightSource) -> None:
+    """Raise `BackboneError` if another program has put something before the names of tensors."""
+    for name in sorted(unknown):
+        fitting = next((wanted for wanted in missing if name.endswith(f".{wanted}")), None)
+        if fitting is not None:
+            prefix = name.removesuffix(fitting)
+            raise BackboneError(
+                f"{source.file(name)}: names begin with '{prefix}', as in {name}, which the model "
+                f"calls {fitting}; save the tensors without '{prefix}'"
+            )
+
+
 def plan_copies(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Parameter]:
     """Map each name to be read to the parameter it fills, every parameter exactly once.
 
@@ -116,6 +153,7 @@ def plan_copies(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Paramete
     """
     parameters, source = dict(model.named_parameters()), blueprint.source
     names = source.names()
+    _check_prefix(parameters.keys() - names, names - parameters.keys(), source)
     faults = [f"missing {name}" for name in sorted(parameters.keys() - names)]
     faults += [
         f"unknown {name}"

@@ -15,7 +15,6 @@ from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.manifest import Fingerprint, hash_files
 from mhr_scale.backbone.merging import plan_weights
 from mhr_scale.backbone.shards import (
-    DTYPES,
     FileFacts,
     Weight,
     name_shard,
@@ -23,7 +22,6 @@ from mhr_scale.backbone.shards import (
     write_index,
     write_shard,
 )
-from mhr_scale.backbone.weights import is_equal
 from mhr_scale.errors import BackboneError
 from mhr_scale.run.runlog import ByteProgress
 
@@ -34,25 +32,11 @@ FREE_SHARE = 0.7
 def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
     """The tensors to write, and the names in the source that the model does not use.
 
-    Of each tensor one element is read, of tied ones all. Raises `BackboneError` if the weights do
-    not fit their configuration or are not floats, or if tied tensors differ.
+    No weight is read. Raises `BackboneError` if the weights do not fit their configuration.
     """
-    weights, source = plan_weights(blueprint, dtype), blueprint.source
-    for weight in weights:
-        stored = source.read(weight.name, 0, 1).dtype
-        if stored not in DTYPES:
-            raise BackboneError(
-                f"{source.file(weight.name)}: {weight.name} is {stored}, which is no weight's data "
-                "type; convert the original, not a quantised copy"
-            )
-    for name, target in blueprint.ties.items():
-        if name in source.names() and not is_equal(source, name, target):
-            raise BackboneError(
-                f"{source.file(name)}: {name} differs from {target}, and the model has one tensor "
-                "for both; fetch it again"
-            )
+    weights = plan_weights(blueprint, dtype)
     written = {weight.name for weight in weights}
-    return weights, sorted(source.names() - written - blueprint.ties.keys())
+    return weights, sorted(blueprint.source.names() - written - blueprint.ties.keys())
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 import fnmatch
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from mhr_scale.backbone.weight_files import SUFFIXES, choose_weights
 from mhr_scale.errors import BackboneError, first_line
 
 BUILTIN = {"builtin:toy": Path(__file__).parents[1] / "tasks" / "toy_backbone"}
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-HUB_FILES = (*TOKENIZER_FILES, *WEIGHT_FILES)
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
 
 
 def find_folder(
@@ -28,41 +29,66 @@ def find_folder(
     path = Path(name).expanduser()
     if path.is_dir():
         return path if path.name else path.absolute()  # "." would be no name in errors
+    if path.is_file():
+        raise BackboneError(f"{setting}: {name} is a file; give the folder that it lies in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
         raise BackboneError(
             f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "
             f"give a folder, a hub id or {', '.join(BUILTIN)}"
         )
-    from huggingface_hub import snapshot_download
+    return _fetch(name, revision, setting=setting, patterns=files)
 
+
+def _fetch(name: str, revision: str | None, *, setting: str, patterns: Sequence[str]) -> Path:
+    """The local copy of a hub id, after downloading what it lacks.
+
+    The hub is asked once, and in vain for `HF_HUB_ETAG_TIMEOUT` seconds at most; what was fetched
+    before counts then. Downloads have the hub's own patience.
+    """
+    from huggingface_hub import (
+        constants,
+        get_cached_repo_tree,
+        model_info,
+        snapshot_download,
+    )
+
+    refusal: Exception | None = None
+    repo_files: list[str] | None = None
     try:
-        chosen = choose_files(name, revision, files)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        repo_files = [file.rfilename for file in info.siblings or ()]
     except Exception as error:
+        refusal = error
+        with suppress(Exception):  # fetched by an earlier version of the hub's library
+            repo_files = [file.path for file in get_cached_repo_tree(name, revision=revision)]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=None if repo_files is None else choose_files(repo_files, patterns),
+                local_files_only=refusal is not None,
+            )
+        )
+    except Exception as error:
+        reason = refusal or error
         raise BackboneError(
             f"{setting}: '{name}' is no local folder and the hub does not give it "
-            f"({type(error).__name__}: {first_line(error)}); "
+            f"({type(reason).__name__}: {first_line(reason)}); "
             f"give a folder, a hub id or {', '.join(BUILTIN)}"
         ) from error
 
 
-def choose_files(name: str, revision: str | None, patterns: Sequence[str]) -> list[str]:
-    """The files of a hub id to download: those that match a pattern, weights in one format only.
+def choose_files(repo_files: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The files of a hub id to download: those that match a pattern, and weights in one format.
 
-    Most hub ids hold their weights in several formats. If the hub cannot be reached the patterns
-    themselves are returned, and files in the local cache are used.
+    Most hub ids hold their weights in several formats, some in several precisions.
     """
-    from huggingface_hub import list_repo_files
-
-    try:
-        repo_files = list_repo_files(name, revision=revision)
-    except Exception:
-        return list(patterns)
-    chosen = [
+    top = [file for file in repo_files if "/" not in file]
+    _, weights = choose_weights(top) or (None, [])
+    return [
         file
-        for file in repo_files
-        if "/" not in file and any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+        for file in top
+        if (file in weights or not file.endswith(SUFFIXES))
+        and any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
     ]
-    if any(file.endswith(".safetensors") for file in chosen):
-        chosen = [file for file in chosen if ".bin" not in file]
-    return chosen

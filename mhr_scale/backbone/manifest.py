@@ -116,7 +116,7 @@ def check_weights(
             raise BackboneError(
                 f"{file}: holds {name}, which {MANIFEST} says is {manifest.tied[name]}; {WAY_OUT}"
             )
-        dtype = str(source.read(name, 0, 1).dtype).removeprefix("torch.")
+        dtype = str(source.dtype(name)).removeprefix("torch.")
         if dtype != manifest.dtype:
             raise BackboneError(
                 f"{file}: {name} is {dtype}, {MANIFEST} says {manifest.dtype}; {WAY_OUT}"

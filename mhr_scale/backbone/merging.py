@@ -18,11 +18,18 @@ from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
-from mhr_scale.backbone.shards import Weight, name_shard, plan_shards, write_index
+from mhr_scale.backbone.shards import (
+    Weight,
+    name_shard,
+    named_in_errors,
+    plan_shards,
+    write_index,
+)
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.backbone.weights import SafetensorsSource, read_whole
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.table import QUANTISED
 from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.runlog import Progress
 
@@ -48,7 +55,7 @@ def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
         Weight(
             name=name,
             shape=tuple(parameter.shape),
-            dtype=getattr(torch, dtype) if dtype else blueprint.source.read(name, 0, 1).dtype,
+            dtype=getattr(torch, dtype) if dtype else blueprint.source.dtype(name),
         )
         for name, parameter in plan_copies(model, blueprint).items()
     ]
@@ -92,7 +99,8 @@ def write_merged(
             merged = merge(weight.name, stored, pairs, scale=scale)
             tensors[weight.name] = merged.to(weight.dtype).contiguous()
             files[weight.name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with named_in_errors(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         progress.advance(file)
     progress.close()
     if len(shards) > 1:
@@ -118,7 +126,8 @@ def write_companions(
     for name, value in family.required_fields(model_config).items():
         if raw.get(name) is None:
             raw[name] = value
-    raw.pop("dtype", None)
+    for name in ("dtype", QUANTISED):
+        raw.pop(name, None)
     largest = max(weights, key=lambda weight: weight.n_bytes)
     raw["torch_dtype"] = str(largest.dtype).removeprefix("torch.")
     write_json(folder / "config.json", raw)

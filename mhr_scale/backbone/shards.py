@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mhr_scale.errors import RunError
-from mhr_scale.run.files import write_json
+from mhr_scale.run.files import as_size, write_json
 
 #: Data types by their names in a header.
 DTYPES = {
@@ -86,8 +88,8 @@ def check_free_space(folder: Path, weights: Sequence[Weight], *, what: str) -> N
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"folder: {what} takes {needed / 1e9:.1f} GB and {folder} has "
-            f"{free / 1e9:.1f} GB left; name a folder on another disk"
+            f"folder: {what} takes {as_size(needed)} and {folder} has {as_size(free)} left; name a "
+            "folder on another disk"
         )
 
 
@@ -97,6 +99,18 @@ class FileFacts:
 
     bytes: int
     sha256: str
+
+
+@contextmanager
+def named_in_errors(file: Path) -> Iterator[None]:
+    """Let errors of the block that are about files name this one: writes do not, nor flushes."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+    except SafetensorError as error:
+        raise SafetensorError(f"{error}: '{file}'") from error
 
 
 def write_shard(
@@ -112,7 +126,7 @@ def write_shard(
     and the bytes of every chunk. Weights of several data types have to come widest first.
     """
     digest, size = hashlib.sha256(), 0
-    with file.open("wb") as out:
+    with named_in_errors(file), file.open("wb") as out:
 
         def put(data: Any) -> None:
             nonlocal size

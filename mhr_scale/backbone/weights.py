@@ -14,15 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mhr_scale.backbone.shards import INDEX as SAFETENSORS_INDEX
-from mhr_scale.backbone.shards import first_cut
-from mhr_scale.errors import BackboneError, first_line
-from mhr_scale.run.files import read_object
+from mhr_scale.backbone.shards import DTYPES, first_cut
+from mhr_scale.errors import BackboneError, first_line, shortened
+from mhr_scale.run.files import as_size
 from mhr_scale.run.runlog import log
 from mhr_scale.seeds import seed_from
 
 AGAIN = "fetch it again"
-BOTH = "fetch both again"
 SAVE = "save its state_dict as safetensors"
 #: Bytes of a file above which reading it into memory as a whole deserves a warning.
 LARGE = 10**9
@@ -39,6 +37,9 @@ class WeightSource(Protocol):
 
     def file(self, name: str) -> Path | None:
         """The file that holds a tensor; None if there is no file."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of one tensor; no number is read. Raises `BackboneError` unless a float."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -73,6 +74,11 @@ class SafetensorsSource:
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._handles[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of one tensor, from the file's header."""
+        handle, file = self._handles[name]
+        return _type_of_weight(handle.get_slice(name).get_dtype(), name, file)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -110,10 +116,10 @@ class PickledSource:
             if not isinstance(tensors, dict):
                 kind = type(tensors).__name__
                 raise BackboneError(f"{file}: holds a {kind}, not named tensors; {SAVE}")
-            others = [name for name in tensors if not isinstance(tensors[name], Tensor)]
-            if others:
-                raise BackboneError(f"{file}: '{others[0]}' is no tensor; {SAVE}")
             for name, tensor in tensors.items():
+                fault = _fault_of(name, tensor)
+                if fault is not None:
+                    raise BackboneError(f"{file}: {fault}; {SAVE}")
                 if name in self._files:
                     raise BackboneError(_twice(name, self._files[name], file))
                 self._tensors[name], self._files[name] = tensor, file
@@ -129,6 +135,11 @@ class PickledSource:
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._files[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of one tensor."""
+        dtype = self._tensors[name].dtype
+        return _type_of_weight(DTYPES.get(dtype, str(dtype)), name, self._files[name])
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -158,12 +169,44 @@ class RandomSource:
     def file(self, name: str) -> None:
         """No file holds it."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """They are made in float32."""
+        return torch.float32
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
         if self._last is None or self._last[0] != name:
             generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
             self._last = (name, self._make(name, self._shapes[name], generator))
         return self._last[1].reshape(-1)[start:stop]
+
+
+class RenamedSource:
+    """Another source, of which some tensors go by other names: those of the model."""
+
+    def __init__(self, source: WeightSource, stored: Mapping[str, str]) -> None:
+        """`stored` maps a name to the one that the source has for it."""
+        self._source, self._stored = source, stored
+
+    def names(self) -> frozenset[str]:
+        """Names in the source, the renamed ones by their new name."""
+        return (self._source.names() - set(self._stored.values())) | self._stored.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._source.shape(self._stored.get(name, name))
+
+    def file(self, name: str) -> Path | None:
+        """The file that holds a tensor; None if there is no file."""
+        return self._source.file(self._stored.get(name, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of one tensor."""
+        return self._source.dtype(self._stored.get(name, name))
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        return self._source.read(self._stored.get(name, name), start, stop)
 
 
 def read_whole(source: WeightSource, name: str) -> Tensor:
@@ -175,80 +218,42 @@ def read_whole(source: WeightSource, name: str) -> Tensor:
 def is_equal(source: WeightSource, name: str, other: str) -> bool:
     """Whether two tensors of a checkpoint are equal, bit for bit; read in chunks."""
     shape = source.shape(name)
-    if shape != source.shape(other) or len(shape) != 2:
+    if shape != source.shape(other) or source.dtype(name) != source.dtype(other):
         return False
-    step = max(1, shape[1]) * 1024
-    total = shape[0] * shape[1]
-    return all(
-        torch.equal(
-            source.read(name, start, min(start + step, total)),
-            source.read(other, start, min(start + step, total)),
-        )
-        for start in range(0, total, step)
-    )
+    step, total = max(1, prod(shape[1:])) * 1024, prod(shape)
+
+    def bits(of: str, start: int) -> Tensor:  # integers are equal at once where memory is the same
+        return source.read(of, start, min(start + step, total)).contiguous().view(torch.uint8)
+
+    return all(torch.equal(bits(name, at), bits(other, at)) for at in range(0, total, step))
 
 
-def open_weights(folder: Path) -> WeightSource:
-    """The weights of a folder: safetensors where there are any, else `.bin` files.
+def _type_of_weight(kind: str, name: str, file: Path) -> torch.dtype:
+    """The data type by what safetensors calls it; raises `BackboneError` if it is no float.
 
-    An index names the files to read; without one, a single unsharded file takes precedence. Raises
-    `BackboneError` if files are missing, damaged, or not what the index says.
+    Integers, or floats of 8 bits and less, would pass for weights without their scale.
     """
-    for index, single, pattern, kind in FORMATS:
-        if (folder / index).is_file():
-            return _open_indexed(folder / index, kind)
-        files = [folder / single] if (folder / single).is_file() else sorted(folder.glob(pattern))
-        if files:
-            source = kind(files)
-            if not source.names():
-                raise BackboneError(f"{files[0]}: holds no tensor; {AGAIN}")
-            return source
-    raise BackboneError(f"{folder}: no *.safetensors and no pytorch_model*.bin here; fetch them")
-
-
-def _open_indexed(index: Path, kind: type[SafetensorsSource | PickledSource]) -> WeightSource:
-    """The files that an index names, after checking that each tensor is in the file it names."""
-    places = read_index(index)
-    for name, file in places.items():
-        if not (index.parent / file).is_file():
-            n_more = sum(other == file for other in places.values()) - 1
-            raise BackboneError(
-                f"{index.parent / file}: missing, and {index.name} puts {name} and {n_more} more "
-                "tensors there; fetch it"
-            )
-    source = kind([index.parent / file for file in sorted(set(places.values()))])
-    for name in sorted(source.names() | places.keys()):
-        if name not in source.names():
-            file_path = index.parent / places[name]
-            raise BackboneError(
-                f"{file_path}: {name} is missing, which {index.name} puts there; {BOTH}"
-            )
-        holder = source.file(name)
-        if name not in places:
-            raise BackboneError(f"{holder}: holds {name}, which {index.name} does not know; {BOTH}")
-        if holder.name != places[name]:
-            raise BackboneError(
-                f"{holder}: holds {name}, which {index.name} puts in {places[name]}; {BOTH}"
-            )
-    return source
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, from an index as transformers writes it.
-
-    Raises `BackboneError` if it is not an index, or names a file outside its folder.
-    """
-    places = read_object(index, BackboneError).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    found = next((dtype for dtype, known in DTYPES.items() if known == kind), None)
+    if found is None:
         raise BackboneError(
-            f"{index}: no weight_map here, which names the file of each tensor; {AGAIN}"
+            f"{file}: {name} is {kind.removeprefix('torch.')}, which is no weight's data type; use "
+            "the original, not a quantised copy (backbone.quantise quantises it)"
         )
-    for name, file in places.items():
-        if not isinstance(file, str) or file != Path(file).name:
-            raise BackboneError(
-                f"{index}: {name} is in {file!r}, which is no file beside the index; {AGAIN}"
-            )
-    return places
+    return found
+
+
+def _fault_of(name: object, tensor: object) -> str | None:
+    """Why an entry of a pickled checkpoint is no weight with a name; None if it is one."""
+    if not isinstance(name, str):
+        return f"the key {shortened(repr(name))} is no name of a tensor"
+    if not isinstance(tensor, Tensor):
+        return f"'{name}' is a {type(tensor).__name__}, no tensor"
+    if tensor.is_meta:
+        return f"'{name}' is a meta tensor, which has no numbers"
+    if tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+        return f"'{name}' is a {kind} tensor, and weights are plain ones"
+    return None
 
 
 def _twice(name: str, first: Path, second: Path) -> str:
@@ -270,24 +275,7 @@ def _look_at_old_format(file: Path) -> None:
         raise BackboneError(f"{file}: not a readable checkpoint (its end is missing); {AGAIN}")
     if size > LARGE:
         log.warning(
-            "%s: torch's old format cannot be memory-mapped; %.1f GB go into memory",
+            "%s: torch's old format cannot be memory-mapped; %s go into memory",
             file,
-            size / 1e9,
+            as_size(size),
         )
-
-
-#: Index, unsharded file, pattern and reader of each format, the preferred one first.
-FORMATS: tuple[tuple[str, str, str, type[SafetensorsSource | PickledSource]], ...] = (
-    (
-        SAFETENSORS_INDEX,
-        "model.safetensors",
-        "*.safetensors",
-        SafetensorsSource,
-    ),
-    (
-        "pytorch_model.bin.index.json",
-        "pytorch_model.bin",
-        "pytorch_model*.bin",
-        PickledSource,
-    ),
-)

@@ -140,7 +140,7 @@ class AdaptRunConfig:
     log_every: int = 10
     """Steps between lines of a job's metrics.jsonl."""
     ds_config: str | None = None
-    """DeepSpeed file: placement of the backbone; null: replicated."""
+    """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
 

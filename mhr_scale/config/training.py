@@ -164,7 +164,7 @@ class PlainRunConfig:
     folder: str
     """The run folder."""
     ds_config: str | None = None
-    """DeepSpeed file: placement of the backbone; null: replicated."""
+    """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
 
@@ -192,7 +192,7 @@ class RunConfig:
     validate_every: int = 0
     """Steps between validations (0: at the start and at the end only; -1: never)."""
     ds_config: str | None = None
-    """DeepSpeed file: placement and communication of the backbone; null: replicated."""
+    """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
     token_cache: str | None = None

@@ -15,7 +15,9 @@ from mhr_scale.errors import EngineError, describe_fault, did_you_mean
 from mhr_scale.run.files import read_object
 from mhr_scale.run.runlog import log
 
+#: Where the package lies, and `ds_configs/` beside it: a checkout, or an installation.
 CHECKOUT = Path(__file__).resolve().parents[2]
+SHIPPED = CHECKOUT / "ds_configs"
 
 
 #: Keys that a DeepSpeed file may have: placement and communication.
@@ -44,19 +46,16 @@ OWNED = {
 
 
 def read_ds_config(name: str | None) -> dict[str, Any]:
-    """Read and check a DeepSpeed file, from the current folder or the checkout; None: replicated.
+    """Read and check a DeepSpeed file; None: replicated.
 
-    Raises `EngineError` for a key that is unknown, repeated or owned by the recipe, for "auto",
-    for what DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen
-    weights have neither gradients nor optimizer states.
+    A file of the current folder or the checkout, or one of `ds_configs/` by its name. Raises
+    `EngineError` for a key that is unknown, repeated or owned by the recipe, for "auto", for what
+    DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen weights have neither
+    gradients nor optimizer states.
     """
     if name is None:
         return {"zero_optimization": {"stage": 0}}
-    candidates = [Path(name), CHECKOUT / name]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        tried = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates))
-        raise EngineError(f"run.ds_config: no file '{name}' (looked at {tried})")
+    path = _find(name)
     content = read_object(path, EngineError, hook=_no_key_twice)
     for key in content:
         if key in OWNED:
@@ -79,6 +78,22 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
     if stage == 3:
         _check_zero(zero, path)
     return content
+
+
+def _find(name: str) -> Path:
+    """The file of this name; raises `EngineError` if there is none."""
+    candidates = [Path(name), CHECKOUT / name]
+    if Path(name).name == name:
+        candidates += [SHIPPED / name, SHIPPED / f"{name}.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    tried = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates[:2]))
+    known = sorted(file.stem for file in SHIPPED.glob("*.json"))
+    raise EngineError(
+        f"run.ds_config: no file '{name}' (looked at {tried})"
+        f"{did_you_mean(Path(name).stem, known)}; known by name: {', '.join(known)}"
+    )
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

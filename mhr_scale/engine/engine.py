@@ -24,6 +24,7 @@ from mhr_scale.engine import nvme
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
+from mhr_scale.engine.meeting import meet
 from mhr_scale.errors import EngineError
 from mhr_scale.families.family import Family
 from mhr_scale.families.modes import set_dropout, set_recompute
@@ -40,9 +41,11 @@ class Engine:
         *,
         timeout_seconds: float,
         device: torch.device | None = None,
+        recipe: str = "",
     ) -> None:
         """Take this rank's GPU, or the CPU, and join the ranks that the launcher started.
 
+        They must have the same `recipe`: with another one they are of another launch.
         With a `device` the process runs alone on it, whatever the launcher's environment says; on
         the meta device weights have no memory and are never filled.
         """
@@ -66,14 +69,14 @@ class Engine:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         if self.world_size > 1 or self.is_sharded:
-            self._join()
+            self._join(recipe)
 
     @property
     def placement(self) -> str:
         """`replicated` or `zero3`."""
         return "zero3" if self.is_sharded else "replicated"
 
-    def _join(self) -> None:
+    def _join(self, recipe: str) -> None:
         """Join the process group, with a timeout and without the compiled collective on CPU."""
         deepspeed = import_deepspeed()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -81,11 +84,10 @@ class Engine:
         if self.world_size == 1 and "MASTER_ADDR" not in os.environ:  # no launcher
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             join(store=dist.HashStore(), rank=0, world_size=1)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0":  # torchrun's store may still have addresses of ranks that died
-            store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            join(store=store, rank=self.rank, world_size=self.world_size)
+        else:
+            n_ranks = self.world_size
+            store = meet(recipe, rank=self.rank, world_size=n_ranks, timeout=self.timeout)
+            join(store=store, rank=self.rank, world_size=n_ranks)
         deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
 
     # -- backbone ------------------------------------------------------------------------------

@@ -11,14 +11,16 @@ from torch import Tensor
 from mhr_scale.adapters.sites import Site
 from mhr_scale.adapters.wrapping import AdaptedModel, wrap
 from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone.identity import identify
 from mhr_scale.backbone.of_adapter import backbone_facts, blueprint_of
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.tokenizer import hash_tokenizer, load_tokenizer
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.ds_config import check_quantise, read_ds_config
 from mhr_scale.engine.engine import Engine
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
+from mhr_scale.recipe.reading import to_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,7 @@ class OpenedBackbone:
     tokenizer: Any
     ds_content: dict[str, Any]
     timeout_seconds: float
+    recipe: str
 
     @property
     def family(self) -> Family:
@@ -72,6 +75,11 @@ class OpenedBackbone:
         """The `backbone` entry of an adapter's card."""
         return backbone_facts(self.config, self.blueprint)
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a run reads of it, by content (`RunFolder.check_inputs`)."""
+        return inputs_of(self.blueprint, self.tokenizer)
+
     @contextmanager
     def placed(
         self, sites: Sequence[Site], *, always_backward: bool = False
@@ -82,11 +90,16 @@ class OpenedBackbone:
         them are adapted, so that ranks with different adapters stay in step. Raises `BackboneError`
         if the backbone does not reproduce its stored logits.
         """
-        engine = Engine(self.ds_content, timeout_seconds=self.timeout_seconds)
+        engine = Engine(self.ds_content, timeout_seconds=self.timeout_seconds, recipe=self.recipe)
         try:
             yield place(engine, self.config, self.blueprint, sites, always_backward=always_backward)
         finally:
             engine.close()
+
+
+def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:
+    """What a run reads of a backbone and its tokenizer, by content (`RunFolder.check_inputs`)."""
+    return {"backbone": identify(blueprint), "tokenizer": hash_tokenizer(tokenizer)[:16]}
 
 
 def open_backbone(
@@ -94,10 +107,12 @@ def open_backbone(
     *,
     ds_config: str | None,
     timeout_seconds: float,
+    recipe: Any,
     adapter: str | None = None,
 ) -> OpenedBackbone:
     """Read and check the DeepSpeed file, the backbone's configuration and files, its tokenizer.
 
+    All ranks must have the same `recipe`, which tells launches apart that meet at one port.
     Errors name the `adapter` whose card names the backbone, if any. Raises `EngineError` or
     `BackboneError`.
     """
@@ -110,6 +125,7 @@ def open_backbone(
         tokenizer=load_tokenizer(config, blueprint),
         ds_content=ds_content,
         timeout_seconds=timeout_seconds,
+        recipe=to_yaml(recipe),
     )
 
 

@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.reference_checkpoints import read_safetensors
 from mhr_scale.backbone import hub, quantise
-from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
-from mhr_scale.families.table import complete
+from mhr_scale.families.table import read_config
 from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
@@ -121,10 +121,16 @@ def load_model(
 
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
-    """The frozen backbone as transformers loads it."""
+    """The frozen backbone as transformers loads it.
+
+    Raises `BackboneError` for weights that our own loader refuses too: transformers would drop
+    those that it does not know.
+    """
     import transformers
     from transformers.utils import logging
 
+    with torch.device("meta"):
+        plan_copies(make_model(blueprint), blueprint)
     dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
         "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
@@ -135,7 +141,9 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             "bnb_4bit_compute_dtype": dtype,
         },
     }
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    assert blueprint.folder is not None
+    _, model_config, _ = read_config(blueprint.folder)
+    options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
     if config.quantise != "none":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             **settings[config.quantise]
@@ -149,7 +157,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     except (OSError, ValueError, RuntimeError) as error:
         raise BackboneError(
             f"backbone.name: transformers does not load {config.name} ({first_line(error)}); fetch "
-            "it again"
+            "it again, or use adapt, which reads it itself"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -164,7 +172,8 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             f"backbone.name: transformers has tied {tied} of {config.name}, which is a tensor of "
             "its own in the checkpoint; use adapt, which reads it as it is"
         )
-    complete(model.config, family)
+    # as our own models answer: what a generation_config.json says is no part of a recipe
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
     model.requires_grad_(False)
     quantise.keep_format(model)
     set_dropout(model, config.dropout)

@@ -142,7 +142,9 @@ class EncoderDecoder(Family):
     ) -> list[list[int]]:
         """What the decoder writes; its start token is a special one, which no text shows."""
         inputs = self._encoder_inputs(rows, model.config, device)
-        ids: list[list[int]] = model.generate(**inputs, **options).tolist()
+        ids: list[list[int]] = model.generate(
+            **inputs, past_key_values=_new_cache(), **options
+        ).tolist()
         return ids
 
     def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ class EncoderDecoder(Family):
         ids, mask = packed.inputs["input_ids"], packed.inputs["attention_mask"]
         states = model.get_encoder()(input_ids=ids, attention_mask=mask)
         states["last_hidden_state"] = states.last_hidden_state.repeat_interleave(beams, 0)
-        mask, cache = mask.repeat_interleave(beams, 0), None
+        mask, cache = mask.repeat_interleave(beams, 0), _new_cache()
         for _ in range(new_tokens):
             output = model(
                 encoder_outputs=states,
@@ -171,6 +173,13 @@ class EncoderDecoder(Family):
     ) -> dict[str, Tensor]:
         ids, mask = pad_ids([row.input_ids for row in rows], pad_id=config.pad_token_id)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _new_cache() -> Any:
+    """A cache that grows with the decoder; transformers' own has as many layers as the encoder."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def encoder_of(model: Any) -> Any:

@@ -176,6 +176,13 @@ class Family(ABC):
     def fill_buffers(self, model: nn.Module, config: Any) -> None:  # noqa: B027
         """Compute the buffers that no checkpoint holds, on the device where they lie."""
 
+    def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
+        """Names of tensors that a checkpoint holds by another name only, and that name.
+
+        By a config.json and the names in the checkpoint.
+        """
+        return {}
+
     @abstractmethod
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]

@@ -15,6 +15,8 @@ from mhr_scale.families.family import Settings
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 #: Names that are the embedding by definition of the architecture.
 EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+#: The tokens for padding and for the end of a text, where a configuration says none.
+PAD, END = 0, 1
 #: Settings of T5Config that have to be at least 1, and the largest that any T5 could have.
 SIZES = {
     "vocab_size": 1 << 24,
@@ -79,11 +81,12 @@ class T5(EncoderDecoder):
                 bound = "at least 1" if is_small else f"a whole number in 1..{largest}"
                 raise BackboneError(f"{place}: {name} {size} is not {bound}")
         _check_attention(config, place)
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            token = getattr(config, name, None)
-            is_token = isinstance(token, int) and 0 <= token < config.vocab_size
-            if token is not None and not is_token:
-                raise BackboneError(f"{place}: {name} {token} is not in 0..{config.vocab_size - 1}")
+        _check_tokens(config, place)
+        if not config.is_encoder_decoder:
+            raise BackboneError(
+                f"{place}: is_encoder_decoder is false, and an encoder alone is no backbone; use "
+                "the whole T5"
+            )
         if not 0.0 <= config.dropout_rate < 1.0:
             raise BackboneError(f"{place}: dropout_rate {config.dropout_rate} is not in [0, 1)")
         if config.dense_act_fn not in ACT2FN:
@@ -93,10 +96,15 @@ class T5(EncoderDecoder):
             )
 
     def required_fields(self, config: Any) -> dict[str, Any]:
-        """The token for padding, and the decoder's start token, by default the same."""
-        pad, start = config.pad_token_id, getattr(config, "decoder_start_token_id", None)
-        pad = 0 if pad is None else pad
-        return {"pad_token_id": pad, "decoder_start_token_id": pad if start is None else start}
+        """The tokens for padding and for the end, and the decoder's start, by default padding."""
+        pad, end = config.pad_token_id, config.eos_token_id
+        pad = PAD if pad is None else pad
+        start = getattr(config, "decoder_start_token_id", None)
+        return {
+            "pad_token_id": pad,
+            "eos_token_id": END if end is None else end,
+            "decoder_start_token_id": pad if start is None else start,
+        }
 
     def known_fields(self, name: str) -> dict[str, Any] | None:
         """T5 v1.1, LM-adapt, T0 and FLAN, by hub id."""
@@ -119,6 +127,12 @@ class T5(EncoderDecoder):
         is_mt5 = config.model_type == "mt5"
         return MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration
 
+    def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
+        """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone."""
+        copies = (*EMBEDDING_ALIASES, *((HEAD,) if _says_tied(raw) else ()))
+        stored = next((name for name in (EMBEDDING, *copies) if name in names), EMBEDDING)
+        return {} if stored == EMBEDDING else {EMBEDDING: stored}
+
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
     ) -> dict[str, str]:
@@ -127,9 +141,8 @@ class T5(EncoderDecoder):
         transformers ties an untied head to the embedding without a word when it loads under ZeRO-3
         (T0, T5 v1.1, FLAN), and saves `tie_word_embeddings: true` whatever the model has.
         """
-        says_tied = raw.get("tie_word_embeddings", True) is not False
-        is_equal = says_tied and EMBEDDING in names and HEAD in names and are_equal(HEAD, EMBEDDING)
-        is_tied = HEAD not in names or is_equal
+        both = EMBEDDING in names and HEAD in names
+        is_tied = HEAD not in names or (_says_tied(raw) and both and are_equal(HEAD, EMBEDDING))
         return dict.fromkeys((*EMBEDDING_ALIASES, *((HEAD,) if is_tied else ())), EMBEDDING)
 
     def tie(self, model: Any, ties: Mapping[str, str]) -> None:
@@ -180,6 +193,24 @@ def make_byte_tokenizer() -> Any:
     from transformers import ByT5Tokenizer
 
     return ByT5Tokenizer()
+
+
+def _check_tokens(config: Any, place: str) -> None:
+    """Raise `BackboneError` for special tokens that are no token, or several."""
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, list):
+            raise BackboneError(
+                f"{place}: {name} {token} is a list, and a T5 has one; give the tokenizer's alone"
+            )
+        is_token = isinstance(token, int) and 0 <= token < config.vocab_size
+        if token is not None and not is_token:
+            raise BackboneError(f"{place}: {name} {token} is not in 0..{config.vocab_size - 1}")
+
+
+def _says_tied(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json says, or leaves it to T5, that the head is the embedding."""
+    return raw.get("tie_word_embeddings") is not False
 
 
 def _check_attention(config: Any, place: str) -> None:

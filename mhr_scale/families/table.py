@@ -3,12 +3,13 @@
 A new family is one object here.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.errors import BackboneError, LayoutError, first_line
+from mhr_scale.errors import BackboneError, LayoutError, first_line, shortened
 from mhr_scale.families.family import Family
 from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
 from mhr_scale.run.files import read_object
@@ -16,6 +17,15 @@ from mhr_scale.run.files import read_object
 FAMILIES: tuple[Family, ...] = (GATED, UNGATED)
 #: Tokenizers that need no files, by what a recipe calls them.
 TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
+#: Settings of a config.json: the classes of code beside it, and how its weights were quantised.
+CODE, QUANTISED = "auto_map", "quantization_config"
+#: Settings that change what a model returns or by which kernels, not what it computes.
+PLAIN: dict[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "_attn_implementation": None,
+}
 #: The model type of a recipe's fields that do not say one.
 DEFAULT_TYPE = "t5"
 
@@ -42,6 +52,7 @@ def make_config(given: Mapping[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
     """
     family = _of_type(DEFAULT_TYPE)
     fields = {**family.default_fields, **given}
+    _check_tie(fields, "backbone.config")
     config = family.make_config(fields)
     family.check_config(config, "backbone.config")
     complete(config, family)
@@ -61,16 +72,40 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     raw: dict[str, Any] = read_object(file, BackboneError)
     if not any(raw.get("model_type") in family.model_types for family in FAMILIES):
         raise BackboneError(
-            f"{folder}: a backbone of type '{raw.get('model_type')}'; known: {_known_types()}"
+            f"{folder}: a backbone of type '{raw.get('model_type')}'; use one of type "
+            f"{_known_types()}, or add its family (one object in mhr_scale/families/table.py)"
         )
+    refuse_code(raw, file, "AutoConfig", "AutoModel")
+    _check_tie(raw, str(file))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise BackboneError(f"{file}: {first_line(error)}") from error
     family = _of_type(raw["model_type"])
     family.check_config(config, str(file))
     complete(config, family)
+    if hasattr(config, QUANTISED):  # of no use: weights are floats, or refused when they are read
+        delattr(config, QUANTISED)
+    for name, value in PLAIN.items():
+        setattr(config, name, value)
     return find_family(config), config, raw
+
+
+def refuse_code(raw: Mapping[str, Any], file: Path, *kinds: str) -> None:
+    """Raise `BackboneError` if a file has classes of these kinds come from code beside it."""
+    asked = raw.get(CODE) or {}
+    if not isinstance(asked, dict) or any(name.startswith(kinds) for name in asked):
+        raise BackboneError(
+            f"{file}: {CODE} asks for code of its own ({shortened(json.dumps(asked))}), which is "
+            f"never run; if transformers' own classes do the same, remove {CODE}"
+        )
+
+
+def _check_tie(raw: Mapping[str, Any], place: str) -> None:
+    """Raise `BackboneError` if what is said of ties is no answer: transformers would read a yes."""
+    said = raw.get("tie_word_embeddings")
+    if not (said is None or isinstance(said, bool)):
+        raise BackboneError(f"{place}: tie_word_embeddings {said!r} is neither true nor false")
 
 
 def complete(config: Any, family: Family) -> None:

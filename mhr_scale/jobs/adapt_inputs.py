@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mhr_scale.adapters import Adapter
+from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.adapters.sites import Site
@@ -41,6 +41,13 @@ class AdaptInputs:
         """The adapter a variant starts from; None if it is fresh."""
         path = self.config.variants[variant].adapter
         return None if path is None else self.sources[path]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What the jobs read, by content (`RunFolder.check_inputs`)."""
+        adapters = {f"adapter {path}": artefact.digest(self.sources[path]) for path in self.sources}
+        rows = {f"rows of {task}, seed {s}": data.digest for (task, s), data in self.data.items()}
+        return {**self.backbone.inputs, **adapters, **rows}
 
     def steps(self, job: Job) -> int:
         """Optimizer steps of a job."""
@@ -82,6 +89,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         one_backbone(config, {path: card for path, (card, _) in opened.items()}),
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        recipe=config,
         adapter=None if config.backbone is not None or not paths else paths[0],
     )
     check_backbone_jobs(config, backbone)

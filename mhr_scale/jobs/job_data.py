@@ -16,7 +16,7 @@ from mhr_scale.run.runlog import log
 from mhr_scale.scores.questions import Question, ask, encode
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.suites import FewShotTask
-from mhr_scale.tasks.task import Example
+from mhr_scale.tasks.task import Example, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,13 @@ class JobData:
     def steps_per_epoch(self) -> int:
         """Full batches in an epoch; the remaining rows are dropped."""
         return self.few_shot.n_rows // self.batch_size
+
+    @property
+    def digest(self) -> str:
+        """What tells these rows apart by content: those to train on, to select on and to score."""
+        selection = self.selection.questions if self.selection else ()
+        scored = [question.example for question in (*selection, *self.test.questions)]
+        return digest([*self.few_shot.task.train, *self.few_shot.selection, *scored])
 
     def batch(self, step: int) -> Sequence[EncodedRow]:
         """The rows of a step, counted from 0."""

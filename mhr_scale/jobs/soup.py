@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhr_scale.adapters.wrapping import adapters_off
+from mhr_scale.backbone import hub
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import BackboneError, RunError, first_line
@@ -162,9 +163,10 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
     """
     from transformers import AutoModel, AutoTokenizer
 
+    folder = hub.find_folder(name, None, setting="soup.encoder")
     try:
-        model = AutoModel.from_pretrained(name).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise BackboneError(
             f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "

@@ -87,8 +87,11 @@ def rank_choices(
         lengths = np.array([len(choice) for choice in row.answers], dtype=np.float32)
         values = (sums / lengths**length_norm).tolist()
         if not np.isfinite(values).all():
+            is_exact = placed.model.get_input_embeddings().weight.dtype == torch.float32
+            way_out = "train the adapter with a lower optim.lr, or check the backbone's weights"
             raise DivergenceError(
-                f"row {row.number}: the scores {values} are not finite; try the backbone in float32"
+                f"row {row.number}: the scores {values} are not finite; "
+                f"{way_out if is_exact else 'try the backbone in float32'}"
             )
         scores.append(values)
     return scores

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
+from mhr_scale.backbone.manifest import read_manifest
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.table import known_fields, read_config
@@ -29,6 +30,7 @@ def read_sizes(config: BackboneConfig) -> Blueprint:
                 f"{error}; or put its configuration under backbone.config and set "
                 "backbone.name=null"
             ) from error
+        read_manifest(folder)  # raises if the other verbs would refuse it
         family, _, raw = read_config(folder)
         fields = family.size_fields(raw)
     return read_blueprint(replace(config, name=None, config=fields))

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,18 +27,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
+from mhr_scale.backbone.tokenizer import hash_tokenizer
 from mhr_scale.config import BatchConfig
 from mhr_scale.errors import DataError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
-from mhr_scale.run.files import hash_file, write_json
+from mhr_scale.run.files import hash_file, hash_parts, write_json
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.suites import open_suite, source_files
 from mhr_scale.tasks.task import Task
 
-FORMAT = 1
+FORMAT = 2
 BATCH_ROWS = 8192
 HASHED_WHOLE = 32 * 2**20
 FOLDS = ("train", "validation")
@@ -88,6 +89,8 @@ class TaskCard:
     n_validation: int
     mean_input_tokens: float
     mean_target_tokens: float
+    digest: str
+    """A hash of its token ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,11 @@ class TokenSet:
     validation: list[TaskTokens]
     rejects: list[dict[str, Any]]
     fingerprint: str
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a run reads of it, by content (`RunFolder.check_inputs`)."""
+        return {f"rows of {card.name}": card.digest for card in self.cards}
 
     @property
     def cuts(self) -> Cuts:
@@ -156,7 +164,7 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
         "tasks": settings,
         "sources": [_fingerprint(path) for path in source_files(suite)],
         "code": code.hexdigest(),
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": hash_tokenizer(tokenizer),
         "closing": [family.close([], side, tokenizer) for side in ("input", "target")],
         "cut_side": family.cut_side,
         "max_input_tokens": batch.max_input_tokens,
@@ -173,15 +181,6 @@ def _fingerprint(path: Path) -> list[Any]:
     return [str(path), facts.st_size, hash_file(path)]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        text = backend.to_str()
-    else:
-        text = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()
-
-
 def _tokenise(
     task: Task, tokenizer: Any, batch: BatchConfig, family: Family
 ) -> tuple[TaskCard, dict[str, list[pa.RecordBatch]]]:
@@ -191,6 +190,7 @@ def _tokenise(
     check_rows_left(task, rows["train"], batch)
     kind = _id_type(tokenizer)
     n_train = max(1, len(rows["train"]))
+    batches = {fold: list(_batches(rows[fold], kind)) for fold in FOLDS}
     card = TaskCard(
         name=task.name,
         cap=task.cap,
@@ -201,8 +201,22 @@ def _tokenise(
         n_validation=len(rows["validation"]),
         mean_input_tokens=sum(len(row.input_ids) for row in rows["train"]) / n_train,
         mean_target_tokens=sum(len(row.answers[0]) for row in rows["train"]) / n_train,
+        digest=_hash(batches),
     )
-    return card, {fold: list(_batches(rows[fold], kind)) for fold in FOLDS}
+    return card, batches
+
+
+def _hash(folds: Mapping[str, Sequence[pa.RecordBatch]]) -> str:
+    """A hash of the token ids of a task's folds."""
+    buffers = (
+        buffer.to_pybytes()
+        for fold in FOLDS
+        for batch in folds[fold]
+        for column in batch.columns
+        for buffer in column.buffers()
+        if buffer is not None
+    )
+    return hash_parts(buffers)[:16]
 
 
 def _id_type(tokenizer: Any) -> pa.DataType:

@@ -1,4 +1,5 @@
-"""A run's folder: atomic files, log and metrics, trackers, signals, failures.
+"""A run's folder: its owner, atomic files, log and metrics, trackers, signals, failures.
 
-Other rooms import: failures, files, folders, run_folder, runlog, stopping, tracking, writer.
+Other rooms import: failures, files, folders, ownership, run_folder, runlog, stopping, tracking,
+writer.
 """

@@ -14,6 +14,14 @@ CHUNK = 1 << 24
 MOST_JSON_BYTES = 2**29
 
 
+def as_size(n_bytes: float) -> str:
+    """A number of bytes as text, in the largest unit of which there is a whole one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
 def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) -> str:
     """sha256 of a file; `advance` is called with its name and the bytes of every chunk."""
     digest = hashlib.sha256()
@@ -23,6 +31,27 @@ def hash_file(path: Path, *, advance: Callable[[str, int], None] | None = None) 
             if advance is not None:
                 advance(path.name, len(data))
     return digest.hexdigest()
+
+
+def hash_parts(parts: Iterable[str | bytes]) -> str:
+    """sha256 of texts and bytes, each with its length, so that they cannot run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of a folder's entries, sorted; none where there is no folder.
+
+    Raises `OSError` for a folder that may not be read, which a glob passes over.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def flush(path: Path) -> None:
@@ -81,7 +110,12 @@ def read_object(
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: to a partial file, flushed to disk, then moved into place."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """A value as the text of a JSON file."""
+    return json.dumps(value, indent=1, default=str) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ folder counts as absent, and `check` finds any file that is not what was written
 filled beside its destination and moved there.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mhr_scale.errors import RunError, first_line
-from mhr_scale.run.files import flush, hash_file, write_json
+from mhr_scale.run.files import flush, hash_file, names_in, write_json
+from mhr_scale.run.ownership import LOCK, owned
 
 DONE = "DONE"
 
@@ -86,13 +88,14 @@ def recover(parent: Path) -> None:
 
     Partial folders are removed; a folder that was moved away to be replaced is restored.
     """
-    for replaced in sorted(parent.glob(".*.old.tmp")):
+    names = [name for name in names_in(parent) if name.startswith(".") and name.endswith(".tmp")]
+    for replaced in (parent / name for name in names if name.endswith(".old.tmp")):
         folder = parent / replaced.name.removeprefix(".").removesuffix(".old.tmp")
         if not (folder / DONE).exists():
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(replaced, folder)
-    for partial in parent.glob(".*.tmp"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for name in names:
+        shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def unseal(folder: Path) -> None:
@@ -124,19 +127,33 @@ def nearest_folder(target: Path) -> Path:
 
 @contextmanager
 def moved_into_place(target: Path) -> Iterator[Path]:
-    """A folder on the target's disk that becomes the target; removed if the block fails."""
+    """A folder on the target's disk that becomes the target; removed if the block fails.
+
+    Raises `RunError` if the target is taken, also by a process that is still at work on it.
+    """
     place = Path(os.path.realpath(target))
-    unfinished = nearest_folder(place) / f".{place.name}.unfinished"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        for path in (*unfinished.rglob("*"), unfinished):
-            flush(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(unfinished, place)
-        flush(place.parent)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"folder: cannot write to {target} ({first_line(error)})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _beside(place)
+    with owned(unfinished.with_suffix(LOCK), way_out="name another folder"):
+        check_target(target)
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            yield unfinished
+            for path in (*unfinished.rglob("*"), unfinished):
+                flush(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(unfinished, place)
+            flush(place.parent)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"folder: cannot write to {target} ({first_line(error)}); make room, or name a "
+                "folder on another disk"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(place: Path) -> Path:
+    """Where a new folder is filled: its own place, though other folders have the same name."""
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    return nearest_folder(place) / f".{place.name[:100]}.{digest}.unfinished"

@@ -1,7 +1,8 @@
 """A run's folder: whether it can be written, its stored recipe, and what may change on resuming."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -9,13 +10,30 @@ import yaml
 
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.recipe.reading import as_written, load, to_yaml
-from mhr_scale.run.files import write_text
+from mhr_scale.run.files import read_object, write_json, write_text
 from mhr_scale.run.folders import nearest_folder
-from mhr_scale.run.runlog import record_provenance
+from mhr_scale.run.ownership import LOCK, owned
+from mhr_scale.run.runlog import log, record_provenance
 
 T = TypeVar("T")
 
 RECIPE, PROVENANCE, REJECTS = "config.yaml", "provenance.json", "rejects.jsonl"
+#: What the run has read, by name, as texts that tell contents apart.
+INPUTS = "inputs.json"
+#: What marks a folder without a recipe as something else than the place for a new run: a backbone,
+#: an adapter, other programs' results, or a run that has lost its recipe.
+NOT_OURS = (
+    "*.safetensors",
+    "*.bin",
+    "*.jsonl",
+    "adapter*.json",
+    "config.json",
+    "export.yaml",
+    "average.yaml",
+    *("adapter", "averaged", "best", "jobs", "steps"),
+    *("deepspeed.json", "inputs.json", "provenance.json"),
+    *("analysis.json", "result.json", "summary.json"),
+)
 #: How many differing settings a message lists at most.
 SHOWN = 3
 
@@ -24,7 +42,8 @@ class RunFolder(Generic[T]):
     """The folder of a run of one verb, whose recipes are of the type `schema`.
 
     `free` are settings that may differ when the run resumes: where and how fast, not what; a name
-    that ends with a dot covers everything below it. `last` is the file that a run writes last.
+    that ends with a dot covers everything below it. `last` is the file that a run writes last,
+    `recipe` the one that holds its recipe.
     """
 
     def __init__(
@@ -34,29 +53,17 @@ class RunFolder(Generic[T]):
         *,
         free: Collection[str] = (),
         last: str | None = None,
+        recipe: str = RECIPE,
     ) -> None:
         self.path = Path(path)
         self.schema = schema
+        self.recipe_file = self.path / recipe
         self._free, self._last = tuple(free), last
 
     @property
     def is_complete(self) -> bool:
         """Whether the run has written its last file."""
         return self._last is not None and (self.path / self._last).is_file()
-
-    @property
-    def recipe_file(self) -> Path:
-        """The file of the stored recipe."""
-        return self.path / RECIPE
-
-    def _check_writable(self) -> None:
-        """Raise `RunError` if the folder cannot be made or written to."""
-        path = self.path
-        parent = path if path.exists() else nearest_folder(path)
-        if not os.access(parent, os.W_OK):
-            raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
-        if path.exists() and not path.is_dir():
-            raise RunError(f"run.folder: {path} is a file; name a folder")
 
     def read_recipe(self) -> T | None:
         """The stored recipe, if there is one; raises `RunError` if it cannot be read."""
@@ -78,15 +85,18 @@ class RunFolder(Generic[T]):
     ) -> None:
         """Raise `RunError` unless a run of this recipe may start or resume here.
 
-        It may if nothing `is_begun`, or if all settings that are not free equal the stored ones.
+        It may in a new folder, and in its own one if nothing `is_begun` there, or if all settings
+        that are not free equal the stored ones.
         `holds` is what errors call the folder's content; `more` are further differences.
         """
-        self._check_writable()
+        check_writable(self.path)
         stored = self.read_recipe()
         if stored is None:
-            if is_begun:
+            foreign = sorted(name for pattern in NOT_OURS for name in self._names(pattern))
+            if foreign:
                 raise RunError(
-                    f"{self.path}: holds {holds}, but no {RECIPE}; use another run.folder"
+                    f"{self.path}: holds {foreign[0]}, but no {self.recipe_file.name}: it is the "
+                    "folder of something else; use another run.folder"
                 )
             return
         changed = [
@@ -99,6 +109,9 @@ class RunFolder(Generic[T]):
             listed = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
             raise RunError(f"{self.path}: holds {holds} of other settings ({listed}); {way_out}")
 
+    def _names(self, pattern: str) -> list[str]:
+        return [path.name for path in self.path.glob(pattern)]
+
     def _is_free(self, name: str) -> bool:
         return any(
             name.startswith(free) if free.endswith(".") else name == free for free in self._free
@@ -106,22 +119,73 @@ class RunFolder(Generic[T]):
 
     def keep_recipe(self, recipe: T) -> None:
         """Make the folder and write the recipe; raises `RunError` if that fails."""
-        write_recipe(self.recipe_file, recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe_file, to_yaml(recipe))
+        except OSError as error:
+            raise RunError(
+                f"run.folder: cannot write to {self.path} ({error.strerror}); name another folder"
+            ) from error
+
+    def check_inputs(self, inputs: Mapping[str, str], *, is_begun: bool, holds: str) -> None:
+        """Raise `RunError` if what a begun run has read is not what it would read now.
+
+        `inputs` say what a run reads and what tells its content, both as text. Names that the run
+        has not read before may be new.
+        """
+        before = self._read_inputs() if is_begun else {}
+        if before is None:
+            log.warning(
+                "%s: an earlier version, which did not write down what it read, began it; whether "
+                "adapter, rows and backbone are still the same is not known",
+                self.path,
+            )
+            return
+        changed = [
+            f"{name} was {before[name]}, is {inputs[name]}"
+            for name in sorted(before.keys() & inputs.keys())
+            if before[name] != inputs[name]
+        ]
+        if changed:
+            listed = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
+            raise RunError(
+                f"{self.path}: holds {holds} made from other content ({listed}); use another "
+                "run.folder, or put back what it was made from"
+            )
+
+    def keep_inputs(self, inputs: Mapping[str, str], *, is_begun: bool) -> None:
+        """Write down what the run reads, beside what it has read before if it `is_begun`."""
+        before = (self._read_inputs() or {}) if is_begun else {}
+        write_json(self.path / INPUTS, {**before, **inputs})
+
+    def _read_inputs(self) -> dict[str, Any] | None:
+        file = self.path / INPUTS
+        way_out = "use another run.folder"
+        return read_object(file, RunError, way_out=way_out) if file.exists() else None
 
     def record_start(self, **facts: Any) -> None:
         """Append this start to the run's provenance."""
         record_provenance(self.path / PROVENANCE, **facts)
 
 
-def write_recipe(file: Path, recipe: Any) -> None:
-    """Write a recipe, making its folder if needed; raises `RunError` if that fails."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, to_yaml(recipe))
-    except OSError as error:
-        raise RunError(
-            f"run.folder: cannot write to {file.parent} ({error.strerror}); name another folder"
-        ) from error
+@contextmanager
+def owned_folder(path: Path | str, *, way_out: str = "use another run.folder") -> Iterator[None]:
+    """Own a run's folder inside the block; raises `RunError` naming another process that does."""
+    folder = Path(path)
+    check_writable(folder)
+    with owned(folder / LOCK, way_out=way_out):
+        yield
+
+
+def check_writable(path: Path) -> None:
+    """Raise `RunError` if the folder cannot be made, read or written to."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run.folder: {path} is a file; name a folder")
+    parent = path if path.exists() else nearest_folder(path)
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"run.folder: no permission to write in {parent}; name another folder")
+    if not os.access(parent, os.R_OK | os.X_OK):
+        raise RunError(f"run.folder: no permission to read {parent}; name another folder")
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ Every reader (toy, SuperNI, JSONL, P3) turns its own format into these values an
 that mixtures, collators and evaluators never know where a row came from.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from typing import Literal
 
 from mhr_scale.errors import DataError
 from mhr_scale.recipe.part import part
-from mhr_scale.run.files import to_json_lines
+from mhr_scale.run.files import hash_parts, to_json_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +190,15 @@ def group_raw(rows: Iterable[Example]) -> list[tuple[Example, ...]]:
     for row in rows:
         groups.setdefault(row.raw_id, []).append(row)
     return [tuple(group) for group in groups.values()]
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """What tells rows apart by content: a hash of all that a model or a metric sees of them."""
+    rows = (
+        [example.id, example.input, example.targets, example.choices, example.label]
+        for example in examples
+    )
+    return hash_parts(json.dumps(row) for row in rows)[:16]
 
 
 def check_not_empty(task: Task, *, refused: str = "") -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.errors import RunError
 from mhr_scale.run import failures
-from mhr_scale.run.files import hash_file, write_json
+from mhr_scale.run.files import hash_file, names_in, write_json
 from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
 from mhr_scale.run.runlog import log
 from mhr_scale.training.optim import OptimizerState, check_states
@@ -56,7 +56,11 @@ def step_folder(run: Path, step: int) -> Path:
 
 def complete_steps(run: Path) -> list[int]:
     """Numbers of the complete saved steps, ascending."""
-    names = [done.parent.name for done in run.glob(f"steps/*/{DONE}")]
+    steps = run / "steps"
+    try:
+        names = [name for name in names_in(steps) if (steps / name / DONE).exists()]
+    except OSError as error:
+        raise RunError(f"saved steps cannot be listed: {_describe(error)}") from error
     return sorted(int(name) for name in names if name.isdecimal())
 
 

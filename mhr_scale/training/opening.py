@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.artefact import load_tensors, named_tensors
+from mhr_scale.adapters.artefact import digest, load_tensors, named_tensors
 from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.config import PretrainConfig
@@ -67,6 +67,7 @@ def opened_training(
         config.backbone,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        recipe=config,
     )
     sites = find_sites_of(opened.blueprint, config.adapter)
     tokens = open_tokens(
@@ -77,6 +78,10 @@ def opened_training(
         cache=config.run.token_cache,
     )
     check_tasks(config, tokens)
+    inputs = {**opened.inputs, **tokens.inputs}
+    if start is not None:
+        inputs["adapter to start from"] = digest(start)
+    folder.check_inputs(inputs, is_begun=is_begun, holds="a run")
     plan = make_plan(config, tokens)
     with opened.placed(sites) as placed:
         adapter = Adapter(
@@ -101,7 +106,9 @@ def opened_training(
         )
         trainer.resume()
         if placed.engine.rank == 0:
-            rank0_open_folder(folder, trainer, opened)
+            folder.keep_recipe(config)
+            folder.keep_inputs(inputs, is_begun=is_begun)
+            rank0_record(folder, trainer, opened)
         placed.engine.gather_barrier()
         yield trainer
 
@@ -136,12 +143,11 @@ def make_batches(
     )
 
 
-def rank0_open_folder(
+def rank0_record(
     folder: RunFolder[PretrainConfig], trainer: Trainer, opened: OpenedBackbone
 ) -> None:
-    """Write the recipe, DeepSpeed's configuration, the provenance and the rejected rows."""
+    """Write DeepSpeed's configuration, the provenance and the rejected rows."""
     config, tokens = trainer.config, trainer.tokens
-    folder.keep_recipe(config)
     merged = deepspeed_config(opened.ds_content, dtype=config.backbone.dtype)
     write_json(folder.path / "deepspeed.json", merged)
     folder.record_start(

@@ -13,13 +13,14 @@ from mhr_scale.config import AdaptConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DivergenceError
 from mhr_scale.jobs.adapt_inputs import AdaptInputs, open_jobs
-from mhr_scale.jobs.folder import open_folder, rank0_begin
+from mhr_scale.jobs.folder import check_inputs, gather_kept_soups, open_folder, rank0_begin
 from mhr_scale.jobs.job import Job, JobState, find_state, read_results
 from mhr_scale.jobs.open_waves import facts_of, gather_soups, open_wave
 from mhr_scale.jobs.runner import Runner
 from mhr_scale.jobs.scheduling import assign_waves, plan_waves
 from mhr_scale.planning.wave_size import gather_wave_size
 from mhr_scale.run.files import write_json
+from mhr_scale.run.run_folder import RunFolder, owned_folder
 from mhr_scale.run.runlog import log
 from mhr_scale.scores import comparison
 
@@ -30,14 +31,21 @@ def adapt(config: AdaptConfig) -> Path:
     Collective. The same command continues unfinished jobs and runs those that are new in the
     recipe. Raises `DivergenceError` at the end if the loss of some jobs was not finite.
     """
+    with owned_folder(config.run.folder):
+        return run_all(config)
+
+
+def run_all(config: AdaptConfig) -> Path:
+    """Run all jobs that are not finished, in a folder that this launch owns. Collective."""
     folder = open_folder(config)
     inputs = open_jobs(config)
+    check_inputs(folder, inputs)
     with inputs.backbone.placed(inputs.list_sites(), always_backward=True) as placed:
         engine = placed.engine
         engine.open_patient_group()
         if engine.rank == 0:
             rank0_begin(folder, inputs, engine)
-        lost = run_jobs(inputs, placed)
+        lost = run_jobs(folder, inputs, placed)
         engine.wait_for_all()
         lost = sorted(itertools.chain(*engine.gather_objects(lost)))
         if engine.rank == 0:
@@ -52,14 +60,16 @@ def adapt(config: AdaptConfig) -> Path:
     return folder.path
 
 
-def run_jobs(inputs: AdaptInputs, placed: PlacedBackbone) -> list[str]:
+def run_jobs(
+    folder: RunFolder[AdaptConfig], inputs: AdaptInputs, placed: PlacedBackbone
+) -> list[str]:
     """Plan the waves and run this rank's; returns the jobs given up.
 
     A rank without jobs left runs dummy passes until all ranks are done. Collective.
     """
-    config, folder, engine = inputs.config, Path(inputs.config.run.folder), placed.engine
+    config, engine = inputs.config, placed.engine
     states: dict[Job, JobState] = engine.broadcast_object(
-        {job: find_state(job, folder) for job in inputs.jobs} if engine.rank == 0 else None
+        {job: find_state(job, folder.path) for job in inputs.jobs} if engine.rank == 0 else None
     )
     estimates = [
         inputs.estimate(job, step=states[job].step)
@@ -68,6 +78,7 @@ def run_jobs(inputs: AdaptInputs, placed: PlacedBackbone) -> list[str]:
     ]
     pending = {estimate.job.variant for estimate in estimates}
     soups = gather_soups(inputs, placed, pending)
+    gather_kept_soups(folder, soups, engine)
     size = config.waves.size or gather_wave_size(inputs, estimates, engine)
     alone = config.backbone_variants
     waves = plan_waves(estimates, size=size, world_size=engine.world_size, alone=alone)

@@ -20,12 +20,12 @@ from mhr_scale.analysis.routing_statistics import clustered_order, describe_rout
 from mhr_scale.backbone.of_adapter import backbone_of, check_fit
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
 from mhr_scale.engine.opened import open_backbone
-from mhr_scale.errors import AdapterError, ConfigError, RunError, did_you_mean
+from mhr_scale.errors import AdapterError, ConfigError, did_you_mean
 from mhr_scale.jobs.start import source_numbers, variant_numbers
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run.files import write_json
-from mhr_scale.run.run_folder import RECIPE, RunFolder
+from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 
@@ -44,7 +44,14 @@ def analyse(config: AnalyseConfig) -> Path:
 
     Collective where alignment is measured; otherwise rank 0 works alone.
     """
-    folder = open_folder(config)
+    with owned_folder(config.run.folder):
+        return analyse_adapter(config)
+
+
+def analyse_adapter(config: AnalyseConfig) -> Path:
+    """Analyse an adapter, in a folder that this launch owns."""
+    folder = RunFolder(config.run.folder, AnalyseConfig)
+    folder.check(config, is_begun=False, holds="an analysis")
     card, adapter = open_adapter(config.adapter)
     sources = find_sources(config, adapter)
     if sources is not None:
@@ -53,15 +60,6 @@ def analyse(config: AnalyseConfig) -> Path:
         facts = {"world_size": 1, "placement": "none"}
         rank0_report(config, folder, adapter, None, rows=0, facts=facts)
     return folder.path
-
-
-def open_folder(config: AnalyseConfig) -> RunFolder[AnalyseConfig]:
-    """The folder to write to; raises `RunError` if it holds another kind of run."""
-    folder = RunFolder(config.run.folder, AnalyseConfig)
-    folder.check(config, is_begun=False, holds="an analysis")
-    if folder.read_recipe() is None and (folder.path / "adapter").exists():
-        raise RunError(f"{folder.path}: holds an adapter; use another run.folder")
-    return folder
 
 
 def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | None:
@@ -125,6 +123,7 @@ def align(
         backbone_config,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        recipe=config,
         adapter=config.adapter,
     )
     check_fit(config.adapter, card, opened.blueprint)

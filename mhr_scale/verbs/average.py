@@ -15,10 +15,13 @@ from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError
 from mhr_scale.recipe.reading import load
-from mhr_scale.run.run_folder import RECIPE, write_recipe
+from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
+
+#: Settings that may change between two starts; the training checks its own.
+FREE = ("run.",)
 
 
 def average(config: AverageConfig) -> Path:
@@ -27,15 +30,24 @@ def average(config: AverageConfig) -> Path:
     Collective where there are extra steps; without them rank 0 works alone, and neither a backbone
     nor DeepSpeed is needed.
     """
-    source = artefact.load(config.source)
-    card = artefact.read_card(config.source)
-    folder = Path(config.run.folder)
-    if (folder / RECIPE).exists() and config.steps[-1] == 0:
-        raise RunError(f"{folder}: holds a run already; use another run.folder")
+    with owned_folder(config.run.folder):
+        return average_run(config)
+
+
+def average_run(config: AverageConfig) -> Path:
+    """Write the averaged adapters, in a folder that this launch owns. Collective."""
+    card, source = artefact.read(config.source)
+    run = RunFolder(config.run.folder, AverageConfig, free=FREE, recipe="average.yaml")
+    folder = run.path
+    is_begun, inputs = (folder / "averaged").exists(), {"source": artefact.digest(source)}
+    if config.steps[-1] == 0 or not (folder / RECIPE).exists():  # else the training checks it
+        run.check(config, is_begun=is_begun, holds="averages", way_out="use another run.folder")
+    run.check_inputs(inputs, is_begun=is_begun, holds="averages")
     if config.steps[-1]:
         continue_training(config, source)
     if rank() == 0:
-        write_recipe(folder / "average.yaml", config)
+        run.keep_recipe(config)
+        run.keep_inputs(inputs, is_begun=True)
         for steps in config.steps:
             trained = source if steps == 0 else artefact.load(checkpoint.step_folder(folder, steps))
             facts: dict[str, Any] = {

@@ -26,6 +26,7 @@ from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.exchange import stock
+from mhr_scale.run.files import as_size
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import log, rank
 
@@ -113,11 +114,11 @@ def compare(
     Raises `BackboneError` if they differ.
     """
     wanted = config.fingerprint.compare
-    size = sum(weight.n_bytes for weight in weights) / 1e9
+    size = as_size(sum(weight.n_bytes for weight in weights))
     if wanted is False or (wanted is None and not conversion.is_room(weights)):
-        reason = "as asked" if wanted is False else f"no room for {size:.1f} GB in memory"
+        reason = "as asked" if wanted is False else f"no room for {size} in memory"
         return f"not compared with transformers' reading of the original ({reason})"
-    log.info("comparing with transformers' reading of the original: %.2g GB of memory", size)
+    log.info("comparing with transformers' reading of the original: %s of memory", size)
     try:
         model = stock.load_backbone(settings, blueprint, torch.device("cpu"))
         difference = conversion.check_answer(
@@ -170,9 +171,9 @@ def closing(
     config: ConvertConfig, weights: list[Weight], left_out: list[str], *, n_files: int, verdict: str
 ) -> str:
     """The closing message: what was written, how well it agrees, and how to use it."""
-    size = sum(weight.n_bytes for weight in weights) / 1e9
+    size = as_size(sum(weight.n_bytes for weight in weights))
     lines = [
-        f"{config.backbone.name} -> {config.folder}: {len(weights)} tensors, {size:.3g} GB in "
+        f"{config.backbone.name} -> {config.folder}: {len(weights)} tensors, {size} in "
         f"{config.dtype}, {n_files} files",
         verdict,
         f"use: backbone.name={config.folder}",

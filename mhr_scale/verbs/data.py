@@ -57,6 +57,7 @@ def report(tokens: TokenSet) -> str:
         cap=None,
         weight=None,
         metric="",
+        digest="",
         cuts=tokens.cuts,
         n_train=n_rows,
         n_validation=sum(card.n_validation for card in tokens.cards),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.adapters import Adapter
+from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
@@ -24,12 +24,12 @@ from mhr_scale.jobs.start import stack
 from mhr_scale.passes import scoring
 from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_json, write_text
-from mhr_scale.run.run_folder import REJECTS, RunFolder
+from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
 from mhr_scale.tasks.suites import read_evaluation
-from mhr_scale.tasks.task import Task
+from mhr_scale.tasks.task import Task, digest
 
 #: Settings that may change between two starts of a run: those that do not affect its scores.
 FREE = ("run.", "backbone_moved_to")
@@ -40,14 +40,22 @@ def evaluate(config: EvaluateConfig) -> Path:
 
     Collective. The same command continues an interrupted run.
     """
+    with owned_folder(config.run.folder):
+        return score_tasks(config)
+
+
+def score_tasks(config: EvaluateConfig) -> Path:
+    """Score the examples that have no score yet, in a folder that this launch owns. Collective."""
     folder = RunFolder(config.run.folder, EvaluateConfig, free=FREE)
     scores = folder.path / summary.SCORES
-    folder.check(config, is_begun=scores.exists(), holds="scores", way_out="use another run.folder")
+    is_begun = scores.exists()
+    folder.check(config, is_begun=is_begun, holds="scores", way_out="use another run.folder")
     card, adapter, backbone_config = open_adapter_of(config)
     opened = open_backbone(
         backbone_config,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        recipe=config,
         adapter=config.adapter,
     )
     if card is not None:
@@ -56,15 +64,23 @@ def evaluate(config: EvaluateConfig) -> Path:
     questions = [question for task in tasks for question in ask(task, config.scoring)]
     numbers = adapter_tasks(adapter, tasks, config)
     rows = encode(tasks, questions, numbers, opened.tokenizer, opened.family, config.scoring)
+    inputs = opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks}
+    if adapter is not None:
+        inputs[f"adapter {config.adapter}"] = artefact.digest(adapter)
+    folder.check_inputs(inputs, is_begun=is_begun, holds="scores")
     with opened.placed(() if adapter is None else adapter.sites) as placed:
         placed.model.eval()
         engine = placed.engine
         if adapter is not None:
             if config.routing == "soup":
                 adapter = soup_of_every_task(config, adapter, tasks, placed, opened.tokenizer)
+                soups = {"soups of similar tasks": artefact.digest(adapter)}
+                folder.check_inputs(soups, is_begun=is_begun, holds="scores")
+                inputs |= soups
             adapter.bind(placed.adapted)
         if engine.rank == 0:
             folder.keep_recipe(config)
+            folder.keep_inputs(inputs, is_begun=is_begun)
             intake.write(folder.path / REJECTS)
             folder.record_start(**engine.facts, backbone=opened.facts)
         engine.gather_barrier()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.wrapping import AdaptedModel
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
@@ -37,7 +38,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
-from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.engine.opened import PlacedBackbone, inputs_of
 from mhr_scale.errors import ConfigError, DivergenceError, RunError, suggest
 from mhr_scale.exchange import stock
 from mhr_scale.families.family import Family
@@ -47,8 +48,8 @@ from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.passes import few_shot_loss
 from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
-from mhr_scale.run.files import to_json_lines, write_json, write_text
-from mhr_scale.run.run_folder import REJECTS, RunFolder
+from mhr_scale.run.files import hash_file, to_json_lines, write_json, write_text
+from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Metrics, Progress, log, world_size
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
@@ -72,6 +73,15 @@ class FinetuneInputs:
     tokenizer: Any
     data: JobData
     intake: Intake
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What the run reads, by content (`RunFolder.check_inputs`)."""
+        return {
+            **inputs_of(self.blueprint, self.tokenizer),
+            f"adapter {self.source}": hash_file(self.source / peft_folders.TENSORS)[:16],
+            f"rows of {self.data.few_shot.task.name}": self.data.digest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,21 +108,24 @@ def finetune(config: FinetuneConfig) -> Path:
             f"finetune is one process, and {world_size()} were started: "
             "python launch/finetune.py RECIPE"
         )
+    with owned_folder(config.run.folder):
+        return finetune_one(config)
+
+
+def finetune_one(config: FinetuneConfig) -> Path:
+    """Fine-tune a LoRA on one task, in a folder that this process owns."""
     folder = RunFolder(config.run.folder, FinetuneConfig, free=FREE, last=RESULT)
     path = folder.path
-    folder.check(
-        config,
-        is_begun=(path / BEFORE).exists(),
-        holds="a run",
-        way_out="use another run.folder",
-    )
+    is_begun = (path / BEFORE).exists() or folder.is_complete
+    folder.check(config, is_begun=is_begun, holds="a run", way_out="use another run.folder")
     tracking.check(config.run.trackers)
+    inputs = open_inputs(config)
+    folder.check_inputs(inputs.contents, is_begun=is_begun, holds="a run")
     if folder.is_complete:
         log.info("%s is finished: %s", path, path / RESULT)
         return path / "adapter"
-    inputs = open_inputs(config)
     engine = Engine({}, timeout_seconds=60.0)
-    begin(folder, config, inputs, engine.device)
+    begin(folder, config, inputs, engine.device, is_begun=is_begun)
     start = checkpoint.find_whole(path) or 0
     source = checkpoint.step_folder(path, start) if start else inputs.source
     loaded = load(config, inputs, engine, source)
@@ -187,9 +200,12 @@ def begin(
     config: FinetuneConfig,
     inputs: FinetuneInputs,
     device: torch.device,
+    *,
+    is_begun: bool,
 ) -> None:
     """Write the recipe, the refused rows and the provenance of this start."""
     folder.keep_recipe(config)
+    folder.keep_inputs(inputs.contents, is_begun=is_begun)
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
         device=str(device),

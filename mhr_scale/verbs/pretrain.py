@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mhr_scale.config import PretrainConfig
+from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, read_metric
 from mhr_scale.training.opening import opened_training
 from mhr_scale.training.trainer import Trainer
@@ -13,7 +14,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Collective: every rank calls it. The same command resumes from the last saved step.
     """
-    with opened_training(config) as trainer:
+    with owned_folder(config.run.folder), opened_training(config) as trainer:
         announce(trainer)
         trainer.train()
         if trainer.engine.rank == 0:

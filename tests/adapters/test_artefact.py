@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,3 +279,41 @@ def test_a_model_that_has_adapters_is_refused(saved):
     attach(model, CONFIGS["LoRA"], tasks=TASKS)
     with pytest.raises(AdapterError, match="has adapters already"):
         artefact.load(saved, model=model)
+
+
+# --- while a run saves
+
+SAVE = """
+import sys
+from pathlib import Path
+from mhr_scale.adapters import artefact
+first, second, target = map(Path, sys.argv[1:])
+saved = [artefact.read(folder) for folder in (first, second)]
+print("saving", flush=True)
+for number in range(10**9):
+    card, adapter = saved[number % 2]
+    artefact.save(adapter, target, step=card.step)
+"""
+
+
+def test_readers_see_one_save_whole_while_another_process_saves(tmp_path):
+    folders = {}
+    for step in (1, 2):
+        _, adapter = make(CONFIGS["MHR"])
+        for parameter in adapter.parameters():
+            parameter.data.fill_(float(step))
+        folders[step] = artefact.save(adapter, tmp_path / str(step), step=step)
+    target = artefact.save(adapter, tmp_path / "run" / "adapter", step=2)
+    command = [sys.executable, "-c", SAVE, *map(str, (*folders.values(), target))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "saving\n"
+            seen = set()
+            for _ in range(150):
+                card, found = artefact.read(tmp_path / "run")
+                values = {float(p.detach().min()) for p in found.parameters()}
+                assert values == {float(card.step)}
+                seen.add(card.step)
+        finally:
+            process.kill()
+    assert seen == {1, 2}

@@ -12,9 +12,10 @@ from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.fingerprint import make as fingerprint_of
 from mhr_scale.backbone.fingerprint import make_questions
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
+from mhr_scale.backbone.weights import PickledSource, RenamedSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.gradients import order_gradients
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5 import GATED
 
 # -- weights from a folder ------------------------------------------------------------------------
@@ -67,12 +68,15 @@ def test_the_builtin_backbone_builds(build):
     assert torch.equal(model.shared.weight, expected.float())
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin in the old format", "random"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "bin", "bin in the old format", "random", "renamed"]
+)
 def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind):
     tensors = {"a.weight": torch.randn(7, 5), "b.weight": torch.randn(7, 5)}
     write_weights(tmp_path, tensors, kind)
-    if kind == "random":
-        source = random_source({name: (7, 5) for name in tensors})
+    if kind in ("random", "renamed"):
+        source = random_source({name: (7, 5) for name in ("copy", *tensors)})
+        source = RenamedSource(source, {"a.weight": "copy"}) if kind == "renamed" else source
     else:
         reader = SafetensorsSource if kind == "safetensors" else PickledSource
         source = reader(list(tmp_path.iterdir()))
@@ -98,15 +102,36 @@ def test_a_folder_without_a_start_token_starts_with_padding(make, original):
     assert blueprint.model_config.decoder_start_token_id == 0
 
 
-@pytest.mark.parametrize("token", ["pad_token_id", "decoder_start_token_id"])
-def test_a_token_that_is_said_to_be_none_is_that_of_t5(make, original, token):
+@pytest.mark.parametrize(
+    ("token", "value"), [("pad_token_id", 0), ("decoder_start_token_id", 0), ("eos_token_id", 1)]
+)
+def test_a_token_that_is_said_to_be_none_is_that_of_t5_and_that_is_said(
+    make, original, caplog, token, value
+):
+    caplog.set_level("INFO", logger="mhr_scale")
     fields = {**SIZES, token: None}
     folder = make(stored(original), {**CARD, **fields})
     for config in (BackboneConfig(name=str(folder)), BackboneConfig(config=fields)):
         blueprint = read_blueprint(config)
-        assert getattr(blueprint.model_config, token) == 0
+        assert getattr(blueprint.model_config, token) == value
         asked = make_questions(blueprint, [[5, 6, 7], [8]])  # the shorter one is padded
         assert fingerprint_of(blueprint, asked).noise > 0
+    assert caplog.messages == [
+        f"{place}: {token} is null; {value} is used"
+        for place in (folder / "config.json", "backbone.config")
+    ]
+
+
+def test_a_left_over_note_on_quantisation_is_not_used_and_that_is_said(
+    make, build, original, caplog
+):
+    caplog.set_level("INFO", logger="mhr_scale")
+    note = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    folder = make(stored(original), {**CARD, "quantization_config": note})
+    assert torch.equal(logits(build(name=str(folder))), logits(original))
+    assert caplog.messages[0] == (
+        f"{folder / 'config.json'}: quantization_config is not used: the weights are not quantised"
+    )
 
 
 def test_a_blueprint_says_where_the_weights_are_from(folder):
@@ -143,6 +168,25 @@ def test_every_refusal_of_a_name_tells_what_can_be_named():
 def test_a_relative_folder_is_found(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert read_blueprint(BackboneConfig(name=folder.name)).folder.resolve() == folder
+
+
+# -- generating -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_decoder_deeper_or_shallower_than_the_encoder_generates(make, build, depth, beams):
+    """Against transformers without a cache."""
+    original = small_t5(num_decoder_layers=depth)
+    model = build(name=str(make(stored(original), {**CARD, "num_decoder_layers": depth})))
+    options = {"num_beams": beams, "do_sample": False, "max_new_tokens": 6}
+    ids = torch.tensor([[5, 6, 7, 8, 9, 1]])
+    rows = [EncodedRow(ids[0].numpy())]
+    found = GATED.generate(model, rows, device=ids.device, use_cache=True, **options)
+    expected = original.generate(ids, use_cache=False, **options).tolist()
+    assert found == expected
+    packed = GATED.pack(rows, model.config)
+    GATED.run_generation(model, packed, beams=beams, new_tokens=2)
 
 
 # -- the built model ------------------------------------------------------------------------------

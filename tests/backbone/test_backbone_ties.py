@@ -1,15 +1,18 @@
 """The checkpoint decides whether the head is tied to the embedding."""
 
+from itertools import combinations
+
 import pytest
 import torch
-from small_backbones import logits, stored
+from small_backbones import logits, message_of, stored
 from small_t5 import CARD, SIZES, small_t5
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
-from mhr_scale.families.t5 import EMBEDDING_ALIASES, HEAD
+from mhr_scale.errors import BackboneError
+from mhr_scale.families.t5 import EMBEDDING, EMBEDDING_ALIASES, HEAD
 
 TIES = [
     # the configuration says tied | lm_head in the checkpoint | so it is tied
@@ -86,10 +89,57 @@ def test_the_models_own_configuration_tells_the_tie(build, tied):
     assert build(config={**SIZES, "tie_word_embeddings": tied}).config.tie_word_embeddings == tied
 
 
-def test_copies_of_the_embedding_in_a_checkpoint_are_ignored(make, build, original):
-    copies = {name: torch.zeros(384, 16) for name in EMBEDDING_ALIASES}
-    folder = make({**stored(original), **copies})
+@pytest.mark.parametrize("names", [EMBEDDING_ALIASES, EMBEDDING_ALIASES[:1], EMBEDDING_ALIASES[1:]])
+@pytest.mark.parametrize("beside_it", [True, False])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_embedding_may_go_by_the_names_of_its_copies(
+    make, build, original, names, beside_it, kind
+):
+    tensors = stored(original)
+    embedding = tensors[EMBEDDING] if beside_it else tensors.pop(EMBEDDING)
+    for name in names:
+        tensors[name] = embedding.clone() if kind == "safetensors" else embedding
+    folder = make(tensors, kind=kind)
     assert torch.equal(logits(build(name=str(folder))), logits(original))
+
+
+def test_a_tied_head_alone_is_the_embedding(make, build, original):
+    tensors = stored(original)
+    del tensors[EMBEDDING]
+    model = build(name=str(make(tensors, {**CARD, "tie_word_embeddings": True})))
+    assert model.shared.weight is model.lm_head.weight
+    assert torch.equal(model.shared.weight, original.lm_head.weight)
+
+
+def test_an_untied_head_alone_is_not_the_embedding(make, build, original):
+    tensors = stored(original)
+    del tensors[EMBEDDING]
+    with pytest.raises(BackboneError, match=r"missing shared\.weight"):
+        build(name=str(make(tensors)))
+
+
+@pytest.mark.parametrize(("name", "beside"), [*combinations((*EMBEDDING_ALIASES, EMBEDDING), 2)])
+def test_a_copy_of_the_embedding_that_differs_is_refused_however_it_is_opened(
+    make, original, name, beside
+):
+    tensors = stored(original)
+    tensors[beside] = tensors.pop(EMBEDDING)
+    tensors[name] = tensors[beside].clone()
+    tensors[name][-1, -1] += 1.0
+    message = message_of(BackboneConfig(name=str(make(tensors))))
+    assert " differs from " in message
+    assert name in message
+    assert beside in message
+    assert message.endswith(
+        "the model has one tensor for both; leave out the one that was not trained"
+    )
+
+
+def test_copies_of_an_embedding_that_is_not_all_numbers_are_equal(make, original):
+    tensors = stored(original)
+    tensors[EMBEDDING][0, 0] = float("nan")
+    tensors[EMBEDDING_ALIASES[0]] = tensors[EMBEDDING].clone()
+    assert EMBEDDING_ALIASES[0] in read_blueprint(BackboneConfig(name=str(make(tensors)))).ties
 
 
 def test_the_unused_position_bias_of_old_checkpoints_is_ignored(make, build, original):

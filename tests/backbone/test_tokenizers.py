@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
-from small_backbones import one_line
-from small_t5 import SIZES
+import sentencepiece
+from processes import ROOT
+from small_backbones import one_line, stored
+from small_t5 import CARD, SIZES
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.hub import BUILTIN
@@ -79,6 +81,117 @@ def test_a_tokenizer_without_padding_or_ending_is_refused(tmp_path, token):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     message = tokenizer_error(config=SIZES, tokenizer=str(tmp_path))
     assert message.startswith(f"backbone.tokenizer: has no {token}")
+
+
+@pytest.mark.parametrize("token", ["pad_token_id", "eos_token_id"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_special_token_that_is_another_one_for_the_backbone_is_refused(
+    make, original, token, is_own
+):
+    """Targets would close with one token, and generation wait for the other."""
+    folder = make(stored(original), {**CARD, token: 7})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN["builtin:toy"] / file, folder)
+    message = tokenizer_error(name=str(folder), tokenizer=None if is_own else "byt5")
+    place = f"{folder}: its tokenizer has" if is_own else "backbone.tokenizer:"
+    way_out = "set backbone.tokenizer" if is_own else "choose the backbone's own tokenizer"
+    own = {"pad_token_id": 0, "eos_token_id": 1}[token]
+    assert message == (
+        f"{place} {token} {own}, {folder}/config.json says 7; correct the one that is wrong, or "
+        f"{way_out}"
+    )
+
+
+def test_ids_of_random_weights_are_compared_too():
+    assert tokenizer_error(config={**SIZES, "eos_token_id": 3}).startswith(
+        "backbone.tokenizer: eos_token_id 1, backbone.config says 3; "
+    )
+
+
+# -- sentencepiece ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A vocabulary as T5's are: sentencepiece's own file, and nothing beside it."""
+    place = tmp_path_factory.mktemp("pieces")
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(place / "spiece"),
+        vocab_size=280,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return place / "spiece.model"
+
+
+TEXTS = ("the frozen backbone", "  two   spaces, 3.5 % ", "\ufb01t caf\u00e9", "\u16a0 unknown")
+
+
+@pytest.mark.parametrize("extra", [0, 100])
+def test_a_folder_with_a_sentencepiece_file_alone_is_read_as_sentencepiece_reads_it(
+    folder, pieces, extra
+):
+    """T0 and T5-LM-adapt on the hub; mT5 has no extra tokens, which its settings say."""
+    shutil.copy(pieces, folder)
+    if not extra:
+        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = tokenizer_of(name=str(folder))
+    original = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    assert len(tokenizer) == 280 + extra
+    for text in TEXTS:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == original.encode(text)
+        assert tokenizer(text)["input_ids"] == [*original.encode(text), 1]
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
+def test_a_package_that_a_sentencepiece_file_takes_is_named(folder, pieces, package, monkeypatch):
+    shutil.copy(pieces, folder)
+    monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda: False)
+    assert tokenizer_error(name=str(folder)) == (
+        f"{folder / 'spiece.model'}: cannot be read without {package}; pip install {package}"
+    )
+
+
+def test_a_pointer_in_place_of_a_sentencepiece_file_is_refused(folder):
+    (folder / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    assert tokenizer_error(name=str(folder)).startswith(f"{folder}: no readable tokenizer (")
+
+
+# -- code ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_nobody_is_asked(
+    tmp_path, monkeypatch, file, known
+):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN["builtin:toy"] / name, tmp_path)
+    settings = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    settings |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    if not known:
+        settings["tokenizer_class"] = "OwnTokenizer"
+    (tmp_path / file).write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    message = tokenizer_error(config=SIZES, tokenizer=str(tmp_path))
+    assert message.startswith(f"{tmp_path / file}: auto_map asks for code of its own (")
+    assert message.endswith(", remove auto_map")
+
+
+def test_a_tokenizer_beside_a_model_with_code_of_its_own_is_read(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN["builtin:toy"] / name, tmp_path)
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "own.Own"}}')
+    assert len(tokenizer_of(config=SIZES, tokenizer=str(tmp_path))) == 50
 
 
 @pytest.mark.usefixtures("offline")

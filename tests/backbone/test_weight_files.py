@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_t5 import INDICES, save, write_folder
 
 from mhr_scale.backbone.shards import Weight, first_cut, plan_shards, write_shard
-from mhr_scale.backbone.weights import open_weights
+from mhr_scale.backbone.weight_files import open_weights
 from mhr_scale.errors import BackboneError
 
 KINDS = ("safetensors", "bin")
@@ -67,6 +67,57 @@ def test_a_stray_file_beside_a_whole_one_is_not_read(kind: str, tmp_path: Path) 
     folder = write_folder(tmp_path / "folder", TENSORS, kind=kind)
     save({"stray": torch.zeros(1)}, folder / f"pytorch_model_old.{kind}")
     assert open_weights(folder).names() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    "stray", ["model.fp16.safetensors", "adapter_model.safetensors", "pytorch_model.fp16.bin"]
+)
+def test_a_file_of_another_name_is_not_read_and_that_is_said(
+    kind: str, stray: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "folder", TENSORS, kind=kind)
+    save({"a": torch.zeros(4, 3)}, folder / stray)
+    save({"step": torch.zeros(1)}, folder / "training_args.bin")
+    caplog.set_level("INFO", logger="mhr_scale")
+    assert open_weights(folder).names() == TENSORS.keys()
+    first = {"bin": "pytorch_model.bin", "safetensors": "model.safetensors"}[kind]
+    assert caplog.messages == [f"{folder}: weights from {first}; not read: {stray}"]
+
+
+def test_one_whole_file_is_read_before_shards_as_transformers_does(folder: Path, kind: str) -> None:
+    stem = {"bin": "pytorch_model", "safetensors": "model"}[kind]
+    save({"whole": torch.zeros(1)}, folder / f"{stem}.{kind}")
+    assert open_weights(folder).names() == {"whole"}
+
+
+def test_shards_without_an_index_are_read_if_all_are_there(folder: Path, kind: str) -> None:
+    (folder / INDICES[kind]).unlink()
+    assert open_weights(folder).names() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_shards_without_an_index_of_which_one_is_missing_are_refused(
+    folder: Path, kind: str, number: int
+) -> None:
+    (folder / INDICES[kind]).unlink()
+    shards(folder, kind)[number].unlink()
+    assert " are not the 3 shards of one backbone; fetch all of them" in message(folder)
+
+
+def test_shards_of_two_backbones_are_refused(folder: Path, kind: str) -> None:
+    (folder / INDICES[kind]).unlink()
+    other = shards(folder, kind)[0].name.replace("of-00003", "of-00004")
+    save({"other": torch.zeros(1)}, folder / other)
+    assert " are not the 4 shards of one backbone" in message(folder)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (5,), (2, 3, 4)])
+def test_the_type_of_a_tensor_of_any_shape_is_known(
+    kind: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    tensor = torch.zeros(shape, dtype=torch.bfloat16)
+    folder = write_folder(tmp_path / "folder", {"a": tensor}, kind=kind)
+    assert open_weights(folder).dtype("a") == torch.bfloat16
 
 
 def test_a_file_without_a_tensor_is_named(kind: str, tmp_path: Path) -> None:
@@ -148,8 +199,9 @@ def test_a_large_file_in_torchs_old_format_is_told_to_fill_memory(
     torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
     monkeypatch.setattr("mhr_scale.backbone.weights.LARGE", 100)
     open_weights(folder)
+    size = f"{file.stat().st_size / 1000:.1f} kB"
     assert caplog.messages == [
-        f"{file}: torch's old format cannot be memory-mapped; 0.0 GB go into memory"
+        f"{file}: torch's old format cannot be memory-mapped; {size} go into memory"
     ]
 
 

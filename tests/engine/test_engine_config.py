@@ -92,8 +92,20 @@ def test_a_missing_file_names_the_places_looked_at(tmp_path, monkeypatch):
         read_ds_config("nowhere.json")
     assert str(caught.value) == (
         f"run.ds_config: no file 'nowhere.json' (looked at {tmp_path / 'nowhere.json'}, "
-        f"{ROOT / 'nowhere.json'})"
+        f"{ROOT / 'nowhere.json'}); known by name: {', '.join(name[:-5] for name in SHIPPED)}"
     )
+
+
+def test_a_misspelt_file_comes_with_a_suggestion():
+    with pytest.raises(EngineError, match=r"did you mean 'zero3'\?; known by name: "):
+        read_ds_config("ds_configs/zero4.json")
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3.json", "ds_configs/zero3.json"])
+def test_a_shipped_file_is_found_by_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero3").mkdir()
+    assert read_ds_config(name) == json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
 
 
 def test_a_folder_is_no_file(tmp_path):

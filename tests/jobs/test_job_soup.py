@@ -1,5 +1,6 @@
 """AdapterSoup: which training tasks are like a new one."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,6 +131,16 @@ def test_a_sentence_encoder_can_stand_in_for_the_backbone(embedder, tasks):
 
 
 def test_a_sentence_encoder_that_is_not_there_is_named(embedder, tasks, tmp_path):
+    settings = replace(SETTINGS, encoder=str(tmp_path))
+    with pytest.raises(BackboneError, match=r"soup\.encoder: .*not a readable encoder"):
+        gather_embeddings(tasks, settings, embedder)
+
+
+def test_a_sentence_encoder_with_code_of_its_own_is_not_run(embedder, tasks, tmp_path, monkeypatch):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     settings = replace(SETTINGS, encoder=str(tmp_path))
     with pytest.raises(BackboneError, match=r"soup\.encoder: .*not a readable encoder"):
         gather_embeddings(tasks, settings, embedder)

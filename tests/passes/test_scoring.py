@@ -197,10 +197,17 @@ def test_rows_that_cannot_be_ranked():
         rank_choices(place_model(make_t5()), None, [row], length_norm=1.0)
 
 
-def test_scores_that_are_no_numbers_stop_the_job():
-    model = make_t5()
+@pytest.mark.parametrize(
+    ("dtype", "way_out"),
+    [
+        (torch.float32, "train the adapter with a lower optim.lr"),
+        (torch.bfloat16, "try the backbone in float32"),
+    ],
+)
+def test_scores_that_are_no_numbers_stop_the_job(dtype, way_out):
+    model = make_t5().to(dtype)
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(DivergenceError, match="row 10: the scores"):
+    with pytest.raises(DivergenceError, match=f"row 10: the scores .* are not finite; {way_out}"):
         rank_choices(place_model(model), None, make_rows(), length_norm=1.0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mhr_scale.errors import RunError
-from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
+from mhr_scale.run.folders import DONE, check, moved_into_place, recover, sealed, unseal
 
 
 def seal(folder: Path, text: str = "some text") -> Path:
@@ -102,3 +102,47 @@ def test_a_folder_is_removed_seal_first(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
     unseal(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "below"]
+
+
+# -- new folders -----------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    with moved_into_place(tmp_path / "new") as left:
+        pass
+    (tmp_path / "new").rmdir()
+    left.mkdir()
+    (left / "half").touch()
+    with moved_into_place(tmp_path / "new") as folder:
+        (folder / "whole").touch()
+    assert (names(tmp_path), names(tmp_path / "new")) == (["new"], ["whole"])
+
+
+def test_folders_of_the_same_name_are_filled_at_once(tmp_path: Path) -> None:
+    targets = (tmp_path / "a" / "new", tmp_path / "b" / "new")
+    with moved_into_place(targets[0]) as one, moved_into_place(targets[1]) as other:
+        (one / "one").touch()
+        (other / "other").touch()
+    assert names(tmp_path) == ["a", "b"]
+    assert (names(tmp_path / "a" / "new"), names(tmp_path / "b" / "new")) == (["one"], ["other"])
+
+
+def test_a_target_that_is_being_filled_is_taken(tmp_path: Path) -> None:
+    with moved_into_place(tmp_path / "new") as folder:
+        (folder / "file").touch()
+        again = moved_into_place(tmp_path / "new")
+        with pytest.raises(RunError, match="name another folder"), again:
+            pass
+    assert names(tmp_path / "new") == ["file"]
+
+
+def test_a_target_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").touch()
+    with pytest.raises(RunError, match="is not empty"), moved_into_place(tmp_path / "new"):
+        pass
+    assert names(tmp_path) == ["new"]

@@ -1,7 +1,12 @@
 """Saved steps of a run: what goes in comes back, and what is damaged is told."""
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -352,3 +357,32 @@ def test_a_refused_step_leaves_the_adapter_as_it_is(tmp_path):
     with pytest.raises(AdapterError):
         run.load(tmp_path)
     assert_same_bits(bits(run.adapter), bits(untouched.adapter))
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """The block as a user whom permissions bind."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["steps", "steps/000003"])
+def test_saved_steps_that_may_not_be_read_are_not_passed_over(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        trained().save(Path(folder), 3)
+        mode = (Path(folder) / name).stat().st_mode
+        (Path(folder) / name).chmod(0)
+        try:
+            with without_root(), pytest.raises(RunError) as caught:
+                checkpoint.find_resume(Path(folder))
+        finally:
+            (Path(folder) / name).chmod(mode)
+    assert "saved steps cannot be listed: " in str(caught.value)
+    assert "no permission; change the permissions" in str(caught.value)

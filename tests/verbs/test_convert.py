@@ -25,7 +25,9 @@ from mhr_scale.backbone.manifest import MANIFEST
 from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig
 from mhr_scale.errors import ConfigError, UserError
 from mhr_scale.exchange import stock
+from mhr_scale.families.t5 import EMBEDDING_ALIASES
 from mhr_scale.recipe.reading import load
+from mhr_scale.run.folders import moved_into_place
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,24 @@ def test_tokenizer_and_settings_come_along(tmp_path: Path) -> None:
         assert (found / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
 
 
+def test_a_left_over_note_on_quantisation_is_left_out(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    card = {**CARD, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    found = run_convert(write_folder(tmp_path / "source", tensors, card=card), tmp_path / "out")
+    assert "quantization_config" not in json.loads((found / "config.json").read_text())
+    T5ForConditionalGeneration.from_pretrained(found)
+
+
+def test_an_embedding_by_another_name_is_written_by_its_own(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    alone = {name: tensor for name, tensor in tensors.items() if name != SHARED}
+    found = run_convert(write_folder(tmp_path / "source", alone), tmp_path / "out")
+    assert torch.equal(stored(found)[SHARED], tensors[SHARED].bfloat16())
+    assert not set(EMBEDDING_ALIASES) & stored(found).keys()
+
+
 def test_prompts_are_what_the_fingerprint_is_asked(tmp_path: Path) -> None:
     settings = FingerprintConfig(prompts=("a b c", "d"))
     found = manifest_of(run_convert("builtin:toy", tmp_path / "out", fingerprint=settings))
@@ -211,7 +231,7 @@ def test_without_memory_nothing_is_compared(
         (
             "safetensors",
             lambda tensors: tensors.update({WO: torch.zeros(16, 24, dtype=torch.int8)}),
-            f"{WO} is torch.int8",
+            f"{WO} is I8",
         ),
         (
             "bin",
@@ -255,7 +275,7 @@ def test_a_disk_without_room_is_told_before_anything_is_stored(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     text = refused("builtin:toy", tmp_path / "out")
-    assert text.startswith("folder: the converted backbone takes 0.0 GB and ")
+    assert text.startswith("folder: the converted backbone takes 506.4 kB and ")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(
@@ -266,11 +286,17 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
     monkeypatch.setattr(shards.os, "fsync", full)
     text = refused("builtin:toy", tmp_path / "out")
-    assert text.startswith(f"folder: cannot write to {tmp_path / 'out'} ")
+    assert text == (
+        f"folder: cannot write to {tmp_path / 'out'} ([Errno 28] No space left on device: "
+        f"'{tmp_path / '.out.unfinished' / 'model-00001-of-00001.safetensors'}'); make room, or "
+        "name a folder on another disk"
+    )
 
 
 def test_what_an_interrupted_conversion_left_is_not_used(tmp_path: Path) -> None:
-    left = tmp_path / ".out.unfinished"
+    with moved_into_place(tmp_path / "out") as left:
+        pass
+    (tmp_path / "out").rmdir()
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     found = run_convert("builtin:toy", tmp_path / "out")

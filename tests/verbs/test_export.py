@@ -362,14 +362,6 @@ def test_the_target_may_be_a_link_to_an_empty_folder(runs: Path, tmp_path: Path)
     assert (tmp_path / "link").is_symlink()
 
 
-def test_what_a_killed_export_left_is_cleared_away(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "half").write_text("")
-    run_export(str(runs / "LoRA"), tmp_path / "out")
-    assert files(tmp_path) == ["out"]
-    assert "half" not in files(tmp_path / "out")
-
-
 def test_other_ranks_of_a_launcher_do_nothing(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,14 +1,16 @@
 """The verb `plan` from the command line: which recipes, which settings, what it prints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import ROOT
 
+from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import AdaptConfig, EvaluateConfig, PretrainConfig
-from mhr_scale.errors import ConfigError
+from mhr_scale.errors import BackboneError, ConfigError
 from mhr_scale.planning.kinds import recognise
 from mhr_scale.verbs.plan import plan
 
@@ -122,6 +124,14 @@ def test_the_settings_to_use_are_those_of_a_recipe(toy: dict[str, Any]) -> None:
     assert config.batch.accumulation(2) == toy["use"]["passes_per_step"]
     assert config.backbone.dtype == "float32"
     assert toy["use"]["placement"] == "replicated fp32"
+
+
+def test_a_folder_that_the_other_verbs_refuse_is_not_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    shutil.copytree(BUILTIN["builtin:toy"], folder)
+    (folder / "mhr_scale.json").write_text('{"schema": 1}')
+    with pytest.raises(BackboneError, match="schema 1, this version reads 2; convert the backbone"):
+        plan([TOY, f"backbone={{name: {folder}}}", *GPU])
 
 
 def test_a_bare_backbone_is_planned_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_the_run_folder_is_complete(run: Path) -> None:
         "adapter",
         "config.yaml",
         "deepspeed.json",
+        "inputs.json",
         "metrics.jsonl",
         "provenance.json",
         "rejects.jsonl",
