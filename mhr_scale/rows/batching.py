@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch.utils.data import DataLoader, Dataset
 
 from mhr_scale.config import BatchConfig
+from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.rows.encode import RowList
 from mhr_scale.run import stopping
@@ -124,7 +125,13 @@ class StepBatches(Dataset[list[Packed]]):
             num_workers=self.config.workers,
             worker_init_fn=stopping.ignore_signals,
         )
-        return map(pickle.loads, loader)
+        try:
+            return map(pickle.loads, iter(loader))
+        except OSError as error:  # their locks lie in shared memory, a few bytes each
+            raise ConfigError(
+                f"batch.workers: {self.config.workers} processes cannot be started "
+                f"({error.strerror}); make room in /dev/shm, or set batch.workers: 0"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import resource
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import T5Config
 
 from mhr_scale.config import BatchConfig, MixtureConfig
+from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import IGNORE, EncodedRow
 from mhr_scale.families.t5 import GATED
 from mhr_scale.rows.batching import StepBatches, cut_batches, draw_rows, number_rows
@@ -280,6 +282,26 @@ def pack_without_shared_memory(batch):
 @pytest.mark.timeout(60)
 def test_workers_need_no_shared_memory_for_their_batches():
     assert stream(workers=2, pack=pack_without_shared_memory) == stream()
+
+
+@contextmanager
+def no_room():
+    """No file may be written to inside the block, nor shared memory."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_that_cannot_be_started_are_named():
+    message = (
+        r"batch\.workers: 2 processes cannot .*; make room in /dev/shm, or set batch\.workers: 0"
+    )
+    with no_room(), pytest.raises(ConfigError, match=message):
+        stream(workers=2)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
