@@ -79,6 +79,13 @@ def iter_csv(path: Path, *, task: str, intake: Intake) -> Iterator[JsonLine]:
 
 def _columns(cells: list[str], place: Place) -> list[str]:
     columns = [cell.removeprefix("\ufeff").strip() for cell in cells]
+    if not "".join(columns).isprintable():
+        raise DataError(f"{place}: a header of {', '.join(map(ascii, columns))}; save it as UTF-8")
+    if len(columns) == 1:
+        raise DataError(
+            f"{place}: a header of one column, {columns[0]!a}; separate cells by commas in .csv, "
+            "by tabs in .tsv"
+        )
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{place}: column {twice!a} stands twice; rename one")

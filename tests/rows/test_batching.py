@@ -297,9 +297,7 @@ def no_room():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_that_cannot_be_started_are_named():
-    message = (
-        r"batch\.workers: 2 processes .*room in /dev/shm, or set batch\.workers: 0"
-    )
+    message = r"batch\.workers: 2 processes .*room in /dev/shm, or set batch\.workers: 0"
     with no_room(), pytest.raises(ConfigError, match=message):
         stream(workers=2)
 
