@@ -36,7 +36,7 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
         "id": question.id,
         "task": question.task,
         "example": example.id,
-        "prompt": example.id.partition("/")[2],
+        "prompt": example.prompt,
         "metric": question.metric,
     }
     if question.metric == "accuracy":
@@ -44,7 +44,7 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
         assert label is not None
         prediction = metrics.best_choice(value)
         line |= {"choice_scores": value, "prediction": prediction, "label": label}
-        return {**line, "points": metrics.accuracy(value, label)}
+        return {**line, "points": metrics.accuracy(value, example.choices, label)}
     points = metrics.TEXT_METRICS[question.metric](value, example.targets)
     return {**line, "prediction": value, "references": list(example.targets), "points": points}
 
@@ -84,15 +84,25 @@ def encode(
     )
     rows: list[EncodedRow] = []
     for task in tasks:
+        n_alike = 0
         encoder = Encoder(task, tokenizer, lengths, family)
         for input_ids in encoder.inputs(task.test):
             number = len(rows)
             is_ranked = questions[number].metric == "accuracy"
             choices = questions[number].example.choices if is_ranked else ()
             answers = encoder.answers(choices)
+            n_alike += len({ids.tobytes() for ids in answers}) < len(set(choices))
             rows.append(EncodedRow(input_ids, answers, task=numbers[task.name], number=number))
         if encoder.cuts.inputs:
             log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
+        if n_alike:
+            log.warning(
+                "task %s: %d rows have different choices of the same tokens, of which the first "
+                "wins; scoring.max_choice_tokens cuts at %d",
+                task.name,
+                n_alike,
+                config.max_choice_tokens,
+            )
     return rows
 
 
