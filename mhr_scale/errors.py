@@ -129,6 +129,11 @@ def some(names: Iterable[str], *, shown: int = 10) -> str:
     return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the singular where it is one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def shortened(text: str) -> str:
     """The text in quotes, cut if it is long."""
     return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")

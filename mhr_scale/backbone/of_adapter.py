@@ -1,5 +1,6 @@
 """The backbone that an adapter was trained on, and whether they fit; no weight is read."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, An
     """The `backbone` entry of an adapter's card."""
     settings = {name: getattr(config, name) for name in ("dtype", "quantise", "tokenizer")}
     return {**blueprint.facts, **settings}
+
+
+def precision_of(facts: Mapping[str, Any]) -> str:
+    """How a backbone of these facts computes: its data type, quantised or not; empty: unknown."""
+    kinds = [str(facts[name]) for name in ("quantise", "dtype") if facts.get(name)]
+    return " and ".join(kind for kind in kinds if kind != "none")
 
 
 def backbone_of(

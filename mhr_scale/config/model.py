@@ -52,6 +52,9 @@ class SoupConfig:
     """Hub id or folder of a sentence encoder; null: the frozen backbone's own encoder."""
     examples: int = 100
     """Training examples embedded per task at most."""
+    tasks: dict[str, Any] | None = None
+    """Settings of the training tasks that are others here, such as `folder`, if they have moved or
+    are relative to another folder than the current one."""
 
     def __post_init__(self) -> None:
         for name in ("adapters", "examples"):

@@ -1,7 +1,7 @@
 """The recipes of `pretrain`, `average` and `evaluate`, put together from parts."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.analyse import MonitorConfig
@@ -28,6 +28,9 @@ class PretrainConfig:
     """The frozen encoder-decoder."""
     adapter: AdapterConfig
     """The adapter trained on it."""
+    source: str | None = None
+    """The run or adapter to start from, of the same settings; null: fresh tensors. Tasks that it
+    does not know get fresh rows of the routing tensor."""
     tasks: TasksConfig
     """The training tasks; `suite` chooses the kind."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -65,6 +68,11 @@ class AverageConfig:
     """Extra steps train the mean as one adapter, or the whole inventory under uniform routing."""
     warmup_fraction: float = 0.06
     """Warm-up of the extra steps, as a share of the largest number; then linear decay to 0."""
+    tasks: dict[str, Any] | None = None
+    """Settings of the source run's tasks that are others here, such as `folder`, if they have moved
+    or are relative to another folder than the current one."""
+    backbone_moved_to: str | None = None
+    """Where the source run's backbone is now, if it has moved since training."""
     run: RunConfig
     """Where to write, and how the extra steps run."""
 
@@ -73,6 +81,9 @@ class AverageConfig:
             raise ConfigError(f"steps: {list(self.steps)} are not ascending numbers from 0")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
+        for name in ("tasks", "backbone_moved_to"):
+            if getattr(self, name) is not None and not self.steps[-1]:
+                raise ConfigError(f"{name}: only extra steps read tasks and backbone; set steps")
 
 
 @part
@@ -95,6 +106,8 @@ class ScoringConfig:
     """Padded tokens of one batch on one rank, inputs and choices together."""
     examples: int | None = None
     """Examples per task at most, the first ones; null = all."""
+    texts: bool | None = None
+    """Whether scores.jsonl holds the texts of inputs and choices; null: below 50,000 rows."""
 
     def __post_init__(self) -> None:
         names = ("beams", "max_new_tokens", "max_input_tokens", "max_choice_tokens", "max_tokens")
@@ -119,9 +132,13 @@ class EvaluateConfig:
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
     """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
-    routing: Literal["own", "average", "soup"] = "own"
+    routing: Literal["own", "average", "soup", "off"] = "own"
     """own: each task under its own routing; average: all tasks under the averaged adapter; soup:
-    each task under the mean of similar training tasks' private adapters, found by its inputs."""
+    each task under the mean of similar training tasks' private adapters, found by its inputs; off:
+    the adapter's backbone without it."""
+    extra_steps: Literal["all"] | tuple[int, ...] | None = None
+    """Numbers of extra steps whose averages are scored, of a run of `average`, all or these, each
+    into a folder of its own in `run.folder`, with the bare backbone beside them; null: the last."""
     soup: SoupConfig = field(default_factory=SoupConfig)
     """How similar tasks are found, for routing soup."""
     tasks: EvalTasksConfig
@@ -140,3 +157,9 @@ class EvaluateConfig:
             raise ConfigError("backbone_quantise: of a bare backbone, set backbone.quantise")
         if self.routing == "soup" and self.adapter is None:
             raise ConfigError("routing: soup averages the private adapters of a run; name it")
+        if self.routing == "off" and self.adapter is None:
+            raise ConfigError("routing: off leaves out an adapter, and there is none; leave it out")
+        if self.extra_steps is not None and (self.adapter is None or self.routing != "own"):
+            raise ConfigError("extra_steps: name a run of average as adapter, under routing: own")
+        if self.extra_steps == ():
+            raise ConfigError("extra_steps: [] names none; give numbers, all or null")

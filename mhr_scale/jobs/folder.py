@@ -18,6 +18,7 @@ FREE = (
     "run.",
     "backbone.recompute",
     "backbone_moved_to",
+    "scoring.texts",
     "variants.",
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mhr_scale.backbone.of_adapter import precision_of
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.adapt_inputs import AdaptInputs
@@ -84,5 +85,10 @@ def facts_of(inputs: AdaptInputs, soups: Soups, job: Job) -> dict[str, Any]:
     """The entries of a job's result that say what it started from."""
     source, variant = inputs.source(job.variant), inputs.config.variants[job.variant]
     numbers = 0 if source is None else source_numbers(source)
-    facts = {"kind": variant.kind, "adapter": variant.adapter, "source_numbers": numbers}
+    facts = {
+        "kind": variant.kind,
+        "adapter": variant.adapter,
+        "source_numbers": numbers,
+        "precision": precision_of(inputs.backbone.facts),
+    }
     return {**facts, "soup": list(soups[job])} if job in soups else facts

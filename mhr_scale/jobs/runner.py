@@ -27,7 +27,7 @@ from mhr_scale.run.files import to_json_lines, write_text
 from mhr_scale.run.runlog import Metrics, Progress, log
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
-from mhr_scale.scores.questions import Question, answerers, judge
+from mhr_scale.scores.questions import Question, answerers, judge, keeps_texts
 from mhr_scale.training import checkpoint
 
 
@@ -211,10 +211,12 @@ class Runner:
         self.placed.model.eval()
         judged: dict[int, dict[str, Any]] = {}
         options = self.config.scoring
+        texts = [keeps_texts(options, len(scored.rows)) for _, scored in sets]
         for kind, run, todo in answerers(rows, self.placed, adapter, self.tokenizer, options):
             for batch in cut_batches(todo, max_tokens=options.max_tokens):
                 for row, value in self._answer(kind, run, batch):
-                    judged[row.number] = judge(questions[row.number][1], value)
+                    set_number, question = questions[row.number]
+                    judged[row.number] = judge(question, value, with_texts=texts[set_number])
         lines: list[list[dict[str, Any]]] = [[] for _ in sets]
         for number, (set_number, _) in enumerate(questions):
             if number in judged:

@@ -18,11 +18,11 @@ from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.backbone import hub
 from mhr_scale.config import BatchConfig, PretrainConfig, SoupConfig
 from mhr_scale.engine.opened import PlacedBackbone
-from mhr_scale.errors import BackboneError, RunError, first_line
+from mhr_scale.errors import BackboneError, DataError, RunError, first_line
 from mhr_scale.families.encoder_decoder import encoder_of
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes import scoring
-from mhr_scale.recipe.reading import load
+from mhr_scale.recipe.reading import load, overrides_of
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.run_folder import RECIPE
 from mhr_scale.run.runlog import Progress
@@ -55,7 +55,7 @@ def gather_similar(
 
     `source` is the run that trained private adapters for the tasks `names`. Collective.
     """
-    known_tasks = source_tasks(source, names, settings.examples)
+    known_tasks = source_tasks(source, names, settings)
     new = {key: _first(task, task.train, settings.examples) for key, task in tasks.items()}
     with adapters_off(embedder.placed.model):
         known = gather_embeddings(known_tasks, settings, embedder)
@@ -63,14 +63,19 @@ def gather_similar(
     return {key: most_similar(vector, known, settings.adapters) for key, vector in vectors.items()}
 
 
-def source_tasks(adapter: str, names: Sequence[str], examples: int) -> dict[str, Task]:
+def source_tasks(adapter: str, names: Sequence[str], settings: SoupConfig) -> dict[str, Task]:
     """The tasks an adapter was trained on, with their first training examples.
 
     Read again by the recipe of its run; raises `RunError` if that is missing.
     """
     file = find_recipe(adapter)
-    reading = open_suite(load(PretrainConfig, file).tasks)
-    tasks = {task.name: _first(task, task.train, examples) for task in reading.tasks}
+    suite = load(PretrainConfig, file, overrides_of("tasks", settings.tasks)).tasks
+    try:
+        reading = open_suite(suite)
+    except DataError as error:
+        error.add_note(f"these are the tasks of {adapter}: soup.tasks says where they are now")
+        raise
+    tasks = {task.name: _first(task, task.train, settings.examples) for task in reading.tasks}
     missing = sorted(set(names) - tasks.keys())
     if missing:
         raise RunError(f"{file}: its data lack {len(missing)} task(s), such as {missing[0]}")

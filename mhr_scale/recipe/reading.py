@@ -14,7 +14,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +105,11 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     for argument in overrides:
         tree.override(argument)
     return _build(schema, tree)
+
+
+def overrides_of(name: str, settings: Mapping[str, Any] | None) -> list[str]:
+    """Settings of the part `name` as the overrides that `load` takes."""
+    return [f"{name}.{key}={json.dumps(value)}" for key, value in (settings or {}).items()]
 
 
 def load_settings(schema: type[T], overrides: Sequence[str]) -> T:

@@ -1,4 +1,4 @@
 """One HTML file about runs of any kind.
 
-Other rooms import: build, page, runs.
+Other rooms import: build, page, runs, scored_adapters.
 """

@@ -2,13 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mhr_scale.analysis import ANALYSIS
-from mhr_scale.errors import RunError
+from mhr_scale.errors import RunError, counted
 from mhr_scale.families.table import shorten
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Section, Table
-from mhr_scale.report.pictures import Scale, Series, by_name, heat_map
+from mhr_scale.report.pictures import (
+    MOST_CELL_NAMES,
+    MOST_NAMES,
+    Scale,
+    Series,
+    heat_map,
+    pictured,
+)
 from mhr_scale.report.runs import Run
 
 SKILL = "skill {}"
@@ -76,23 +84,27 @@ def alignment(analysis: Mapping[str, Any]) -> list[Block]:
     part = analysis["alignment"]
     blocks: list[Block] = []
     caption = (
-        f"Cosine of the gradients of {len(part['tasks'])} tasks with respect to the shared "
-        f"inventory, {part['rows']} rows each, similar tasks side by side. Mean over pairs: "
-        f"{part['mean']:.3f}."
+        f"Cosine of the gradients of {counted(len(part['tasks']), 'task')} with respect to the "
+        f"shared inventory, {counted(part['rows'], 'row')} each, similar tasks side by side. Mean "
+        f"over pairs: {part['mean']:.3f}."
     )
     blocks.append(task_cosines(part["tasks"], part, title="Gradient alignment", caption=caption))
     layers = part.get("layers") or []
     if layers:
         values = {layer["name"]: layer["mean"] for layer in layers}
         rows: list[list[Cell]] = [[name, value] for name, value in values.items()]
-        svg = by_name(
-            [Series(name="alignment", values=values, errors={})],
-            list(values),
-            title="Gradient alignment by layer",
-            x="mean cosine over pairs of tasks",
-        )
+        series = [Series(name="alignment", values=values, errors={})]
         data = Table(caption="Alignment by layer", columns=["layer", "mean cosine"], rows=rows)
-        blocks.append(Picture(caption="Gradient alignment by layer.", svg=svg, data=data))
+        blocks.append(
+            pictured(
+                series,
+                list(values),
+                data,
+                title="Gradient alignment by layer",
+                caption="Gradient alignment by layer.",
+                x="mean cosine over pairs of tasks",
+            )
+        )
     return blocks
 
 
@@ -103,7 +115,7 @@ def routing(analysis: Mapping[str, Any]) -> list[Block]:
     skills = [str(number) for number in range(len(part["usage"]))]
     figures = list(single_figures(part, "routing").items())
     blocks: list[Block] = [
-        Table(caption="Routing over all groups", columns=["figure", "value"], rows=figures)
+        Table(caption="Routing over all routing groups", columns=["figure", "value"], rows=figures)
     ]
     names = [group["name"] for group in groups]
     short_names = shorten(names)
@@ -114,11 +126,11 @@ def routing(analysis: Mapping[str, Any]) -> list[Block]:
         skills,
         title="Usage of skills by routing group",
         x="skill",
-        y="group",
+        y="routing group",
         scale=around_even(usage),
     )
     even = f"White is an even share, {1 / max(1, len(skills)):.3g}."
-    data = matrix_table("Usage", "group", names, [SKILL.format(s) for s in skills], usage)
+    data = matrix_table("Usage", "routing group", names, [SKILL.format(s) for s in skills], usage)
     caption = f"Share of the mixing weight that each skill gets in every routing group. {even}"
     blocks.append(Picture(caption=caption, svg=svg, data=data))
     series = [
@@ -129,15 +141,26 @@ def routing(analysis: Mapping[str, Any]) -> list[Block]:
         )
         for key in STATISTICS
     ]
-    svg = by_name(series, short_names, title="Routing statistics by group", x="from 0 to 1")
     rows: list[list[Cell]] = [[g["name"], *(g[key] for key in STATISTICS)] for g in groups]
-    data = Table(caption="Routing statistics", columns=["group", *STATISTICS], rows=rows)
+    data = Table(caption="Routing statistics", columns=["routing group", *STATISTICS], rows=rows)
     caption = "Sparsity, discreteness and normalised entropy of every routing group."
-    blocks.append(Picture(caption=caption, svg=svg, data=data))
+    blocks.append(
+        pictured(
+            series,
+            short_names,
+            data,
+            title="Routing statistics by routing group",
+            caption=caption,
+            x="from 0 to 1",
+            what="routing group",
+        )
+    )
     similarity = part.get("similarity")
     if similarity and len(similarity["matrix"]) > 1:
         tasks = analysis["task_names"]
-        caption = f"Cosine of the routing of {len(tasks)} tasks, similar tasks side by side."
+        caption = (
+            f"Cosine of the routing of {counted(len(tasks), 'task')}, similar tasks side by side."
+        )
         title = "Similarity of routing"
         blocks.append(task_cosines(tasks, similarity, title=title, caption=caption))
     return blocks
@@ -180,6 +203,8 @@ def inventory(analysis: Mapping[str, Any]) -> list[Block]:
     data = Table(caption="Norms", columns=["linear", *heads, "overlap"], rows=rows)
     caption = "Frobenius norm of every skill's update, for every adapted linear."
     blocks: list[Block] = [Picture(caption=caption, svg=svg, data=data)]
+    if not any(norm for row in norms for norm in row):
+        blocks = [replace(data, caption=f"{caption} All are 0.", is_folded=True)]
     overlap = part["overlap"]
     if len(overlap) > 1:
         svg = heat_map(
@@ -196,7 +221,10 @@ def inventory(analysis: Mapping[str, Any]) -> list[Block]:
             "Overlap of skills: absolute cosine of their updates, mean over linears; mean over "
             f"pairs {mean_overlap(part):.3f}."
         )
-        blocks.append(Picture(caption=caption, svg=svg, data=data))
+        if math.isnan(mean_overlap(part)):
+            blocks.append(replace(data, note="Skills without an update have no overlap."))
+        else:
+            blocks.append(Picture(caption=caption, svg=svg, data=data))
     return blocks
 
 
@@ -246,7 +274,12 @@ def matrix_table(
 ) -> Table:
     """A matrix as a table with named rows and columns."""
     cells: list[list[Cell]] = [[name, *row] for name, row in zip(rows, matrix, strict=True)]
-    return Table(caption=caption, columns=[corner, *columns], rows=cells, decimals=3)
+    head = [corner, *columns]
+    most = MOST_CELL_NAMES if rows == columns else MOST_NAMES
+    if len(rows) > most:  # the picture has numbers in place of names
+        cells = [[number, *row] for number, row in enumerate(cells)]
+        head = ["number", *head]
+    return Table(caption=caption, columns=head, rows=cells, decimals=3)
 
 
 def off_diagonal(matrix: Sequence[Sequence[float | None]]) -> list[float]:

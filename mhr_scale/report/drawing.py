@@ -7,15 +7,18 @@ the page's dark mode and print light.
 import io
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mhr_scale.errors import one_line
+
+T = TypeVar("T")
 
 INK, MUTED, LINE, PAPER = "#1a1a1b", "#6a6a6b", "#d8d8d9", "#fdfdfe"
 #: Okabe and Ito's colours, which most colour-blind readers tell apart, without yellow and black.
@@ -113,11 +116,18 @@ def legend_columns(names: Collection[str]) -> int:
     return max(1, min(4, len(names), 60 // (max(map(len, names), default=0) + 6)))
 
 
+def by_rows(entries: Sequence[T], columns: int) -> list[T]:
+    """Entries of a legend so that they read row by row: matplotlib fills columns."""
+    return [entry for column in range(columns) for entry in entries[column::columns]]
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
     """A legend of all series below the picture."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=legend_columns(labels))
+        columns = legend_columns(labels)
+        handles, labels = by_rows(handles, columns), by_rows(labels, columns)
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def to_svg(figure: Figure, *, title: str) -> str:

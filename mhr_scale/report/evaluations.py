@@ -1,16 +1,18 @@
 """Sections of evaluations: scores by task and prompt, over seeds, and against extra steps."""
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from mhr_scale.errors import counted
 from mhr_scale.report.drawing import MOST_SERIES, short
 from mhr_scale.report.page import LONGEST, Block, Cell, Heading, Picture, Section, Table
-from mhr_scale.report.pictures import Curve, Series, by_name, curves
+from mhr_scale.report.pictures import Curve, Series, curves, pictured
 from mhr_scale.report.runs import Run
 from mhr_scale.report.scored_adapters import ScoredAdapter, scored_adapter, told_apart
-from mhr_scale.scores.summary import aggregate
+from mhr_scale.scores.summary import aggregate, mean_chance
 
 
 def scored(runs: Sequence[Run]) -> list[Run]:
@@ -24,10 +26,11 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     if not evaluated:
         return None
     adapters = {run.label: scored_adapter(run, runs) for run in evaluated}
+    names = told_apart(list(adapters.values()))
     rows: list[list[Cell]] = [
         [
             run.label,
-            adapters[run.label].name,
+            names[adapters[run.label].key],
             adapters[run.label].extra_steps,
             len(run.summary["tasks"]),
             run.summary["examples"],
@@ -38,10 +41,19 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     ]
     head = ["evaluation", "of", "extra steps", "tasks", "examples", "mean over tasks"]
     head += ["mean over examples"]
+    chances = [mean_chance(run.summary) for run in evaluated]
+    if any(chance is not None for chance in chances):
+        head.append("chance")
+        rows = [[*row, chance] for row, chance in zip(rows, chances, strict=True)]
+    note = ""
+    if len({run.precision for run in evaluated if run.precision}) > 1:
+        head.append("precision")
+        rows = [[*row, run.precision] for row, run in zip(rows, evaluated, strict=True)]
+        note = "Precision differs between these evaluations, and scores with it."
     caption = "Evaluations, in points from 0 to 100"
     is_long = len(rows) > LONGEST
-    each = Table(caption=caption, columns=head, rows=rows, decimals=2, is_folded=is_long)
-    blocks = together(evaluated, adapters)
+    each = Table(caption=caption, columns=head, rows=rows, decimals=2, note=note, is_folded=is_long)
+    blocks = together(evaluated, adapters, names)
     blocks.insert(len(blocks) if is_long else 0, each)
     sets: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in evaluated:
@@ -52,18 +64,31 @@ def evaluations(runs: Sequence[Run]) -> Section | None:
     return Section(id="evaluations", title="Evaluations", blocks=blocks)
 
 
-def together(evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]) -> list[Block]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seeds:
+    """Evaluations of one adapter at one number of extra steps that differ in their seed only."""
+
+    adapter: ScoredAdapter
+    members: list[Run]
+
+    @property
+    def means(self) -> list[float]:
+        """The mean over tasks under each seed."""
+        return [run.summary["mean_over_tasks"] for run in self.members]
+
+
+def together(
+    evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter], names: Mapping[str, str]
+) -> list[Block]:
     """One row for all evaluations that differ in their seed only."""
-    groups = grouped(evaluated, adapters)
-    names = told_apart(list(adapters.values()))
     rows: list[list[Cell]] = []
-    for (key, steps), members in groups.items():
-        if len(members) > 1:
-            aggregates = aggregate([run.summary for run in members])
+    for seeds in grouped(evaluated, adapters):
+        if len(seeds.members) > 1:
+            aggregates = aggregate([run.summary for run in seeds.members])
             mean, deviation = aggregates["mean_then_std"]
-            rows.append(
-                [names[key], steps, len(members), mean, deviation, aggregates["median_then_mean"]]
-            )
+            name, steps = names[seeds.adapter.key], seeds.adapter.extra_steps
+            count, medians = len(seeds.members), aggregates["median_then_mean"]
+            rows.append([name, steps, count, mean, deviation, medians])
     if not rows:
         return []
     columns = ["of", "extra steps", "seeds", "mean", "std over seeds", "mean of medians"]
@@ -75,18 +100,19 @@ def together(evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]) ->
     return [Table(caption=caption, columns=columns, rows=rows, decimals=2, note=note)]
 
 
-def grouped(
-    evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]
-) -> dict[tuple[str, int | None], list[Run]]:
-    """Finished evaluations of the same tasks, by adapter and extra steps."""
-    groups: dict[tuple[str, int | None], list[Run]] = defaultdict(list)
+def grouped(evaluated: Sequence[Run], adapters: Mapping[str, ScoredAdapter]) -> list[Seeds]:
+    """Finished evaluations of equal settings and the same tasks; each seed counts once."""
+    groups: dict[str, Seeds] = {}
     for run in evaluated:
-        adapter = adapters[run.label]
-        members = groups[adapter.key, adapter.extra_steps]
-        tasks = run.summary["tasks"].keys()
-        if run.is_finished and (not members or members[0].summary["tasks"].keys() == tasks):
-            members.append(run)
-    return {key: members for key, members in groups.items() if members}
+        if run.is_finished:
+            adapter = adapters[run.label]
+            same = [adapter.key, adapter.everything, list(run.summary["tasks"])]
+            key = json.dumps(same, sort_keys=True, default=str)
+            group = groups.setdefault(key, Seeds(adapter=adapter, members=[]))
+            known = [adapters[member.label].seeds for member in group.members]
+            if adapter.seeds not in known:
+                group.members.append(run)
+    return list(groups.values())
 
 
 def of_tasks(runs: Sequence[Run]) -> list[Block]:
@@ -104,7 +130,7 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
     note = "+-: standard error of the mean over the task's examples."
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2, note=note)
     if len(runs) > MOST_SERIES:
-        caption = f"Scores by task of {len(runs)} evaluations, in points"
+        caption = f"Scores by task of {counted(len(runs), 'evaluation')}, in points"
         return [replace(data, caption=caption, is_folded=True)]
     series = [
         Series(
@@ -114,9 +140,11 @@ def of_tasks(runs: Sequence[Run]) -> list[Block]:
         )
         for run in runs
     ]
-    svg = by_name(series, names, title="Scores by task", x="score (points)")
-    caption = f"Scores on {len(names)} tasks; the lines are standard errors over examples."
-    return [Picture(caption=caption, svg=svg, data=data)]
+    caption = (
+        f"Scores on {counted(len(names), 'task')}; the lines are standard errors over examples."
+    )
+    title = "Scores by task"
+    return [pictured(series, names, data, title=title, caption=caption, x="score (points)")]
 
 
 def of_prompts(runs: Sequence[Run]) -> list[Block]:
@@ -162,25 +190,21 @@ def extra_steps(runs: Sequence[Run]) -> Section | None:
     evaluated = scored(runs)
     adapters = {run.label: scored_adapter(run, runs) for run in evaluated}
     names = told_apart(list(adapters.values()))
-    points: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for (key, steps), members in grouped(evaluated, adapters).items():
-        if steps is not None:
-            points[key][steps] = [run.summary["mean_over_tasks"] for run in members]
-    if not points:
+    found = series_of(grouped(evaluated, adapters), names)
+    if not found:
         return None
     rows: list[list[Cell]] = []
     lines = []
-    for number, (key, by_steps) in enumerate(points.items()):
-        ordered = sorted(by_steps.items())
-        means = [statistics.fmean(scores) for _, scores in ordered]
-        spread = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in ordered]
-        for (steps, scores), mean, deviation in zip(ordered, means, spread, strict=True):
-            has_spread = len(scores) > 1
-            rows.append([names[key], steps, len(scores), mean, deviation if has_spread else None])
+    for number, (name, points) in enumerate(found):
+        means = [statistics.fmean(seeds.means) for seeds in points]
+        spread = [statistics.stdev(p.means) if len(p.means) > 1 else 0.0 for p in points]
+        for seeds, mean, deviation in zip(points, means, spread, strict=True):
+            count, steps = len(seeds.means), seeds.adapter.extra_steps
+            rows.append([name, steps, count, mean, deviation if count > 1 else None])
         lines.append(
             Curve(
-                name=short(names[key]),
-                x=[steps for steps, _ in ordered],
+                name=short(name),
+                x=[seeds.adapter.extra_steps or 0 for seeds in points],
                 y=means,
                 errors=spread if any(spread) else (),
                 look=number,
@@ -199,3 +223,30 @@ def extra_steps(runs: Sequence[Run]) -> Section | None:
             caption += " The lines are standard deviations over seeds."
         block = Picture(caption=caption, svg=svg, data=data)
     return Section(id="extra-steps", title="Zero-shot against extra steps", blocks=[block])
+
+
+def series_of(groups: Sequence[Seeds], names: Mapping[str, str]) -> list[tuple[str, list[Seeds]]]:
+    """The points of each curve, by extra steps.
+
+    Averages of one adapter are one curve, whatever their folders; under other schedules, or asked
+    other tasks, they are only where no number of steps stands twice.
+    """
+    by_key: dict[str, list[Seeds]] = defaultdict(list)
+    for group in groups:
+        if group.adapter.extra_steps is not None:
+            by_key[group.adapter.key].append(group)
+    found = []
+    for key, points in by_key.items():
+        parts: dict[str, list[Seeds]] = {names[key]: points}
+        if len({point.adapter.extra_steps for point in points}) < len(points):
+            parts = defaultdict(list)
+            for point in points:
+                tasks = len(point.members[0].summary["tasks"])
+                way = point.adapter.schedule.get("average.schedule_steps")
+                schedule = "" if way is None else f", schedule of {way:,} steps"
+                parts[f"{names[key]}, {counted(tasks, 'task')}{schedule}"].append(point)
+        found += [
+            (name, sorted(part, key=lambda point: point.adapter.extra_steps or 0))
+            for name, part in parts.items()
+        ]
+    return found

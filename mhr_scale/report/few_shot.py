@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhr_scale.errors import some
+from mhr_scale.errors import counted, some
 from mhr_scale.report.drawing import MOST_SERIES, count
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
-from mhr_scale.report.pictures import Series, Spot, by_name, trade_off
-from mhr_scale.report.runs import Run
-from mhr_scale.report.scored_adapters import seedless
-from mhr_scale.scores.comparison import compare
+from mhr_scale.report.pictures import Series, Spot, pictured, trade_off
+from mhr_scale.report.runs import Run, part
+from mhr_scale.report.scored_adapters import split_seeds
+from mhr_scale.scores.comparison import compare, legend, marked
 
 #: Names of runs in a heading at most.
 MOST_LABELS = 4
@@ -34,7 +34,7 @@ def few_shot(runs: Sequence[Run]) -> Section | None:
         if share_variants(group):
             for run in group:
                 caption = f"{run.label} alone"
-                blocks.append(variants_table(compare(run.results), caption, folded=True))
+                blocks.append(variants_table(compare(together([run])), caption, folded=True))
     return Section(id="few-shot", title="Few-shot adaptation", blocks=blocks)
 
 
@@ -45,7 +45,7 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: list[tuple[Any, set[str], list[Run]]] = []
     for run in runs:
-        settings = {part: seedless(run.config.get(part)) for part in SHARED}
+        settings, _ = split_seeds({name: run.config.get(name) for name in SHARED})
         tasks = {result["task"] for result in run.results}
         for others, known, group in groups:
             if settings == others and (tasks <= known or known <= tasks):
@@ -58,14 +58,39 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The results of some runs; names of variants with the same jobs in two runs get the run's."""
+    """The results of some runs.
+
+    Variants with the same jobs in two runs, or in two precisions, get the run's name in theirs.
+    """
+    told = {run.label: facts_of(run) for run in runs}
     jobs = Counter((r["variant"], r["seed"], r["task"]) for run in runs for r in run.results)
     twice = {variant for (variant, _, _), times in jobs.items() if times > 1}
+    ways = {
+        (r["variant"], {**told[run.label], **r}["precision"]) for run in runs for r in run.results
+    }
+    twice |= {variant for variant, times in Counter(v for v, _ in ways).items() if times > 1}
     return [
-        {**r, "variant": f"{r['variant']} ({run.label})" if r["variant"] in twice else r["variant"]}
+        {
+            **told[run.label],
+            **r,
+            "variant": f"{r['variant']} ({run.label})" if r["variant"] in twice else r["variant"],
+        }
         for run in runs
-        for r in run.results
+        for r in in_order(run)
     ]
+
+
+def in_order(run: Run) -> list[dict[str, Any]]:
+    """The results of a run, variants in the order of its recipe."""
+    names = list(part(run.config, "variants"))
+    places = {name: place for place, name in enumerate(names)}
+    return sorted(run.results, key=lambda result: places.get(result["variant"], len(places)))
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """What a run says of all its jobs, for results that do not say it themselves."""
+    selected_on = str(part(run.config, "selection").get("on"))
+    return {"selected_on": selected_on, "precision": run.precision}
 
 
 def share_variants(runs: Sequence[Run]) -> bool:
@@ -80,7 +105,8 @@ def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
     metrics = sorted(
         {metric for values in compared["variants"].values() for metric in values["metrics"]}
     )
-    caption = f"Few-shot {', '.join(metrics)} on {len(compared['tasks'])} tasks, in points"
+    tasks = counted(len(compared["tasks"]), "task")
+    caption = f"Few-shot {', '.join(metrics)} on {tasks}, in points"
     blocks: list[Block] = [variants_table(compared, caption)]
     open_seeds = [name for name, v in compared["variants"].items() if v["incomplete_seeds"]]
     if open_seeds:
@@ -98,7 +124,7 @@ def variants_table(compared: Mapping[str, Any], caption: str, *, folded: bool = 
         seeds = values["seeds"]
         rows.append(
             [
-                name,
+                marked(name, values),
                 values["multi_task_numbers"] or None,
                 values["adaptation_numbers"],
                 values.get("mean"),
@@ -113,6 +139,7 @@ def variants_table(compared: Mapping[str, Any], caption: str, *, folded: bool = 
         "Mean over tasks, then mean and standard deviation (n - 1) over seeds; mean of medians: "
         "median over seeds per task, then mean over tasks."
     )
+    note = ". ".join([note.rstrip("."), *legend(compared["variants"])]) + "."
     return Table(
         caption=caption, columns=columns, rows=rows, decimals=2, note=note, is_folded=folded
     )
@@ -178,8 +205,8 @@ def of_tasks(results: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) 
     ]
     data = Table(caption="Scores by task", columns=columns, rows=rows, decimals=2)
     shown = series[:MOST_SERIES]
-    svg = by_name(shown, tasks, title="Few-shot scores by task", x="score (points)")
     caption = "Scores by task: means and standard deviations over seeds."
     if len(series) > len(shown):
         caption += f" The first {MOST_SERIES} variants; all are in the numbers."
-    return [Picture(caption=caption, svg=svg, data=data)]
+    title = "Few-shot scores by task"
+    return [pictured(shown, tasks, data, title=title, caption=caption, x="score (points)")]

@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mhr_scale.errors import some
+from mhr_scale.errors import counted, some
 from mhr_scale.report.drawing import COLOURS, DASHES, MOST_SERIES, short
 from mhr_scale.report.page import Block, Cell, Picture, Prose, Section, Table
-from mhr_scale.report.pictures import Curve, Series, by_name, curves, panels
+from mhr_scale.report.pictures import Curve, Series, curves, panels, pictured
 from mhr_scale.report.runs import Run, part
 from mhr_scale.report.thinning import MOST_POINTS, Thinned, thin, values_of
 
@@ -167,12 +167,15 @@ def alignment_over_steps(runs: Sequence[Run], looks: dict[str, tuple[int, str]])
     blocks = oddities(lines)
     if drawn:
         tasks = sorted({n for run in runs for _, n in values_of(run.lines, "alignment_tasks")})
-        among = f" among {', '.join(f'{n:.0f}' for n in tasks)} tasks" if tasks else ""
+        counts = ", ".join(f"{n:.0f}" for n in tasks)
+        among = f" among {counts} task{'' if counts == '1' else 's'}" if tasks else ""
+        data = numbers(lines, "Alignment over steps")
+        if all(len(curve.x) == 1 for curve in drawn):
+            return [*blocks, data]
         svg = curves(
             drawn, title="Gradient alignment over steps", x="step", y="mean cosine", height=2.3
         )
         caption = f"Gradient alignment while training: mean cosine of task gradients{among}."
-        data = numbers(lines, "Alignment over steps")
         blocks.append(Picture(caption=caption, svg=svg, data=data))
     return blocks
 
@@ -207,10 +210,12 @@ def by_task(runs: Sequence[Run]) -> Section | None:
     )
     looks = look_of([run for run in runs if run.label in last])
     series, many = as_series(last, looks)
-    svg = by_name(series, names, title="Validation loss by task", x="validation loss (nats/token)")
-    caption = f"Validation loss of the {len(names)} tasks after the last logged validation{many}"
+    caption = (
+        f"Validation loss of {counted(len(names), 'task')} after the last logged validation{many}"
+    )
     caption += f", in the order of {next(iter(last))}."
-    picture = Picture(caption=caption, svg=svg, data=table)
+    title, unit = "Validation loss by task", "validation loss (nats/token)"
+    picture = pictured(series, names, table, title=title, caption=caption, x=unit)
     return Section(id="validation-by-task", title="Validation loss by task", blocks=[picture])
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from mhr_scale.adapters.artefact import CARD
-from mhr_scale.errors import RunError
+from mhr_scale.errors import RunError, counted
 from mhr_scale.report.page import LONGEST, Block, Cell, Prose, Section, Table
 from mhr_scale.report.runs import Run
 from mhr_scale.report.thinning import values_of
@@ -20,7 +20,7 @@ def overview(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     n_open = sum(not run.is_finished for run in runs)
     if n_open:
-        text = f"{n_open} of {len(runs)} runs are unfinished."
+        text = f"{n_open} of {len(runs)} runs {'is' if n_open == 1 else 'are'} unfinished."
         if len(runs) == 1:
             text = (
                 f"{rows[0][0]} is unfinished ({rows[0][2]}): its numbers are what is there so far"
@@ -48,10 +48,12 @@ def overview(runs: Sequence[Run]) -> Section:
 def headline(run: Run) -> str:
     """The main result of a run, in words."""
     if run.kind == "evaluation" and run.summary:
-        return f"{run.summary['mean_over_tasks']:.2f} points over {len(run.summary['tasks'])} tasks"
+        tasks = counted(len(run.summary["tasks"]), "task")
+        return f"{run.summary['mean_over_tasks']:.2f} points over {tasks}"
     if run.kind == "few-shot":
         n_tasks = len({result["task"] for result in run.results})
-        return f"{n_tasks} tasks, {len({r['variant'] for r in run.results})} variants"
+        n_variants = len({result["variant"] for result in run.results})
+        return f"{counted(n_tasks, 'task')}, {counted(n_variants, 'variant')}"
     if "score" in run.result:
         before = run.result.get("score_before")
         started = "" if before is None else f"{before:.2f} to "

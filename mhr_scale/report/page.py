@@ -1,6 +1,7 @@
 """The parts of a report (prose, tables, pictures in sections), and its HTML."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -11,6 +12,8 @@ from markupsafe import Markup
 
 from mhr_scale.report.drawing import with_prefix
 
+#: Control characters but for tab and end of line, and what turns the direction of text.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Cell: TypeAlias = str | int | float | bool | None
 #: Cells of the largest table in HTML; larger ones become tab-separated text.
 LARGEST_TABLE = 6000
@@ -139,4 +142,9 @@ def render(page: Page) -> str:
     environment.tests["numeric"] = is_number
     css = files("mhr_scale.report").joinpath("page.css").read_text(encoding="utf-8")
     html = environment.get_template("page.html.j2").render(page=page, css=Markup(css))
-    return html.encode("utf-8", "replace").decode("utf-8")
+    return without_controls(html).encode("utf-8", "replace").decode("utf-8")
+
+
+def without_controls(text: str) -> str:
+    """Text whose control characters are spelt out; tabs and ends of lines stay."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

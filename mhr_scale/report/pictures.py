@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from mhr_scale.errors import counted
 from mhr_scale.report.drawing import (
     INK,
     LINE,
     MUTED,
     PAPER,
     WIDTH,
+    by_rows,
     colour,
     count,
     dash,
@@ -26,6 +28,7 @@ from mhr_scale.report.drawing import (
     style,
     to_svg,
 )
+from mhr_scale.report.page import LONGEST, Picture, Table
 
 #: Rows of a picture up to which they get names; the table below always has them.
 MOST_NAMES = 60
@@ -69,19 +72,20 @@ def panels(lines_by_label: Mapping[str, Sequence[Curve]], *, title: str, x: str)
         n_rows = math.ceil(len(lines_by_label) / 2)
         names = max(lines_by_label.values(), key=len)
         figure = Figure(figsize=(WIDTH, 1.9 * n_rows + legend_height(names)), layout="constrained")
-        grid = figure.subplots(n_rows, min(2, len(lines_by_label)), squeeze=False).flat
-        for axes, (y, lines) in zip(grid, lines_by_label.items(), strict=False):
+        labels = list(lines_by_label)
+        rows = [labels[start : start + 2] for start in range(0, len(labels), 2)]
+        if len(rows) > 1:  # a last one alone is as wide as two
+            rows[-1] = [rows[-1][0], rows[-1][-1]]
+        grid: dict[str, Axes] = figure.subplot_mosaic(rows)
+        for y, lines in lines_by_label.items():
+            axes = grid[y]
             draw_curves(axes, lines, x=x, y="")
             axes.set_title(y)
             if axes.get_yscale() == "linear" and min(min(line.y) for line in lines) >= 0:
                 axes.set_ylim(bottom=0)
                 if axes.get_ylim()[1] >= 1e4:
                     axes.yaxis.set_major_formatter(FuncFormatter(count))
-        for axes in list(grid)[len(lines_by_label) :]:
-            axes.set_axis_off()
-        legend_below(
-            figure, next(a for a, v in zip(figure.axes, lines_by_label.values()) if v is names)
-        )
+        legend_below(figure, next(grid[y] for y, lines in lines_by_label.items() if lines is names))
         return to_svg(figure, title=title)
 
 
@@ -148,7 +152,27 @@ class Series:
     errors: Mapping[str, float]
 
 
-def by_name(series: Sequence[Series], names: Sequence[str], *, title: str, x: str) -> str:
+def pictured(
+    series: Sequence[Series],
+    names: Sequence[str],
+    data: Table,
+    *,
+    title: str,
+    caption: str,
+    x: str,
+    what: str = "task",
+) -> Picture | Table:
+    """A picture `by_name` with its numbers; these alone if every value is 0 or missing."""
+    if any(value and math.isfinite(value) for one in series for value in one.values.values()):
+        svg = by_name(series, names, title=title, x=x, what=what)
+        return Picture(caption=caption, svg=svg, data=data)
+    note = " ".join([data.note, "No value is other than 0."]).strip()
+    return replace(data, note=note, is_folded=len(data.rows) > LONGEST)
+
+
+def by_name(
+    series: Sequence[Series], names: Sequence[str], *, title: str, x: str, what: str = "task"
+) -> str:
     """Bars (or dots, if bars are too many), one row for every name, the first at the top."""
     has_names = len(names) <= MOST_NAMES
     is_bars = len(names) * len(series) <= MOST_BARS
@@ -181,7 +205,7 @@ def by_name(series: Sequence[Series], names: Sequence[str], *, title: str, x: st
             axes.set_yticks(rows, [short(name) for name in names])
             axes.tick_params(axis="y", length=0)
         else:
-            axes.set_ylabel(f"{len(names)} tasks, in the order of the table")
+            axes.set_ylabel(f"{counted(len(names), what)}, in the order of the numbers below")
         axes.grid(visible=not is_bars and has_names, axis="y")
         axes.set_xlabel(x)
         if len(series) > 1:
@@ -230,6 +254,8 @@ def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
                 zorder=3,
             )
         axes.margins(x=0.22, y=0.14)
+        if len({spot.score for spot in spots}) == 1 and not any(spot.error for spot in spots):
+            axes.set_ylim(max(-0.1, spots[0].score - 1.0), spots[0].score + 1.0)
         log_scale(axes, "x")
         axes.set(xlabel=x, ylabel=y)
         names = [spot.name for spot in spots]
@@ -244,6 +270,7 @@ def trade_off(spots: Sequence[Spot], *, title: str, x: str, y: str) -> str:
 def key_below(figure: Figure, names: Sequence[str], columns: int) -> None:
     """A key of the numbered spots, from 1 on."""
     labels = [f"{number}  {short(name)}" for number, name in enumerate(names, 1)]
+    labels = by_rows(labels, columns)
     handles = [Line2D([], [], linestyle="none") for _ in labels]
     figure.legend(
         handles,
@@ -325,8 +352,8 @@ def heat_map(
             interpolation="none",
         )
         if has_names:  # names on one axis only, numbers on the other
-            rows = [f"{short(name, longest=24)}  {n}" for n, name in enumerate(rows, 1)]
-            columns = [str(n) for n in range(1, len(rows) + 1)]
+            rows = [f"{short(name, longest=24)}  {n}" for n, name in enumerate(rows)]
+            columns = [str(n) for n in range(len(rows))]
         name_axis(axes, "y", rows, label=y, most=MOST_CELL_NAMES if is_square else MOST_NAMES)
         name_axis(axes, "x", columns, label=x, most=MOST_CELL_NAMES)
         for side in axes.spines.values():
@@ -347,5 +374,5 @@ def name_axis(axes: Axes, which: str, names: Sequence[str], *, label: str, most:
         axis.set_tick_params(length=0, labelsize=7.5 if len(names) <= 24 else 6)
     else:
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
-        axis.set_label_text(f"{label} (1 to {len(names)}, as in the numbers below)".strip())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        axis.set_label_text(f"{label} (0 to {len(names) - 1}, as in the numbers below)".strip())

@@ -1,5 +1,6 @@
 """Run folders of any kind, recognised by their files; unfinished runs are read as they are."""
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,15 @@ from typing import Any, Literal
 
 from mhr_scale.adapters.artefact import CARD
 from mhr_scale.analysis import ANALYSIS, SCHEMA
+from mhr_scale.backbone.of_adapter import precision_of
 from mhr_scale.config import AdapterConfig
-from mhr_scale.errors import ConfigError, RunError, shortened, some
+from mhr_scale.errors import ConfigError, RunError, counted, shortened, some
 from mhr_scale.jobs.job import RESULT, read_all_results
 from mhr_scale.recipe import strict_yaml, typed
 from mhr_scale.run.files import read_json, read_object
 from mhr_scale.run.runlog import metric_lines
 from mhr_scale.scores import summary
+from mhr_scale.scores.comparison import as_one
 from mhr_scale.training import checkpoint
 
 Kind = Literal[
@@ -23,6 +26,8 @@ Kind = Literal[
 ]
 #: Advice for a file that cannot be read.
 MOVE = "move it away"
+#: Names of folders that say nothing without the one above: those of an evaluation of averages.
+OF_PARTS = re.compile(r"[0-9]{6,}|bare")
 #: Files by which a run folder is recognised.
 TRACES = (
     "config.yaml",
@@ -64,6 +69,16 @@ class Run:
             return "average"
         return method_of(self.config)
 
+    @property
+    def precision(self) -> str:
+        """Data type of the frozen backbone in the last start, quantised or not; empty: unknown.
+
+        And that in which its adapter was stored, if it was not float32.
+        """
+        start = self.starts[-1] if self.starts else {}
+        computed = precision_of(part(start, "backbone") or part(self.config, "backbone"))
+        return as_one(computed, start.get("stored_precision"))
+
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
     """Read run folders; labels are the shortest that are unique.
@@ -80,8 +95,9 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
 def labels(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as make them unique."""
     parts = [path.resolve().parts for path in paths]
+    least = [2 if OF_PARTS.fullmatch(part[-1]) else 1 for part in parts]
     for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
+        names = ["/".join(part[-max(depth, n) :]) for part, n in zip(parts, least, strict=True)]
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
@@ -244,10 +260,11 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 
 def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard error of each task's mean; an example with several prompts counts once."""
+    """Standard error of each task's mean; an example under several prompts counts once."""
     examples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
-        examples[score["task"]][str(score.get("example", score["id"]))].append(score["points"])
+        row = str(score.get("example", score["id"])).removesuffix(f"/{score['prompt']}")
+        examples[score["task"]][row].append(score["points"])
     errors = {}
     for task, by_example in examples.items():
         means = [statistics.fmean(points) for points in by_example.values()]
@@ -266,7 +283,7 @@ def _of_training(run: Run) -> tuple[bool, str]:
     if not isinstance(steps, int):
         return False, f"step {last:,} (no config.yaml says of how many)"
     if last >= steps and (run.folder / "adapter" / CARD).is_file():
-        return True, f"finished, {steps:,} steps"
+        return True, f"finished, {counted(steps, 'step')}"
     return False, f"unfinished, step {last:,} of {steps:,}"
 
 
@@ -275,7 +292,7 @@ def _of_average(run: Run) -> tuple[bool, str]:
     missing = [k for k in steps if not (run.folder / "averaged" / f"{k:06d}" / CARD).is_file()]
     listed = ", ".join(f"{k:,}" for k in steps)
     if not missing:
-        return True, f"finished, averaged after {listed} extra steps"
+        return True, f"finished, averaged after {listed} extra step{'' if steps == [1] else 's'}"
     last = run.lines[-1]["step"] if run.lines else 0
     return False, f"unfinished, step {last:,} of {steps[-1]:,}"
 
@@ -283,7 +300,7 @@ def _of_average(run: Run) -> tuple[bool, str]:
 def _of_evaluation(run: Run) -> tuple[bool, str]:
     is_finished = bool(run.summary) and (run.folder / "summary.json").is_file()
     begun = "finished" if is_finished else "unfinished"
-    return is_finished, f"{begun}, {run.summary.get('examples', 0):,} examples"
+    return is_finished, f"{begun}, {counted(run.summary.get('examples', 0), 'example')}"
 
 
 def _of_few_shot(run: Run) -> tuple[bool, str]:
@@ -295,13 +312,14 @@ def _of_few_shot(run: Run) -> tuple[bool, str]:
     variants = part(run.config, "variants") or {result["variant"] for result in run.results}
     expected, done = len(begun) * len(seeds) * len(variants), len(run.results)
     if done >= expected and done and (run.folder / "summary.json").is_file():
-        return True, f"finished, {done:,} jobs"
-    return False, f"unfinished, {done:,} of at least {expected:,} jobs"
+        return True, f"finished, {counted(done, 'job')}"
+    return False, f"unfinished, {done:,} of at least {counted(expected, 'job')}"
 
 
 def _of_result(run: Run) -> tuple[bool, str]:
     if run.result:
-        return True, f"finished, {run.result.get('steps', '?')} steps"
+        steps = run.result.get("steps")
+        return True, f"finished, {counted(steps, 'step') if isinstance(steps, int) else '? steps'}"
     steps = part(run.config, "protocol").get("steps", "?")
     return False, f"unfinished, step {run.lines[-1]['step'] if run.lines else 0} of {steps}"
 

@@ -1,10 +1,13 @@
 """Sections of settings (differences first) and of provenance."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mhr_scale.errors import counted
 from mhr_scale.recipe import strict_yaml
+from mhr_scale.recipe.reading import as_written
 from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
 from mhr_scale.report.runs import Run, part
 from mhr_scale.run.run_folder import dotted
@@ -23,9 +26,17 @@ def settings(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         for name, tree in (("average.yaml", run.average), ("config.yaml", run.config)):
             if tree:
-                text = strict_yaml.write(tree)
+                text = strict_yaml.write(only_set(tree))
                 blocks.append(Listing(title=f"{run.label}: {name}", text=text))
     return Section(id="settings", title="Settings", blocks=blocks) if blocks else None
+
+
+def only_set(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the settings that are null, and without parts that are empty then."""
+    found = {
+        key: only_set(value) if isinstance(value, Mapping) else value for key, value in tree.items()
+    }
+    return {key: value for key, value in found.items() if value not in (None, {})}
 
 
 def differences(runs: Sequence[Run]) -> Table:
@@ -37,7 +48,8 @@ def differences(runs: Sequence[Run]) -> Table:
     keys = list(dict.fromkeys(key for values in flat for key in values))
     differing = [key for key in keys if len({_say(values, key) for values in flat}) > 1]
     caption = f"Settings in which the {len(runs)} runs of kind {runs[0].kind} differ"
-    note = f"The other {len(keys) - len(differing)} settings are the same."
+    n_same = len(keys) - len(differing)
+    note = f"The other {counted(n_same, 'setting')} {'is' if n_same == 1 else 'are'} the same."
     if len(runs) <= MOST_COLUMNS:
         rows: list[list[Cell]] = [
             [key, *(_say(values, key) for values in flat)] for key in differing
@@ -52,8 +64,15 @@ def differences(runs: Sequence[Run]) -> Table:
     return Table(caption=caption, columns=columns, rows=rows, note=note)
 
 
-def _say(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "not set"
+def _say(values: Mapping[str, Any], key: str) -> str | None:
+    """A setting as a recipe spells it; None where it is not set."""
+    value = values.get(key)
+    return None if value is None else as_written(value)
+
+
+def short_commit(text: str) -> str:
+    """A commit in ten letters, with what `git describe` says behind it."""
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", text)
 
 
 def provenance(runs: Sequence[Run]) -> Section | None:
@@ -69,9 +88,9 @@ def provenance(runs: Sequence[Run]) -> Section | None:
             rows.append(
                 [
                     label,
-                    _text(start.get("started")),
+                    _text(start.get("started")).replace("T", " "),
                     shlex.join(words),
-                    _text(start.get("git_commit")),
+                    short_commit(_text(start.get("git_commit"))),
                     _text(start.get("host")),
                     start.get("world_size") if isinstance(start.get("world_size"), int) else None,
                     ", ".join(place),

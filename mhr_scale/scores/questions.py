@@ -1,4 +1,10 @@
-"""Questions made from tasks, how a model answers them, and the lines of scores.jsonl."""
+"""Questions made from tasks, how a model answers them, and the lines of scores.jsonl.
+
+A line has `points`, 0 to 100, the more the better. Where choices are ranked it has `choice_scores`
+too, for which less is better: a choice's negative log-likelihood in nats, summed over its tokens
+(end of sequence included) and divided by their number ** `scoring.length_norm`; `prediction` and
+`label` are places among the choices, from 0. Where text is generated, `prediction` is that text.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +35,16 @@ class Question:
     example: Example
 
 
-def judge(question: Question, value: Any) -> dict[str, Any]:
+#: Rows of a scores.jsonl from which on it holds no texts unless the recipe asks for them.
+MANY_ROWS = 50_000
+
+
+def keeps_texts(config: ScoringConfig, n_rows: int) -> bool:
+    """Whether a scores.jsonl of so many rows holds the texts of inputs and choices."""
+    return n_rows < MANY_ROWS if config.texts is None else config.texts
+
+
+def judge(question: Question, value: Any, *, with_texts: bool = False) -> dict[str, Any]:
     """One line of scores.jsonl from the choice scores or the generated text of a question."""
     example = question.example
     line: dict[str, Any] = {
@@ -39,10 +54,12 @@ def judge(question: Question, value: Any) -> dict[str, Any]:
         "prompt": example.prompt,
         "metric": question.metric,
     }
+    line |= {"input": example.input} if with_texts else {}
     if question.metric == "accuracy":
         label = example.label
         assert label is not None
         prediction = metrics.best_choice(value)
+        line |= {"choices": list(example.choices)} if with_texts else {}
         line |= {"choice_scores": value, "prediction": prediction, "label": label}
         return {**line, "points": metrics.accuracy(value, example.choices, label)}
     points = metrics.TEXT_METRICS[question.metric](value, example.targets)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.errors import RunError, some
+from mhr_scale.errors import RunError, one_line, some
 
 SCORES = "scores.jsonl"
 
@@ -78,6 +78,7 @@ def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What one task's scores say; `chance` is what guessing gives, where all rows are ranked."""
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for score in scores:
         by_prompt[score["prompt"]].append(score["points"])
@@ -87,6 +88,9 @@ def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "examples": len(scores),
         "mean": mean_points(scores),
     }
+    n_choices = [len(score["choice_scores"]) for score in scores if score.get("choice_scores")]
+    if len(n_choices) == len(scores):
+        summary["chance"] = 100.0 * sum(1.0 / count for count in n_choices) / len(scores)
     if len(prompts) > 1:
         means = [mean for mean in prompts.values() if mean is not None]
         summary |= {
@@ -128,18 +132,63 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """A summary as lines of text."""
     tasks = summary["tasks"]
-    width = max([len("mean over examples"), *(len(name) for name in tasks)])
-    lines = [
-        f"{'task':{width}}  {'metric':12} {'examples':>8} {'mean':>7}   prompts: median (spread)"
-    ]
+    chance = mean_chance(summary)
+    names = {name: one_line(name) for name in tasks}
+    width = max(map(len, ["mean over examples", *names.values()]))
+    head = f"{'task':{width}}  {'metric':12} {'examples':>8} {'mean':>7}"
+    has_chance = any("chance" in task for task in tasks.values())
+    head += f" {'chance':>7}" if has_chance else ""
+    lines = [f"{head}   prompts: median (spread)"]
     for name, task in tasks.items():
-        line = f"{name:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+        line = (
+            f"{names[name]:{width}}  {task['metric']:12} {task['examples']:8} {task['mean']:7.2f}"
+        )
+        line += f" {_points(task.get('chance')):>7}" if has_chance else ""
         if "prompts" in task:
             line += f"   {task['prompt_median']:.2f} ({task['prompt_spread']:.2f})"
         lines.append(line)
     for key in ("mean_over_tasks", "mean_over_examples"):
-        lines.append(f"{key.replace('_', ' '):{width}}  {'':12} {'':8} {summary[key]:7.2f}")
+        line = f"{key.replace('_', ' '):{width}}  {'':12} {'':8} {summary[key]:7.2f}"
+        line += f" {_points(chance):>7}" if has_chance and key == "mean_over_tasks" else ""
+        lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def mean_chance(summary: Mapping[str, Any]) -> float | None:
+    """What guessing gives over all tasks; None if a task has no choices."""
+    chances = [task.get("chance") for task in summary["tasks"].values()]
+    return None if None in chances else _mean(chances)
+
+
+def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Several summaries as one table, a column for each by its name, and what guessing gives."""
+    tasks = sorted({name for summary in summaries.values() for name in summary["tasks"]})
+    columns = [
+        [name, *(one["tasks"].get(task, {}).get("mean") for task in tasks), one["mean_over_tasks"]]
+        for name, one in summaries.items()
+    ]
+    asked = {name: task for one in summaries.values() for name, task in one["tasks"].items()}
+    chances = [asked[task].get("chance") for task in tasks]
+    if any(chance is not None for chance in chances):
+        columns.append(["chance", *chances, mean_chance({"tasks": asked})])
+    names = ["task", *map(one_line, tasks), "mean over tasks"]
+    width = max(map(len, names))
+    widths = [max(7, len(column[0])) for column in columns]
+    lines = []
+    for number, name in enumerate(names):
+        cells = [
+            f"  {_points(column[number]):>{size}}"
+            for column, size in zip(columns, widths, strict=True)
+        ]
+        lines.append(f"{name:{width}}" + "".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _points(value: Any) -> str:
+    """A score as tables show it; a head as it is, and a dash where there is none."""
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(values: Sequence[float]) -> Any:

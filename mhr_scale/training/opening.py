@@ -4,15 +4,17 @@ Shared by the verbs that train: the backbone, the adapter, the tokens and the sa
 recipe, and the run folder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.artefact import digest, load_tensors, named_tensors
+from mhr_scale.adapters.artefact import digest
 from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone.of_adapter import find_sites_of
-from mhr_scale.config import PretrainConfig
+from mhr_scale.config import PretrainConfig, ScheduleConfig
 from mhr_scale.engine.ds_config import deepspeed_config
 from mhr_scale.engine.opened import OpenedBackbone, PlacedBackbone, open_backbone
 from mhr_scale.families.packed import Packed
@@ -21,10 +23,11 @@ from mhr_scale.rows.tokens import TokenSet, open_tokens
 from mhr_scale.run import tracking
 from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder
-from mhr_scale.run.runlog import world_size
+from mhr_scale.run.runlog import log, world_size
 from mhr_scale.tasks.mixture import MixturePlan, Share
 from mhr_scale.training import checkpoint
 from mhr_scale.training.optim import has_row_gradients
+from mhr_scale.training.starting import Start, check_start, load_start
 from mhr_scale.training.trainer import Trainer
 
 #: Settings that may differ when a run resumes: where and how fast, not what.
@@ -50,17 +53,17 @@ FREE = (
 
 @contextmanager
 def opened_training(
-    config: PretrainConfig, *, start: Adapter | None = None, save_steps: tuple[int, ...] = ()
+    config: PretrainConfig, *, start: Start | None = None, save_steps: tuple[int, ...] = ()
 ) -> Iterator[Trainer]:
     """A trainer inside the block, at the newest saved step of its run folder if there is one.
 
-    Training starts from the tensors of `start`, if given, whose settings `config.adapter` has to
+    Training begins with the tensors of `start`, if given, whose settings `config.adapter` has to
     repeat, and saves at `save_steps` in addition to the recipe's. Collective. No weight is read and
     nothing is written before recipe, folder, data and layout are validated.
     """
     folder = RunFolder(config.run.folder, PretrainConfig, free=FREE)
     is_begun = checkpoint.find_resume(folder.path) is not None
-    folder.check(config, is_begun=is_begun, holds="a run")
+    check_folder(folder, config, is_begun=is_begun)
     config.batch.accumulation(world_size())
     tracking.check(config.run.trackers)
     opened = open_backbone(
@@ -78,22 +81,25 @@ def opened_training(
         cache=config.run.token_cache,
     )
     check_tasks(config, tokens)
+    task_names = [card.name for card in tokens.cards]
+    if start is not None:
+        check_start(start, config.adapter, sites, task_names)
     inputs = {**opened.inputs, **tokens.inputs}
     if start is not None:
-        inputs["adapter to start from"] = digest(start)
+        inputs["adapter to start from"] = digest(start.adapter)
     folder.check_inputs(inputs, is_begun=is_begun, holds="a run")
     plan = make_plan(config, tokens)
     with opened.placed(sites) as placed:
         adapter = Adapter(
             config.adapter,
             sites,
-            task_names=[card.name for card in tokens.cards],
+            task_names=task_names,
             seed=config.run.seed,
             row_gradients=has_row_gradients(config.optim),
         )
         adapter.bind(placed.adapted)
         if start is not None:
-            load_tensors(adapter, named_tensors(start), place="the adapter to start from")
+            log.info("starting from %s: %s", start.place, load_start(adapter, start))
         trainer = Trainer(
             config,
             placed=placed,
@@ -106,11 +112,41 @@ def opened_training(
         )
         trainer.resume()
         if placed.engine.rank == 0:
+            facts = {} if start is None else {"start": start.facts}
             folder.keep_recipe(config)
             folder.keep_inputs(inputs, is_begun=is_begun)
-            rank0_record(folder, trainer, opened)
+            rank0_record(folder, trainer, opened, facts)
         placed.engine.gather_barrier()
         yield trainer
+
+
+def check_folder(
+    folder: RunFolder[PretrainConfig], config: PretrainConfig, *, is_begun: bool
+) -> None:
+    """Raise `RunError` unless a run of this recipe may start or go on in its folder.
+
+    More steps than stored are another recipe only where they would have changed those made so far.
+    """
+    stored = folder.read_recipe()
+    way_out = "use another run.folder to start anew"
+    if stored is not None and config.schedule.steps > stored.schedule.steps:
+        reason = why_not_longer(stored.schedule, config.schedule)
+        if reason is None:
+            config = replace(config, schedule=stored.schedule)
+        else:
+            way_out = f"a run cannot be made longer where {reason}; {way_out}"
+    folder.check(config, is_begun=is_begun, holds="a run", way_out=way_out)
+
+
+def why_not_longer(stored: ScheduleConfig, longer: ScheduleConfig) -> str | None:
+    """Why more steps under a schedule would change those made so far; None if they do not."""
+    if stored.decay != "constant":
+        return f"schedule.decay is {stored.decay}, which is over the number of steps"
+    if stored.warmup != longer.warmup:
+        return "schedule.warmup_fraction makes the warm-up longer too"
+    if stored.anneal_routing_steps:
+        return "schedule.anneal_routing_steps are the last ones"
+    return None if replace(longer, steps=stored.steps) == stored else "the schedule is another one"
 
 
 def make_plan(config: PretrainConfig, tokens: TokenSet) -> MixturePlan:
@@ -144,7 +180,10 @@ def make_batches(
 
 
 def rank0_record(
-    folder: RunFolder[PretrainConfig], trainer: Trainer, opened: OpenedBackbone
+    folder: RunFolder[PretrainConfig],
+    trainer: Trainer,
+    opened: OpenedBackbone,
+    facts: Mapping[str, Any],
 ) -> None:
     """Write DeepSpeed's configuration, the provenance and the rejected rows."""
     config, tokens = trainer.config, trainer.tokens
@@ -154,6 +193,7 @@ def rank0_record(
         resumed_from=trainer.resume_step,
         **trainer.engine.facts,
         backbone=trainer.backbone_facts,
+        **facts,
         data={
             "tokens": tokens.fingerprint,
             "plan": trainer.batches.plan.fingerprint,

@@ -6,6 +6,7 @@ every number of steps in the list, so that one run gives all columns of a table.
 given the same steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from typing import Any
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
-from mhr_scale.errors import RunError
-from mhr_scale.recipe.reading import load
+from mhr_scale.errors import RunError, some
+from mhr_scale.recipe.reading import load, overrides_of
 from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
+from mhr_scale.training.starting import Start
 
 #: Settings that may change between two starts; the training checks its own.
-FREE = ("run.",)
+FREE = ("run.", "tasks", "tasks.", "backbone_moved_to")
 
 
 def average(config: AverageConfig) -> Path:
@@ -55,6 +57,10 @@ def average_run(config: AverageConfig) -> Path:
                 "extra_steps": steps,
                 "trainable": config.trainable,
             }
+            if steps:
+                facts["seed"] = config.run.seed
+                facts["schedule_steps"] = config.steps[-1]
+                facts["warmup_fraction"] = config.warmup_fraction
             targets = [folder / "averaged" / f"{steps:06d}"]
             targets += [folder / "adapter"] if steps == config.steps[-1] else []
             mean = mean_of(trained)
@@ -75,18 +81,33 @@ def continue_training(config: AverageConfig, source: Adapter) -> None:
             f"{recipe_file}: missing; extra steps go on with the source run's own tasks, so name "
             "its run folder, not its adapter"
         )
-    start = mean_of(source) if config.trainable == "mean" else under_uniform_routing(source)
+    begun = mean_of(source) if config.trainable == "mean" else under_uniform_routing(source)
     extra = config.steps[-1]
+    moved = overrides_of("tasks", config.tasks)
+    if config.backbone_moved_to is not None:
+        moved += overrides_of("backbone", {"name": config.backbone_moved_to})
     recipe = replace(
-        load(PretrainConfig, recipe_file),
-        adapter=start.config,
+        load(PretrainConfig, recipe_file, moved),
+        adapter=begun.config,
         schedule=ScheduleConfig(steps=extra, warmup_fraction=config.warmup_fraction),
         run=config.run,
     )
+    start = Start(adapter=begun, place=config.source)
     save_steps = tuple(steps for steps in config.steps if steps)
     with opened_training(recipe, start=start, save_steps=save_steps) as trainer:
+        check_same_tasks(config, source, [card.name for card in trainer.tokens.cards])
         log.info("%d extra steps of the %s on %s", extra, config.trainable, config.source)
         trainer.train()
+
+
+def check_same_tasks(config: AverageConfig, source: Adapter, names: Sequence[str]) -> None:
+    """Raise `RunError` if tasks under other settings are not those of the source run."""
+    odd = sorted(set(names) ^ set(source.task_names))
+    if config.tasks is not None and odd and len(source.task_names) > 1:
+        raise RunError(
+            f"tasks: not the tasks that {config.source} was trained on: only one of the two has "
+            f"{some(odd, shown=5)}; extra steps go on with the same ones"
+        )
 
 
 def under_uniform_routing(source: Adapter) -> Adapter:

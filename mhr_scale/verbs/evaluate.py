@@ -1,97 +1,203 @@
 """The verb `evaluate`: a backbone, with or without an adapter, and tasks in; scores out.
 
-<run folder>/  scores.jsonl   one line per example, written as it is scored
+<run folder>/  scores.jsonl   one line per example, written as it is scored, in the end in order
                summary.json   per task, per prompt, means; computed from scores.jsonl alone
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter, artefact
-from mhr_scale.adapters.artefact import Card
+from mhr_scale.adapters.artefact import CARD, Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
 from mhr_scale.adapters.peft_folders import open_adapter
+from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.backbone.of_adapter import backbone_of, check_fit
 from mhr_scale.config import BackboneConfig, EvaluateConfig
-from mhr_scale.engine.opened import PlacedBackbone, open_backbone
-from mhr_scale.errors import AdapterError
+from mhr_scale.engine.opened import OpenedBackbone, PlacedBackbone, open_backbone
+from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.soup import TaskEmbedder, gather_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.passes import scoring
 from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_json, write_text
-from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
+from mhr_scale.run.run_folder import RECIPE, REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log
 from mhr_scale.scores import summary
-from mhr_scale.scores.questions import Question, answerers, ask, encode, judge
+from mhr_scale.scores.questions import Question, answerers, ask, encode, judge, keeps_texts
 from mhr_scale.tasks.suites import read_evaluation
-from mhr_scale.tasks.task import Task, digest
+from mhr_scale.tasks.task import Intake, Task, digest
 
+#: The folder of the bare backbone's scores beside those of averages.
+BARE = "bare"
 #: Settings that may change between two starts of a run: those that do not affect its scores.
-FREE = ("run.", "backbone_moved_to")
+FREE = ("run.", "backbone_moved_to", "soup.tasks", "soup.tasks.", "scoring.texts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is scored: an adapter, or a backbone alone, into a folder of its own."""
+
+    config: EvaluateConfig
+    folder: RunFolder[EvaluateConfig]
+    card: Card | None
+    adapter: Adapter | None
+    backbone: BackboneConfig
+    is_begun: bool
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The adapter by its content (`RunFolder.check_inputs`)."""
+        if self.adapter is None:
+            return {}
+        return {f"adapter {self.config.adapter}": artefact.digest(self.adapter)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What all subjects are asked, and what tells its content."""
+
+    tasks: Sequence[Task]
+    questions: Sequence[Question]
+    rows: Sequence[EncodedRow]
+    intake: Intake
+    inputs: dict[str, str]
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Score every example of the tasks; returns the folder with scores and summary.
 
+    Under `extra_steps` it has such a folder for every number of them, and one for the backbone.
     Collective. The same command continues an interrupted run.
     """
-    with owned_folder(config.run.folder):
-        return score_tasks(config)
+    configs = [config] if config.extra_steps is None else every_average(config)
+    with ExitStack() as owned:
+        for part in configs:
+            owned.enter_context(owned_folder(part.run.folder))
+        return score_subjects(config, [open_subject(part) for part in configs])
 
 
-def score_tasks(config: EvaluateConfig) -> Path:
-    """Score the examples that have no score yet, in a folder that this launch owns. Collective."""
+def every_average(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """A recipe for every number of extra steps, and one for the bare backbone.
+
+    Raises `AdapterError` for a number of steps that the run of `average` does not have.
+    """
+    run, folder = Path(str(config.adapter)), Path(config.run.folder)
+    made = {
+        int(file.parent.name): str(file.parent)
+        for file in sorted(run.glob(f"averaged/*/{CARD}"))
+        if file.parent.name.isdecimal()
+    }
+    wanted = list(made) if config.extra_steps == "all" else [*(config.extra_steps or ())]
+    missing = [steps for steps in wanted if steps not in made]
+    if missing or not made:
+        there = ", ".join(map(str, made)) or "none"
+        raise AdapterError(
+            f"{run}: no average of {', '.join(map(str, missing)) or 'any number of'} extra steps; "
+            f"there is {there}; name a run of average, and numbers that its recipe had"
+        )
+    if (folder / RECIPE).exists():
+        raise RunError(f"{folder}: holds a run already; use another run.folder")
+
+    def part(name: str, **changes: Any) -> EvaluateConfig:
+        inside = replace(config.run, folder=str(folder / name))
+        return replace(config, extra_steps=None, run=inside, **changes)
+
+    parts = [part(f"{steps:06d}", adapter=made[steps]) for steps in sorted(set(wanted))]
+    return [*parts, part(BARE, routing="off")]
+
+
+def open_subject(config: EvaluateConfig) -> Subject:
+    """Check the folder of a subject and read its adapter."""
     folder = RunFolder(config.run.folder, EvaluateConfig, free=FREE)
-    scores = folder.path / summary.SCORES
-    is_begun = scores.exists()
+    is_begun = (folder.path / summary.SCORES).exists()
     folder.check(config, is_begun=is_begun, holds="scores", way_out="use another run.folder")
-    card, adapter, backbone_config = open_adapter_of(config)
+    card, adapter, backbone = open_adapter_of(config)
+    return Subject(
+        config=config,
+        folder=folder,
+        card=card,
+        adapter=adapter,
+        backbone=backbone,
+        is_begun=is_begun,
+    )
+
+
+def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
+    """Score what has no score yet, in folders that this launch owns. Collective."""
+    first = subjects[0]
     opened = open_backbone(
-        backbone_config,
+        first.backbone,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
         recipe=config,
         adapter=config.adapter,
     )
-    if card is not None:
-        check_fit(str(config.adapter), card, opened.blueprint)
+    for subject in subjects:
+        if subject.card is not None:
+            check_fit(str(subject.config.adapter), subject.card, opened.blueprint)
     tasks, intake = read_evaluation(config.tasks, examples=config.scoring.examples)
     questions = [question for task in tasks for question in ask(task, config.scoring)]
-    numbers = adapter_tasks(adapter, tasks, config)
-    rows = encode(tasks, questions, numbers, opened.tokenizer, opened.family, config.scoring)
-    inputs = opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks}
-    if adapter is not None:
-        inputs[f"adapter {config.adapter}"] = artefact.digest(adapter)
-    folder.check_inputs(inputs, is_begun=is_begun, holds="scores")
-    with opened.placed(() if adapter is None else adapter.sites) as placed:
+    numbers = adapter_tasks(first.adapter, tasks, config)
+    asked = Asked(
+        tasks=tasks,
+        questions=questions,
+        rows=encode(tasks, questions, numbers, opened.tokenizer, opened.family, config.scoring),
+        intake=intake,
+        inputs=opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks},
+    )
+    for subject in subjects:
+        inputs = asked.inputs | subject.inputs
+        subject.folder.check_inputs(inputs, is_begun=subject.is_begun, holds="scores")
+    with opened.placed(() if first.adapter is None else first.adapter.sites) as placed:
         placed.model.eval()
-        engine = placed.engine
-        if adapter is not None:
-            if config.routing == "soup":
-                adapter = soup_of_every_task(config, adapter, tasks, placed, opened.tokenizer)
-                soups = {"soups of similar tasks": artefact.digest(adapter)}
-                folder.check_inputs(soups, is_begun=is_begun, holds="scores")
-                inputs |= soups
-            adapter.bind(placed.adapted)
-        if engine.rank == 0:
-            folder.keep_recipe(config)
-            folder.keep_inputs(inputs, is_begun=is_begun)
-            intake.write(folder.path / REJECTS)
-            folder.record_start(**engine.facts, backbone=opened.facts)
-        engine.gather_barrier()
-        with stopping.held():
-            score_rows(config, placed, adapter, opened.tokenizer, questions, rows)
-        if engine.rank == 0:
-            summarised = summary.summarise(summary.read_scores(scores))
-            write_json(folder.path / "summary.json", summarised)
-            log.info("\n%s\n  scores   %s", summary.table(summarised), scores)
-        engine.gather_barrier()
-    return folder.path
+        summaries = [score_subject(subject, placed, opened, asked) for subject in subjects]
+        if placed.engine.rank == 0 and len(subjects) > 1:
+            names = [subject.folder.path.name for subject in subjects]
+            heads = [name if name == BARE else f"k = {int(name)}" for name in names]
+            columns = dict(zip(heads, summaries, strict=True))
+            log.info("\n%s\n  scores   %s", summary.side_by_side(columns), config.run.folder)
+        placed.engine.gather_barrier()
+    return Path(config.run.folder)
+
+
+def score_subject(
+    subject: Subject, placed: PlacedBackbone, opened: OpenedBackbone, asked: Asked
+) -> dict[str, Any]:
+    """Score one subject's missing examples; returns its summary, empty on other ranks than 0.
+
+    Collective.
+    """
+    config, folder, adapter = subject.config, subject.folder, subject.adapter
+    engine, inputs = placed.engine, asked.inputs | subject.inputs
+    if adapter is not None:
+        if config.routing == "soup":
+            adapter = soup_of_every_task(config, adapter, asked.tasks, placed, opened.tokenizer)
+            soups = {"soups of similar tasks": artefact.digest(adapter)}
+            folder.check_inputs(soups, is_begun=subject.is_begun, holds="scores")
+            inputs |= soups
+        adapter.bind(placed.adapted)
+    if engine.rank == 0:
+        folder.keep_recipe(config)
+        folder.keep_inputs(inputs, is_begun=subject.is_begun)
+        asked.intake.write(folder.path / REJECTS)
+        folder.record_start(**engine.facts, backbone=opened.facts)
+    engine.gather_barrier()
+    bare = adapters_off(placed.model) if adapter is None else nullcontext()
+    with stopping.held(), bare:
+        score_rows(config, placed, adapter, opened.tokenizer, asked.questions, asked.rows)
+    if engine.rank != 0:
+        return {}
+    scores = folder.path / summary.SCORES
+    summarised = summary.summarise(summary.read_scores(scores))
+    write_json(folder.path / "summary.json", summarised)
+    log.info("\n%s\n  scores   %s", summary.table(summarised), scores)
+    return summarised
 
 
 def score_rows(
@@ -113,17 +219,32 @@ def score_rows(
         {score["id"] for score in summary.read_scores(path)} if engine.rank == 0 else None
     )
     options = config.scoring
+    with_texts = keeps_texts(options, len(questions))
     pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
     for _, run, group in answerers(pending, placed, adapter, tokenizer, options):
         for results in scoring.score(group, run, engine=engine, max_tokens=options.max_tokens):
             if engine.rank == 0:
-                lines = [judge(questions[n], value) for n, value in sorted(results.items())]
+                lines = [
+                    judge(questions[number], value, with_texts=with_texts)
+                    for number, value in sorted(results.items())
+                ]
                 with path.open("a", encoding="utf-8") as file:
                     file.write(to_json_lines(lines))
                 for line in lines:
                     progress.advance(line["task"])
     progress.close()
+    if engine.rank == 0:
+        put_in_order(path, questions)
+
+
+def put_in_order(path: Path, questions: Sequence[Question]) -> None:
+    """Sort the scores by their questions, whatever the ranks and starts that wrote them."""
+    scores = summary.read_scores(path)
+    places = {question.id: place for place, question in enumerate(questions)}
+    ordered = sorted(scores, key=lambda score: places.get(score["id"], len(places)))
+    if ordered != scores:
+        write_text(path, to_json_lines(ordered))
 
 
 def open_adapter_of(
@@ -141,6 +262,8 @@ def open_adapter_of(
         dtype=config.backbone_dtype,
         quantise=config.backbone_quantise,
     )
+    if config.routing == "off":
+        return card, None, backbone
     return card, mean_of(stored) if config.routing == "average" else stored, backbone
 
 

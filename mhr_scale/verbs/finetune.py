@@ -53,7 +53,7 @@ from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Metrics, Progress, log, world_size
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
-from mhr_scale.scores.questions import answerers, judge
+from mhr_scale.scores.questions import answerers, judge, keeps_texts
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
@@ -61,7 +61,7 @@ from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may change between two starts of a run: those that do not affect its result.
-FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "backbone.recompute")
+FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "scoring.texts", "backbone.recompute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,13 +337,15 @@ def evaluate(
     test = inputs.data.test
     if not file.exists():
         options, judged = config.scoring, {}
+        with_texts = keeps_texts(options, len(test.rows))
         progress = Progress(len(test.rows), start=0, what="evaluate", unit="example")
         for _, run, group in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
             for batch in cut_batches(group, max_tokens=options.max_tokens):
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")
                 for row, value in zip(batch, run(batch), strict=True):
-                    judged[row.number] = judge(test.questions[row.number], value)
+                    question = test.questions[row.number]
+                    judged[row.number] = judge(question, value, with_texts=with_texts)
                     progress.advance(config.task)
         progress.close()
         write_text(file, to_json_lines([judged[number] for number in range(len(test.rows))]))

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.config import PretrainConfig
+from mhr_scale.errors import AdapterError
 from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, read_metric
+from mhr_scale.training import checkpoint
 from mhr_scale.training.opening import opened_training
+from mhr_scale.training.starting import Start
 from mhr_scale.training.trainer import Trainer
 
 
@@ -14,12 +18,31 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Collective: every rank calls it. The same command resumes from the last saved step.
     """
-    with owned_folder(config.run.folder), opened_training(config) as trainer:
+    with (
+        owned_folder(config.run.folder),
+        opened_training(config, start=start_of(config)) as trainer,
+    ):
         announce(trainer)
         trainer.train()
         if trainer.engine.rank == 0:
             summarise(trainer)
     return Path(config.run.folder) / "adapter"
+
+
+def start_of(config: PretrainConfig) -> Start | None:
+    """The adapter to start from; None if there is none, or none is needed to go on."""
+    if config.source is None or checkpoint.find_resume(Path(config.run.folder)) is not None:
+        return None
+    card, adapter = open_adapter(config.source)
+    if "backbone" in card.origin:
+        raise AdapterError(
+            f"{config.source}: was trained together with the backbone's weights: over others it is "
+            "worth nothing; start from another adapter"
+        )
+    named, own = card.backbone.get("name"), config.backbone.name
+    if named and own and named != own:
+        log.warning("%s: was trained on %s, and goes on here on %s", config.source, named, own)
+    return Start(adapter=adapter, place=config.source, step=card.step)
 
 
 def announce(trainer: Trainer) -> None:
@@ -72,9 +95,10 @@ def summarise(trainer: Trainer) -> None:
     )
     if len(losses) > 1:
         log.info(
-            "Loss per target token on held-out rows of these tasks: %.4f for the backbone alone, "
-            "%.4f with the adapter.",
+            "Loss per target token on held-out rows of these tasks: %.4f for %s, %.4f with the "
+            "adapter.",
             losses[0],
+            config.source or "the backbone alone",
             losses[-1],
         )
     log.info("  adapter  %s", folder / "adapter")

@@ -6,7 +6,7 @@ Runs may be of any kind, finished or not; what a run lacks is left out of the re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mhr_scale.errors import ConfigError, RunError, did_you_mean
+from mhr_scale.errors import ConfigError, RunError, counted, did_you_mean
 from mhr_scale.report.build import build
 from mhr_scale.report.page import render
 from mhr_scale.report.runs import open_runs
@@ -39,7 +39,7 @@ def report(arguments: Sequence[str]) -> str:
         write_text(file, html)
     except OSError as error:
         raise RunError(f"--file: cannot write '{file}' ({error.strerror}); name another") from error
-    return f"{file}  ({len(runs)} run(s), {len(html.encode()) / 1e6:.1f} MB)\n"
+    return f"{file}  ({counted(len(runs), 'run')}, {len(html.encode()) / 1e6:.1f} MB)\n"
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -57,6 +57,14 @@ def scores(folder: Path, metric: str) -> dict[str, dict]:
     return {line["id"]: line for line in lines}
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_two_ranks_write_the_lines_of_one_in_its_order(
+    folders: tuple[Path, Path], metric: str
+) -> None:
+    one, two = (scores(folder, metric) for folder in folders)
+    assert list(two) == list(one)
+
+
 def test_choice_scores_are_equal(folders: tuple[Path, Path]) -> None:
     one, two = (scores(folder, "accuracy") for folder in folders)
     for identity, line in one.items():

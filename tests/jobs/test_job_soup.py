@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,17 @@ from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.backbone.tokenizer import load_tokenizer
-from mhr_scale.config import AdapterConfig, BackboneConfig, PretrainConfig, SoupConfig, ToyTasks
+from mhr_scale.config import (
+    AdapterConfig,
+    BackboneConfig,
+    JsonlTasks,
+    PretrainConfig,
+    SoupConfig,
+    ToyTasks,
+)
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, place
-from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.errors import BackboneError, DataError, RunError
 from mhr_scale.jobs.soup import (
     TaskEmbedder,
     gather_embeddings,
@@ -203,17 +211,34 @@ def test_a_task_s_embedding_takes_its_first_examples_up_to_a_number(embedder, so
 
 def test_training_tasks_are_read_again_from_the_recipe_of_the_run(source, tasks):
     names = list(tasks)[::-1]
-    found = source_tasks(str(source), names, 5)
+    found = source_tasks(str(source), names, SoupConfig(examples=5))
     assert list(found) == names
     for name, task in found.items():
         assert task.train == tasks[name].train[:5]
 
 
+def test_training_tasks_may_lie_elsewhere_now(source, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    rows = tmp_path / "rows" / "mine"
+    rows.mkdir(parents=True)
+    row = {"input": "a b", "target": "b a"}
+    (rows / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    text = load(PretrainConfig, source / "config.yaml")
+    moved = replace(text, tasks=JsonlTasks(suite="jsonl", folder="gone"))
+    (run / "config.yaml").write_text(to_yaml(moved))
+    with pytest.raises(DataError, match="gone: no such folder") as refused:
+        source_tasks(str(run), [], SETTINGS)
+    assert "soup.tasks says where they are now" in refused.value.__notes__[0]
+    settings = replace(SETTINGS, tasks={"folder": str(rows.parent)})
+    assert list(source_tasks(str(run), ["mine"], settings)) == ["mine"]
+
+
 def test_an_adapter_without_its_run_is_refused(source, tasks):
     with pytest.raises(RunError, match=r"adapter/config\.yaml: missing.*name the run folder"):
-        source_tasks(str(source / "adapter"), list(tasks), 5)
+        source_tasks(str(source / "adapter"), list(tasks), SETTINGS)
 
 
 def test_a_run_whose_data_lack_a_task_is_refused(source, tasks):
     with pytest.raises(RunError, match=r"its data lack 2 task.*such as gone"):
-        source_tasks(str(source), [*tasks, "lost", "gone"], 5)
+        source_tasks(str(source), [*tasks, "lost", "gone"], SETTINGS)

@@ -1,6 +1,7 @@
 """The numbers of a report are those of the folders."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import made_runs
 import pytest
 
 from mhr_scale.report.build import build
+from mhr_scale.report.drawing import by_rows
 from mhr_scale.report.page import Page, Picture, Table
-from mhr_scale.report.pictures import Spot, pareto, trade_off
-from mhr_scale.report.runs import open_runs
-from mhr_scale.report.settings import settings
+from mhr_scale.report.pictures import Curve, Spot, panels, pareto, trade_off
+from mhr_scale.report.runs import labels, open_runs
+from mhr_scale.report.settings import settings, short_commit
 from mhr_scale.report.thinning import thin
 
 
@@ -69,6 +71,36 @@ def test_a_variant_of_two_runs_on_one_seed_is_named_by_its_run(tmp_path: Path) -
     assert {row[0] for row in table.rows} == names
 
 
+def test_a_variant_in_two_precisions_is_not_averaged_over_them(tmp_path: Path) -> None:
+    folders = [made_runs.few_shot(tmp_path / str(seed), seeds=(seed,)) for seed in (0, 1)]
+    for folder, dtype in zip(folders, ("float32", "bfloat16"), strict=True):
+        starts = [{"backbone": {"dtype": dtype, "quantise": "none"}}]
+        (folder / "provenance.json").write_text(json.dumps(starts))
+    table = tables(page_of(*folders), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[-1] for row in table.rows] == [1] * 6
+    assert "precision differs" in table.note
+    assert "LoRA (0) float32" in table.note
+
+
+def test_selection_on_the_test_rows_is_marked(tmp_path: Path) -> None:
+    folder = made_runs.few_shot(tmp_path)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("selection: {on: test}\n")
+    table = tables(page_of(folder), "few-shot")["Few-shot exact_match on 2 tasks, in points"]
+    assert [row[0] for row in table.rows] == ["LoRA *", "MHR-z *", "MHR *"]
+    assert "selected on the reported test rows" in table.note
+
+
+def test_evaluations_in_other_precisions_say_so(tmp_path: Path) -> None:
+    folders = [made_runs.evaluation(tmp_path / name, None, {"sort": 5.0}) for name in ("a", "b")]
+    for folder, dtype in zip(folders, ("float32", "bfloat16"), strict=True):
+        starts = [{"backbone": {"dtype": dtype, "quantise": "int8"}}]
+        (folder / "provenance.json").write_text(json.dumps(starts))
+    table = tables(page_of(*folders), "evaluations")["Evaluations, in points from 0 to 100"]
+    assert [row[-1] for row in table.rows] == ["int8 and float32", "int8 and bfloat16"]
+    assert "Precision differs" in table.note
+
+
 def test_few_shot_runs_of_other_tasks_stay_apart(tmp_path: Path) -> None:
     tasks = {"one": ("sort", "copy"), "two": ("sort", "tail")}
     folders = [made_runs.few_shot(tmp_path / n, tasks=t, seeds=(0,)) for n, t in tasks.items()]
@@ -109,6 +141,18 @@ def test_prompts_have_mean_median_and_spread(tmp_path: Path) -> None:
 
 def test_the_error_of_a_score_is_over_examples_not_over_prompts(tmp_path: Path) -> None:
     folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0}, prompts=("p", "q"))
+    table = tables(page_of(folder), "evaluations")["Scores by task"]
+    assert table.rows[0][-1] == pytest.approx(statistics.stdev([15.0, 25.0]) / 2**0.5)
+
+
+def test_a_row_under_several_prompts_is_one_example_in_the_lines_that_evaluate_writes(
+    tmp_path: Path,
+) -> None:
+    """Their examples are named `row/prompt`."""
+    folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0}, prompts=("p", "q"))
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    named = [{**line, "example": f"{line['example']}/{line['prompt']}"} for line in lines]
+    made_runs.write_lines(folder / "scores.jsonl", named)
     table = tables(page_of(folder), "evaluations")["Scores by task"]
     assert table.rows[0][-1] == pytest.approx(statistics.stdev([15.0, 25.0]) / 2**0.5)
 
@@ -176,6 +220,126 @@ def test_key_figures_of_a_single_run(tmp_path: Path) -> None:
     assert figures["trained parameters"] == 10
     assert figures["validation loss, first"] == 9.0
     assert figures["validation loss, last"] == 1.5
+
+
+def test_a_setting_that_is_not_set_is_a_dash(tmp_path: Path) -> None:
+    one = made_runs.pretraining(tmp_path / "one", "run.token_cache=cache")
+    two = made_runs.pretraining(tmp_path / "two")
+    section = settings(open_runs([str(one), str(two)]))
+    assert section is not None
+    table = section.blocks[0]
+    assert isinstance(table, Table)
+    assert {row[0]: list(row[1:]) for row in table.rows}["run.token_cache"] == ["cache", None]
+
+
+def test_commits_are_short_and_say_what_they_are() -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert [
+        short_commit(text) for text in (commit, f"{commit}-dirty", f"v1.2-3-g{commit[:7]}")
+    ] == [
+        "0123456789",
+        "0123456789-dirty",
+        "v1.2-3-g0123456",
+    ]
+
+
+def test_a_picture_that_would_be_empty_is_its_numbers_alone(tmp_path: Path) -> None:
+    folder = made_runs.few_shot(tmp_path / "few")
+    for result in folder.glob("jobs/*/*/*/result.json"):
+        result.write_text(json.dumps({**json.loads(result.read_text()), "score": 0.0}))
+    scored = made_runs.evaluation(tmp_path / "scored", None, {"sort": 0.0})
+    lines = (scored / "scores.jsonl").read_text().splitlines()
+    zero = [json.dumps({**json.loads(line), "points": 0.0}) + "\n" for line in lines]
+    (scored / "scores.jsonl").write_text("".join(zero))
+    page = page_of(folder, scored)
+    for name in ("few-shot", "evaluations"):
+        (blocks,) = [section.blocks for section in page.sections if section.id == name]
+        (table,) = [b for b in blocks if isinstance(b, Table) and b.caption == "Scores by task"]
+        assert "No value is other than 0." in table.note
+
+
+def test_three_small_pictures_leave_no_hole() -> None:
+    lines = {name: [Curve(name="a", x=[1, 2], y=[1.0, 2.0])] for name in ("one", "two", "three")}
+    svg = panels(lines, title="t", x="step")
+    backgrounds = re.findall(r'id="axes_\d+">\s*<g id="patch_\d+">\s*<path d="(.*?)"', svg, re.S)
+    widths = []
+    for path in backgrounds:
+        xs = [float(x) for x in re.findall(r"[ML] ([\d.]+)", path)]
+        widths.append(max(xs) - min(xs))
+    assert len(widths) == 3
+    assert widths[2] > 1.8 * widths[0]
+
+
+def test_legends_read_row_by_row() -> None:
+    entries, columns = list("abcdefg"), 3
+    placed = by_rows(entries, columns)
+    sizes = [len(entries) // columns + (c < len(entries) % columns) for c in range(columns)]
+    starts = [sum(sizes[:c]) for c in range(columns)]
+    read = [placed[starts[c] + row] for row in range(3) for c in range(columns) if row < sizes[c]]
+    assert read == entries
+
+
+def test_routing_groups_are_called_so_and_numbered_where_names_have_no_room(tmp_path: Path) -> None:
+    page = page_of(made_runs.analysis(tmp_path, n_groups=70))
+    found = tables(page, "routing")
+    assert list(found["Usage"].columns) == ["number", "routing group", "skill 0", "skill 1"]
+    assert [row[0] for row in found["Usage"].rows] == list(range(70))
+    assert found["Routing statistics"].columns[0] == "routing group"
+    (blocks,) = [section.blocks for section in page.sections if section.id == "routing"]
+    usage = next(block for block in blocks if isinstance(block, Picture))
+    assert "routing group (0 to 69, as in the numbers below)" in usage.svg
+
+
+def test_chance_stands_beside_the_scores_of_ranked_tasks(tmp_path: Path) -> None:
+    folder = made_runs.evaluation(tmp_path / "e", None, {"sort": 20.0})
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    ranked = [json.dumps({**json.loads(line), "choice_scores": [1, 2, 3, 4]}) for line in lines]
+    (folder / "scores.jsonl").write_text("\n".join(ranked) + "\n")
+    table = tables(page_of(folder), "evaluations")["Evaluations, in points from 0 to 100"]
+    assert (table.columns[-1], table.rows[0][-1]) == ("chance", 25.0)
+
+
+def test_an_average_is_known_by_its_card_wherever_it_lies(tmp_path: Path) -> None:
+    source = made_runs.pretraining(tmp_path / "run")
+    folders = []
+    for k, place in ((0, "here"), (20, "there/copied")):
+        origin = {"averaged_from": str(source), "extra_steps": k, "trainable": "mean"}
+        card = tmp_path / place / "adapter.json"
+        card.parent.mkdir(parents=True)
+        card.write_text(json.dumps({"origin": origin}))
+        folders.append(made_runs.evaluation(tmp_path / f"k{k}", card.parent, {"sort": 5.0 + k}))
+    table = tables(page_of(*folders), "extra-steps")["Score against extra steps"]
+    assert [list(row[:3]) for row in table.rows] == [["MHR-mu", 0, 1], ["MHR-mu", 20, 1]]
+
+
+def test_averages_of_other_schedules_are_no_seeds_and_no_one_curve(tmp_path: Path) -> None:
+    folders = []
+    for seed, steps in ((0, (0, 20)), (1, (0, 20, 90))):
+        source = made_runs.pretraining(tmp_path / f"run_{seed}", f"run.seed={seed}")
+        mean = made_runs.average(tmp_path / f"mean_{seed}", source, steps)
+        scored = mean / "averaged" / "000020"
+        folders.append(made_runs.evaluation(tmp_path / f"e{seed}", scored, {"sort": 5.0}))
+    table = tables(page_of(*folders), "extra-steps")[
+        "Zero-shot score against extra steps, in points"
+    ]
+    assert [row[:3] for row in map(list, table.rows)] == [
+        ["MHR-mu, 1 task, schedule of 20 steps", 20, 1],
+        ["MHR-mu, 1 task, schedule of 90 steps", 20, 1],
+    ]
+
+
+def test_one_seed_scored_twice_counts_once(tmp_path: Path) -> None:
+    source = made_runs.pretraining(tmp_path / "run")
+    folders = [made_runs.evaluation(tmp_path / n, source, {"sort": 5.0}) for n in ("a", "b")]
+    assert "Seeds together, in points" not in tables(page_of(*folders), "evaluations")
+
+
+def test_folders_of_an_evaluation_of_averages_are_named_with_the_one_above() -> None:
+    assert labels([Path("x/zs/000020"), Path("x/zs/bare"), Path("x/run")]) == [
+        "zs/000020",
+        "zs/bare",
+        "run",
+    ]
 
 
 # -- small parts -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from processes import succeed
 
 from mhr_scale.report.build import build
-from mhr_scale.report.page import Table, render, show
+from mhr_scale.report.page import CONTROLS, Table, render, show
 from mhr_scale.report.runs import open_runs
 
 SCRIPT = "<script>alert(1)</script>"
@@ -144,6 +144,37 @@ def test_settings_commands_and_titles_are_text(tmp_path: Path) -> None:
     (folder / "provenance.json").write_text(json.dumps(starts))
     page = build(open_runs([str(folder)]), title=SCRIPT)
     assert "script" not in Reader(render(page)).tags
+
+
+def test_what_moves_a_terminals_cursor_or_turns_text_is_spelt_out(tmp_path: Path) -> None:
+    name = "bell\x07 red\x1b[31m csi\x9b2J turned\u202etxt"
+    made_runs.pretraining(tmp_path / "run", tasks=(name, "copy"))
+    made_runs.few_shot(tmp_path / "few", tasks=(name, "copy"))
+    made_runs.evaluation(tmp_path / "scored", None, {name: 5.0})
+    folders = [str(tmp_path / part) for part in ("run", "few", "scored")]
+    html = render(build(open_runs(folders)))
+    assert not CONTROLS.search(html)
+    for text in ("bell\\x07", "\\x1b[31m", "\\x9b2J", "\\u202etxt"):
+        assert text in html
+
+
+def test_one_is_singular(tmp_path: Path) -> None:
+    made_runs.pretraining(tmp_path / "run", tasks=("sort",), steps=1)
+    made_runs.few_shot(tmp_path / "few", tasks=("sort",), seeds=(0,))
+    made_runs.evaluation(tmp_path / "scored", None, {"sort": 5.0})
+    made_runs.analysis(tmp_path / "analysis", n_tasks=1)
+    folders = [str(tmp_path / part) for part in ("run", "few", "scored", "analysis")]
+    html = render(build(open_runs(folders)))
+    for text in ("1 pre-training run, 1 few-shot run, 1 evaluation", "finished, 1 step<"):
+        assert text in html
+    assert not re.search(r"\b1 (tasks|steps|runs|rows|jobs|examples|settings|variants)\b", html)
+
+
+def test_the_listing_of_a_recipe_has_what_is_set(tmp_path: Path) -> None:
+    html = render(build(open_runs([str(made_runs.pretraining(tmp_path))])))
+    (listing,) = [part for part in html.split("<details>") if ": config.yaml</summary>" in part]
+    assert "name: builtin:toy" in listing
+    assert "null" not in listing
 
 
 def test_an_unpaired_surrogate_does_no_harm(tmp_path: Path) -> None:

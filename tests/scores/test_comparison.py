@@ -156,3 +156,27 @@ def test_a_table_of_nothing_finished_has_no_second_part():
 def test_numbers_of_parameters_are_short(count, text):
     found = compare([result("a", 0, "rte", 1.0, source_numbers=count)])
     assert lines(found)[1][1] == text
+
+
+def test_variants_that_the_test_rows_selected_are_marked(mhr):
+    assert "selected" not in table(compare(results()))
+    selected = [{**result, "selected_on": "test"} for result in results()]
+    lines = table(compare(selected)).splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["MHR", "*"], ["LoRA", "*"]]
+    assert lines[3].startswith("* the best checkpoint was selected on the reported test rows")
+
+
+def test_mixed_precision_is_told_below_the_table():
+    mixed = [
+        {**result, "precision": "bfloat16" if result["variant"] == "LoRA" else "float32"}
+        for result in results()
+    ]
+    text = table(compare(mixed))
+    assert "precision differs, and scores with it: MHR float32, LoRA bfloat16" in text
+    stored = [
+        {**result, "stored_precision": "bfloat16" if result["variant"] == "LoRA" else "float32"}
+        for result in results()
+    ]
+    assert "MHR unknown, LoRA adapter stored in bfloat16" in table(compare(stored))
+    same = table(compare([{**result, "precision": "float32"} for result in results()]))
+    assert "precision" not in same

@@ -7,7 +7,6 @@ import pytest
 
 from mhr_scale.errors import RunError
 from mhr_scale.scores import summary
-from mhr_scale.verbs.summarise import summarise_runs
 
 
 def score(task: str, example: str, points: float, prompt: str = "") -> dict:
@@ -89,22 +88,22 @@ def test_the_table_has_a_line_per_task_and_the_means() -> None:
     assert [line.split()[0] for line in lines] == ["task", "a", "b", "mean", "mean"]
 
 
-def write(folder: Path, points: float) -> str:
-    folder.mkdir()
-    (folder / "scores.jsonl").write_text(json.dumps(score("a", "1", points)) + "\n")
-    return str(folder)
+def test_chance_is_one_of_the_choices_of_every_question() -> None:
+    ranked = [{**score("a", str(n), 0.0), "choice_scores": [1.0] * n} for n in (2, 4)]
+    found = summary.summarise([*ranked, score("b", "1", 0.0)])
+    assert found["tasks"]["a"]["chance"] == 37.5
+    assert "chance" not in found["tasks"]["b"]
+    assert "37.50" in summary.table(found)
 
 
-def test_several_runs_are_taken_as_seeds(tmp_path: Path) -> None:
-    text = summarise_runs([write(tmp_path / "one", 10.0), write(tmp_path / "two", 30.0)])
-    assert "2 seeds: " in text
-    assert "mean over tasks 20.00 +- 14.14" in text
-
-
-def test_help_says_how() -> None:
-    assert summarise_runs(["--help"]).startswith("python launch/summarise.py RUN [RUN ...]")
-
-
-def test_a_folder_without_scores_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no scores here"):
-        summarise_runs([str(tmp_path)])
+def test_summaries_stand_side_by_side_with_chance_beside_them() -> None:
+    ranked = {**score("a", "1", 60.0), "choice_scores": [1.0, 2.0]}
+    two = [ranked, score("b", "1", 0.0)]
+    found = {"one": summary.summarise([ranked]), "two": summary.summarise(two)}
+    lines = summary.side_by_side(found).splitlines()
+    assert [line.split() for line in lines] == [
+        ["task", "one", "two", "chance"],
+        ["a", "60.00", "60.00", "50.00"],
+        ["b", "-", "0.00", "-"],
+        ["mean", "over", "tasks", "60.00", "30.00", "-"],
+    ]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from processes import ROOT, read_metrics
 from safetensors.torch import load_file
+from small_runs import write_rows
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, RunConfig
-from mhr_scale.errors import ConfigError, RunError, UserError
+from mhr_scale.errors import ConfigError, DataError, RunError, UserError
 from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.pretrain import pretrain
@@ -138,6 +139,47 @@ def test_a_lora_can_be_given_the_same_steps(tmp_path: Path) -> None:
 def test_extra_steps_want_the_run_not_its_adapter(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="name its run folder, not its adapter"):
         average(settings(source / "adapter", tmp_path / "mean", steps=(2,)))
+
+
+def test_tasks_of_a_relative_folder_are_found_from_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "here" / "rows")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = [word for word in SHORT if not word.startswith("tasks.")]
+    pretrain(
+        load(
+            PretrainConfig,
+            TOY,
+            [*words, "tasks={suite: jsonl, folder: rows}", f"run.folder={tmp_path / 'run'}"],
+        )
+    )
+    asked = settings(tmp_path / "run", tmp_path / "mean", steps=(1,))
+    average(settings(tmp_path / "run", tmp_path / "in_place", steps=(1,)))
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(DataError, match=r"rows: no such folder; set tasks\.folder"):
+        average(asked)
+    average(replace(asked, tasks={"folder": str(tmp_path / "here" / "rows")}))
+    assert all(
+        torch.equal(tensor, averaged(tmp_path / "mean", 1)[name])
+        for name, tensor in averaged(tmp_path / "in_place", 1).items()
+    )
+    (tmp_path / "here" / "rows" / "reverse.mirror.after").rename(tmp_path / "here" / "rows" / "new")
+    other = settings(tmp_path / "run", tmp_path / "other", steps=(1,))
+    with pytest.raises(RunError, match="only one of the two has new, reverse"):
+        average(replace(other, tasks={"folder": str(tmp_path / "here" / "rows")}))
+
+
+def test_where_tasks_are_is_asked_for_extra_steps_only() -> None:
+    with pytest.raises(ConfigError, match="only extra steps read tasks"):
+        AverageConfig(source="x", tasks={"folder": "y"}, run=RunConfig(folder="z"))
+
+
+def test_a_setting_that_the_tasks_do_not_have_is_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="foldr"):
+        average(settings(source, tmp_path / "mean", steps=(1,), tasks={"foldr": "x"}))
 
 
 def test_a_source_that_is_no_run_is_refused(tmp_path: Path) -> None:

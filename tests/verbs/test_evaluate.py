@@ -19,7 +19,8 @@ from mhr_scale.config import (
     ToyTasks,
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
-from mhr_scale.scores import summary
+from mhr_scale.scores import questions, summary
+from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.evaluate import evaluate
 
@@ -68,6 +69,37 @@ def test_a_score_tells_every_choice_and_the_best_one(ranked: Path) -> None:
         assert score["points"] == 100.0 * (best == score["label"])
 
 
+def test_scores_stand_in_the_order_of_their_tasks_and_rows(ranked: Path) -> None:
+    tasks, _ = read_evaluation(TASKS, examples=None)
+    wanted = [f"{task.name}/{example.id}" for task in tasks for example in task.test]
+    assert [score["id"] for score in scores(ranked)] == wanted
+
+
+def test_scores_hold_the_texts_that_were_asked_unless_there_are_many(
+    ranked: Path, source: Path, tmp_path: Path
+) -> None:
+    (first, *_), _ = read_evaluation(TASKS, examples=None)
+    example, line = first.test[0], scores(ranked)[0]
+    assert (line["input"], line["choices"]) == (example.input, list(example.choices))
+    assert line["choices"][line["label"]] == example.targets[0]
+    without = ScoringConfig(metric="accuracy", max_tokens=300, texts=False)
+    bare = scores(evaluate(settings(tmp_path / "bare", source, scoring=without)))
+    texts = {"input", "choices"}
+    assert bare == [
+        {key: value for key, value in score.items() if key not in texts} for score in scores(ranked)
+    ]
+    assert [questions.keeps_texts(ScoringConfig(), n) for n in (49_999, 50_000)] == [True, False]
+
+
+def test_texts_may_be_asked_for_or_left_out_when_a_job_goes_on(
+    source: Path, ranked: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(ranked, folder)
+    evaluate(settings(folder, source, scoring=replace(settings(folder).scoring, texts=False)))
+    assert scores(folder) == scores(ranked)
+
+
 def test_the_summary_is_that_of_the_scores_alone(ranked: Path) -> None:
     stored = json.loads((ranked / "summary.json").read_text())
     assert stored == summary.summarise(scores(ranked))
@@ -89,6 +121,54 @@ def test_the_average_scores_like_the_averaged_adapter(source: Path, tmp_path: Pa
     two = evaluate(settings(tmp_path / "two", average(mean)))
     for identity, score in by_id(one).items():
         assert by_id(two)[identity]["choice_scores"] == pytest.approx(score["choice_scores"])
+
+
+def test_routing_off_is_the_bare_backbone_of_the_same_run(source: Path, tmp_path: Path) -> None:
+    off = evaluate(settings(tmp_path / "off", source, routing="off"))
+    assert scores(off) == scores(evaluate(settings(tmp_path / "bare")))
+
+
+@pytest.fixture(scope="module")
+def averages(source: Path) -> Path:
+    run = RunConfig(folder=str(source.parent / "averages"), validate_every=-1)
+    average(AverageConfig(source=str(source), steps=(0, 2), run=run))
+    return Path(run.folder)
+
+
+def test_every_number_of_extra_steps_is_scored_beside_the_backbone_and_chance(
+    averages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        folder = evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
+    assert sorted(path.name for path in folder.iterdir()) == ["000000", "000002", "bare"]
+    table = caplog.messages[-1].splitlines()
+    assert table[1].split() == ["task", "k", "=", "0", "k", "=", "2", "bare", "chance"]
+    assert table[2].split()[-1] == "20.00"
+    for name in ("000000", "000002"):
+        alone = evaluate(settings(tmp_path / name, averages / "averaged" / name))
+        assert scores(folder / name) == scores(alone)
+    assert scores(folder / "bare") == scores(evaluate(settings(tmp_path / "bare")))
+    before = (folder / "bare" / "scores.jsonl").stat().st_mtime_ns
+    evaluate(settings(tmp_path / "run", averages, extra_steps="all"))
+    assert (folder / "bare" / "scores.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_number_of_extra_steps_that_was_not_made_is_named(
+    averages: Path, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match="no average of 7 extra steps; there is 0, 2"):
+        evaluate(settings(tmp_path / "run", averages, extra_steps=(0, 7)))
+    with pytest.raises(AdapterError, match="there is none; name a run of average"):
+        evaluate(settings(tmp_path / "run", source, extra_steps="all"))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_extra_steps_and_routing_off_need_an_adapter(tmp_path: Path) -> None:
+    for changes in ({"extra_steps": (0,)}, {"routing": "off"}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            settings(tmp_path, **changes)
+    with pytest.raises(ConfigError, match="names none"):
+        settings(tmp_path, tmp_path, extra_steps=())
 
 
 def test_held_out_tasks_are_scored_under_the_average(source: Path, tmp_path: Path) -> None:

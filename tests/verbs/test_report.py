@@ -60,7 +60,7 @@ def test_runs_of_every_verb_are_one_report(runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "out" / "report.html"
     said = report([*(str(runs / name) for name in NAMES), "--file", str(file)])
     html = file.read_text(encoding="utf-8")
-    assert said.startswith(f"{file}  (5 run(s), ")
+    assert said.startswith(f"{file}  (5 runs, ")
     assert re.findall(r'<section id="([^"]+)"', html) == [
         "summary",
         "few-shot",
