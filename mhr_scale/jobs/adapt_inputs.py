@@ -8,10 +8,9 @@ import torch
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.adapters.sites import Site
 from mhr_scale.backbone.blueprint import make_model
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit, find_sites_of
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, find_sites_of, open_adapter
 from mhr_scale.config import AdaptConfig, BackboneConfig
 from mhr_scale.engine.opened import OpenedBackbone, open_backbone
 from mhr_scale.errors import ConfigError
@@ -72,7 +71,7 @@ class AdaptInputs:
 def open_jobs(config: AdaptConfig) -> AdaptInputs:
     """Read and check sources, backbone, tasks and variants; no weight is read."""
     paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
-    opened = {path: open_adapter(path) for path in paths}
+    opened = {path: open_adapter(path, config.backbone_moved_to) for path in paths}
     sources = {path: adapter for path, (_, adapter) in opened.items()}
     for name, variant in config.variants.items():
         check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)

@@ -13,8 +13,7 @@ from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
-from mhr_scale.adapters.peft_folders import open_adapter
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine.opened import PlacedBackbone, open_backbone
 from mhr_scale.errors import AdapterError
@@ -117,7 +116,7 @@ def open_adapter_of(
     if config.adapter is None:
         assert config.backbone is not None
         return None, None, config.backbone
-    card, stored = open_adapter(config.adapter)
+    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
     backbone = backbone_of(
         config.adapter,
         card,

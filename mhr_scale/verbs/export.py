@@ -15,7 +15,7 @@ from mhr_scale.adapters.collapse import collapse, soup
 from mhr_scale.adapters.sites import family_of_sites
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
-from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit
+from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit, open_adapter
 from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import AdapterError
@@ -74,7 +74,7 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
     Raises `AdapterError` if the adapter does not fit the backbone, or needs trained backbone
     weights that the format cannot hold.
     """
-    card, stored = peft_folders.open_adapter(config.adapter)
+    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
     facts = dict(card.backbone)
     if config.backbone_moved_to is not None:
         facts["name"] = config.backbone_moved_to

@@ -12,7 +12,7 @@ losses and scores are those of `adapt`. One process, on one GPU or on the CPU.
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.wrapping import AdaptedModel
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
-from mhr_scale.backbone.of_adapter import backbone_facts
+from mhr_scale.backbone.of_adapter import backbone_facts, check_fit
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
+    BackboneConfig,
     FinetuneConfig,
     ScheduleConfig,
     SelectionConfig,
@@ -38,7 +40,7 @@ from mhr_scale.config import (
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
-from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
+from mhr_scale.errors import AdapterError, ConfigError, DivergenceError, RunError, did_you_mean
 from mhr_scale.exchange import stock
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
@@ -68,6 +70,7 @@ class FinetuneInputs:
     """What is read and checked before any weight of the backbone is loaded."""
 
     source: Path
+    backbone: BackboneConfig
     blueprint: Blueprint
     tokenizer: Any
     data: JobData
@@ -134,10 +137,10 @@ def load(
 ) -> LoadedModel:
     """Load the backbone and its LoRA with stock parts; check the bare backbone's fingerprint."""
     blueprint = inputs.blueprint
-    model = stock.load_model(config.backbone, blueprint, source, engine.device)
+    model = stock.load_model(inputs.backbone, blueprint, source, engine.device)
     base = model.get_base_model()
     with model.disable_adapter():
-        check_backbone(base, blueprint, config.backbone, engine)
+        check_backbone(base, blueprint, inputs.backbone, engine)
     placed = PlacedBackbone(
         engine=engine, family=blueprint.family, model=base, adapted=AdaptedModel(base, {})
     )
@@ -149,15 +152,37 @@ def load(
 
 def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
     """Read and check the adapter, the backbone's configuration and the task."""
-    source = stock.find_peft_lora(config.adapter)
-    blueprint = read_blueprint(config.backbone)
-    quantise.check(config.backbone, blueprint)
-    stock.check_fit(source, blueprint, config.backbone)
-    tokenizer = load_tokenizer(config.backbone, blueprint)
+    source, card = stock.open_lora(config.adapter, config.backbone.name)
+    backbone = find_backbone(config, card)
+    blueprint = read_blueprint(backbone)
+    quantise.check(backbone, blueprint)
+    check_fit(config.adapter, card, blueprint)
+    tokenizer = load_tokenizer(backbone, blueprint)
     data, intake = read_data(config, tokenizer, blueprint.family)
     return FinetuneInputs(
-        source=source, blueprint=blueprint, tokenizer=tokenizer, data=data, intake=intake
+        source=source,
+        backbone=backbone,
+        blueprint=blueprint,
+        tokenizer=tokenizer,
+        data=data,
+        intake=intake,
     )
+
+
+def find_backbone(config: FinetuneConfig, card: Card) -> BackboneConfig:
+    """The recipe's backbone, or the one that the adapter's folder names, run as the recipe says.
+
+    Raises `AdapterError` if neither names one.
+    """
+    if config.backbone.name is not None:
+        return config.backbone
+    named = card.backbone.get("name")
+    if named is None:
+        raise AdapterError(
+            f"{config.adapter}: names no backbone (base_model_name_or_path); set backbone.name"
+        )
+    revision = config.backbone.revision or card.backbone.get("revision")
+    return replace(config.backbone, name=named, revision=revision)
 
 
 def read_data(config: FinetuneConfig, tokenizer: Any, family: Family) -> tuple[JobData, Intake]:
@@ -193,7 +218,7 @@ def begin(
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
         device=str(device),
-        backbone=backbone_facts(config.backbone, inputs.blueprint),
+        backbone=backbone_facts(inputs.backbone, inputs.blueprint),
         adapter=str(inputs.source),
     )
 
@@ -212,9 +237,9 @@ def announce(
         data.few_shot.n_rows,
         len(data.test.questions),
         f"{sum(parameter.numel() for parameter in loaded.trained):,}",
-        config.backbone.name,
-        config.backbone.dtype,
-        config.backbone.quantise,
+        inputs.backbone.name,
+        inputs.backbone.dtype,
+        inputs.backbone.quantise,
         sum(weight.numel() * weight.element_size() for weight in weights) / 1e9,
         loaded.placed.device,
         start + 1,

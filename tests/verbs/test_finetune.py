@@ -1,7 +1,7 @@
 """The verb `finetune`: an exported LoRA trains over a backbone in 4, 8 or 32 bits."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
     BackboneConfig,
+    FinetuneBackboneConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneRunConfig,
@@ -185,7 +186,8 @@ def test_a_job_of_adapt_has_the_same_losses(
 ) -> None:
     given = toy(exported, tmp_path / "finetune")
     protocol = replace(given.protocol, steps=6, loss=loss)  # type: ignore[type-var]
-    optim = FinetuneOptimConfig(name=optimizer, lr=5e-3)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"name": optimizer, "lr": 5e-3, "scale_parameter": True}
+    optim = FinetuneOptimConfig(**settings)
     config = replace(given, protocol=protocol, optim=optim, micro_batch_size=3)
     finetune(config)
     adapt(
@@ -195,7 +197,7 @@ def test_a_job_of_adapt_has_the_same_losses(
             shots=ShotsConfig(seeds=(0,), count=16),
             backbone_dtype="float32",
             protocol=protocol,
-            optim=OptimConfig(name=optimizer, lr=5e-3, scale_parameter=True),  # type: ignore[arg-type]
+            optim=OptimConfig(**settings),
             selection=SelectionConfig(on="last"),
             scoring=config.scoring,
             run=AdaptRunConfig(folder=str(tmp_path / "adapt"), log_every=1),
@@ -204,6 +206,86 @@ def test_a_job_of_adapt_has_the_same_losses(
     assert losses(tmp_path / "finetune") == pytest.approx(
         losses(tmp_path / "adapt" / "jobs" / TASK / "0" / "LoRA"), rel=2e-4
     )
+
+
+def test_the_settings_that_adapt_has_too_mean_the_same_by_default() -> None:
+    ours, theirs = FinetuneOptimConfig(), OptimConfig()
+    shared = {field.name for field in fields(ours)} & {field.name for field in fields(theirs)}
+    assert {field.name for field in fields(ours)} == shared
+    assert {n: getattr(ours, n) for n in shared} == {n: getattr(theirs, n) for n in shared}
+    left_out = [
+        next(field for field in fields(kind) if field.name == "optim").default_factory()
+        for kind in (FinetuneConfig, AdaptConfig)
+    ]
+    assert {n: getattr(left_out[0], n) for n in shared} == {
+        n: getattr(left_out[1], n) for n in shared
+    }
+
+
+def test_a_rate_in_a_recipe_trains_as_much_as_in_a_recipe_of_adapt(
+    exported: Path, tmp_path: Path
+) -> None:
+    """The first losses of both, from recipes with the same text under `optim`."""
+    text = "optim={name: adafactor, lr: 0.05}"
+    few = ["protocol.steps=4", "protocol.warmup_fraction=0.0", "protocol.decay=constant"]
+    recipes = ROOT / "launch" / "recipes"
+    folder = tmp_path / "finetune"
+    given = [f"adapter={exported}", f"run.folder={folder}", "run.log_every=1", "shots.seed=0"]
+    finetune(load(FinetuneConfig, recipes / "toy_finetune.yaml", [*given, *few, text]))
+    job = load(
+        AdaptConfig,
+        recipes / "toy_adapt.yaml",
+        [
+            f"variants={{LoRA: {{adapter: {exported}}}}}",
+            "tasks={suite: toy, fold: held_out, instruction: none}",
+            "shots={seeds: [0], count: 32}",
+            "selection={on: last}",
+            "scoring={metric: exact_match, max_new_tokens: 2, examples: 1}",
+            "backbone_dtype=float32",
+            f"run.folder={tmp_path / 'adapt'}",
+            "run.log_every=1",
+            *few,
+            text,
+        ],
+    )
+    adapt(replace(job, tasks=job.tasks.only(TASK)))
+    expected = losses(tmp_path / "adapt" / "jobs" / TASK / "0" / "LoRA")
+    assert losses(folder) == pytest.approx(expected, rel=1e-3)
+    assert expected[-1] < 0.9 * expected[0]
+
+
+# -- PEFT's own folders ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["safetensors", "bin"])
+def stock_lora(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """PEFT's default LoRA for T5, on queries and values, as PEFT saves it."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(base_model(TOY), dtype=torch.float32)
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "stock")
+    if request.param == "bin":
+        file = tmp_path / "stock" / "adapter_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    return tmp_path / "stock"
+
+
+def test_a_lora_of_stock_peft_trains_over_the_backbone_that_its_folder_names(
+    stock_lora: Path, tmp_path: Path
+) -> None:
+    backbone = FinetuneBackboneConfig(dtype="float32")
+    finetune(toy(stock_lora, tmp_path / "run", backbone=backbone))
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.9 * found[0]
+    card, adapter = open_adapter(tmp_path / "run" / "adapter")
+    assert card.backbone["name"] == base_model(TOY)
+    assert adapter.config.layout == "attention"
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert base_model(TOY) in json.dumps(provenance)
 
 
 # -- precisions and ways to run --------------------------------------------------------------------
