@@ -90,8 +90,12 @@ def rank_choices(
         lengths = np.array([len(choice) for choice in row.answers], dtype=np.float32)
         values = (sums / lengths**length_norm).tolist()
         if not np.isfinite(values).all():
+            dtype = placed.model.get_input_embeddings().weight.dtype
+            way_out = "the adapter, or the backbone, is broken: train it with a lower rate"
+            if dtype != torch.float32:
+                way_out = "try the backbone in float32"
             raise DivergenceError(
-                f"row {row.number}: the scores {values} are not finite; try the backbone in float32"
+                f"row {row.number}: the scores {values} are not finite; {way_out}"
             )
         scores.append(values)
     return scores

@@ -202,6 +202,8 @@ def write_part(
     adapter, name = part.make(), base_name(inputs.facts)
     if config.format == "native":
         origin = {"exported_from": config.adapter, "what": part.what}
+        if "dtype" in inputs.card.origin:
+            origin["dtype"] = inputs.card.precision
         artefact.save(adapter, folder, step=inputs.card.step, backbone=inputs.facts, origin=origin)
     elif config.format == "peft_poly":
         peft_folders.write_peft_poly(adapter, folder, base_model=name)
@@ -261,12 +263,15 @@ def check(
             worst = max(worst, difference)
     except AdapterError as error:
         raise AdapterError(f"{config.folder}: not exported: {error}") from error
-    text = (
-        f"the logits are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
-    )
+    whose = "the logits"
+    if len(parts) > 1:
+        whose += f" of the {len(parts)} tasks"
+    if len(numbers) < len(parts):
+        whose = f"{len(numbers)} of {len(parts)} tasks were compared: their logits"
+    text = f"{whose} are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
     if rounding:
         text += f"; rounding the weights to their data type moves them by {rounding:.1e}"
-    return f"{len(numbers)} of {len(parts)} tasks: {text}" if len(parts) > 1 else text
+    return text
 
 
 def closing(
