@@ -44,6 +44,8 @@ def open_adapter(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapt
     for change in CHANGES:
         if change in card.origin:
             log.info("%s: its %s: %s", adapter, change, card.origin[change])
+    if card.precision != "float32":
+        log.info("%s: stored in %s, held in float32", adapter, card.precision)
     return card, opened
 
 

@@ -30,6 +30,7 @@ class AdaptInputs:
 
     config: AdaptConfig
     sources: dict[str, Adapter]
+    precisions: dict[str, str]
     backbone: OpenedBackbone
     sites: dict[str, tuple[Site, ...]]
     data: dict[tuple[str, int], JobData]
@@ -109,6 +110,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
     return AdaptInputs(
         config=config,
         sources=sources,
+        precisions={path: card.precision for path, (card, _) in opened.items()},
         backbone=backbone,
         sites=sites,
         data=data,

@@ -52,4 +52,8 @@ def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Eng
     variants = {name: variant for name, variant in known.items() if as_folder(name) in started}
     folder.keep_recipe(replace(config, variants={**variants, **config.variants}))
     inputs.intake.write(folder.path / REJECTS)
-    folder.record_start(**engine.facts, backbone=inputs.backbone.blueprint.facts)
+    folder.record_start(
+        **engine.facts,
+        backbone=inputs.backbone.blueprint.facts,
+        stored_precision=inputs.precisions,
+    )

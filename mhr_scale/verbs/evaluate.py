@@ -65,7 +65,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         if engine.rank == 0:
             folder.keep_recipe(config)
             intake.write(folder.path / REJECTS)
-            folder.record_start(**engine.facts, backbone=opened.facts)
+            precision = None if card is None else card.precision
+            folder.record_start(**engine.facts, backbone=opened.facts, stored_precision=precision)
         engine.gather_barrier()
         with stopping.held():
             score_rows(config, placed, adapter, opened.tokenizer, questions, rows)

@@ -70,6 +70,7 @@ class FinetuneInputs:
     """What is read and checked before any weight of the backbone is loaded."""
 
     source: Path
+    card: Card
     backbone: BackboneConfig
     blueprint: Blueprint
     tokenizer: Any
@@ -161,6 +162,7 @@ def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
     data, intake = read_data(config, tokenizer, blueprint.family)
     return FinetuneInputs(
         source=source,
+        card=card,
         backbone=backbone,
         blueprint=blueprint,
         tokenizer=tokenizer,
@@ -220,6 +222,7 @@ def begin(
         device=str(device),
         backbone=backbone_facts(inputs.backbone, inputs.blueprint),
         adapter=str(inputs.source),
+        stored_precision=inputs.card.precision,
     )
 
 
