@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,12 +30,13 @@ class AdaptInputs:
 
     config: AdaptConfig
     sources: dict[str, Adapter]
-    precisions: dict[str, str]
     backbone: OpenedBackbone
     sites: dict[str, tuple[Site, ...]]
     data: dict[tuple[str, int], JobData]
     intake: Intake
     jobs: list[Job]
+    precisions: dict[str, str] = field(default_factory=dict)
+    """In which data types the sources were stored."""
 
     def source(self, variant: str) -> Adapter | None:
         """The adapter a variant starts from; None if it is fresh."""
