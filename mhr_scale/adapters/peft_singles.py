@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhr_scale.adapters import artefact
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.peft_files import (
     CONFIG,
     MERGE,
@@ -31,7 +33,7 @@ from mhr_scale.adapters.peft_files import (
 )
 from mhr_scale.adapters.reading import SET_BACKBONE, FindSizes, widths_of
 from mhr_scale.adapters.sites import Site, recognise_sites, sites_in
-from mhr_scale.errors import AdapterError, LayoutError, some
+from mhr_scale.errors import AdapterError, ConfigError, LayoutError, some
 from mhr_scale.families.family import last_part
 from mhr_scale.families.table import family_of_linears
 
@@ -166,6 +168,11 @@ def complete_pairs(
         raise AdapterError(f"{place}: linears that {CONFIG} names are not there: {some(lost)}")
     if not absent:
         return pairs, whole
+    try:
+        like = AdapterConfig(rank=pairs.rank, n_skills=1)
+    except ConfigError as error:
+        raise AdapterError(f"{place}: {error}") from error
+    artefact.check_size(like, whole[1], 1, pairs.tensors, place=place)
     tensors = dict(pairs.tensors)
     for site in absent:
         tensors[f"{site.name}.A"] = torch.zeros(1, 1, site.in_features, pairs.rank)

@@ -120,14 +120,20 @@ class T5(EncoderDecoder):
     ) -> tuple[Mapping[str, Blocks], Mapping[str, tuple[int, int]]] | None:
         """As many decoder blocks as encoder blocks, where it does not say."""
         depth = raw.get("num_layers")
-        depths = {"encoder": depth, "decoder": raw.get("num_decoder_layers") or depth}
-        sizes = [raw.get(name) for name in ("d_model", "d_kv", "num_heads", "d_ff")]
-        known = [size for size in (*sizes, *depths.values()) if type(size) is int and size > 0]
-        if len(known) < 6:
+        given = {**raw, "num_decoder_layers": raw.get("num_decoder_layers") or depth}
+        names = ("d_model", "d_kv", "num_heads", "d_ff", "num_layers", "num_decoder_layers")
+        sizes = [given.get(name) for name in names]
+        known = [
+            size
+            for name, size in zip(names, sizes, strict=True)
+            if type(size) is int and 1 <= size <= SIZES[name]
+        ]
+        if len(known) < len(names):
             return None
         width, d_kv, n_heads, d_ff, *counts = known
         blocks = {
-            stack: self.patterns[stack].at(n) for stack, n in zip(depths, counts, strict=True)
+            stack: pattern.at(n)
+            for (stack, pattern), n in zip(self.patterns.items(), counts, strict=True)
         }
         inner = n_heads * d_kv
         widths = dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width), "wo": (d_ff, width)}

@@ -207,6 +207,33 @@ def test_linears_left_out_of_a_backbone_that_is_not_found_are_named(tmp_path):
         peft_folders.read_peft_lora(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "sizes", "words"),
+    [
+        ({"r": 1 << 20}, {}, r"describes an adapter of up to \d+ numbers"),
+        ({"r": 1 << 40}, {}, "adapter.rank: 1099511627776 is above"),
+        ({}, {"num_layers": 10**9}, "those of no layout"),
+        ({}, {"d_model": "32"}, "those of no layout"),
+        ({"target_modules": 3}, {}, "target_modules 3"),
+        ({"target_modules": "("}, {}, r"target_modules \("),
+        ({"layers_to_transform": "0"}, {}, "target_modules"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, {}, "target_modules"),
+    ],
+)
+def test_linears_left_out_by_a_damaged_description_are_refused(settings, sizes, words, tmp_path):
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], layers_to_transform=[0]
+    )
+    make_stock(config, tmp_path / "peft")
+    make_t5().save_pretrained(tmp_path / "t5")
+    file = tmp_path / "t5" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **sizes}))
+    edit(tmp_path / "peft", base_model_name_or_path=str(tmp_path / "t5"), **settings)
+    with pytest.raises(AdapterError, match=words) as error:
+        peft_folders.open_adapter(tmp_path / "peft")
+    assert "\n" not in str(error.value)
+
+
 def test_linears_of_no_layout_are_refused_with_the_way_out(tmp_path):
     targets = ["q", "k", "v", "o", "lm_head"]
     config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=targets)
