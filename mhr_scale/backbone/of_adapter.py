@@ -10,7 +10,7 @@ import torch
 from mhr_scale.adapters import Adapter, find_sites, peft_folders
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.reading import local_sizes
+from mhr_scale.adapters.reading import SET_BACKBONE, local_sizes
 from mhr_scale.adapters.sites import Site, check_splits
 from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
 from mhr_scale.backbone.hub import find_folder
@@ -50,7 +50,7 @@ def open_adapter(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapt
 
 
 def _not_found(adapter: str, error: BackboneError) -> BackboneError:
-    return BackboneError(f"{adapter}: its backbone: {error}; set backbone_moved_to if it has moved")
+    return BackboneError(f"{adapter}: its backbone: {error}; if it has moved, {SET_BACKBONE}")
 
 
 def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
