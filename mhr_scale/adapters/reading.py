@@ -5,6 +5,7 @@ Shape letters: Q splits, S skills, I and O features of one split, R rank.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -42,10 +43,13 @@ class FindSizes(Protocol):
 
 def local_sizes(name: str | None, *, is_needed: bool = False) -> Mapping[str, Any] | None:
     """The config.json of a local folder, or the sizes of a backbone that are known."""
-    file = Path(name or "") / "config.json"
-    if name and file.is_file():
-        return read_object(file, AdapterError)
-    return known_fields(name) if name else None
+    if not name:
+        return None
+    file = Path(name) / "config.json"
+    with suppress(OSError):  # a name that is no path
+        if file.is_file():
+            return read_object(file, AdapterError)
+    return known_fields(name)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
