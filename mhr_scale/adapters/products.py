@@ -250,11 +250,11 @@ class _Scale(torch.autograd.Function):
             dy = _times(g, l_UO).to(y.dtype)
         if ctx.needs_input_grad[1]:
             ctx.cut.check()
-            products = g.to(l_UO.dtype) * y
-            dims = tuple(range(products.dim() - 1))
+            gy = g.to(l_UO.dtype) * y
+            dims = tuple(range(gy.dim() - 1))
             if l_UO.dim() == 2:
-                products, dims = products.reshape(l_UO.shape[0], -1, l_UO.shape[1]), (1,)
-            dl = products.sum(dims)
+                gy, dims = gy.reshape(l_UO.shape[0], -1, l_UO.shape[1]), (1,)
+            dl = gy.sum(dims)
         return dy, dl, None
 
 
