@@ -82,13 +82,12 @@ def test_slots_filled_outside_of_autocast_work_inside():
 # --- (IA)3
 
 
-def scaled(y, l_UO):
-    """`scale` with all gradients, under a fixed cotangent."""
+def scaled(y, l_UO, cotangent):
+    """What `scale` gives, and its gradients."""
     y, l_UO = y.clone().requires_grad_(), l_UO.clone().requires_grad_()
     found = scale(y, l_UO, cut=Cut(is_open=True))
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     found.backward(cotangent)
-    return found.detach(), y.grad, l_UO.grad, cotangent
+    return found.detach(), y.grad, l_UO.grad
 
 
 @pytest.mark.parametrize("n_slots", [None, 4])
@@ -99,21 +98,25 @@ def test_a_scaled_output_is_the_exact_product_rounded_once(dtype, n_slots):
     y = torch.randn(4, 3, 32, generator=generator).to(dtype)
     l_UO = 1 + 0.004 * torch.randn(*lead, 32, generator=generator)
     per_row = l_UO if n_slots is None else l_UO[:, None]
-    found, dy, dl, cotangent = scaled(y, l_UO)
+    cotangent = torch.randn(y.shape, generator=generator).to(dtype)
+    found, dy, dl = scaled(y, l_UO, cotangent)
     assert torch.equal(found, (y.double() * per_row.double()).to(dtype))
     assert torch.equal(dy, (cotangent.double() * per_row.double()).to(dtype))
     exact = (y.double() * cotangent.double()).sum((0, 1) if n_slots is None else 1)
     torch.testing.assert_close(dl.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
 def test_rows_scaled_together_are_those_scaled_apart_bit_for_bit(n_rows):
     generator = torch.Generator().manual_seed(0)
-    y = torch.randn(4 * n_rows, 3, 33, generator=generator).to(torch.bfloat16)
+    y = torch.randn(4 * n_rows, 5, 33, generator=generator).to(torch.bfloat16)
     l_UO = 1 + 0.1 * torch.randn(4, 33, generator=generator)
-    together = scaled(y, l_UO)[0]
-    apart = [scaled(part, row)[0] for part, row in zip(y.split(n_rows), l_UO, strict=True)]
-    assert torch.equal(together, torch.cat(apart))
+    cotangent = torch.randn(y.shape, generator=generator).to(torch.bfloat16)
+    together = scaled(y, l_UO, cotangent)
+    parts = zip(y.split(n_rows), l_UO, cotangent.split(n_rows), strict=True)
+    apart = zip(*(scaled(*part) for part in parts), strict=True)
+    for whole, pieces in zip(together, apart, strict=True):
+        assert torch.equal(whole, torch.stack(pieces).view_as(whole))
 
 
 def test_small_steps_of_ia3_count_in_bfloat16(low):
