@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale.adapters import peft_folders
-from mhr_scale.adapters.reference_checkpoints import read_safetensors
+from mhr_scale.adapters import Adapter, peft_files
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.backbone import hub, quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
+from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.families.table import read_config
-from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
 from mhr_scale.training import checkpoint
@@ -34,57 +34,25 @@ from mhr_scale.training import checkpoint
 OPTIMIZER = "optimizer.pt"
 
 
-def find_peft_lora(path: str) -> Path:
-    """The folder of a PEFT LoRA: `path` itself, or its `adapter/`."""
+def open_lora(path: str, moved_to: str | None) -> tuple[Path, Card, Adapter]:
+    """The folder of a PEFT LoRA, `path` itself or its `adapter/`, its card, and what it computes.
+
+    Raises `AdapterError` if it is another adapter, or one that the other verbs could not read.
+    """
     folders = [Path(path), Path(path) / "adapter"]
-    folder = next((path for path in folders if (path / peft_folders.CONFIG).is_file()), None)
+    folder = next((path for path in folders if (path / peft_files.CONFIG).is_file()), None)
     if folder is None:
         raise AdapterError(
-            f"{path}: no PEFT LoRA folder ({peft_folders.CONFIG} is missing); export the adapter "
+            f"{path}: no PEFT LoRA folder ({peft_files.CONFIG} is missing); export the adapter "
             "first: python launch/export.py"
         )
-    kind = read_object(folder / peft_folders.CONFIG, AdapterError).get("peft_type")
-    if kind != "LORA":
+    card, adapter = open_adapter(str(folder), moved_to)
+    if card.origin["format"] != "PEFT LORA":
         raise AdapterError(
-            f"{folder}: a PEFT {kind}, and finetune trains a LoRA; export one first: "
+            f"{folder}: a {card.origin['format']}, and finetune trains a LoRA; export one first: "
             "python launch/export.py"
         )
-    return folder
-
-
-def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> None:
-    """Raise `AdapterError` if the LoRA does not fit the backbone, whose weights are not read."""
-    with torch.device("meta"):
-        model = make_model(blueprint)
-    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tensors = read_safetensors(folder / peft_folders.TENSORS)
-    for name, tensor in tensors.items():
-        linear, _, side = name.removeprefix(peft_folders.PREFIX).partition(".lora_")
-        if side not in ("A.weight", "B.weight"):
-            continue
-        module = linears.get(linear)
-        width = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
-        wanted = None
-        if module is not None:
-            wanted = module.in_features if side == "A.weight" else module.out_features
-        if width != wanted:
-            base_model = read_object(folder / peft_folders.CONFIG, AdapterError).get(
-                "base_model_name_or_path"
-            )
-            raise AdapterError(
-                f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
-                f"there, {wanted or 'missing'} here; it names {base_model or 'none'}"
-            )
-    spoilt = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if spoilt:
-        raise AdapterError(
-            f"{folder / peft_folders.TENSORS}: {len(spoilt)} tensor(s) hold NaN or infinity: "
-            f"{'; '.join(spoilt[:5])}; export another one"
-        )
-    if not any(".lora_" in name for name in tensors):
-        raise AdapterError(
-            f"{folder / peft_folders.TENSORS}: holds no LoRA matrix; export it again"
-        )
+    return folder, card, adapter
 
 
 def load_model(
@@ -95,7 +63,7 @@ def load_model(
     from peft import PeftModel
 
     base = load_backbone(config, blueprint, device)
-    stored = read_safetensors(folder / peft_folders.TENSORS).keys()
+    stored = peft_files.read_stored(folder).keys()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -183,7 +151,7 @@ def _config_for_transformers(blueprint: Blueprint) -> Any:
     with torch.device("meta"):
         plan_copies(make_model(blueprint), blueprint)
     assert blueprint.folder is not None
-    adapter = blueprint.folder / peft_folders.CONFIG
+    adapter = blueprint.folder / peft_files.CONFIG
     if adapter.is_file():
         raise BackboneError(
             f"{adapter}: an adapter beside the backbone, which transformers would load with it; "
@@ -217,8 +185,8 @@ def _fill_peft(
 ) -> None:
     """Write the model's adapter as a PEFT folder; with `tensors` their values, not the model's."""
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
-    if (source / peft_folders.NOTE).is_file():
-        shutil.copy(source / peft_folders.NOTE, folder / peft_folders.NOTE)
+    if (source / peft_files.NOTE).is_file():
+        shutil.copy(source / peft_files.NOTE, folder / peft_files.NOTE)
 
 
 def make_optimizer(

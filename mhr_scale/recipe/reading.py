@@ -256,11 +256,12 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _field_helps(schema: type[Any]) -> dict[str, str]:
     """The string under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
     helps = {}
-    for field_node, text_node in pairwise(body):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
-            helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
+    for kind in filter(is_dataclass, reversed(schema.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field_node, text_node in pairwise(body):
+            if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
+                helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
     return helps
 
 
