@@ -49,6 +49,8 @@ def _check_score(score: Any) -> None:
     for name in ("id", "task", "prompt", "metric"):
         if not isinstance(score[name], str):
             raise TypeError(f"{name} is {score[name]!r}, no text")
+    if not isinstance(score.get("choice_scores", []), list):
+        raise TypeError(f"choice_scores are {score['choice_scores']!r}, no list")
     if not math.isfinite(score["points"]):
         raise ValueError(f"points are {score['points']}")
 

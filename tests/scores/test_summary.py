@@ -83,6 +83,14 @@ def test_a_broken_line_before_the_end_is_named(tmp_path: Path) -> None:
         summary.read_scores(path)
 
 
+def test_choice_scores_that_are_no_list_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    lines = [{**SCORES[0], "choice_scores": 5}, SCORES[1]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r"scores\.jsonl:1: not a score \(choice_scores are 5"):
+        summary.read_scores(path)
+
+
 def test_the_table_has_a_line_per_task_and_the_means() -> None:
     lines = summary.table(summary.summarise(SCORES)).splitlines()
     assert [line.split()[0] for line in lines] == ["task", "a", "b", "mean", "mean"]
