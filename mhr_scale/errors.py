@@ -25,8 +25,10 @@ __all__ = [
     "did_you_mean",
     "first_line",
     "one_line",
+    "printable",
     "shortened",
     "some",
+    "suggest",
 ]
 
 
@@ -100,13 +102,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for a name near a known one, else the first of those known."""
+    names = list(known)
+    return did_you_mean(word, names) or f"; there are: {some(names) or 'none'}"
+
+
 def one_line(text: str) -> str:
     """Text with unprintable characters escaped, and the middle of very long text left out."""
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    if len(printable) <= LONGEST_TEXT:
-        return printable
+    shown = printable(text)
+    if len(shown) <= LONGEST_TEXT:
+        return shown
     kept = LONGEST_TEXT * 2 // 3
-    return f"{printable[:kept]} ... {printable[kept - LONGEST_TEXT + 5 :]}"
+    return f"{shown[:kept]} ... {shown[kept - LONGEST_TEXT + 5 :]}"
+
+
+def printable(text: str) -> str:
+    """Text with unprintable characters escaped, so that no terminal obeys it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def some(names: Iterable[str], *, shown: int = 10) -> str:

@@ -8,7 +8,7 @@ from mhr_scale.config.model import BackboneConfig
 from mhr_scale.config.training import TrackerName, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suites import EvalTasksConfig
 
 
@@ -77,7 +77,7 @@ class FinetuneRunConfig:
         check_trackers(self.trackers)
 
 
-@part
+@recipe
 class FinetuneConfig:
     """Everything `finetune` reads."""
 

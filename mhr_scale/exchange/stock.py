@@ -121,16 +121,10 @@ def load_model(
 
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
-    """The frozen backbone as transformers loads it.
-
-    Raises `BackboneError` for weights that our own loader refuses too: transformers would drop
-    those that it does not know.
-    """
+    """The frozen backbone as transformers loads it."""
     import transformers
     from transformers.utils import logging
 
-    with torch.device("meta"):
-        plan_copies(make_model(blueprint), blueprint)
     dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
         "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
@@ -141,8 +135,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             "bnb_4bit_compute_dtype": dtype,
         },
     }
-    assert blueprint.folder is not None
-    _, model_config, _ = read_config(blueprint.folder)
+    model_config = _config_for_transformers(blueprint)
     options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
     if config.quantise != "none":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -179,6 +172,25 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     set_dropout(model, config.dropout)
     set_recompute(model, config.recompute)
     return model
+
+
+def _config_for_transformers(blueprint: Blueprint) -> Any:
+    """The configuration to load a folder by.
+
+    Raises `BackboneError` where transformers would read other weights than our own loader, without
+    a word: it drops those that it does not know, and loads an adapter that lies beside them.
+    """
+    with torch.device("meta"):
+        plan_copies(make_model(blueprint), blueprint)
+    assert blueprint.folder is not None
+    adapter = blueprint.folder / peft_folders.CONFIG
+    if adapter.is_file():
+        raise BackboneError(
+            f"{adapter}: an adapter beside the backbone, which transformers would load with it; "
+            "move it to a folder of its own"
+        )
+    _, model_config, _ = read_config(blueprint.folder)
+    return model_config
 
 
 def find_foreign_tie(model: nn.Module, ties: Mapping[str, str]) -> str | None:

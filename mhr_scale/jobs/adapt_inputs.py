@@ -17,7 +17,7 @@ from mhr_scale.engine.opened import OpenedBackbone, open_backbone
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.full import check_backbone_jobs
-from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job import Job, check_folders
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.scheduling import JobEstimate
 from mhr_scale.jobs.start import check_variant
@@ -111,6 +111,8 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         for task in few_shot:
             rows = open_data(task, config, backbone.tokenizer, backbone.family)
             data[task.task.name, seed] = rows
+    check_folders(dict.fromkeys(task for task, _ in data), what="tasks")
+    check_folders(config.variants, what="variants")
     jobs = [
         Job(task=task, seed=seed, variant=variant)
         for (task, seed), variant in itertools.product(data, config.variants)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mhr_scale.errors import RunError
+from mhr_scale.errors import RunError, printable
 from mhr_scale.run.files import flush, read_json, write_json, write_text
 
 log = logging.getLogger("mhr_scale")
@@ -53,10 +53,17 @@ def ranks_here() -> int:
     return world_size()
 
 
+class _Formatter(logging.Formatter):
+    """Lines in which names and texts of users cannot move a terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def start_logging() -> None:
     """Send the package's log lines to standard error: all of rank 0's, others' errors only."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)

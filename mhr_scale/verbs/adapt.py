@@ -116,5 +116,6 @@ def report(inputs: AdaptInputs, folder: Path) -> None:
     if not results:
         return
     compared = comparison.compare(results, tasks={job.task for job in inputs.jobs})
-    write_json(folder / "summary.json", compared)
+    selected_on = {task: data.selects_on for (task, _), data in inputs.data.items()}
+    write_json(folder / "summary.json", {**compared, "selected_on": selected_on})
     log.info("\n%s\n  jobs     %s", comparison.table(compared), folder / "jobs")

@@ -9,8 +9,8 @@ from collections import Counter
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import PretrainConfig
-from mhr_scale.errors import DataError
-from mhr_scale.rows.tokens import TokenSet, open_tokens
+from mhr_scale.errors import DataError, one_line
+from mhr_scale.rows.tokens import TaskCard, TokenSet, open_tokens
 from mhr_scale.tasks.task import Intake
 
 SHOWN_REJECTS = 10
@@ -51,29 +51,37 @@ def check_refused(tokens: TokenSet, *, on_bad: str) -> None:
 def report(tokens: TokenSet) -> str:
     """The table of tasks, its totals, and the first refused rows."""
     refused = Counter(reject["task"] for reject in tokens.rejects)
-    width = max([len("total"), *(len(card.name) for card in tokens.cards)])
-    head = f"{'task':{width}}  {'train':>8} {'held out':>8} {'in':>6} {'out':>6} {'cut in':>7} "
-    lines = [f"{head}{'cut out':>7} {'dropped':>7} {'refused':>7}   (in, out: mean tokens)"]
-    for card in tokens.cards:
+    n_rows = max(1, sum(card.n_train for card in tokens.cards))
+    total = TaskCard(
+        name="total",
+        cap=None,
+        weight=None,
+        metric="",
+        digest="",
+        cuts=tokens.cuts,
+        n_train=n_rows,
+        n_validation=sum(card.n_validation for card in tokens.cards),
+        mean_input_tokens=sum(c.mean_input_tokens * c.n_train for c in tokens.cards) / n_rows,
+        mean_target_tokens=sum(c.mean_target_tokens * c.n_train for c in tokens.cards) / n_rows,
+    )
+    name = max(len(card.name) for card in (*tokens.cards, total))
+    metric = max(len("metric"), *(len(card.metric) for card in tokens.cards))
+    lines = [
+        f"{'task':{name}}  {'metric':{metric}} {'train':>8} {'held out':>8} {'in':>6} {'out':>6} "
+        f"{'cut in':>7} {'cut out':>7} {'dropped':>7} {'refused':>7}   (in, out: mean tokens)"
+    ]
+    for card in (*tokens.cards, total):
         facts = card.cuts.facts()
+        n_refused = len(tokens.rejects) if card is total else refused[card.name]
         lines.append(
-            f"{card.name:{width}}  {card.n_train:8} {card.n_validation:8} "
+            f"{card.name:{name}}  {card.metric:{metric}} {card.n_train:8} {card.n_validation:8} "
             f"{card.mean_input_tokens:6.1f} {card.mean_target_tokens:6.1f} "
             f"{facts['cut_input_share']:7.1%} {facts['cut_target_share']:7.1%} "
-            f"{card.cuts.dropped:7} {refused[card.name]:7}"
+            f"{card.cuts.dropped:7} {n_refused:7}"
         )
-    facts, rows = tokens.cuts.facts(), max(1, sum(card.n_train for card in tokens.cards))
-    means = [
-        sum(getattr(card, name) * card.n_train for card in tokens.cards) / rows
-        for name in ("mean_input_tokens", "mean_target_tokens")
-    ]
-    lines.append(
-        f"{'total':{width}}  {rows:8} {sum(card.n_validation for card in tokens.cards):8} "
-        f"{means[0]:6.1f} {means[1]:6.1f} {facts['cut_input_share']:7.1%} "
-        f"{facts['cut_target_share']:7.1%} {tokens.cuts.dropped:7} {len(tokens.rejects):7}"
-    )
     for reject in tokens.rejects[:SHOWN_REJECTS]:
-        lines.append(f"refused {reject['place']}: {reject['reason']} (task {reject['task']})")
+        line = f"refused {reject['place']}: {reject['reason']} (task {reject['task']})"
+        lines.append(one_line(line))
     if len(tokens.rejects) > SHOWN_REJECTS:
         lines.append(f"... and {len(tokens.rejects) - SHOWN_REJECTS} more")
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ from mhr_scale.exchange.reloading import (
     check_peft,
     spread,
 )
-from mhr_scale.jobs.job import as_folder
+from mhr_scale.jobs.job import as_folder, check_folders
 from mhr_scale.recipe.reading import to_yaml
 from mhr_scale.run.files import write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
@@ -154,6 +154,7 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
     """The adapters that `what` names; the average of a single adapter is the adapter itself."""
     if what in ("task", "all_tasks"):
         names = stored.task_names if what == "all_tasks" else [config.task or stored.task_names[0]]
+        check_folders(names, what="tasks")
         return [
             ExportedAdapter(
                 what=what,

@@ -39,7 +39,7 @@ from mhr_scale.config import (
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, inputs_of
-from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
+from mhr_scale.errors import ConfigError, DivergenceError, RunError, suggest
 from mhr_scale.exchange import stock
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
@@ -190,7 +190,7 @@ def read_data(config: FinetuneConfig, tokenizer: Any, family: Family) -> tuple[J
     few_shot_tasks, intake = read_few_shot(tasks, adaptation.shots, seed=seed, examples=examples)
     by_name = {few_shot.task.name: few_shot for few_shot in few_shot_tasks}
     if config.task not in by_name:
-        hint = did_you_mean(config.task, by_name)
+        hint = suggest(config.task, by_name)
         raise ConfigError(f"task: suite {tasks.suite} has no task '{config.task}'{hint}")
     return open_data(by_name[config.task], adaptation, tokenizer, family), intake
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from toy_exports import TASKS, files, make, run_export, save_run, save_runs
 
 from mhr_scale.adapters import Adapter, artefact, peft_folders
+from mhr_scale.backbone import merging
 from mhr_scale.config import ExportConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
 from mhr_scale.verbs.export import export
@@ -227,3 +229,20 @@ def test_an_interruption_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         export(ExportConfig(adapter=str(runs / "LoRA"), folder=str(tmp_path / "out")))
     assert files(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_told_with_the_file(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(merging, "save_file", full)
+    with pytest.raises(RunError) as caught:
+        run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
+    file = tmp_path / ".out.unfinished" / "model.safetensors"
+    assert str(caught.value) == (
+        f"folder: cannot write to {tmp_path / 'out'} (I/O error: No space left on device (os error "
+        f"28): '{file}'); make room, or name a folder on another disk"
+    )
+    assert list(tmp_path.iterdir()) == []

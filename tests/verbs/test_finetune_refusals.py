@@ -67,6 +67,11 @@ def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path)
     assert "'sort.plus4.after'" in message
 
 
+def test_a_task_unlike_any_other_comes_with_those_there_are(exported: Path, tmp_path: Path) -> None:
+    message = refusal(toy(exported, tmp_path / "out", task="xxxx"), ConfigError)
+    assert "suite toy has no task 'xxxx'; there are: " in message
+
+
 def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^backbone\.name: "):
         toy(exported, tmp_path, backbone=BackboneConfig(config={"d_model": 64}))
