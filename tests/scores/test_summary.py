@@ -46,7 +46,12 @@ def test_a_task_of_one_prompt_has_no_prompt_table() -> None:
 
 def test_tasks_count_alike_and_examples_count_alike() -> None:
     found = summary.summarise(SCORES)
-    assert (found["mean_over_tasks"], found["mean_over_examples"]) == (37.5, 60.0)
+    assert (found["mean_over_tasks"], found["mean_over_examples"]) == (37.5, 50.0)
+
+
+def test_a_row_under_several_prompts_is_one_example() -> None:
+    found = summary.summarise(SCORES)
+    assert (found["tasks"]["a"]["examples"], found["examples"]) == (2, 3)
 
 
 def test_order_and_duplicates_do_not_matter() -> None:
