@@ -27,7 +27,7 @@ from mhr_scale.adapters.linear import AdaptedLinear, RowMap
 from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
-from mhr_scale.errors import AdapterError, did_you_mean
+from mhr_scale.errors import AdapterError, suggest
 from mhr_scale.seeds import seed_from
 
 
@@ -243,7 +243,7 @@ class Adapter(nn.Module):
         for task in task_ids:
             if isinstance(task, str):
                 if task not in self.task_names:
-                    hint = did_you_mean(task, self.task_names)
+                    hint = suggest(task, self.task_names)
                     raise AdapterError(f"task '{task}' is not in this adapter{hint}")
                 numbers.append(self.task_names.index(task))
             elif 0 <= task < len(self.task_names):
