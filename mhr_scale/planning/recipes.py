@@ -72,7 +72,7 @@ def subject(
     )
     if config.routing == "average":
         settings = replace(settings, n_skills=1, n_splits=1, policy="learned", private=False)
-    return frozen, settings
+    return frozen, None if config.routing == "off" else settings
 
 
 def variants(
