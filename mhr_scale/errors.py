@@ -28,6 +28,7 @@ __all__ = [
     "printable",
     "shortened",
     "some",
+    "suggest",
 ]
 
 
@@ -104,8 +105,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Text with unprintable characters escaped, except those to keep."""
+    """Text with unprintable characters escaped, except those to keep, lest a terminal obeys it."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for a name near a known one, else the first of those known."""
+    names = list(known)
+    return did_you_mean(word, names) or f"; there are: {some(names) or 'none'}"
 
 
 def one_line(text: str) -> str:

@@ -48,6 +48,14 @@ class Card:
     backbone: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def precision(self) -> str:
+        """The data types in which the adapter's numbers were stored before they were read here.
+
+        They are held in float32 all the same; what an earlier rounding has lost is lost.
+        """
+        return str(self.origin.get("dtype", "float32"))
+
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All stored tensors by name; views into the adapter's parameters."""
@@ -161,7 +169,7 @@ def _build_card(card: dict[str, Any]) -> Card:
     for key in ("backbone", "origin"):
         if not isinstance(card[key], dict):
             raise TypeError(f"{key} is {card[key]!r}, no object")
-    for key in ("format", "backbone"):
+    for key in ("format", "backbone", "dtype"):
         if not isinstance(origin.get(key, ""), str):
             raise TypeError(f"origin.{key} is {origin[key]!r}")
     return Card(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.products import products, update
+from mhr_scale.adapters.products import Cut, products, scale, update
 from mhr_scale.errors import AdapterError
 
 
@@ -24,12 +24,13 @@ from mhr_scale.errors import AdapterError
 class RowMap:
     """Which slot each batch row uses. `slot_of_row` has one entry per example.
 
-    A tensor whose first dimension is k times longer holds k consecutive rows per example (beams,
-    answer choices), as `repeat_interleave` makes them.
+    A pass has one row per example or, consecutive as `repeat_interleave` makes them, so many as
+    `rows_per_example` says (beams, answer choices). A single example stands for any number of rows.
     """
 
     slot_of_row: tuple[int, ...]
     n_slots: int
+    rows_per_example: int = 1
 
     @cached_property
     def is_even(self) -> bool:
@@ -38,6 +39,11 @@ class RowMap:
         return rest == 0 and self.slot_of_row == tuple(
             slot for slot in range(self.n_slots) for _ in range(count)
         )
+
+    def fits(self, n_rows: int) -> bool:
+        """Whether a pass of so many rows is one of these examples."""
+        n = len(self.slot_of_row)
+        return n_rows in (n, n * self.rows_per_example) or n == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +56,16 @@ class LowRankSlots:
     a_UIX: Tensor
     b_URO: tuple[Tensor | None, ...]
     rows: RowMap
+    cut: Cut
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
         weights: list[Any] = [base.weight for base in bases]
         is_plain = all(type(base) is nn.Linear and base.bias is None for base in bases)
         if is_plain and not any(weight.requires_grad for weight in weights):
-            return products(x, self.a_UIX, self.b_URO, weights)
-        return update(x, self.a_UIX, self.b_URO, [base(x) for base in bases])
+            return products(x, self.a_UIX, self.b_URO, weights, cut=self.cut)
+        ys = [base(x) for base in bases]
+        return update(x, self.a_UIX, self.b_URO, ys, cut=self.cut)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,18 +74,14 @@ class ScalingSlots:
 
     l_UO: tuple[Tensor | None, ...]
     rows: RowMap
+    cut: Cut
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return (W x) * l[slot] of every base, for x (B * k, ..., I)."""
-        ys = []
-        for base, l_UO in zip(bases, self.l_UO, strict=True):
-            y = base(x)
-            if l_UO is not None and l_UO.dim() == 1:
-                y = y * l_UO
-            elif l_UO is not None:
-                y = (y.reshape(l_UO.shape[0], -1, y.shape[-1]) * l_UO[:, None]).reshape(y.shape)
-            ys.append(y)
-        return tuple(ys)
+        return tuple(
+            base(x) if l_UO is None else scale(base(x), l_UO, cut=self.cut)
+            for base, l_UO in zip(bases, self.l_UO, strict=True)
+        )
 
 
 class _Adapted(nn.Module):
@@ -103,10 +107,11 @@ class _Adapted(nn.Module):
                 f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
                 "or inside `with adapter.off()` for the bare backbone"
             )
-        if x.shape[0] % len(slots.rows.slot_of_row) and slots.rows.n_slots > 1:
+        if not slots.rows.fits(x.shape[0]):
             raise AdapterError(
                 f"{self.name} got {x.shape[0]} rows under slots made for "
-                f"{len(slots.rows.slot_of_row)} examples; give one task id per example"
+                f"{len(slots.rows.slot_of_row)} examples; give one task id per example, or "
+                "rows_per_example where an example has several rows (beams, answer choices)"
             )
         return slots.apply(x, bases)
 

@@ -27,7 +27,7 @@ from mhr_scale.adapters.linear import AdaptedLinear, RowMap
 from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
-from mhr_scale.errors import AdapterError, did_you_mean
+from mhr_scale.errors import AdapterError, suggest
 from mhr_scale.seeds import seed_from
 
 
@@ -84,15 +84,18 @@ class Adapter(nn.Module):
         self,
         task_ids: Sequence[int | str] | Tensor,
         *,
+        rows_per_example: int = 1,
         seeds: Sequence[int] | None = None,
         uniform_share: float = 0.0,
     ) -> Slots:
         """Fill the slots of one step: `with adapter.slots(task_ids) as slots: ...`.
 
-        `task_ids` holds one task number or name per example, on the host. `seeds`, one integer per
-        example, feeds policies that draw numbers while the model trains; by default they come from
-        torch's global generator. `uniform_share` moves every mixing weight that far towards 1 / S
-        (annealing, docs/method.md 9). Raises `AdapterError` for unknown tasks or ids on a device.
+        `task_ids` holds one task number or name per example, on the host; a single one stands for
+        all rows. A pass of the model has one row per example, or `rows_per_example` consecutive
+        ones (beams, answer choices). `seeds`, one integer per example, feeds policies that draw
+        numbers while the model trains; by default they come from torch's global generator.
+        `uniform_share` moves every mixing weight that far towards 1 / S (annealing, docs/method.md
+        9). Raises `AdapterError` for unknown tasks or ids on a device.
         """
         ids = self.check_task_ids(task_ids)
         seeds = self._row_seeds(len(ids), seeds)
@@ -106,7 +109,11 @@ class Adapter(nn.Module):
             slot_of_row = tuple(range(len(ids)))
         else:
             slot_of_row = tuple(distinct.index(task) for task in ids)
-        rows = RowMap(slot_of_row=slot_of_row, n_slots=max(slot_of_row) + 1)
+        rows = RowMap(
+            slot_of_row=slot_of_row,
+            n_slots=max(slot_of_row) + 1,
+            rows_per_example=rows_per_example,
+        )
         leaf = None
         dtype = self.compute_dtype()
         with torch.autocast(next(self.inventory.parameters()).device.type, enabled=False):
@@ -117,12 +124,14 @@ class Adapter(nn.Module):
                     mean = uniform_share / config.n_skills
                     weights_UGQS = (1.0 - uniform_share) * weights_UGQS + mean
             mixed = self.mix(weights_UGQS, ids if per_row else distinct)
+            if config.kind == "lora":
+                mixed = [tuple(side.to(dtype) for side in sides) for sides in mixed]
             if self.is_wave and config.kind == "lora" and config.rank == 1:
                 mixed = [(F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1))) for a, b in mixed]
         return Slots(
             self.users(),
             rows,
-            [tuple(side.to(dtype) for side in sides) for sides in mixed],
+            mixed,
             kind=config.kind,
             routing=None if leaf is None else (leaf, partial(self.add_routing_gradient, distinct)),
         )
@@ -243,7 +252,7 @@ class Adapter(nn.Module):
         for task in task_ids:
             if isinstance(task, str):
                 if task not in self.task_names:
-                    hint = did_you_mean(task, self.task_names)
+                    hint = suggest(task, self.task_names)
                     raise AdapterError(f"task '{task}' is not in this adapter{hint}")
                 numbers.append(self.task_names.index(task))
             elif 0 <= task < len(self.task_names):

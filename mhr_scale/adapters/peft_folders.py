@@ -2,15 +2,12 @@
 
 Shape letters: T tasks, Q splits, S skills, I and O features of one split, R rank.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, as stock PEFT writes and loads
-them: lora_A.weight (R, I), lora_B.weight (O, R); ia3_l (O, 1); poly_lora_A (Q, S, I, R),
-poly_lora_B (Q, S, R, O), poly_router.module_logits (T, Q * S). What PEFT has no field for (names of
-tasks, the policy, the backbone's width) is stored beside them in `mhr_scale.json`, which PEFT does
-not read and which is optional for our readers.
+Tensors are named and shaped as stock PEFT writes and loads them (`peft_files`): lora_A.weight
+(R, I), lora_B.weight (O, R); ia3_l (O, 1), or (1, I) where it scales inputs; poly_lora_A
+(Q, S, I, R), poly_lora_B (Q, S, R, O), poly_router.module_logits (T, Q * S).
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,42 +17,39 @@ from torch import Tensor
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.methods import Adapter
-from mhr_scale.adapters.reference_checkpoints import (
-    PICKLED,
+from mhr_scale.adapters.peft_files import (
+    CONFIG,
+    NOTE,
+    PREFIX,
+    TENSORS,
+    find_tensors,
+    read_config,
+    read_note,
+    read_stored,
+    refusal,
+    rename,
+)
+from mhr_scale.adapters.peft_singles import complete_pairs, to_outputs, to_pairs
+from mhr_scale.adapters.reading import (
+    FindSizes,
     fill,
     find_layout,
+    local_sizes,
     name_tasks,
-    read_published,
-    read_safetensors,
+    precision_of,
     widths_of,
 )
-from mhr_scale.adapters.sites import backbone_width, family_of_sites
+from mhr_scale.adapters.reference_checkpoints import PICKLED, open_published
+from mhr_scale.adapters.sites import Site, backbone_width, family_of_sites
 from mhr_scale.errors import AdapterError
-from mhr_scale.families.family import Family
 from mhr_scale.families.table import family_of_linears
 from mhr_scale.run.files import put_in_place, read_object, write_json
 from mhr_scale.run.tensors import save_tensors
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-NOTE = "mhr_scale.json"
-PREFIX = "base_model.model."
 SINGLE = "average it or collapse one task, and write that as a single adapter"
 
 #: Policies that PEFT's Poly evaluates as we do.
 PEFT_POLICIES = ("learned", "noisy")
-#: LoRA initialisations that leave the backbone's weights unchanged.
-HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-#: Settings that are read here, or that do not change what the stored tensors compute.
-UNDERSTOOD = frozenset(
-    """
-    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    runtime_config target_modules exclude_modules layers_to_transform layers_pattern
-    r lora_alpha lora_dropout use_rslora init_lora_weights eva_config megatron_core
-    qalora_group_size feedforward_modules init_ia3_weights
-    n_tasks n_skills n_splits poly_type init_weights
-    """.split()  # noqa: SIM905
-)
 
 
 # --- writing
@@ -194,47 +188,47 @@ def _write(
 # --- reading
 
 
-def read_peft_lora(folder: Path | str) -> Adapter:
-    """Read a stock PEFT LoRA folder; raises `AdapterError` for what one LoRA cannot express."""
-    folder = Path(folder)
-    config = _read_config(folder, "LORA", numbers=("r", "lora_alpha"))
-    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
-        start = config["init_lora_weights"]
-        raise _refusal(folder, f"init_lora_weights '{start}', which changes the backbone's weights")
-    rank, alpha = config["r"], float(config["lora_alpha"])
-    stored = _read_tensors(folder, r"lora_(?P<side>[AB])\.weight")
-    tensors = {name: t.T[None, None] if t.ndim == 2 else t for name, t in stored.items()}
-    fields = {
-        "rank": rank,
-        "alpha": alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
-        "n_skills": 1,
-    }
-    return _build(folder, tensors, fields)
+def read_peft_lora(folder: Path | str, *, sizes: FindSizes = local_sizes) -> Adapter:
+    """Read a stock PEFT LoRA folder; raises `AdapterError` for what one LoRA cannot express.
 
-
-def read_peft_ia3(folder: Path | str, *, width: int | None = None) -> Adapter:
-    """Read a stock PEFT IA3 folder whose vectors all scale outputs.
-
-    The vectors do not tell the width of the backbone: it comes from `mhr_scale.json`, from the
-    configuration of a backbone in a local folder, or from `width`.
+    Ranks and scales may differ between linears, and linears be left out (`peft_singles`), where
+    `sizes` finds the backbone.
     """
-    folder = Path(folder)
-    config = _read_config(folder, "IA3")
-    stored = _read_tensors(folder, r"ia3_(?P<side>l)")
-    linears = [name.removesuffix(".l") for name in stored]
-    family = family_of_linears(linears)
-    inputs: Any = config.get("feedforward_modules")
-    inputs = family.peft_feed_forward if inputs is None else inputs
-    for linear in linears:
-        is_pattern = isinstance(inputs, str)
-        if re.fullmatch(inputs, linear) if is_pattern else linear.endswith(tuple(inputs)):
-            raise _refusal(folder, f"feedforward_modules {inputs}, which scales inputs ({linear})")
-    tensors = {
-        name: t[:, 0][None, None] if t.ndim == 2 and t.shape[1] == 1 else t
-        for name, t in stored.items()
-    }
-    width = width or _read_note(folder).get("width") or _width_of_backbone(config, family)
-    return _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, width=width)
+    return _read_lora(Path(folder), sizes)[0]
+
+
+def _read_lora(folder: Path, sizes: FindSizes) -> tuple[Adapter, dict[str, Any]]:
+    """The LoRA of a folder, and what its card has to say of its origin."""
+    config = read_config(folder, "LORA", numbers=("r", "lora_alpha"))
+    stored, file = read_stored(folder), find_tensors(folder)
+    pairs = to_pairs(rename(stored, r"lora_(?P<side>[AB])\.weight", file), config, folder)
+    pairs, layout = complete_pairs(pairs, config, folder, sizes)
+    fields = {"rank": pairs.rank, "alpha": pairs.alpha, "n_skills": 1}
+    adapter = _build(folder, pairs.tensors, fields, layout=layout)
+    return adapter, {"dtype": precision_of(stored), **pairs.facts}
+
+
+def read_peft_ia3(
+    folder: Path | str, *, width: int | None = None, sizes: FindSizes = local_sizes
+) -> Adapter:
+    """Read a stock PEFT IA3 folder; vectors that scale inputs move to the outputs they scale.
+
+    The vectors do not tell the width of the backbone: it comes from `width`, from `mhr_scale.json`,
+    or from the configuration of the backbone that `sizes` finds.
+    """
+    return _read_ia3(Path(folder), width, sizes)[0]
+
+
+def _read_ia3(folder: Path, width: int | None, sizes: FindSizes) -> tuple[Adapter, dict[str, Any]]:
+    config = read_config(folder, "IA3")
+    stored, file = read_stored(folder), find_tensors(folder)
+    width = width or read_note(folder).get("width")
+    raw = sizes(config.get("base_model_name_or_path"), is_needed=width is None)
+    tensors = to_outputs(rename(stored, r"ia3_(?P<side>l)", file), config, folder, raw)
+    if width is None and raw is not None:
+        width = family_of_linears((n.removesuffix(".l") for n in tensors), raw).width_of(raw)
+    adapter = _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, width=width)
+    return adapter, {"dtype": precision_of(stored)}
 
 
 def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = None) -> Adapter:
@@ -243,16 +237,22 @@ def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = Non
     Tasks are named by `task_names`, else by `mhr_scale.json`, else by number. Without that file the
     policy is noisy, which is how PEFT trains.
     """
-    folder = Path(folder)
+    return _read_poly(Path(folder), task_names)[0]
+
+
+def _read_poly(
+    folder: Path, task_names: Sequence[str] | None = None
+) -> tuple[Adapter, dict[str, Any]]:
     numbers = ("r", "n_tasks", "n_skills", "n_splits")
-    config = _read_config(folder, "POLY", numbers=numbers)
+    config = read_config(folder, "POLY", numbers=numbers)
     if config.get("poly_type", "poly") != "poly":
-        raise _refusal(folder, f"poly_type '{config['poly_type']}'")
-    note = _read_note(folder)
-    stored = _read_tensors(folder, r"poly_(?:lora_(?P<side>[AB])|router\.(?P<table>module_logits))")
+        raise refusal(folder, f"poly_type '{config['poly_type']}'")
+    note = read_note(folder)
+    stored = read_stored(folder)
+    pattern = r"poly_(?:lora_(?P<side>[AB])|router\.(?P<table>module_logits))"
     shape = (config["n_splits"], config["n_skills"])
     tensors = {}
-    for name, tensor in stored.items():
+    for name, tensor in rename(stored, pattern, find_tensors(folder)).items():
         is_table = name.endswith(".routing_logits") and tensor.ndim == 2
         fits = is_table and tensor.shape[1] == math.prod(shape)
         tensors[name] = tensor.unflatten(1, shape) if fits else tensor
@@ -263,14 +263,18 @@ def read_peft_poly(folder: Path | str, *, task_names: Sequence[str] | None = Non
         "policy": policy if (policy := note.get("policy")) in PEFT_POLICIES else "noisy",
         "temperature": note.get("temperature", 1.0),
     }
-    return _build(folder, tensors, fields, task_names=task_names, n_tasks=config["n_tasks"])
+    n_tasks = config["n_tasks"]
+    adapter = _build(folder, tensors, fields, task_names=task_names, n_tasks=n_tasks)
+    return adapter, {"dtype": precision_of(stored)}
 
 
-def open_adapter(path: Path | str) -> tuple[artefact.Card, Adapter]:
+def open_adapter(
+    path: Path | str, *, sizes: FindSizes = local_sizes
+) -> tuple[artefact.Card, Adapter]:
     """Open an adapter of any known format; its card says what is known of its backbone.
 
     `path` is a run folder, an adapter folder, a PEFT LoRA, IA3 or Poly folder, or the file of a
-    published checkpoint.
+    published checkpoint. `sizes` finds what their backbone alone tells.
     """
     path = Path(path)
     if any((folder / artefact.CARD).is_file() for folder in (path, path / "adapter")):
@@ -280,16 +284,21 @@ def open_adapter(path: Path | str) -> tuple[artefact.Card, Adapter]:
         path = path / "adapter"
     if (path / CONFIG).is_file():
         config = read_object(path / CONFIG, AdapterError)
-        readers = {"LORA": read_peft_lora, "IA3": read_peft_ia3, "POLY": read_peft_poly}
         kind = config.get("peft_type")
-        if kind not in list(readers):
-            raise _refusal(path, f"peft_type {kind!r} is none of {', '.join(readers)}")
-        adapter = readers[kind](path)
+        if kind == "LORA":
+            adapter, facts = _read_lora(path, sizes)
+        elif kind == "IA3":
+            adapter, facts = _read_ia3(path, None, sizes)
+        elif kind == "POLY":
+            adapter, facts = _read_poly(path)
+        else:
+            raise refusal(path, f"peft_type {kind!r} is none of LORA, IA3, POLY")
         source = f"PEFT {kind}"
-        if config.get("base_model_name_or_path"):
-            backbone = {"name": config["base_model_name_or_path"]}
+        named = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+        if named["name"]:
+            backbone = {key: value for key, value in named.items() if value}
     elif path.is_file() and path.suffix in (".safetensors", *PICKLED):
-        adapter, source = read_published(path), "published checkpoint"
+        (adapter, facts), source = open_published(path, sizes=sizes), "published checkpoint"
     else:
         raise AdapterError(
             f"{path}: no adapter here; looked for a run or adapter folder ({artefact.CARD}), a "
@@ -300,7 +309,7 @@ def open_adapter(path: Path | str) -> tuple[artefact.Card, Adapter]:
         sites=adapter.sites,
         task_names=adapter.task_names,
         backbone=backbone,
-        origin={"format": source, "path": str(path)},
+        origin={"format": source, "path": str(path), **facts},
     )
     return card, adapter
 
@@ -313,80 +322,14 @@ def _build(
     task_names: Sequence[str] | None = None,
     n_tasks: int | None = None,
     width: int | None = None,
+    layout: tuple[str, tuple[Site, ...]] | None = None,
 ) -> Adapter:
     """The adapter of a PEFT folder's tensors, under our names and in our shapes."""
-    place, n_splits = str(folder / TENSORS), fields.get("n_splits", 1)
-    widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
-    layout, sites = find_layout(widths, place=place)
-    given = _read_note(folder).get("task_names") if task_names is None else task_names
+    place, n_splits = str(find_tensors(folder)), fields.get("n_splits", 1)
+    if layout is None:
+        widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
+        layout = find_layout(widths, place=place)
+    name, sites = layout
+    given = read_note(folder).get("task_names") if task_names is None else task_names
     names = name_tasks(given, n_tasks, place=place)
-    return fill({"layout": layout, **fields}, sites, tensors, task_names=names, place=place)
-
-
-def _refusal(folder: Path, what: str) -> AdapterError:
-    return AdapterError(
-        f"{folder / CONFIG}: {what}: no adapter of ours can express that; merge it into the "
-        "backbone with PEFT, or train without"
-    )
-
-
-def _read_note(folder: Path) -> dict[str, Any]:
-    note = read_object(folder / NOTE, AdapterError) if (folder / NOTE).is_file() else {}
-    kinds = {"task_names": list, "policy": str, "temperature": float, "width": int}
-    for name, kind in kinds.items():
-        if not isinstance(note.get(name, kind()), kind):
-            raise AdapterError(f"{folder / NOTE}: {name} is {note[name]!r}")
-    return note
-
-
-def _read_config(folder: Path, kind: str, *, numbers: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration of a PEFT folder; raises `AdapterError` if we cannot express it."""
-    config = read_object(folder / CONFIG, AdapterError)
-    if config.get("peft_type") != kind:
-        actual = config.get("peft_type")
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {actual!r}, not '{kind}'")
-    unsupported = {
-        key: value
-        for key, value in config.items()
-        if key not in UNDERSTOOD and value and value != "none"
-    }
-    if unsupported:
-        listed = ", ".join(f"{key}: {value}" for key, value in sorted(unsupported.items()))
-        raise _refusal(folder, listed)
-    for name in numbers:
-        is_integer = name != "lora_alpha"
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
-            raise AdapterError(f"{folder / CONFIG}: {name} is {value!r}, not a number")
-    return config
-
-
-def _read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
-    """Tensors, under our names where `pattern` matches what follows the linear's name."""
-    file = folder / TENSORS
-    if not file.is_file() and list(folder.glob("adapter_model.*")):
-        names = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*")))
-        raise AdapterError(
-            f"{file}: missing, there is only {names}, which may hold code; save it as safetensors "
-            "(PEFT: model.save_pretrained(folder))"
-        )
-    form = re.compile(rf"{re.escape(PREFIX)}(?P<linear>.+)\.{pattern}")
-    stored, tensors = read_safetensors(file), {}
-    for name, tensor in stored.items():
-        match = form.fullmatch(name)
-        if match:
-            side = match.groupdict()["side"] or "routing_logits"
-            name = f"{match['linear']}.{side}"
-        tensors[name] = tensor
-    if not any(form.fullmatch(name) for name in stored):
-        raise AdapterError(
-            f"{file}: none of its {len(stored)} tensors is named {PREFIX}<linear>.{pattern}"
-        )
-    return tensors
-
-
-def _width_of_backbone(config: Mapping[str, Any], family: Family) -> int | None:
-    """Width of the backbone that a PEFT folder names, if it is a local folder."""
-    name = config.get("base_model_name_or_path")
-    file = Path(name or "") / "config.json"
-    return family.width_of(read_object(file, AdapterError)) if name and file.is_file() else None
+    return fill({"layout": name, **fields}, sites, tensors, task_names=names, place=place)

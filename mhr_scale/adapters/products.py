@@ -1,5 +1,7 @@
 """Frozen and low-rank products in one pass: outputs and input gradients are summed in place.
 
+Beside them the scaling of (IA)3.
+
 Shape letters: U slots, I in features, O out features, R rank, X hidden columns of all siblings.
 Plain autograd would materialise W x, the low-rank part and their sum, and the same three in the
 backward pass; here y and the gradient of x are one tensor each, which the products accumulate into.
@@ -9,6 +11,7 @@ they would lack the terms through h.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +19,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mhr_scale.errors import AdapterError
+
+
+@dataclass
+class Cut:
+    """Where gradients leave the model's graph for that of the mixing: the slots' tensors.
+
+    It is open while somebody waits for them. A backward pass that meets it shut would end in
+    tensors that nobody reads.
+    """
+
+    is_open: bool = False
+
+    def check(self) -> None:
+        """Raise `AdapterError` if the gradients of the slots would be lost."""
+        if not self.is_open:
+            raise AdapterError(
+                "loss.backward() does not reach the adapter: call slots.backward(loss) inside "
+                "`with adapter.slots(task_ids) as slots`; for gradients of the model's inputs "
+                "alone, adapter.requires_grad_(False) first"
+            )
+
 
 def products(
-    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], weights: Sequence[Tensor]
+    x: Tensor,
+    a_UIX: Tensor,
+    b_URO: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    *,
+    cut: Cut,
 ) -> tuple[Tensor, ...]:
     """W x + (x A[slot]) B[slot] of linears that share x; the frozen W (O, I) get no gradient.
 
@@ -30,39 +60,64 @@ def products(
         x, a_UIX, weights = x.to(dtype), a_UIX.to(dtype), [w.to(dtype) for w in weights]
         with torch.autocast(device, enabled=False):
             pairs = [None if b is None else b.to(dtype) for b in b_URO]
-            return _Products.apply(x, a_UIX, tuple(weights), *pairs)
-    return _Products.apply(x, a_UIX, tuple(weights), *b_URO)
+            return _Products.apply(x, a_UIX, tuple(weights), cut, *pairs)
+    return _Products.apply(x, a_UIX, tuple(weights), cut, *b_URO)
 
 
 def update(
-    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], ys: Sequence[Tensor]
+    x: Tensor,
+    a_UIX: Tensor,
+    b_URO: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    *,
+    cut: Cut,
 ) -> tuple[Tensor, ...]:
     """Add (x A[slot]) B[slot] to each y in place: for frozen linears other than plain `nn.Linear`.
 
     A y that is a view (the output of a linear with a bias) is copied: where a function modifies a
-    view in place, autograd takes the gradient of its first input, here x, as that of the view.
+    view in place, autograd takes the gradient of its first input, here x, as that of the view. So
+    is a y whose rows do not lie one behind the other, which no product can be added to.
     """
-    ys = [y.clone() if y._is_view() else y for y in ys]
+    ys = [
+        y.clone(memory_format=torch.contiguous_format)
+        if y._is_view() or not y.is_contiguous()
+        else y
+        for y in ys
+    ]
     with torch.autocast(x.device.type, enabled=False):
-        return _Update.apply(x.to(a_UIX.dtype), a_UIX, len(ys), *ys, *b_URO)
+        return _Update.apply(x.to(a_UIX.dtype), a_UIX, len(ys), cut, *ys, *b_URO)
 
 
-def _by_slot(tensor: Tensor, a_UIX: Tensor) -> Tensor:
-    """Rows of each slot: (U, rows, width), or (rows, width) for a single slot."""
-    if a_UIX.dim() == 2:
-        return tensor.reshape(-1, tensor.shape[-1])
-    return tensor.reshape(a_UIX.shape[0], -1, tensor.shape[-1])
+def scale(y: Tensor, l_UO: Tensor, *, cut: Cut) -> Tensor:
+    """y * l[slot] in the data type of y, rounded once from the product with l as it is.
+
+    y (..., O) holds equally many consecutive rows for each slot. A bfloat16 l would know two
+    numbers between 1 and 1.01.
+    """
+    scaled: Tensor = _Scale.apply(y, l_UO, cut)
+    return scaled
+
+
+def _by_slot(tensor: Tensor, side: Tensor) -> Tensor:
+    """Rows of each slot: (U, rows, width), or (rows, width) if `side` is of a single slot."""
+    return tensor.reshape(_rows_shape(tensor, side))
+
+
+def _rows_shape(tensor: Tensor, side: Tensor) -> tuple[int, ...]:
+    return (*side.shape[:-2], -1, tensor.shape[-1])
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, a_UIX: Tensor) -> None:
+    """Add a product of slots' rows to `total`, whose rows have to be a view of it."""
+    rows = total.view(_rows_shape(total, a_UIX))
     if left.dim() == 2:
-        total.addmm_(left, right)
+        rows.addmm_(left, right)
     else:
-        total.baddbmm_(left, right)
+        rows.baddbmm_(left, right)
 
 
 def _columns(h: Tensor, pairs: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -82,7 +137,7 @@ def _forward(
     h = _multiply(rows, a_UIX)
     for y, part, b in zip(ys, _columns(h, pairs), pairs, strict=True):
         if b is not None and part is not None:
-            _add_product_(_by_slot(y, a_UIX), part, b)
+            _add_product_(y, part, b, a_UIX)
     ctx.shape = x.shape
     ctx.has_pair = tuple(b is not None for b in pairs)
     ctx.save_for_backward(rows, h, a_UIX, *(b for b in pairs if b is not None))
@@ -99,6 +154,8 @@ def _backward(
     dhs: list[Tensor] = []
     dbs: list[Tensor | None] = []
     first_b = len(ctx.needs_input_grad) - len(pairs)
+    if ctx.needs_input_grad[1] or any(ctx.needs_input_grad[first_b:]):
+        ctx.cut.check()
     for i, (g, part, b) in enumerate(zip(gradients, _columns(h, pairs), pairs, strict=True)):
         db = None
         if b is not None and part is not None:
@@ -115,7 +172,7 @@ def _backward(
         if dx is None:
             dx = _multiply(dh, a_UIX.mT).view(ctx.shape)
         else:
-            _add_product_(_by_slot(dx, a_UIX), dh, a_UIX.mT)
+            _add_product_(dx, dh, a_UIX.mT, a_UIX)
     da = _multiply(x.mT, dh) if ctx.needs_input_grad[1] else None
     return dx, da, dbs
 
@@ -125,11 +182,16 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a_UIX: Tensor, weights: tuple[Tensor, ...], *pairs: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        a_UIX: Tensor,
+        weights: tuple[Tensor, ...],
+        cut: Cut,
+        *pairs: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ys = [F.linear(x, weight) for weight in weights]
         _forward(ctx, x, a_UIX, pairs, ys)
-        ctx.weights = weights
+        ctx.weights, ctx.cut = weights, cut
         return tuple(ys)
 
     @staticmethod
@@ -147,7 +209,7 @@ class _Products(torch.autograd.Function):
             if dx is not None:
                 dx = dx.view(ctx.shape)
         dx, da, dbs = _backward(ctx, gradients, dx)
-        return dx, da, None, *dbs
+        return dx, da, None, None, *dbs
 
 
 class _Update(torch.autograd.Function):
@@ -155,15 +217,49 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a_UIX: Tensor, n: int, *tensors: Tensor | None
+        ctx: Any, x: Tensor, a_UIX: Tensor, n: int, cut: Cut, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ys, pairs = [y for y in tensors[:n] if y is not None], tensors[n:]
         ctx.mark_dirty(*ys)
         _forward(ctx, x, a_UIX, pairs, ys)
+        ctx.cut = cut
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dx, da, dbs = _backward(ctx, gradients, None)
-        return dx, da, None, *gradients, *dbs
+        return dx, da, None, None, *gradients, *dbs
+
+
+class _Scale(torch.autograd.Function):
+    """(IA)3: outputs times the vectors of the slots."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, l_UO: Tensor, cut: Cut) -> Tensor:
+        ctx.save_for_backward(y, l_UO)
+        ctx.cut = cut
+        return _times(y, l_UO).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, l_UO = ctx.saved_tensors
+        dy = dl = None
+        if ctx.needs_input_grad[0]:
+            dy = _times(g, l_UO).to(y.dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.cut.check()
+            gy = g.to(l_UO.dtype) * y
+            dims = tuple(range(gy.dim() - 1))
+            if l_UO.dim() == 2:
+                gy, dims = gy.reshape(l_UO.shape[0], -1, l_UO.shape[1]), (1,)
+            dl = gy.sum(dims)
+        return dy, dl, None
+
+
+def _times(y: Tensor, l_UO: Tensor) -> Tensor:
+    """y * l[slot], in the wider of both data types."""
+    if l_UO.dim() == 1:
+        return y * l_UO
+    return (y.reshape(l_UO.shape[0], -1, y.shape[-1]) * l_UO[:, None]).reshape(y.shape)

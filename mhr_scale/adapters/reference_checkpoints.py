@@ -1,36 +1,43 @@
-"""Reading adapters without their backbone: published checkpoints, and what all readers share.
+"""Reading checkpoints of the method's reference implementation, and of T-Few.
 
 Shape letters: T tasks, Q splits, S skills, I and O features of one split, R rank.
 
-The method's reference implementation stores per adapted linear `<linear>.lora_a` (Q, S, I, R) and
-`<linear>.lora_b` (Q, S, R, O), a plain LoRA without Q and S, (IA)3 as `<linear>.multi_lora_b` (O),
-and routing as `<linear>.selector.module_logits` (T, Q * S) under the first of the linears that
-share a table, or under each of them (docs/method.md 1 to 5). Alpha is in no tensor.
+The reference stores per adapted linear `<linear>.lora_a` (Q, S, I, R) and `<linear>.lora_b`
+(Q, S, R, O), later releases (S, Q, I, R) and (S, R, Q, O); a plain LoRA without Q and S; (IA)3 as
+`<linear>.multi_lora_b` (O); and routing as `<linear>.selector.module_logits` (T, Q * S) under the
+first of the linears that share a table, or under each of them (docs/method.md 1 to 5). Alpha is in
+no tensor. T-Few's files have the same names, multi_lora_b (O, 1), and a LoRA as (R, I) and (O, R).
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mhr_scale.adapters import artefact
-from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.methods import Adapter
-from mhr_scale.adapters.sites import Site, recognise_sites
-from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
+from mhr_scale.adapters.reading import (
+    FindSizes,
+    check_tensors,
+    fill,
+    find_layout,
+    local_sizes,
+    name_tasks,
+    precision_of,
+    read_pickled,
+    read_safetensors,
+    widths_of,
+)
+from mhr_scale.adapters.sites import Site
+from mhr_scale.errors import AdapterError
+from mhr_scale.families.family import last_part
 from mhr_scale.families.table import family_of_linears, find_prefix
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SIDES = {"lora_a": "A", "lora_b": "B", "multi_lora_b": "l", "selector.module_logits": "logits"}
-#: Dimensions of A (Q, S, I, R), B (Q, S, R, O) and l (Q, S, O) that hold the features of a split.
-FEATURES = {"A": ("in", 2), "B": ("out", 3), "l": ("out", 2)}
 #: From coarse to fine, so that equal tables stored once per linear are recognised as shared.
 GRANULARITIES = ("model", "stack", "block", "sublayer", "linear")
 #: Settings of a published run that change what its tensors compute.
@@ -40,8 +47,13 @@ UNSUPPORTED = (
     "poly_average_correction",
     "poly_use_shared_skill",
 )
+#: What comes first in the tensors of an inventory.
+First: TypeAlias = Literal["splits", "skills"]
 
-NAME = re.compile(r"(?P<linear>.+?)\.(?P<side>lora_a|lora_b|multi_lora_b|selector\.module_logits)")
+NAME = re.compile(
+    r"(?P<linear>.+?)\.(?P<later>experts\.)?"
+    r"(?P<side>lora_a|lora_b|multi_lora_b|selector\.module_logits)"
+)
 
 
 def read_published(
@@ -50,25 +62,61 @@ def read_published(
     task_names: Sequence[str] | None = None,
     alpha: float | None = None,
     width: int | None = None,
+    first: First | None = None,
 ) -> Adapter:
-    """Read a checkpoint of the reference implementation: safetensors, or torch's own, tensors only.
+    """Read a published checkpoint: safetensors, or torch's own, tensors only.
 
     Layout, splits, skills, rank and granularity come from names and shapes; `alpha` from the
     checkpoint's hyper-parameters, else 1 as in the published runs. Several skills without routing
     tables are an inventory under uniform routing. (IA)3 alone needs `width`, the backbone's
-    width. Raises `AdapterError` if tensors are missing, unknown, mis-shaped or not finite.
+    width. `first` says which dimension stands first where shapes and hyper-parameters leave it
+    open. Raises `AdapterError` if tensors are missing, unknown, mis-shaped or not finite.
     """
-    file = Path(path)
+    return _read(
+        Path(path), task_names=task_names, alpha=alpha, width_of=lambda _: width, first=first
+    )[0]
+
+
+def open_published(
+    path: Path | str, *, sizes: FindSizes = local_sizes
+) -> tuple[Adapter, dict[str, Any]]:
+    """A published checkpoint and what its card says of its origin; `sizes` finds the backbone."""
+
+    def width_of(linears: Sequence[str]) -> int | None:
+        raw = sizes(None, is_needed=True)
+        return None if raw is None else family_of_linears(linears, raw).width_of(raw)
+
+    return _read(Path(path), width_of=width_of)
+
+
+def _read(
+    file: Path,
+    *,
+    width_of: Callable[[Sequence[str]], int | None],
+    task_names: Sequence[str] | None = None,
+    alpha: float | None = None,
+    first: First | None = None,
+) -> tuple[Adapter, dict[str, Any]]:
     stored, settings = _read_checkpoint(file)
-    tensors, tables = _by_linear(stored, file)
+    tensors, tables, is_later = _by_linear(stored, file)
+    kind = "ia3" if any(name.endswith(".l") for name in tensors) else "lora"
+    width = None
+    if kind == "ia3":
+        width = width_of([name.removesuffix(".l") for name in tensors])
+    else:
+        tensors = _turn_pairs(tensors)
+        if first is None:
+            first = "skills" if is_later else _find_first(tensors, settings, width_of, file)
+        if first == "skills":
+            tensors = {name: _splits_first(name, tensor) for name, tensor in tensors.items()}
     n_splits, n_skills, rank = _common_shape(tensors)
     widths = widths_of(tensors, n_splits=n_splits, width=width, place=str(file))
     layout, sites = find_layout(widths, place=str(file))
     fields: dict[str, Any] = {
-        "kind": "ia3" if any(name.endswith(".l") for name in tensors) else "lora",
+        "kind": kind,
         "layout": layout,
         "rank": rank,
-        "alpha": float(settings.get("lora_alpha", 1.0) if alpha is None else alpha),
+        "alpha": _alpha(settings, file) if alpha is None else alpha,
         "n_splits": n_splits,
         "n_skills": n_skills,
     }
@@ -86,92 +134,8 @@ def read_published(
         rows = Counter(table.shape[0] if table.ndim else 0 for table in tables.values())
         n_tasks = rows.most_common(1)[0][0]
     names = name_tasks(task_names, n_tasks, place=str(file))
-    return fill(fields, sites, tensors, task_names=names, place=str(file))
-
-
-# --- what all readers share
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; raises `AdapterError` if it is missing or broken."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{file}: not a safetensors file ({first_line(error)}); copy it again"
-        ) from error
-
-
-def widths_of(
-    tensors: Mapping[str, Tensor], *, n_splits: int, place: str, width: int | None = None
-) -> dict[str, tuple[int, int]]:
-    """Full (in, out) widths of each linear: the most common ones of the linears of its kind.
-
-    (IA)3 vectors tell the output width alone: a linear then reads `width` features, or the output
-    of the linear that the family's `inputs` name for it.
-    """
-    votes: dict[tuple[str, str], Counter[int]] = {}
-    linears: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        linear, _, side = name.rpartition(".")
-        if side not in FEATURES:
-            continue
-        linears[linear] = kind = linear.rpartition(".")[2]
-        way, dim = FEATURES[side]
-        if tensor.ndim == (3 if side == "l" else 4):
-            votes.setdefault((kind, way), Counter())[tensor.shape[dim] * n_splits] += 1
-    common = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
-    if any(name.endswith(".l") for name in tensors):
-        inputs = family_of_linears(linears).inputs
-        width = next((common[r, "out"] for r in inputs if (r, "out") in common), width)
-        if width is None:
-            raise AdapterError(
-                f"{place}: (IA)3 vectors do not tell the width of the backbone; pass width"
-            )
-        reads = {reader: common.get((writer, "out"), width) for reader, writer in inputs.items()}
-        common |= {(kind, "in"): reads.get(kind, width) for kind in linears.values()}
-    return {
-        linear: (common.get((kind, "in"), n_splits), common.get((kind, "out"), n_splits))
-        for linear, kind in linears.items()
-    }
-
-
-def find_layout(
-    widths: Mapping[str, tuple[int, int]], *, place: str
-) -> tuple[str, tuple[Site, ...]]:
-    """Layout and sites of linears; `AdapterError` names those that fit no layout."""
-    try:
-        return recognise_sites(widths)
-    except LayoutError as error:
-        raise AdapterError(f"{place}: {error}") from error
-
-
-def name_tasks(given: Sequence[str] | None, n_tasks: int | None, *, place: str) -> tuple[str, ...]:
-    """The given task names, or numbered ones; `n_tasks` is None where no tensor counts tasks."""
-    if given is None:
-        return tuple(f"task_{number}" for number in range(1 if n_tasks is None else n_tasks))
-    if n_tasks is not None and len(given) != n_tasks:
-        raise AdapterError(f"{place}: {len(given)} task names for {n_tasks} routing rows")
-    return tuple(given)
-
-
-def fill(
-    fields: Mapping[str, Any],
-    sites: tuple[Site, ...],
-    tensors: Mapping[str, Tensor],
-    *,
-    task_names: Sequence[str],
-    place: str,
-) -> Adapter:
-    """An adapter of these settings with these tensors, strictly (`artefact.load_tensors`)."""
-    try:
-        config = AdapterConfig(**fields)
-        artefact.check_size(config, sites, len(task_names), tensors, place=place)
-        adapter = Adapter(config, sites, task_names=task_names)
-    except (ConfigError, LayoutError, AdapterError) as error:
-        raise AdapterError(f"{place}: {error}") from error
-    artefact.load_tensors(adapter, tensors, place=place)
-    return adapter
+    adapter = fill(fields, sites, tensors, task_names=names, place=str(file))
+    return adapter, {"dtype": precision_of(stored)}
 
 
 # --- the reference's format
@@ -181,19 +145,15 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and hyper-parameters of a checkpoint file."""
     if file.suffix == ".safetensors":
         return read_safetensors(file), {}
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
-        raise AdapterError(
-            f"{file}: cannot be read as tensors alone ({first_line(error)}); store its state_dict "
-            "as safetensors"
-        ) from error
-    settings = {}
+    content = read_pickled(file)
+    settings: dict[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        settings = dict(content.get("hyper_parameters") or {})
+        settings = content.get("hyper_parameters") or {}
+        if not isinstance(settings, dict):
+            kind = type(settings).__name__
+            raise AdapterError(f"{file}: its hyper_parameters are a {kind}, not settings by name")
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise AdapterError(f"{file}: holds no state_dict (names and tensors)")
+    content = check_tensors(content, file)
     unsupported = [name for name in UNSUPPORTED if settings.get(name)]
     unsupported += ["router_selector: private"] * (settings.get("router_selector") == "private")
     if unsupported:
@@ -202,10 +162,20 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return content, settings
 
 
+def _alpha(settings: Mapping[str, Any], file: Path) -> float:
+    alpha = settings.get("lora_alpha", 1.0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise AdapterError(f"{file}: its hyper-parameter lora_alpha is {alpha!r}, not a number")
+    return float(alpha)
+
+
 def _by_linear(
     stored: Mapping[str, Tensor], file: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inventory tensors under our names, and routing tables by linear."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """Inventory tensors under our names, routing tables by linear, and whether it is a later file.
+
+    The names of some later releases say so.
+    """
     places = {name: _split_name(name) for name in stored}
     unknown = [name for name, place in places.items() if place is None]
     if unknown:
@@ -226,9 +196,11 @@ def _by_linear(
         if side == "logits":
             tables[linear] = tensor
         else:
+            if side == "l" and tensor.ndim == 2 and tensor.shape[1] == 1:
+                tensor = tensor[:, 0]
             is_single = tensor.ndim == (1 if side == "l" else 2)
             tensors[f"{linear}.{side}"] = tensor[None, None] if is_single else tensor
-    return tensors, tables
+    return tensors, tables, any(".experts." in name for name in stored)
 
 
 def _split_name(name: str) -> tuple[str, str, str] | None:
@@ -237,6 +209,85 @@ def _split_name(name: str) -> tuple[str, str, str] | None:
     if match is None or begin is None:
         return None
     return name[:begin], match["linear"][begin:], SIDES[match["side"]]
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A and B, both of four dimensions, of the linears that have them."""
+    sides = ((t, tensors.get(f"{name[:-2]}.B")) for name, t in tensors.items() if name[-2:] == ".A")
+    return [(a, b) for a, b in sides if b is not None and a.ndim == b.ndim == 4]
+
+
+def _turn_pairs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """T-Few's single pairs A (R, I) and B (O, R), turned to (I, R) and (R, O).
+
+    Of two readings that shapes allow, the smaller rank is meant.
+    """
+    pairs = _pairs(tensors)
+    if not pairs or any(a.shape[:2] != (1, 1) for a, _ in pairs):
+        return tensors
+    ours = [a.shape[3] for a, b in pairs if a.shape[3] == b.shape[2]]
+    turned = [a.shape[2] for a, b in pairs if a.shape[2] == b.shape[3]]
+    if (-len(turned), sum(turned)) >= (-len(ours), sum(ours)):
+        return tensors
+    return {name: t.transpose(2, 3) if t.ndim == 4 else t for name, t in tensors.items()}
+
+
+def _splits_first(name: str, tensor: Tensor) -> Tensor:
+    """(S, Q, I, R) as (Q, S, I, R), and (S, R, Q, O) as (Q, S, R, O)."""
+    if tensor.ndim != 4:
+        return tensor
+    return tensor.transpose(0, 1) if last_part(name) == "A" else tensor.permute(2, 0, 1, 3)
+
+
+def _find_first(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    width_of: Callable[[Sequence[str]], int | None],
+    file: Path,
+) -> First:
+    """Whether splits or skills stand first, by shapes, then by what else is known.
+
+    Raises `AdapterError` if everything fits both.
+    """
+    pairs = _pairs(tensors)
+    old = [a.shape[:2] == b.shape[:2] and a.shape[3] == b.shape[2] for a, b in pairs]
+    new = [b.shape[:3] == (a.shape[0], a.shape[3], a.shape[1]) for a, b in pairs]
+    if sum(new) != sum(old):
+        return "skills" if sum(new) > sum(old) else "splits"
+    if not any(old):
+        return "splits"
+    ahead, behind = next(a for (a, _), fits in zip(pairs, old, strict=True) if fits).shape[:2]
+    if 1 in (ahead, behind):  # splits route between skills: of one there are none
+        return "skills" if behind == 1 < ahead else "splits"
+    named = settings.get("n_splits"), settings.get("n_skills")
+    fits_settings = named == (ahead, behind), named == (behind, ahead)
+    if fits_settings[0] != fits_settings[1]:
+        return "splits" if fits_settings[0] else "skills"
+    width = None if ahead == behind else width_of([name[:-2] for name in tensors])
+    if width is not None:
+        split = _width_of_a_split(tensors)
+        if split * ahead == width:
+            return "splits"
+        if split * behind == width:
+            return "skills"
+    raise AdapterError(
+        f"{file}: {ahead} and {behind} may be splits and skills, as earlier releases store them, "
+        "or skills and splits, as later ones do; read it with read_published(file, first='splits') "
+        "or first='skills' of mhr_scale.adapters.reference_checkpoints, and save it with "
+        "mhr_scale.save_adapter"
+    )
+
+
+def _width_of_a_split(tensors: Mapping[str, Tensor]) -> int:
+    """What most of the linears that read the residual stream have of it in a split; 0 if none."""
+    linears = [name[:-2] for name in tensors if name[-2:] == ".A"]
+    inputs = family_of_linears(linears).inputs
+    widths = Counter(
+        tensors[f"{linear}.A"].shape[2]
+        for linear in linears
+        if last_part(linear) not in inputs and tensors[f"{linear}.A"].ndim == 4
+    )
+    return widths.most_common(1)[0][0] if widths else 0
 
 
 def _common_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:

@@ -109,6 +109,29 @@ def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[S
     )
 
 
+def sites_in(raw: Mapping[str, Any], linears: Sequence[str]) -> tuple[str, tuple[Site, ...]] | None:
+    """The smallest layout with all these linears, and its sites in a backbone of this config.json.
+
+    None if no layout has all of them, or if the configuration does not tell the sizes.
+    """
+    family = table.family_of_linears(linears, raw)
+    found = family.linears_of(raw)
+    if found is None:
+        return None
+    blocks, widths = found
+    listed = {layout: _list_linears(family, layout, blocks) for layout in family.layouts}
+    fitting = [layout for layout, names in listed.items() if set(linears) <= set(names)]
+    if not fitting:
+        return None
+    layout = min(fitting, key=lambda name: len(listed[name]))
+    sites = []
+    for name in listed[layout]:
+        position = family.find_position(name)
+        assert position is not None
+        sites.append(_make_site(name, position, *widths[last_part(name)]))
+    return layout, tuple(sites)
+
+
 def family_of_sites(sites: Sequence[Site]) -> Family:
     """The family whose linears these are."""
     return table.family_of_linears(site.name for site in sites)

@@ -7,7 +7,8 @@ Layers never see the mixing graph. They get mixed pairs as detached leaves, one 
 A per linear or group of siblings, whose columns are concatenated; rows that are not sorted evenly
 by slot each become a slot, by one index per shape. After the backward pass the leaves'
 gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
-recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method.
+recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method. A
+backward pass that would leave gradients in the leaves is refused where it meets them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, RowMap, ScalingSlots, Siblings
+from mhr_scale.adapters.products import Cut
 from mhr_scale.errors import AdapterError
 
 
@@ -77,6 +79,7 @@ class Slots(AbstractContextManager["Slots"]):
         self._routing = routing
         self._parts: list[tuple[Tensor, list[Tensor]]] = []
         self._in_use: list[AdaptedLinear | Siblings] = []
+        self._cut = Cut()
 
     def __enter__(self) -> "Slots":
         in_model = (
@@ -107,7 +110,8 @@ class Slots(AbstractContextManager["Slots"]):
                 a_GUIX = a_GUIX.contiguous()
             for (user, positions), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
                 pairs = tuple(None if n is None else bs[n] for n in positions)
-                self._use(user, LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows))
+                slots = LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows, cut=self._cut)
+                self._use(user, slots)
 
     def _fill_scaling(self, users: "Users", l_NUO: Tensor) -> None:
         """Hand each linear, or group of siblings, its vectors."""
@@ -115,7 +119,7 @@ class Slots(AbstractContextManager["Slots"]):
         for members, _ in users.values():
             for user, positions in members:
                 vectors = tuple(None if n is None else ls[n] for n in positions)
-                self._use(user, ScalingSlots(l_UO=vectors, rows=self._rows))
+                self._use(user, ScalingSlots(l_UO=vectors, rows=self._rows, cut=self._cut))
 
     def _leaves(self, side: Tensor) -> list[Tensor]:
         """Detached leaves of a tensor (N, U, ...), one for each N; U is squeezed if it is 1."""
@@ -147,7 +151,11 @@ class Slots(AbstractContextManager["Slots"]):
         """
         if not self._parts:
             raise AdapterError("call slots.backward(loss) inside its own `with` block")
-        loss.backward()
+        self._cut.is_open = True
+        try:
+            loss.backward()
+        finally:
+            self._cut.is_open = False
         mixed: list[Tensor] = []
         gradients: list[Tensor] = []
         for side, leaves in self._parts:

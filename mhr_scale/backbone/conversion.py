@@ -75,10 +75,12 @@ def _not_finite(
     place = int((~torch.isfinite(cast)).nonzero()[0])
     value = float(stored[place])
     dtype = str(weight.dtype).removeprefix("torch.")
-    fault = f"which {dtype} cannot hold" if torch.isfinite(stored[place]) else "which is no weight"
+    is_cut = bool(torch.isfinite(stored[place]))
+    fault = f"which {dtype} cannot hold" if is_cut else "which is no weight"
+    way_out = "set dtype: float32" if is_cut and dtype != "float32" else "fetch it again"
     return BackboneError(
         f"{blueprint.source.file(weight.name)}: element {start + place} of {weight.name} is "
-        f"{value:g}, {fault}; " + ("set dtype: float32" if "cannot" in fault else "fetch it again")
+        f"{value:g}, {fault}; {way_out}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The backbone that an adapter was trained on, and whether they fit; no weight is read."""
+"""An adapter and the backbone that it was trained on, and whether they fit; no weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,14 +7,50 @@ from typing import Any
 
 import torch
 
-from mhr_scale.adapters import find_sites
+from mhr_scale.adapters import Adapter, find_sites, peft_folders
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.reading import SET_BACKBONE, local_sizes
 from mhr_scale.adapters.sites import Site, check_splits
 from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
+from mhr_scale.backbone.hub import find_folder
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError
 from mhr_scale.recipe import typed
+from mhr_scale.run.runlog import log
+
+#: What a reader may have had to change to make a foreign adapter one of ours.
+CHANGES = ("linears", "ranks", "scales")
+
+
+def open_adapter(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapter]:
+    """Open an adapter of any known format; what its files leave out, its backbone tells.
+
+    Every verb reads adapters through here. Raises `AdapterError` for what none of ours can express.
+    """
+
+    def find_sizes(name: str | None, *, is_needed: bool) -> Mapping[str, Any] | None:
+        name = moved_to or name
+        found = local_sizes(name)
+        if found is not None or not is_needed or name is None:
+            return found
+        try:
+            folder = find_folder(name, None, files=("config.json",))
+        except BackboneError as error:
+            raise _not_found(adapter, error) from error
+        return local_sizes(str(folder))
+
+    card, opened = peft_folders.open_adapter(adapter, sizes=find_sizes)
+    for change in CHANGES:
+        if change in card.origin:
+            log.info("%s: its %s: %s", adapter, change, card.origin[change])
+    if card.precision != "float32":
+        log.info("%s: stored in %s, held in float32", adapter, card.precision)
+    return card, opened
+
+
+def _not_found(adapter: str, error: BackboneError) -> BackboneError:
+    return BackboneError(f"{adapter}: its backbone: {error}; if it has moved, {SET_BACKBONE}")
 
 
 def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
@@ -74,9 +110,7 @@ def blueprint_of(adapter: str | None, config: BackboneConfig) -> Blueprint:
     except BackboneError as error:
         if adapter is None or not str(error).startswith("backbone.name: "):
             raise
-        raise BackboneError(
-            f"{adapter}: its backbone: {error}; set backbone_moved_to if it has moved"
-        ) from error
+        raise _not_found(adapter, error) from error
 
 
 def check_fit(adapter: str, card: Card, blueprint: Blueprint) -> None:

@@ -11,9 +11,13 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, first_line
 from mhr_scale.families.table import TOKENIZERS, refuse_code
 from mhr_scale.run.files import read_object
+from mhr_scale.run.runlog import log
 
 #: Characters that hardly any vocabulary has.
 UNSEEN = "\u16a0\ue000\U0001f9a4"
+#: Texts in which readings of a sentencepiece file differ: by words in pieces, and by spaces.
+WORDS = "the question is which of these 3.5 % are (un)believable, and why there were no others"
+SPACES = "two  spaces,\ttabs "
 
 
 def load_tokenizer(config: BackboneConfig, blueprint: Blueprint) -> Any:
@@ -72,7 +76,34 @@ def _read(folder: Path) -> Any:
         raise BackboneError(
             f"{folder}: no tokenizer here ({' or '.join(vocab_files)}); set backbone.tokenizer"
         )
+    used = [file for file in pieces if file.name in vocab_files]
+    if used and not (folder / "tokenizer.json").is_file():
+        _check_pieces(tokenizer, used[0])
     return tokenizer
+
+
+def _check_pieces(tokenizer: Any, file: Path) -> None:
+    """Raise `BackboneError` if tokens are others than those of the library that wrote the file.
+
+    transformers takes for granted what T5's own file is: unigram pieces, the unknown one third.
+    """
+    import sentencepiece
+
+    original = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for text in (WORDS, SPACES, UNSEEN):
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = original.encode(text)
+        if found == expected:
+            continue
+        if text == SPACES:
+            log.warning("%s: spaces in a row, or at the end, are read as other tokens", file)
+        elif original.unk_id() in found and any(map(original.is_byte, expected)):
+            log.warning("%s: unknown characters are read as one token, not as their bytes", file)
+        else:
+            raise BackboneError(
+                f"{file}: transformers makes other tokens of {text!r} than sentencepiece does; put "
+                "a right tokenizer.json beside it, or set backbone.tokenizer"
+            )
 
 
 def _check_tokenizer(tokenizer: Any, blueprint: Blueprint, *, place: str, way_out: str) -> None:

@@ -58,8 +58,9 @@ def choose_weights(names: Collection[str]) -> tuple[Format, list[str]] | None:
         if form.single in names:
             return form, [form.single]
         shards = sorted(name for name in names if form.shard.fullmatch(name))
-        if form.index in names:
-            return form, [form.index, *shards]
+        if form.index in names:  # which may call its files otherwise
+            suffix = Path(form.single).suffix
+            return form, [form.index, *(shards or [n for n in names if n.endswith(suffix)])]
         if shards:
             return form, shards
     return None

@@ -22,6 +22,7 @@ from mhr_scale.config.analyse import AlignmentConfig, AnalyseConfig, MonitorConf
 from mhr_scale.config.convert import ConvertConfig, FingerprintConfig, OriginConfig
 from mhr_scale.config.export import ExportConfig
 from mhr_scale.config.finetune import (
+    FinetuneBackboneConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneRunConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "EvalTasksConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FinetuneBackboneConfig",
     "FinetuneConfig",
     "FinetuneOptimConfig",
     "FinetuneRunConfig",

@@ -1,6 +1,6 @@
 """Settings of `adapt`: which few-shot jobs there are, how they train, when they stop."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Literal
 
 from mhr_scale.adapters.config import AdapterConfig
@@ -8,7 +8,7 @@ from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.training import OptimConfig, check_timeout
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suite import ShotsConfig
 from mhr_scale.tasks.suites import EvalTasksConfig
 
@@ -54,9 +54,11 @@ class VariantConfig:
 class SelectionConfig:
     """Which of a job's checkpoints is kept."""
 
-    on: Literal["test", "validation", "shots", "last"] = "test"
+    on: Literal["test", "validation", "shots", "held_out", "last"] | None = None
     """test: the reported rows themselves (the reference on T0; optimistic); validation: the
-    suite's validation rows; shots: those set aside; last: no selection."""
+    suite's validation rows; shots: those set aside; last: no selection; held_out: validation for
+    tasks that have rows of it beside the reported ones, last for the others. Null: held_out for
+    your own tasks (jsonl), test for the others."""
     every_epochs: int = 50
     """Epochs between evaluations."""
     at_start: bool = True
@@ -84,7 +86,8 @@ class ProtocolConfig:
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 after the warm-up, or none."""
     loss: Literal["t_few", "language_model"] = "t_few"
-    """t_few: likelihood, ranking and unlikelihood over the choices; or of the target alone."""
+    """t_few: likelihood, ranking and unlikelihood over the choices, for a row without choices the
+    likelihood alone; language_model: the likelihood of the target alone for all."""
     label_smoothing: float = 0.0
     """language_model: share of the target's probability spread over the vocabulary."""
     normalise: Literal["tokens", "examples"] = "tokens"
@@ -147,7 +150,7 @@ class AdaptRunConfig:
         check_timeout(self.timeout_seconds)
 
 
-@part
+@recipe
 class AdaptConfig:
     """Everything `adapt` reads: tasks x seeds x variants are the jobs."""
 
@@ -186,5 +189,11 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if not self.variants or "" in self.variants:
             raise ConfigError("variants: name at least one, and each of them")
+        for name in self.variants:
+            if not name.isprintable():
+                raise ConfigError(f"variants: {name!a} has a character that cannot be printed")
+        if self.selection.on is None:
+            chosen = replace(self.selection, on=self.tasks.selects_on)
+            object.__setattr__(self, "selection", chosen)  # a default that hangs on the suite
         if self.selection.on == "shots" and not self.shots.set_aside:
             raise ConfigError("selection.on: shots needs shots.set_aside, the shots to select on")

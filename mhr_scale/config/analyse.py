@@ -5,7 +5,7 @@ from typing import Literal
 
 from mhr_scale.config.training import PlainRunConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suites import TasksConfig
 
 
@@ -63,7 +63,7 @@ class AlignmentConfig:
                 raise ConfigError(f"alignment.{name}: {value} is not at least 1")
 
 
-@part
+@recipe
 class AnalyseConfig:
     """Everything `analyse` reads; the model part comes from the adapter."""
 

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 
 
 @part
@@ -32,7 +32,7 @@ class FingerprintConfig:
             raise ConfigError("fingerprint.prompts: an empty text; give words or leave it out")
 
 
-@part
+@recipe
 class ConvertConfig:
     """Everything `convert` reads."""
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import recipe
 
 #: The values of `what` that each format supports; None leaves the choice to the adapter.
 SINGLES = (None, "average", "task", "soup", "whole")
@@ -15,7 +15,7 @@ EXPRESSIBLE = {
 }
 
 
-@part
+@recipe
 class ExportConfig:
     """Everything `export` reads; the model part comes from the adapter."""
 

@@ -4,11 +4,11 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.config.adaptation import ProtocolConfig
-from mhr_scale.config.model import BackboneConfig
+from mhr_scale.config.model import BackboneConfig, check_dropout
 from mhr_scale.config.training import TrackerName, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suites import EvalTasksConfig
 
 
@@ -29,14 +29,22 @@ class FinetuneShotsConfig:
 
 
 @part
+class FinetuneBackboneConfig(BackboneConfig):
+    """The frozen backbone; without a `name`, the one that the adapter's folder names."""
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+
+
+@part
 class FinetuneOptimConfig:
-    """The optimizer of the LoRA's matrices."""
+    """The optimizer of the LoRA's matrices: settings and defaults are those of `adapt`."""
 
     name: Literal["adafactor", "adamw", "paged_adamw_8bit"] = "adafactor"
     """transformers' Adafactor, torch's AdamW, or bitsandbytes' paged 8-bit AdamW (GPU)."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Peak learning rate."""
-    scale_parameter: bool = True
+    scale_parameter: bool = False
     """Adafactor: multiply the rate by max(1e-3, RMS of the tensor)."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -77,15 +85,16 @@ class FinetuneRunConfig:
         check_trackers(self.trackers)
 
 
-@part
+@recipe
 class FinetuneConfig:
     """Everything `finetune` reads."""
 
     adapter: str
     """A PEFT LoRA folder, as `export` and PEFT write it."""
-    backbone: BackboneConfig
+    backbone: FinetuneBackboneConfig = field(default_factory=FinetuneBackboneConfig)
     """The backbone that transformers loads, in 4 or 8 bits by `quantise` (`wo` stays in `dtype`
-    there); `recompute` is activation checkpointing."""
+    there); `recompute` is activation checkpointing. Without `name`: the one the adapter's folder
+    names."""
     tasks: EvalTasksConfig
     """The suite that has the task."""
     task: str
@@ -96,7 +105,9 @@ class FinetuneConfig:
     """Steps, batches, losses."""
     micro_batch_size: int = 8
     """Examples per forward pass; the rest of a batch is accumulated."""
-    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    optim: FinetuneOptimConfig = field(
+        default_factory=lambda: FinetuneOptimConfig(lr=3e-3, scale_parameter=True)
+    )
     """The optimizer."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """How answers are obtained and scored, before and after."""
@@ -106,8 +117,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size: {self.micro_batch_size} is not at least 1")
-        if self.backbone.name is None:
+        if self.backbone.config is not None and self.backbone.name is None:
             raise ConfigError(
-                "backbone.name: required: finetune loads a backbone that is stored; name a hub id "
-                "or a folder"
+                "backbone.name: finetune loads a backbone that is stored, not random weights of "
+                "backbone.config; name a hub id or a folder, or neither: the adapter's folder does"
             )

@@ -6,6 +6,12 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
 
+def check_dropout(rate: float | None) -> None:
+    """Raise `ConfigError` for a rate that is none."""
+    if rate is not None and not 0.0 <= rate < 1.0:
+        raise ConfigError(f"backbone.dropout: {rate} is not in [0, 1)")
+
+
 @part
 class BackboneConfig:
     """The frozen encoder-decoder."""
@@ -38,8 +44,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.name is None and self.config is None:
             raise ConfigError("backbone: give a name (hub id or folder) or a config")
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"backbone.dropout: {self.dropout} is not in [0, 1)")
+        check_dropout(self.dropout)
 
 
 @part

@@ -15,12 +15,12 @@ from mhr_scale.config.training import (
     ScheduleConfig,
 )
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import part
+from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.mixture import MixtureConfig
 from mhr_scale.tasks.suites import EvalTasksConfig, TasksConfig
 
 
-@part
+@recipe
 class PretrainConfig:
     """Everything `pretrain` reads."""
 
@@ -56,7 +56,7 @@ class PretrainConfig:
             )
 
 
-@part
+@recipe
 class AverageConfig:
     """Everything `average` reads; model, tasks and training come from the source run."""
 
@@ -118,7 +118,7 @@ class ScoringConfig:
             raise ConfigError(f"scoring.examples: {self.examples} is not at least 1")
 
 
-@part
+@recipe
 class EvaluateConfig:
     """Everything `evaluate` reads; with an adapter, the model part comes from it."""
 

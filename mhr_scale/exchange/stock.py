@@ -19,15 +19,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale.adapters import peft_folders
-from mhr_scale.adapters.reference_checkpoints import read_safetensors
+from mhr_scale.adapters import Adapter, peft_files
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.backbone import hub, quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
+from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.families.table import read_config
-from mhr_scale.run.files import read_object
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
 from mhr_scale.run.tensors import written
@@ -36,57 +36,25 @@ from mhr_scale.training import checkpoint
 OPTIMIZER = "optimizer.pt"
 
 
-def find_peft_lora(path: str) -> Path:
-    """The folder of a PEFT LoRA: `path` itself, or its `adapter/`."""
+def open_lora(path: str, moved_to: str | None) -> tuple[Path, Card, Adapter]:
+    """The folder of a PEFT LoRA, `path` itself or its `adapter/`, its card, and what it computes.
+
+    Raises `AdapterError` if it is another adapter, or one that the other verbs could not read.
+    """
     folders = [Path(path), Path(path) / "adapter"]
-    folder = next((path for path in folders if (path / peft_folders.CONFIG).is_file()), None)
+    folder = next((path for path in folders if (path / peft_files.CONFIG).is_file()), None)
     if folder is None:
         raise AdapterError(
-            f"{path}: no PEFT LoRA folder ({peft_folders.CONFIG} is missing); export the adapter "
+            f"{path}: no PEFT LoRA folder ({peft_files.CONFIG} is missing); export the adapter "
             "first: python launch/export.py"
         )
-    kind = read_object(folder / peft_folders.CONFIG, AdapterError).get("peft_type")
-    if kind != "LORA":
+    card, adapter = open_adapter(str(folder), moved_to)
+    if card.origin["format"] != "PEFT LORA":
         raise AdapterError(
-            f"{folder}: a PEFT {kind}, and finetune trains a LoRA; export one first: "
+            f"{folder}: a {card.origin['format']}, and finetune trains a LoRA; export one first: "
             "python launch/export.py"
         )
-    return folder
-
-
-def check_fit(folder: Path, blueprint: Blueprint, config: BackboneConfig) -> None:
-    """Raise `AdapterError` if the LoRA does not fit the backbone, whose weights are not read."""
-    with torch.device("meta"):
-        model = make_model(blueprint)
-    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tensors = read_safetensors(folder / peft_folders.TENSORS)
-    for name, tensor in tensors.items():
-        linear, _, side = name.removeprefix(peft_folders.PREFIX).partition(".lora_")
-        if side not in ("A.weight", "B.weight"):
-            continue
-        module = linears.get(linear)
-        width = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
-        wanted = None
-        if module is not None:
-            wanted = module.in_features if side == "A.weight" else module.out_features
-        if width != wanted:
-            base_model = read_object(folder / peft_folders.CONFIG, AdapterError).get(
-                "base_model_name_or_path"
-            )
-            raise AdapterError(
-                f"{folder}: made for another backbone than {config.name}: {linear} is {width} wide "
-                f"there, {wanted or 'missing'} here; it names {base_model or 'none'}"
-            )
-    spoilt = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if spoilt:
-        raise AdapterError(
-            f"{folder / peft_folders.TENSORS}: {len(spoilt)} tensor(s) hold NaN or infinity: "
-            f"{'; '.join(spoilt[:5])}; export another one"
-        )
-    if not any(".lora_" in name for name in tensors):
-        raise AdapterError(
-            f"{folder / peft_folders.TENSORS}: holds no LoRA matrix; export it again"
-        )
+    return folder, card, adapter
 
 
 def load_model(
@@ -97,7 +65,7 @@ def load_model(
     from peft import PeftModel
 
     base = load_backbone(config, blueprint, device)
-    stored = read_safetensors(folder / peft_folders.TENSORS).keys()
+    stored = peft_files.read_stored(folder).keys()
     try:
         with quiet():
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
@@ -138,15 +106,9 @@ def quiet() -> Iterator[None]:
 
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
-    """The frozen backbone as transformers loads it.
-
-    Raises `BackboneError` for weights that our own loader refuses too: transformers would drop
-    those that it does not know.
-    """
+    """The frozen backbone as transformers loads it."""
     import transformers
 
-    with torch.device("meta"):
-        plan_copies(make_model(blueprint), blueprint)
     dtype, family = getattr(torch, config.dtype), blueprint.family
     settings = {
         "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
@@ -157,8 +119,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             "bnb_4bit_compute_dtype": dtype,
         },
     }
-    assert blueprint.folder is not None
-    _, model_config, _ = read_config(blueprint.folder)
+    model_config = _config_for_transformers(blueprint)
     options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
     if config.quantise != "none":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -194,6 +155,25 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     return model
 
 
+def _config_for_transformers(blueprint: Blueprint) -> Any:
+    """The configuration to load a folder by.
+
+    Raises `BackboneError` where transformers would read other weights than our own loader, without
+    a word: it drops those that it does not know, and loads an adapter that lies beside them.
+    """
+    with torch.device("meta"):
+        plan_copies(make_model(blueprint), blueprint)
+    assert blueprint.folder is not None
+    adapter = blueprint.folder / peft_files.CONFIG
+    if adapter.is_file():
+        raise BackboneError(
+            f"{adapter}: an adapter beside the backbone, which transformers would load with it; "
+            "move it to a folder of its own"
+        )
+    _, model_config, _ = read_config(blueprint.folder)
+    return model_config
+
+
 def find_foreign_tie(model: nn.Module, ties: Mapping[str, str]) -> str | None:
     """A parameter that is tied to another one, but not in the checkpoint; None without one."""
     owners: dict[nn.Parameter, str] = {}
@@ -217,10 +197,10 @@ def _fill_peft(
     model: Any, folder: Path, source: Path, tensors: dict[str, Tensor] | None = None
 ) -> None:
     """Write the model's adapter as a PEFT folder; with `tensors` their values, not the model's."""
-    with written(folder / peft_folders.TENSORS):
+    with written(folder / peft_files.TENSORS):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
-    if (source / peft_folders.NOTE).is_file():
-        shutil.copy(source / peft_folders.NOTE, folder / peft_folders.NOTE)
+    if (source / peft_files.NOTE).is_file():
+        shutil.copy(source / peft_files.NOTE, folder / peft_files.NOTE)
 
 
 def make_optimizer(

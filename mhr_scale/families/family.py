@@ -133,7 +133,29 @@ class Family(ABC):
         """The backbone's width, as a config.json has it."""
         return None
 
+    def is_of(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a config.json that some family reads is of this one."""
+        return True
+
+    def linears_of(
+        self, raw: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Blocks], Mapping[str, tuple[int, int]]] | None:
+        """Blocks by stack, and (in, out) widths by the last part of a linear's name.
+
+        As a config.json has them; None if it does not say.
+        """
+        return None
+
     # -- blocks and linears ----------------------------------------------------------------------
+
+    def writer_of(
+        self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
+    ) -> str | None:
+        """The linear whose outputs to scale is to scale what this one reads; None without one.
+
+        `raw` is the config.json, if it is known; `has_negative` tells of the factors.
+        """
+        return None
 
     @abstractmethod
     def blocks(self, config: Any) -> dict[str, Blocks]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
 from mhr_scale.families.encoder_decoder import BlockPattern, EncoderDecoder, below
-from mhr_scale.families.family import Settings
+from mhr_scale.families.family import Blocks, Settings
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 #: Names that are the embedding by definition of the architecture.
@@ -116,7 +116,52 @@ class T5(EncoderDecoder):
 
     def width_of(self, raw: Mapping[str, Any]) -> int | None:
         """The width of encoder and decoder."""
-        return raw.get("d_model")
+        width = raw.get("d_model")
+        return width if type(width) is int else None
+
+    def is_of(self, raw: Mapping[str, Any]) -> bool:
+        """By the kind of the feed-forward."""
+        return str(raw.get("feed_forward_proj", "relu")).startswith("gated-") == self.is_gated
+
+    def linears_of(
+        self, raw: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Blocks], Mapping[str, tuple[int, int]]] | None:
+        """As many decoder blocks as encoder blocks, where it does not say."""
+        depth = raw.get("num_layers")
+        given = {**raw, "num_decoder_layers": raw.get("num_decoder_layers") or depth}
+        names = ("d_model", "d_kv", "num_heads", "d_ff", "num_layers", "num_decoder_layers")
+        sizes = [given.get(name) for name in names]
+        known = [
+            size
+            for name, size in zip(names, sizes, strict=True)
+            if type(size) is int and 1 <= size <= SIZES[name]
+        ]
+        if len(known) < len(names):
+            return None
+        width, d_kv, n_heads, d_ff, *counts = known
+        blocks = {
+            stack: pattern.at(n)
+            for (stack, pattern), n in zip(self.patterns.items(), counts, strict=True)
+        }
+        inner = n_heads * d_kv
+        widths = dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width), "wo": (d_ff, width)}
+        return blocks, {**dict.fromkeys(self.layouts["full"], (width, d_ff)), **widths}
+
+    def writer_of(
+        self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
+    ) -> str | None:
+        """Values before attention, which sums over tokens, and what is read of the feed-forward.
+
+        Where that is not gated, an activation lies between: ReLU lets factors from 0 through.
+        """
+        parent, _, kind = linear.rpartition(".")
+        writer = self.inputs.get(kind)
+        if writer is None:
+            return None
+        is_relu = raw is not None and raw.get("feed_forward_proj", "relu") == "relu"
+        if kind == "wo" and not self.is_gated and (has_negative or not is_relu):
+            return None
+        return f"{parent}.{writer}"
 
     # -- the module ------------------------------------------------------------------------------
 

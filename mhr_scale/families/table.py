@@ -125,12 +125,15 @@ def known_fields(name: str) -> dict[str, Any] | None:
     return next((fields for fields in known if fields is not None), None)
 
 
-def family_of_linears(names: Iterable[str]) -> Family:
-    """The family that knows most of these linears."""
+def family_of_linears(names: Iterable[str], raw: Mapping[str, Any] | None = None) -> Family:
+    """The family that knows most of these linears; of several the one of a known config.json."""
     names = tuple(names)
     return max(
         FAMILIES,
-        key=lambda family: sum(family.find_position(name) is not None for name in names),
+        key=lambda family: (
+            sum(family.find_position(name) is not None for name in names),
+            raw is not None and family.is_of(raw),
+        ),
     )
 
 

@@ -4,6 +4,6 @@ A job is (task, seed, variant), with its own trainable tensors, data order, lear
 and best checkpoint. A wave is a group of jobs that step together: an adapter whose tasks are the
 jobs, so that each batch row uses its job's slot.
 
-Other rooms import: adapt_inputs, folder, job, job_data, open_waves, runner, scheduling, soup,
-start, wave.
+Other rooms import: adapt_inputs, finetune_inputs, folder, job, open_waves, runner, scheduling,
+soup, start, wave.
 """

@@ -2,22 +2,21 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.adapters.sites import Site
 from mhr_scale.backbone.blueprint import make_model
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit, find_sites_of
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, find_sites_of, open_adapter
 from mhr_scale.config import AdaptConfig, BackboneConfig
 from mhr_scale.engine.opened import OpenedBackbone, open_backbone
 from mhr_scale.errors import ConfigError
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.full import check_backbone_jobs
-from mhr_scale.jobs.job import Job
+from mhr_scale.jobs.job import Job, check_folders
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.scheduling import JobEstimate
 from mhr_scale.jobs.start import check_variant
@@ -36,6 +35,8 @@ class AdaptInputs:
     data: dict[tuple[str, int], JobData]
     intake: Intake
     jobs: list[Job]
+    precisions: dict[str, str] = field(default_factory=dict)
+    """In which data types the sources were stored."""
 
     def source(self, variant: str) -> Adapter | None:
         """The adapter a variant starts from; None if it is fresh."""
@@ -79,7 +80,7 @@ class AdaptInputs:
 def open_jobs(config: AdaptConfig) -> AdaptInputs:
     """Read and check sources, backbone, tasks and variants; no weight is read."""
     paths = list(dict.fromkeys(v.adapter for v in config.variants.values() if v.adapter))
-    opened = {path: open_adapter(path) for path in paths}
+    opened = {path: open_adapter(path, config.backbone_moved_to) for path in paths}
     sources = {path: adapter for path, (_, adapter) in opened.items()}
     for name, variant in config.variants.items():
         check_variant(name, variant, sources[variant.adapter] if variant.adapter else None)
@@ -111,6 +112,8 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         for task in few_shot:
             rows = open_data(task, config, backbone.tokenizer, backbone.family)
             data[task.task.name, seed] = rows
+    check_folders(dict.fromkeys(task for task, _ in data), what="tasks")
+    check_folders(config.variants, what="variants")
     jobs = [
         Job(task=task, seed=seed, variant=variant)
         for (task, seed), variant in itertools.product(data, config.variants)
@@ -118,6 +121,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
     return AdaptInputs(
         config=config,
         sources=sources,
+        precisions={path: card.precision for path, (card, _) in opened.items()},
         backbone=backbone,
         sites=sites,
         data=data,

@@ -85,4 +85,8 @@ def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Eng
     folder.keep_recipe(replace(config, variants={**variants, **config.variants}))
     folder.keep_inputs(inputs.contents, is_begun=bool(started))
     inputs.intake.write(folder.path / REJECTS)
-    folder.record_start(**engine.facts, backbone=inputs.backbone.blueprint.facts)
+    folder.record_start(
+        **engine.facts,
+        backbone=inputs.backbone.blueprint.facts,
+        stored_precision=inputs.precisions,
+    )

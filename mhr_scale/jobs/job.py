@@ -1,5 +1,6 @@
 """A job: its name and folder, its progress, and its result."""
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,12 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mhr_scale.errors import RunError
+from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.recipe.typed import check_fields
 from mhr_scale.run.files import read_object, write_json
 from mhr_scale.training import checkpoint
 
 RESULT = "result.json"
+#: Longest folder name, in characters; file systems take 255 bytes, some with an affix of their own.
+LONGEST = 200
+#: Names of files that stand beside folders of tasks (`export`).
+TAKEN = ("tasks.json", "export.yaml")
 #: The fields of a result that tables and reports read.
 RESULT_FIELDS = {
     "task": str,
@@ -46,9 +51,30 @@ class Job:
 
 
 def as_folder(text: str) -> str:
-    """A name as a single folder name: characters that a file system may refuse are %-encoded."""
+    """A name as a single folder name that every file system takes.
+
+    Characters that a file system may refuse are %-encoded, as are the dots of names that are taken;
+    a name that comes out too long ends in a hash instead.
+    """
     quoted = quote(text, safe=" ()[],+=@")
-    return quoted if quoted.strip(". ") else quoted.replace(".", "%2E").replace(" ", "%20")
+    if not quoted.strip(". ") or quoted in TAKEN:
+        quoted = quoted.replace(".", "%2E").replace(" ", "%20")
+    if len(quoted) > LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        quoted = f"{quoted[: LONGEST - 17]}-{digest}"
+    return quoted
+
+
+def check_folders(names: Iterable[str], *, what: str) -> None:
+    """Raise `ConfigError` for names whose folders are one where upper and lower case are."""
+    known: dict[str, str] = {}
+    for name in names:
+        first = known.setdefault(as_folder(name).lower(), name)
+        if first != name:
+            raise ConfigError(
+                f"{what} {first!a} and {name!a} differ in case alone, and would share a folder on "
+                "some file systems; rename one"
+            )
 
 
 @dataclass(slots=True)

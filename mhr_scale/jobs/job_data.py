@@ -12,6 +12,7 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.rows.encode import Encoder
+from mhr_scale.run.runlog import log
 from mhr_scale.scores.questions import Question, ask, encode
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.suites import FewShotTask
@@ -40,6 +41,7 @@ class JobData:
     config: AdaptConfig
     test: ScoredSet
     selection: ScoredSet | None
+    selects_on: str
     _encoder: Encoder
     _rows: dict[tuple[str, tuple[str, ...]], EncodedRow] = field(default_factory=dict)
     _epoch: tuple[int, tuple[EncodedRow, ...]] = (-1, ())
@@ -96,17 +98,19 @@ class JobData:
     def _answers(self, example: Example) -> list[tuple[str, ...]]:
         """The possible answers of a row: all choices together, or any of its references."""
         protocol = self.config.protocol
-        if protocol.loss == "t_few":
-            return [example.choices]
+        if protocol.loss == "t_few" and is_ranked(example):
+            return [tuple(dict.fromkeys(example.choices))]
         references = example.targets if protocol.references == "random" else example.targets[:1]
         return [(reference,) for reference in references]
 
     def _row(self, example: Example, epoch: int) -> EncodedRow:
         answers = self._answers(example)
         drawn = seed_from("reference", self.few_shot.seed, example.id, epoch) % len(answers)
-        label = example.label if self.config.protocol.loss == "t_few" else 0
-        assert label is not None
-        return replace(self._encode(example, answers[drawn]), label=label)
+        chosen, label = answers[drawn], 0
+        if len(chosen) > 1:
+            assert example.label is not None
+            label = chosen.index(example.choices[example.label])
+        return replace(self._encode(example, chosen), label=label)
 
     def _encode(self, example: Example, choices: tuple[str, ...]) -> EncodedRow:
         key = (example.input, choices)
@@ -116,31 +120,30 @@ class JobData:
         return self._rows[key]
 
 
+def is_ranked(example: Example) -> bool:
+    """Whether a row has choices to tell apart; equal texts are one choice."""
+    return len(set(example.choices)) > 1
+
+
 def open_data(
     few_shot: FewShotTask, config: AdaptConfig, tokenizer: Any, family: Family
 ) -> JobData:
     """Check the rows of a task and seed before training, and tokenise those it is scored on."""
     task, protocol = few_shot.task, config.protocol
     if protocol.loss == "t_few":
-        unranked = [e for e in (*task.train, *few_shot.selection) if len(e.choices) < 2]
-        if unranked:
-            raise ConfigError(
-                f"protocol.loss: t_few ranks choices, and example {unranked[0].id} of {task.name} "
-                f"has {len(unranked[0].choices)}; set language_model"
+        n_unranked = sum(not is_ranked(example) for example in task.train)
+        if n_unranked:
+            log.warning(
+                "task %s: %d of %d training rows have no choices to rank; the likelihood of the "
+                "target alone trains them",
+                task.name,
+                n_unranked,
+                len(task.train),
             )
     lengths = BatchConfig(
         max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
     )
-    selection: tuple[Example, ...] = ()
-    if config.selection.on == "validation":
-        if not task.validation:
-            raise ConfigError(
-                f"selection.on: validation, but task {task.name} has no validation row; select on "
-                "shots, test or last"
-            )
-        selection = task.validation
-    elif config.selection.on == "shots":
-        selection = few_shot.selection
+    selects_on, selection = _select(few_shot, str(config.selection.on))
 
     def make_set(examples: tuple[Example, ...]) -> ScoredSet:
         scored = replace(task, test=examples)
@@ -153,5 +156,26 @@ def open_data(
         config,
         test=make_set(task.test),
         selection=make_set(selection) if selection else None,
+        selects_on=selects_on,
         _encoder=Encoder(task, tokenizer, lengths, family),
     )
+
+
+def _select(few_shot: FewShotTask, on: str) -> tuple[str, tuple[Example, ...]]:
+    """What a task's checkpoints are selected on, and its rows if they are not the reported ones."""
+    task = few_shot.task
+    if on == "held_out":
+        if not task.validation:
+            log.warning(
+                "task %s: no validation row beside the reported ones, so the last step of every "
+                "job is kept; give it a test file too, or select on shots",
+                task.name,
+            )
+        on = "validation" if task.validation else "last"
+    if on == "validation" and not task.validation:
+        raise ConfigError(
+            f"selection.on: validation, but task {task.name} has no validation row; select on "
+            "shots, test or last"
+        )
+    rows = {"validation": task.validation, "shots": few_shot.selection}
+    return on, rows.get(on, ())

@@ -90,5 +90,6 @@ def facts_of(inputs: AdaptInputs, soups: Soups, job: Job) -> dict[str, Any]:
         "adapter": variant.adapter,
         "source_numbers": numbers,
         "precision": precision_of(inputs.backbone.facts),
+        "stored_precision": inputs.precisions.get(variant.adapter or "", "float32"),
     }
     return {**facts, "soup": list(soups[job])} if job in soups else facts

@@ -148,13 +148,14 @@ class Runner:
 
     def _due(self, wave: Wave) -> list[int]:
         """Jobs to evaluate after this step: every `every_epochs` epochs and after the last one."""
-        if self.config.selection.on == "last":
-            return []
         every = self.config.selection.every_epochs
         return [
             number
             for number, member in enumerate(wave.members)
-            if wave.step % (every * member.data.steps_per_epoch) == 0 or wave.step == member.steps
+            if member.data.selects_on != "last"
+            and (
+                wave.step % (every * member.data.steps_per_epoch) == 0 or wave.step == member.steps
+            )
         ]
 
     def _unevaluated(self, wave: Wave) -> list[int]:
@@ -164,15 +165,14 @@ class Runner:
 
     def _evaluate(self, wave: Wave, numbers: Sequence[int], logs: Mapping[Job, Metrics]) -> None:
         """Score jobs on their selection rows, and keep adapters that are better than before."""
-        selects_on_test = self.config.selection.on == "test"
-        if self.config.selection.on == "last" or not numbers:
-            return
         sets = []
         for number in numbers:
             data = wave.members[number].data
-            scored = data.test if selects_on_test else data.selection
-            assert scored is not None
-            sets.append((number, scored))
+            scored = data.test if data.selects_on == "test" else data.selection
+            if scored is not None:
+                sets.append((number, scored))
+        if not sets:
+            return
         lost = []
         for (number, _), lines in zip(sets, self.score(wave.adapter, sets), strict=True):
             member = wave.members[number]
@@ -182,7 +182,7 @@ class Runner:
             score = summary.mean_points(lines)
             logs[member.job].write({"step": wave.step, "score": score})
             if member.progress.take(wave.step, score):
-                self._keep(wave, number, lines if selects_on_test else [])
+                self._keep(wave, number, lines if member.data.selects_on == "test" else [])
         self._note_lost(wave, lost, what="a score")
         self._drop(wave, lost)
 
@@ -254,20 +254,21 @@ class Runner:
         ]
         if not done:
             return
-        folders = []
+        folders = {}
         for number in done:
-            progress = wave.members[number].progress
-            if self.config.selection.on == "last":
-                progress.best_step = wave.step
+            member = wave.members[number]
+            if member.data.selects_on == "last":
+                member.progress.best_step = wave.step
                 self._keep(wave, number, [])
-            folder = wave.members[number].job.folder(self.folder)
-            folders.append(folder / "best" / f"{progress.best_step:06d}")
+            best = member.job.folder(self.folder) / "best"
+            folders[number] = best / f"{member.progress.best_step:06d}"
         lost = []
-        if self.config.selection.on != "test":
-            lost = self._score_best(wave, done, folders)
+        unscored = [n for n in done if wave.members[n].data.selects_on != "test"]
+        if unscored:
+            lost = self._score_best(wave, unscored, [folders[number] for number in unscored])
         self._note_lost(wave, lost, what="a score")
         trained = wave.trained_numbers
-        for number, best in zip(done, folders, strict=True):
+        for number, best in folders.items():
             member = wave.members[number]
             if number in lost:
                 continue
@@ -314,6 +315,7 @@ class Runner:
                 "metric": lines[0]["metric"],
                 "examples": len(lines),
                 "best_step": progress.best_step,
+                "selected_on": member.data.selects_on,
                 "evaluations": progress.evaluations,
                 **entries,
             },

@@ -265,6 +265,6 @@ class Wave:
 
 
 def _job_means(loss: Loss, counts: list[int]) -> Tensor:
-    """The mean of each job (J,) from sums and counts of its rows (B,)."""
+    """The mean of each job (J,) from sums and counts of its rows (B,); 0 where nothing counts."""
     sums, numbers = loss.sum.split(counts), loss.count.split(counts)
-    return torch.stack([a.sum() / b.sum() for a, b in zip(sums, numbers, strict=True)])
+    return torch.stack([a.sum() / b.sum().clamp(min=1) for a, b in zip(sums, numbers, strict=True)])

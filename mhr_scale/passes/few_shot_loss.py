@@ -52,9 +52,9 @@ def forward(
 
 
 def count(rows: Sequence[EncodedRow], protocol: ProtocolConfig) -> dict[str, int]:
-    """The divisor of a batch's loss, or of each part of T-Few's."""
+    """The divisor of a batch's loss, or of each part of T-Few's; 1 where nothing counts."""
     right = sum(len(row.answers[row.label]) for row in rows)
     if protocol.loss == "t_few":
         total = sum(row.n_answer_tokens for row in rows)
-        return {"lm": right, "mc": len(rows), "ul": total - right}
+        return {"lm": right, "mc": len(rows), "ul": max(1, total - right)}
     return {"lm": right if protocol.normalise == "tokens" else len(rows)}

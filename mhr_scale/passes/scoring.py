@@ -55,13 +55,16 @@ def score(
 
 
 @contextmanager
-def _evaluation(model: nn.Module, adapter: Adapter | None, batch: Batch) -> Iterator[None]:
+def _evaluation(
+    model: nn.Module, adapter: Adapter | None, batch: Batch, *, beams: int = 1
+) -> Iterator[None]:
     """Evaluation mode without gradients; the adapter, if any, under the rows' tasks."""
     was_training = model.training
     if was_training:
         model.eval()
     try:
-        slots = nullcontext() if adapter is None else adapter.slots([row.task for row in batch])
+        tasks = [row.task for row in batch]
+        slots = nullcontext() if adapter is None else adapter.slots(tasks, rows_per_example=beams)
         with torch.no_grad(), slots:
             yield
     finally:
@@ -130,7 +133,7 @@ def generate_answers(
 
     Under ZeRO-3, where every step gathers weights, ranks take as many steps as the slowest one.
     """
-    with _evaluation(placed.model, adapter, batch):
+    with _evaluation(placed.model, adapter, batch, beams=beams):
         ids = placed.family.generate(
             placed.model,
             batch,

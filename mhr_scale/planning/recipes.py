@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.peft_folders import open_adapter
-from mhr_scale.backbone.of_adapter import backbone_of
+from mhr_scale.backbone.of_adapter import backbone_of, open_adapter
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -60,7 +59,7 @@ def subject(
         assert config.backbone is not None
         return config.backbone, None
     try:
-        card, stored = open_adapter(config.adapter)
+        card, stored = open_adapter(config.adapter, config.backbone_moved_to)
         frozen = backbone_of(config.adapter, card, config.backbone_moved_to)
         settings = stored.config
     except UserError as error:
@@ -73,7 +72,7 @@ def subject(
     )
     if config.routing == "average":
         settings = replace(settings, n_skills=1, n_splits=1, policy="learned", private=False)
-    return frozen, settings
+    return frozen, None if config.routing == "off" else settings
 
 
 def variants(
@@ -85,7 +84,7 @@ def variants(
     planned: PretrainConfig | None = None
     for path in paths:
         try:
-            cards[path], sources[path] = open_adapter(path)
+            cards[path], sources[path] = open_adapter(path, config.backbone_moved_to)
         except UserError as error:
             planned = _source(workload, error)
     if planned is not None and not cards:

@@ -322,10 +322,13 @@ def trace_scoring(
     n_logits = shape.rows * shape.n_choices * shape.depth * blueprint.model_config.vocab_size
     with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
         if new_tokens:
-            slots = nullcontext() if adapter is None else adapter.slots([r.task for r in rows])
+            tasks, beams = [row.task for row in rows], options.beams
+            slots = (
+                nullcontext() if adapter is None else adapter.slots(tasks, rows_per_example=beams)
+            )
             with torch.no_grad(), slots:
                 placed.family.run_generation(
-                    placed.model, placed.pack(rows), beams=options.beams, new_tokens=new_tokens
+                    placed.model, placed.pack(rows), beams=beams, new_tokens=new_tokens
                 )
         else:
             scoring.choice_losses(placed, adapter, rows)

@@ -37,7 +37,7 @@ def job_bytes(inputs: AdaptInputs, estimates: Sequence[JobEstimate], *, on_gpu: 
     n_choices = 1
     if config.protocol.loss == "t_few":
         tasks = (data.few_shot.task for data in inputs.data.values())
-        n_choices = max(len(example.choices) for task in tasks for example in task.train)
+        n_choices = max(len(example.choices) or 1 for task in tasks for example in task.train)
     shape = Shape(
         rows=max(job.batch_size for job in estimates),
         width=max(job.width for job in estimates),

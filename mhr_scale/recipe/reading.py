@@ -21,8 +21,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mhr_scale.errors import ConfigError, describe_fault, did_you_mean
+from mhr_scale.errors import ConfigError, describe_fault, did_you_mean, some
 from mhr_scale.recipe import strict_yaml
+from mhr_scale.recipe.part import VERBS
 
 T = TypeVar("T")
 
@@ -80,12 +81,21 @@ class _Tree:
 def _read_file(path: Path) -> _Tree:
     tree = _Tree(str(path))
     try:
-        tree.read(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+        tree.values, tree.places = strict_yaml.read_file(path, error=ConfigError)
+    except ConfigError as error:
+        if path.is_file():
+            raise
+        raise ConfigError(f"{error}{_recipes_near(path)}") from error
     return tree
+
+
+def _recipes_near(path: Path) -> str:
+    """What a recipe that is no file may have been meant to be."""
+    folder = path if path.is_dir() else path.parent
+    names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
+    if not names:
+        return "; give the path of a recipe, such as launch/recipes/toy.yaml"
+    return did_you_mean(path.name, names) or f"; recipes in {folder}: {some(names)}"
 
 
 def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
@@ -115,6 +125,28 @@ def read_names(path: Path | str) -> list[str]:
 
 
 def _build(schema: type[T], tree: _Tree) -> T:
+    """Validate a tree; of a recipe of another verb the verb is named instead of a setting."""
+    try:
+        return _validate(schema, tree)
+    except ConfigError:
+        verbs = [verb for verb, other in VERBS.items() if _is_valid(other, tree)]
+        if verbs and schema in VERBS.values():
+            own = next(verb for verb, other in VERBS.items() if other is schema)
+            raise ConfigError(
+                f"{tree.source}: a recipe of {' or '.join(verbs)}, not of {own}"
+            ) from None
+        raise
+
+
+def _is_valid(schema: type[Any], tree: _Tree) -> bool:
+    try:
+        _validate(schema, tree)
+    except ConfigError:
+        return False
+    return True
+
+
+def _validate(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
@@ -227,11 +259,12 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _field_helps(schema: type[Any]) -> dict[str, str]:
     """The string under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
     helps = {}
-    for field_node, text_node in pairwise(body):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
-            helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
+    for kind in filter(is_dataclass, reversed(schema.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field_node, text_node in pairwise(body):
+            if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
+                helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
     return helps
 
 

@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path as File
 from typing import Any, ClassVar
 
 import yaml
@@ -13,6 +14,8 @@ from mhr_scale.errors import UserError
 
 Path = tuple[str, ...]
 
+#: Longest file that is read, in bytes; what is longer is not what it was taken for.
+MOST_BYTES = 2**20
 #: Limit of values in a document: aliases of aliases expand a few lines to billions.
 MOST_VALUES = 200_000
 
@@ -50,6 +53,20 @@ for _tag, _pattern, _first in SCALARS:
 def write(values: Any) -> str:
     """Plain values as YAML text that `read`, and readers of YAML 1.1, read as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
+
+
+def read_file(file: File, *, error: type[UserError]) -> tuple[dict[str, Any], dict[Path, str]]:
+    """Read the YAML mapping of a file as `read` does; raises `error` if it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            raw = opened.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise error(f"{file}: longer than {MOST_BYTES} bytes, the most that is read")
+        return read(raw.decode("utf-8"), source=str(file), error=error)
+    except OSError as fault:
+        raise error(f"{file}: cannot be read ({fault.strerror})") from fault
+    except UnicodeDecodeError as fault:
+        raise error(f"{file}: not UTF-8 text ({fault.reason})") from fault
 
 
 def read(

@@ -263,8 +263,7 @@ def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Standard error of each task's mean; an example under several prompts counts once."""
     examples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
-        row = str(score.get("example", score["id"])).removesuffix(f"/{score['prompt']}")
-        examples[score["task"]][row].append(score["points"])
+        examples[score["task"]][summary.raw_row(score)].append(score["points"])
     errors = {}
     for task, by_example in examples.items():
         means = [statistics.fmean(points) for points in by_example.values()]

@@ -5,12 +5,14 @@ into micro batches; micro batch c goes to rank c mod W. So there is little paddi
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, Dataset
 
 from mhr_scale.config import BatchConfig
+from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.rows.encode import RowList
 from mhr_scale.run import stopping
@@ -112,12 +114,34 @@ class StepBatches(Dataset[list[Packed]]):
         batches = cut_batches(rows, max_rows=self.config.micro_batch_size)
         return [self.pack(batch) for batch in batches[self.rank :: self.world_size]]
 
-    def load(self, start: int, stop: int) -> DataLoader[list[Packed]]:
+    def load(self, start: int, stop: int) -> Iterator[list[Packed]]:
         """Batches of the steps [start, stop) in order, prepared ahead by `workers` processes."""
-        return DataLoader(
-            self,
+        if not self.config.workers:
+            return (self[step] for step in range(start, stop))
+        loader = DataLoader(
+            _Pickled(self),
             batch_size=None,
             sampler=range(start, stop),
             num_workers=self.config.workers,
             worker_init_fn=stopping.ignore_signals,
         )
+        try:
+            return map(pickle.loads, iter(loader))
+        except OSError as error:  # their locks lie in shared memory, a few bytes each
+            raise ConfigError(
+                f"batch.workers: {self.config.workers} processes cannot be started "
+                f"({error.strerror}); make room in /dev/shm, or set batch.workers: 0"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Pickled(Dataset[bytes]):
+    """Batches as bytes, which workers send through a pipe.
+
+    They would put tensors into shared memory, and if it is too small the loader waits for ever.
+    """
+
+    batches: StepBatches
+
+    def __getitem__(self, step: int) -> bytes:
+        return pickle.dumps(self.batches[step])

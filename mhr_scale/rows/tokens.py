@@ -143,6 +143,7 @@ def open_tokens(
         )
     folder = Path(cache) / key[:24]
     if not (folder / "manifest.json").is_file():
+        suite.check_source()
         Path(cache).mkdir(parents=True, exist_ok=True)
         with _lock(Path(cache) / f".{key[:24]}.lock"):
             if not (folder / "manifest.json").is_file():
@@ -250,10 +251,10 @@ def _build(
     on_bad: str | None,
 ) -> None:
     """Fill `folder` under another name and rename it; resumes an interrupted build."""
+    reading = open_suite(suite, on_bad=on_bad)
     partial = folder.with_name(f".{folder.name}.{platform.node()}.tmp")
     partial.mkdir(exist_ok=True)
     log.info("tokenising into %s", folder)
-    reading = open_suite(suite, on_bad=on_bad)
     progress = Progress(reading.n_tasks, start=0, what="tokenise", unit="task")
     cards = []
     for number, task in enumerate(reading.tasks):
@@ -305,8 +306,9 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         cards = [TaskCard(**{**card, "cuts": Cuts(**card["cuts"])}) for card in stored["cards"]]
-        lines = (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-        rejects = [json.loads(line) for line in lines]
+        # lines end at "\n" alone: a refused text may hold another separator, such as U+2028
+        lines = (folder / "rejects.jsonl").read_bytes().split(b"\n")
+        rejects = [json.loads(line) for line in lines if line]
         changed = sorted(name for name in manifest if stored.get(name) != manifest[name])
         if changed:
             raise DataError(f"{file}: made from other {', '.join(changed)}; {way_out}")

@@ -11,6 +11,8 @@ from typing import Any
 from mhr_scale.errors import UserError, first_line
 
 CHUNK = 1 << 24
+#: Longest JSON file that is read, in bytes; those of runs and backbones are far shorter.
+MOST_JSON_BYTES = 2**29
 
 
 def as_size(n_bytes: float) -> str:
@@ -96,7 +98,10 @@ def read_json(
     """
     tail = f"; {way_out}" if way_out else ""
     try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=hook)
+        with file.open("rb") as opened:
+            raw = opened.read(MOST_JSON_BYTES + 1)
+        if len(raw) <= MOST_JSON_BYTES:
+            return json.loads(raw.decode("utf-8"), object_pairs_hook=hook)
     except json.JSONDecodeError as fault:
         raise error(f"{file}:{fault.lineno}: not JSON ({fault.msg}){tail}") from fault
     except UnicodeDecodeError as fault:
@@ -107,6 +112,7 @@ def read_json(
         raise error(f"{file}: not JSON (nested too deeply){tail}") from fault
     except ValueError as fault:  # also an integer of too many digits
         raise error(f"{file}: not JSON ({first_line(fault)}){tail}") from fault
+    raise error(f"{file}: longer than {MOST_JSON_BYTES} bytes, which is no JSON file of ours{tail}")
 
 
 def read_object(

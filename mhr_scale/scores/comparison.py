@@ -93,7 +93,9 @@ def legend(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     precisions = {name: " or ".join(values["precisions"]) for name, values in variants.items()}
     if len(set(precisions.values())) > 1:
-        listed = ", ".join(f"{name} {said or 'unknown'}" for name, said in precisions.items())
+        listed = ", ".join(
+            f"{one_line(name)} {said or 'unknown'}" for name, said in precisions.items()
+        )
         lines.append(f"precision differs, and scores with it: {listed}")
     return lines
 

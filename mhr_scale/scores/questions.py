@@ -51,7 +51,7 @@ def judge(question: Question, value: Any, *, with_texts: bool = False) -> dict[s
         "id": question.id,
         "task": question.task,
         "example": example.id,
-        "prompt": example.id.partition("/")[2],
+        "prompt": example.prompt,
         "metric": question.metric,
     }
     line |= {"input": example.input} if with_texts else {}
@@ -61,7 +61,7 @@ def judge(question: Question, value: Any, *, with_texts: bool = False) -> dict[s
         prediction = metrics.best_choice(value)
         line |= {"choices": list(example.choices)} if with_texts else {}
         line |= {"choice_scores": value, "prediction": prediction, "label": label}
-        return {**line, "points": metrics.accuracy(value, label)}
+        return {**line, "points": metrics.accuracy(value, example.choices, label)}
     points = metrics.TEXT_METRICS[question.metric](value, example.targets)
     return {**line, "prediction": value, "references": list(example.targets), "points": points}
 
@@ -101,15 +101,25 @@ def encode(
     )
     rows: list[EncodedRow] = []
     for task in tasks:
+        n_alike = 0
         encoder = Encoder(task, tokenizer, lengths, family)
         for input_ids in encoder.inputs(task.test):
             number = len(rows)
             is_ranked = questions[number].metric == "accuracy"
             choices = questions[number].example.choices if is_ranked else ()
             answers = encoder.answers(choices)
+            n_alike += len({ids.tobytes() for ids in answers}) < len(set(choices))
             rows.append(EncodedRow(input_ids, answers, task=numbers[task.name], number=number))
         if encoder.cuts.inputs:
             log.info("task %s: %d inputs cut", task.name, encoder.cuts.inputs)
+        if n_alike:
+            log.warning(
+                "task %s: %d rows have different choices of the same tokens, of which the first "
+                "wins; scoring.max_choice_tokens cuts at %d",
+                task.name,
+                n_alike,
+                config.max_choice_tokens,
+            )
     return rows
 
 

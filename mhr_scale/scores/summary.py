@@ -50,8 +50,16 @@ def _check_score(score: Any) -> None:
     for name in ("id", "task", "prompt", "metric"):
         if not isinstance(score[name], str):
             raise TypeError(f"{name} is {score[name]!r}, no text")
+    if not isinstance(score.get("choice_scores", []), list):
+        raise TypeError(f"choice_scores are {score['choice_scores']!r}, no list")
     if not math.isfinite(score["points"]):
         raise ValueError(f"points are {score['points']}")
+
+
+def raw_row(score: Mapping[str, Any]) -> str:
+    """What a score is of, the same one under all prompts of a row."""
+    name = str(score.get("example", score["id"]))
+    return name.removesuffix(f"/{score['prompt']}") if score["prompt"] else name
 
 
 def mean_points(scores: Sequence[Mapping[str, Any]]) -> float:
@@ -62,7 +70,8 @@ def mean_points(scores: Sequence[Mapping[str, Any]]) -> float:
 def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means per task and prompt, spread over prompts, and means over tasks and examples.
 
-    The order of the lines does not matter, nor do repeated lines.
+    A row under several prompts counts as one example. The order of the lines does not matter, nor
+    do repeated lines.
     """
     by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for score in scores:
@@ -86,7 +95,7 @@ def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     prompts = {prompt: _mean(points) for prompt, points in sorted(by_prompt.items())}
     summary: dict[str, Any] = {
         "metric": scores[0]["metric"],
-        "examples": len(scores),
+        "examples": len({raw_row(score) for score in scores}),
         "mean": mean_points(scores),
     }
     n_choices = [len(score["choice_scores"]) for score in scores if score.get("choice_scores")]

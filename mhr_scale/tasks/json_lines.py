@@ -54,38 +54,45 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     twice, an unpaired surrogate (`"\\ud800"`, which no tokenizer takes) and absurd nesting.
     """
     try:
-        text = raw.decode("utf-8")
-        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
-        if "\\u" in text:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        row = parse(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"bad UTF-8 at byte {error.start + 1}: {error.reason}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object but {kind_of(row)}")
+    return row
+
+
+def parse(text: str) -> Any:
+    """Parse any JSON value as strictly; the `ValueError` it raises says what is wrong."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=no_twins)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("unpaired surrogate in a string") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise ValueError("malformed JSON: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object but {kind_of(row)}")
-    return row
+    return value
 
 
 def kind_of(value: object) -> str:
-    """Name the JSON type of a parsed value, with its article."""
+    """Name the JSON type of a parsed value with its article, or another type of a table."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "a boolean"
     kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds[type(value)]
+    return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys, for json's `object_pairs_hook`; `ValueError` if one is repeated."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]

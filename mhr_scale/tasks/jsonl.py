@@ -1,22 +1,28 @@
-"""Tasks from JSON lines: one object a line, UTF-8, blank lines and a byte order mark allowed.
+"""Tasks from the user's own rows: JSON lines, or tables (CSV, TSV, Parquet) of the same fields.
 
 Three layouts are accepted, also side by side in one folder; `<fold>` is `train`, `validation` (or
-`dev`, another name for it) or `test`, and only `train` is required:
+`dev`, another name for it) or `test`, and only `train` is required. The ending is `.jsonl`, `.csv`,
+`.tsv` or `.parquet`:
 
     <folder>/<task>/<fold>.jsonl    a row without `task` belongs to the task the folder names
     <folder>/<fold>.jsonl           every row names its `task`
     <folder>/<fold>/<any>.jsonl     every row names its `task`
 
-Hidden files and files that do not end in `.jsonl` are passed over; a `.jsonl` file in any other
-place, or one without a usable row, is an error. Fold names cannot be task names.
+JSON lines are UTF-8, one object a line, blank lines and a byte order mark allowed. A file of these
+endings in any other place (but for a table beside the tasks), or one without a usable row, is an
+error; so is a fold in two formats. Other files are named in one warning, but for hidden ones,
+READMEs and licences. Fold names cannot be task names.
 
-Fields of a row: `input` and `target` (strings, required); `task`, `id` (strings), `targets` (all
-accepted references; `target` comes first whether it is listed or not), `choices` (strings, at
-least two, the target among them), `label` (index of the target in `choices`; derived where absent)
-and `meta` (an object, not read). An optional field that is null counts as absent. Texts are kept
-as they are, white space included; nothing is converted to a string. A row without an `id` gets
-`<file stem>:<line>`, or `<path below the folder, no suffix>:<line>` where the folder does not name
-its task, so that ids are unique in a task over all its folds.
+Fields of a row: `input` and `target` (strings, required); `task`, `id`, `prompt` (strings),
+`targets` (all accepted references; `target` comes first whether it is listed or not), `choices`
+(strings, at least two different ones, the target among them), `label` (index of the target in
+`choices`; derived where absent) and `meta` (an object, not read). In CSV and TSV, cells of
+`targets`, `choices`, `label` and `meta` hold JSON. An optional field that is null, or an empty
+cell, counts as absent. Texts are kept as they are, white space included; nothing is converted to a
+string. A row without an `id` gets `<file stem>:<line>`, or `<path below the folder, no
+suffix>:<line>` where the folder does not name its task, so that ids are unique in a task over all
+its folds. Rows of one `id` and several `prompt`s are one raw row under several prompts: where
+few-shot examples are drawn or rows are set aside, they count once and stay together.
 
 A task without a single validation row sets some of its training rows aside.
 `<folder>/tasks.yaml` may give `cap`, `weight`, `metric` and `max_input_tokens` by task. The default
@@ -31,12 +37,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale.errors import DataError, did_you_mean, shortened
+from mhr_scale.errors import DataError, did_you_mean, shortened, some, suggest
 from mhr_scale.recipe import strict_yaml
 from mhr_scale.recipe.part import part
-from mhr_scale.tasks.json_lines import JsonLine, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import JsonLine, kind_of
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
+from mhr_scale.tasks.tables import ENDINGS, iter_file
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task, hold_out
 
 log = logging.getLogger("mhr_scale")
@@ -47,15 +54,21 @@ FIELDS: dict[str, type] = {
     "target": str,
     "task": str,
     "id": str,
+    "prompt": str,
     "targets": list,
     "choices": list,
     "label": int,
     "meta": dict,
 }
 REQUIRED = ("input", "target")
+#: Fields that cells of text hold as JSON.
+STRUCTURED = tuple(name for name, kind in FIELDS.items() if kind is not str)
 LAYOUTS = (
-    "expected <task>/train.jsonl, or train.jsonl or train/*.jsonl with a 'task' field in every row"
+    "expected <task>/train.jsonl, or train.jsonl or train/*.jsonl with a 'task' field in every row "
+    "(or .csv, .tsv, .parquet)"
 )
+#: Beginnings of the names of files that nobody expects to be read.
+ABOUT = ("readme", "license", "licence")
 OPTIONS = ("cap", "weight", "metric", "max_input_tokens")
 
 Rows = dict[str, dict[str, list[Example]]]  # task -> fold -> examples
@@ -72,12 +85,14 @@ class FoldFile:
 
 @part
 class JsonlTasks(Suite):
-    """The user's own rows: one JSONL file per task and fold, or per fold with a `task` field."""
+    """Your own rows (JSONL, CSV, TSV, Parquet): a file per task and fold, or one for all tasks."""
 
     suite: Literal["jsonl"]
     """Chooses this part."""
     folder: str
-    """Folder with the JSONL files, and optionally `tasks.yaml` (cap, weight, metric per task)."""
+    """Folder with the files, and optionally `tasks.yaml` (cap, weight, metric per task)."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks; empty = all."""
     validation_examples: int = 100
     """Rows per task set aside where no `validation.jsonl` exists (at most a tenth of the task)."""
     seed: int = 42
@@ -86,17 +101,25 @@ class JsonlTasks(Suite):
     """Policy for unusable rows."""
 
     lends_validation = True
+    selects_on = "held_out"
 
     def read_tasks(self, intake: Intake) -> list[Task]:
         """Read every task below `folder`, sorted by name."""
+        self.check_source()
         folder = Path(self.folder)
         files = _find_files(folder)
         options_file = folder / "tasks.yaml"
         options = _load_options(options_file)
-        rows = _read_rows(files, folder=folder, policy=self.intake, intake=intake)
+        rows, left_out = _read_rows(files, config=self, intake=intake)
         intake.check()
-        for name in sorted(options.keys() - rows.keys()):
-            raise DataError(f"{options_file}: no task '{name}' here{did_you_mean(name, rows)}")
+        lost = {reject.task: None for reject in intake.rejects if reject.task != "?"}
+        for name in lost.keys() - rows.keys():
+            refused = intake.describe_refused(name)
+            raise DataError(f"{folder}: no usable row of task {name!a}{refused}; mend its rows")
+        known = sorted({*rows, *left_out})
+        for place, names in ((options_file, options), ("tasks.tasks", self.tasks)):
+            for name in sorted(set(names).difference(known)):
+                raise DataError(f"{place}: no task '{name}' in {folder}{suggest(name, known)}")
         return [
             _make_task(name, folds, options=options.get(name, {}), config=self)
             for name, folds in sorted(rows.items())
@@ -116,50 +139,88 @@ class JsonlTasks(Suite):
 
 def _find_files(folder: Path) -> list[FoldFile]:
     """List the files of rows, training ones first, so that a duplicate is the held-out row."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; set tasks.folder")
-    files = []
-    for path in (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}.jsonl")):
-        *above, name = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in (*above, name)) or not path.is_file():
+    files, unread = [], []
+    for path in (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
+        inner = path.relative_to(folder)
+        if any(part.startswith(".") for part in inner.parts) or not path.is_file():
             continue
-        if len(above) > 1:
-            raise DataError(f"{path}: lies too deep; {LAYOUTS}")
-        if above and above[0] in FOLDS:
-            files.append(FoldFile(path=path, fold=FOLDS[above[0]], task=None))
-        else:
-            files.append(FoldFile(path=path, fold=_fold_of(path), task=above[0] if above else None))
+        file = _place(path, inner) if path.suffix.lower() in ENDINGS else None
+        if file is not None:
+            files.append(file)
+        elif str(inner) != "tasks.yaml" and not path.name.lower().startswith(ABOUT):
+            unread.append(str(inner))
     if not files:
-        raise DataError(f"{folder}: no JSONL file; {LAYOUTS}")
+        there = f" (there are: {some(sorted(unread))})" if unread else ""
+        raise DataError(f"{folder}: no file of rows{there}; {LAYOUTS}")
+    if unread:
+        log.warning(
+            "%s: %d file(s) not read: %s; move them away, or name them as the rows of a fold",
+            folder,
+            len(unread),
+            some(sorted(unread)),
+        )
+    _check_formats(files)
     order = list(FOLDS.values())
     return sorted(files, key=lambda file: (order.index(file.fold), file.path))
 
 
-def _fold_of(path: Path) -> str:
-    if path.stem not in FOLDS:
-        raise DataError(
-            f"{path}: '{path.stem}' is not a fold{did_you_mean(path.stem, FOLDS)}; name the file "
-            f"{', '.join(f'{fold}.jsonl' for fold in FOLDS)}, or move it away"
-        )
-    return FOLDS[path.stem]
+def _place(path: Path, inner: Path) -> FoldFile | None:
+    """Which fold, and whose, a file of rows is; None for a table beside the tasks."""
+    if not str(inner).isprintable():
+        raise DataError(f"{path}: a name that is not printable UTF-8; rename it")
+    *above, _ = inner.parts
+    if len(above) > 1:
+        raise DataError(f"{path}: lies too deep; {LAYOUTS}")
+    if above and above[0] in FOLDS:
+        return FoldFile(path=path, fold=FOLDS[above[0]], task=None)
+    if path.stem in FOLDS:
+        return FoldFile(path=path, fold=FOLDS[path.stem], task=above[0] if above else None)
+    if not above and path.suffix.lower() != ".jsonl":
+        return None
+    raise DataError(
+        f"{path}: '{path.stem}' is not a fold{did_you_mean(path.stem, FOLDS)}; name the file "
+        f"{', '.join(f'{fold}{path.suffix}' for fold in FOLDS)}, or move it away"
+    )
+
+
+def _check_formats(files: list[FoldFile]) -> None:
+    """Raise `DataError` for the same rows in two formats."""
+    stems: dict[Path, Path] = {}
+    for file in files:
+        first = stems.setdefault(file.path.with_suffix(""), file.path)
+        if first != file.path:
+            raise DataError(f"{file.path}: stands beside {first.name}; keep one of them")
 
 
 def _read_rows(
-    files: list[FoldFile], *, folder: Path, policy: IntakeConfig, intake: Intake
-) -> Rows:
+    files: list[FoldFile], *, config: JsonlTasks, intake: Intake
+) -> tuple[Rows, set[str]]:
+    """The rows of the tasks asked for, and the names of the others."""
     rows: Rows = defaultdict(lambda: {fold: [] for fold in FOLDS.values()})
     places: dict[str, dict[str, Place]] = defaultdict(dict)
+    left_out: set[str] = set()
     for file in files:
-        taken, refused = intake.taken, len(intake.rejects)
-        inner = file.path.relative_to(folder).with_suffix("").as_posix()
+        taken, refused, n_left_out = intake.taken, len(intake.rejects), 0
+        inner = file.path.relative_to(config.folder).with_suffix("").as_posix()
         warned: set[str] = set()
-        for line in iter_rows(file.path, task=file.task or "?", intake=intake):
+        lines = iter_file(
+            file.path,
+            task=file.task or "?",
+            intake=intake,
+            structured=STRUCTURED,
+            texts=REQUIRED,
+        )
+        for line in lines:
             _warn_unknown(line, warned)
             named = line.row.get("task")
             task = named if isinstance(named, str) else file.task or "?"
+            if config.tasks and task not in ("?", *config.tasks):
+                left_out.add(task)
+                n_left_out += 1
+                continue
             problem = (
                 _type_problem(line.row)
-                or _text_problem(line.row, has_task=file.task is not None, policy=policy)
+                or _text_problem(line.row, has_task=file.task is not None, policy=config.intake)
                 or _choice_problem(line.row, fold=file.fold)
             )
             if problem is None:
@@ -173,11 +234,11 @@ def _read_rows(
                 intake.take()
             else:
                 intake.refuse(place=line.place, task=task, reason=problem, text=line.text)
-        if intake.taken == taken:
+        if intake.taken == taken and not n_left_out:
             bad = intake.rejects[refused:]
             why = f" (line {bad[0].place.line}: {bad[0].reason})" if bad else ""
             raise DataError(f"{file.path}: no usable row{why}; mend the file or remove it")
-    return dict(rows)
+    return dict(rows), left_out
 
 
 def _warn_unknown(line: JsonLine, seen: set[str]) -> None:
@@ -208,6 +269,11 @@ def _text_problem(row: dict[str, Any], *, has_task: bool, policy: IntakeConfig) 
         return "missing field 'task' (the file lies in no task's folder)"
     if row.get("task") == "":
         return "empty task"
+    for key in ("task", "prompt"):
+        if not (row.get(key) or "").isprintable():
+            return f"{key} {row[key]!a} has a character that cannot be printed"
+    if row.get("prompt") is not None and row.get("id") is None:
+        return "a 'prompt' without the 'id' of its raw row"
     return policy.find_empty(row["input"], [row["target"], *(row.get("targets") or ())])
 
 
@@ -218,8 +284,8 @@ def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
         return "label -1 (hidden test label) cannot be scored"
     if not choices:
         return None if label is None else "label without choices"
-    if len(choices) < 2:
-        return "fewer than two choices"
+    if len(set(choices)) < 2:
+        return "fewer than two different choices"
     if label is not None and not 0 <= label < len(choices):
         return f"label {label} is out of range for {len(choices)} choices"
     if target not in choices:
@@ -236,8 +302,10 @@ def _make_example(line: JsonLine, *, default_id: str) -> Example:
     if choices and label is None:
         label = choices.index(target)
     others = (text for text in row.get("targets") or () if text != target)
+    id, prompt = default_id if row.get("id") is None else row["id"], row.get("prompt") or ""
     return Example(
-        id=default_id if row.get("id") is None else row["id"],
+        id=f"{id}/{prompt}" if prompt else id,
+        prompt=prompt,
         input=row["input"],
         targets=(target, *others),
         choices=choices,
@@ -268,11 +336,7 @@ def _make_task(
 def _load_options(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
-    tasks, places = strict_yaml.read(text, source=str(path), error=DataError)
+    tasks, places = strict_yaml.read_file(path, error=DataError)
     made = {}
     for name, options in tasks.items():
         where = f"{places[(name,)]}: {name}"

@@ -29,9 +29,9 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * (_plain(prediction) in {_plain(text) for text in references})
 
 
-def accuracy(scores: Sequence[float], label: int) -> float:
-    """Whether the choice at `label` has the smallest score; see `best_choice`."""
-    return 100.0 * (best_choice(scores) == label)
+def accuracy(scores: Sequence[float], choices: Sequence[str], label: int) -> float:
+    """Whether the text of the smallest score is that of the choice at `label`."""
+    return 100.0 * (choices[best_choice(scores)] == choices[label])
 
 
 def best_choice(scores: Sequence[float]) -> int:
@@ -44,8 +44,10 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": exact_match,
     "rougeL": rouge_l,
 }
-#: Metrics of ranked choices: scores (the smallest wins) and label to points.
-RANK_METRICS: dict[str, Callable[[Sequence[float], int], float]] = {"accuracy": accuracy}
+#: Metrics of ranked choices: scores (the smallest wins), the choices and label to points.
+RANK_METRICS: dict[str, Callable[[Sequence[float], Sequence[str], int], float]] = {
+    "accuracy": accuracy
+}
 METRICS: dict[str, Callable[..., float]] = {**RANK_METRICS, **TEXT_METRICS}
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean
+from mhr_scale.errors import ConfigError, DataError, suggest
 from mhr_scale.recipe.part import part
 
 __all__ = ["MixtureConfig", "MixturePlan", "Sample", "Share"]
@@ -266,7 +266,7 @@ def _weights(shares: Sequence[Share], config: MixtureConfig) -> list[float | Non
     """Return the fixed weight of each task, if any; the mixture's is stronger than the task's."""
     names = [share.name for share in shares]
     for name in sorted(set(config.weights) - set(names)):
-        raise ConfigError(f"mixture.weights: no task is called '{name}'{did_you_mean(name, names)}")
+        raise ConfigError(f"mixture.weights: no task is called '{name}'{suggest(name, names)}")
     weights = [config.weights.get(share.name, share.weight) for share in shares]
     for name, weight in zip(names, weights):
         if weight is not None and not 0.0 < weight < math.inf:

@@ -8,11 +8,21 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from mhr_scale.errors import ConfigError, DataError
 from mhr_scale.recipe.part import part
-from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Task, TaskStream, check_not_empty
+from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.task import (
+    Example,
+    Intake,
+    IntakeConfig,
+    Task,
+    TaskStream,
+    check_not_empty,
+    group_raw,
+)
 
 T = TypeVar("T")
 
@@ -24,7 +34,8 @@ class ShotsConfig:
     seeds: tuple[int, ...] = (42, 1024, 0)
     """One job per task, variant and seed, which draws the examples and their order."""
     count: int | None = None
-    """Training examples per task; null: T-Few's number (t0_eval), else all the suite gives."""
+    """Training examples per task, a raw row under several prompts being one; null: T-Few's number
+    (t0_eval), else all the suite gives."""
     folder: str | None = None
     """t0_eval: T-Few's few-shot files; null: the same draw from the train split."""
     set_aside: int = 0
@@ -43,10 +54,11 @@ class ShotsConfig:
 class FewShotTask:
     """A task as the jobs of one seed see it.
 
-    `task.train` holds every training example that an epoch may draw: under t0_eval each shot under
-    each template that applies to it. `task.test` is not empty. `n_rows` is the number of examples
-    of an epoch; `draw(epoch)` returns them, one per row and in the order of the rows, as a pure
-    function of (seed, task, epoch). `selection` are the shots set aside, which no epoch draws.
+    `task.train` holds every training example that an epoch may draw: each shot under each of its
+    prompts (under t0_eval, each template that applies to it). `task.test` is not empty. `n_rows` is
+    the number of examples of an epoch; `draw(epoch)` returns them, one per row and in the order of
+    the rows, as a pure function of (seed, task, epoch). `selection` are the shots set aside, which
+    no epoch draws.
     """
 
     task: Task
@@ -71,6 +83,8 @@ class Suite(ABC):
     """Whether it has tasks to evaluate and to adapt on."""
     lends_validation: ClassVar[bool] = False
     """Whether a few-shot task without test rows is tested on its validation rows."""
+    selects_on: ClassVar[Literal["test", "held_out"]] = "test"
+    """The default of `selection.on` for its tasks."""
 
     @abstractmethod
     def read_tasks(self, intake: Intake) -> Sequence[Task] | TaskStream:
@@ -80,6 +94,12 @@ class Suite(ABC):
         """Names of the local folders that it may be read from: its `folder`, if it has one."""
         folder = getattr(self, "folder", None)
         return () if folder is None else (folder,)
+
+    def check_source(self) -> None:
+        """Raise `DataError` if a local source is not there, before anything is made of its rows."""
+        folder = getattr(self, "folder", None)
+        if folder is not None and not Path(folder).is_dir():
+            raise DataError(f"tasks.folder: no folder '{folder}' (looked in {Path.cwd()})")
 
     def more_test_rows(self) -> str:
         """How a task gets more rows to evaluate on."""
@@ -118,22 +138,29 @@ class Suite(ABC):
     def take_shots(
         self, task: Task, rows: Sequence[Example], shots: ShotsConfig, *, seed: int
     ) -> FewShotTask:
-        """The task with the first of these rows as its shots, the same ones in every epoch."""
+        """The task with the first of these rows as its shots, the same ones in every epoch.
+
+        A shot is a raw row; where it has several prompts, every epoch draws one of them.
+        """
         check_not_empty(task)
-        count = shots.count
-        if count is not None and len(rows) < count:
+        count, raw_rows = shots.count, group_raw(rows)
+        if count is not None and len(raw_rows) < count:
             raise DataError(
-                f"task {task.name}: {len(rows)} training rows cannot fill {count} shots; lower "
+                f"task {task.name}: {len(raw_rows)} training rows cannot fill {count} shots; lower "
                 f"shots.count or {self.more_train_rows()}"
             )
-        kept, aside = set_aside(rows[:count], task=task.name, count=shots.set_aside)
-        train = tuple(kept)
+        kept, aside = set_aside(raw_rows[:count], task=task.name, count=shots.set_aside)
+
+        def draw(raw_rows: Sequence[tuple[Example, ...]], epoch: int | None) -> tuple[Example, ...]:
+            seeds = (seed_from(seed, task.name, prompts[0].raw_id, epoch) for prompts in raw_rows)
+            return tuple(p[n % len(p)] for p, n in zip(raw_rows, seeds, strict=True))
+
         return FewShotTask(
-            task=replace(task, train=train),
+            task=replace(task, train=tuple(example for prompts in kept for example in prompts)),
             seed=seed,
-            n_rows=len(train),
-            draw=lambda epoch: train,
-            selection=tuple(aside),
+            n_rows=len(kept),
+            draw=lambda epoch: draw(kept, epoch),
+            selection=draw(aside, None),
         )
 
 

@@ -59,12 +59,12 @@ def open_suite(suite: Suite, *, on_bad: str | None = None) -> Reading:
     """
     intake = Intake(on_bad=on_bad or suite.intake.on_bad)
     tasks = suite.read_tasks(intake)
-    return Reading(_checked(tasks), len(tasks), intake)
+    return Reading(_checked(tasks, intake), len(tasks), intake)
 
 
-def _checked(tasks: Iterable[Task]) -> Iterator[Task]:
+def _checked(tasks: Iterable[Task], intake: Intake) -> Iterator[Task]:
     for task in tasks:
-        check_not_empty(task)
+        check_not_empty(task, refused=intake.describe_refused(task.name))
         yield task
 
 
@@ -85,7 +85,8 @@ def read_evaluation(
         if not task.test:
             wanted = "test row and no held-out row" if use_held_out else "test row"
             raise DataError(
-                f"task {task.name}: no {wanted} to evaluate on; {suite.more_test_rows()}"
+                f"task {task.name}: no {wanted} to evaluate on"
+                f"{intake.describe_refused(task.name)}; {suite.more_test_rows()}"
             )
         tasks.append(replace(task, test=task.test[:examples]))
     intake.check()

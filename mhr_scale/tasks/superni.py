@@ -32,9 +32,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, some, suggest
 from mhr_scale.recipe.part import part
-from mhr_scale.tasks.json_lines import kind_of
+from mhr_scale.tasks.json_lines import kind_of, no_twins
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task
 
@@ -99,6 +99,7 @@ class SuperNITasks(Suite):
 
     def read_tasks(self, intake: Intake) -> list[Task]:
         """Read the tasks of one list of a split, sorted by name."""
+        self.check_source()
         folder = Path(self.folder)
         names = _list_tasks(folder, self)
         tasks = [_read_task(folder / "tasks" / f"{name}.json", self, intake) for name in names]
@@ -158,7 +159,7 @@ def _list_tasks(folder: Path, config: SuperNITasks) -> list[str]:
     ]
     problems = []
     if unknown:
-        hint = did_you_mean(unknown[0], listed)
+        hint = suggest(unknown[0], sorted(listed))
         problems.append(f"{path}: {len(unknown)} task(s) not listed: {some(unknown)}{hint}")
     if missing and config.missing == "error":
         problems.append(
@@ -181,10 +182,14 @@ def _read_list(path: Path, splits: Path) -> set[str]:
     if not path.is_file():
         known = sorted(entry.name for entry in splits.iterdir() if entry.is_dir())
         raise DataError(f"{path}: no such file; splits there: {', '.join(known) or 'none'}")
-    names = {line.strip() for line in _read_text(path).splitlines()} - {""}
+    lines = enumerate(_read_text(path).split("\n"), start=1)
+    names = {line.strip(): number for number, line in lines if line.strip()}
+    for name, number in names.items():
+        if not name.isprintable() or "/" in name:
+            raise DataError(f"{path}:{number}: {name!a} is no name of a task's file; mend the line")
     if not names:
         raise DataError(f"{path}: lists no task")
-    return names
+    return set(names)
 
 
 def _read_text(path: Path) -> str:
@@ -201,7 +206,7 @@ def _read_task(path: Path, config: SuperNITasks, intake: Intake) -> Task:
     data = _load_task(path)
     head = _prompt_head(data, path=path, config=config)
     ending = WORDINGS[config.prompt].ending
-    rows, refused = {}, len(intake.rejects)
+    rows: dict[int, Example] = {}
     taken: set[str] = set()
     for index, instance in enumerate(data["Instances"]):
         place = Place(file=str(path), line=index + 1)
@@ -215,8 +220,9 @@ def _read_task(path: Path, config: SuperNITasks, intake: Intake) -> Task:
             intake.refuse(place=place, task=path.stem, reason=problem, text=text)
     train, validation, test = _split(rows, name=path.stem, config=config)
     if not train:
-        counts = f"{len(data['Instances'])} instances ({len(intake.rejects) - refused} refused)"
-        raise DataError(f"{path}: {counts} cannot fill {_needs(config)}")
+        counts = f"{len(data['Instances'])} instances{intake.describe_refused(path.stem)}"
+        way_out = f"cannot fill {_needs(config)}" if rows else "are of no use; mend the file"
+        raise DataError(f"{path}: {counts} {way_out} or name the other tasks in tasks.tasks")
     if config.references == "all":
         train = [
             replace(row, id=f"{row.id}#{number}", targets=(target,))
@@ -236,11 +242,11 @@ def _read_task(path: Path, config: SuperNITasks, intake: Intake) -> Task:
 def _load_task(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=no_twins)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}:{error.colno}"
         raise DataError(f"{where}: malformed JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a key that appears twice
         raise DataError(f"{path}: malformed JSON: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: expected an object, found {kind_of(data)}")
@@ -351,7 +357,4 @@ def _needs(config: SuperNITasks) -> str:
         key, count = "test_examples", config.test_examples
     else:
         key, count = "validation_examples", min(LEAST_VALIDATION, config.validation_examples)
-    return (
-        f"{count} {key.removesuffix('_examples')} rows and a training row; lower tasks.{key} or "
-        "name the other tasks in tasks.tasks"
-    )
+    return f"{count} {key.removesuffix('_examples')} rows and a training row; lower tasks.{key}"

@@ -32,7 +32,8 @@ class Example:
     """One text-to-text example.
 
     `targets` holds every accepted reference, the first one being the default training target.
-    `choices` and `label` (an index into `choices`) are there where answers are ranked.
+    `choices` and `label` (an index into `choices`) are there where answers are ranked. `prompt`
+    names the prompt of a raw row that has several; then the id is `<raw row>/<prompt>`.
     """
 
     id: str
@@ -41,6 +42,12 @@ class Example:
     choices: tuple[str, ...] = ()
     label: int | None = None
     place: Place | None = None
+    prompt: str = ""
+
+    @property
+    def raw_id(self) -> str:
+        """The id of the raw row, the same one under all its prompts."""
+        return self.id.removesuffix(f"/{self.prompt}") if self.prompt else self.id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +139,13 @@ class Intake:
             "mend the data or set on_bad: skip"
         )
 
+    def describe_refused(self, task: str) -> str:
+        """How many rows of a task were refused and why the first was, in brackets; '' if none."""
+        refused = [reject for reject in self.rejects if reject.task == task]
+        if not refused:
+            return ""
+        return f" ({len(refused)} refused, first {refused[0].place}: {refused[0].reason})"
+
     def rows(self) -> list[dict[str, str]]:
         """The refused rows as plain values."""
         return [{**asdict(reject), "place": str(reject.place)} for reject in self.rejects]
@@ -158,11 +172,24 @@ class TaskStream:
 def hold_out(
     rows: Sequence[Example], *, most: int, seed: int, name: str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training rows, and those set aside for validation: `most`, and at most a tenth of all."""
-    count = min(most, len(rows) // 10)
-    chosen = set(random.Random(f"{seed}/{name}").sample(range(len(rows)), count))
-    train = tuple(row for number, row in enumerate(rows) if number not in chosen)
-    return train, tuple(rows[number] for number in sorted(chosen))
+    """Training rows, and those set aside for validation: `most`, and at most a tenth of all.
+
+    Raw rows are counted, and a raw row is set aside with all its prompts.
+    """
+    groups = group_raw(rows)
+    count = min(most, len(groups) // 10)
+    chosen = set(random.Random(f"{seed}/{name}").sample(range(len(groups)), count))
+    aside = {row.raw_id for number in chosen for row in groups[number]}
+    train = tuple(row for row in rows if row.raw_id not in aside)
+    return train, tuple(row for row in rows if row.raw_id in aside)
+
+
+def group_raw(rows: Iterable[Example]) -> list[tuple[Example, ...]]:
+    """The examples of each raw row, in the order of their first ones."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.raw_id, []).append(row)
+    return [tuple(group) for group in groups.values()]
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -174,7 +201,9 @@ def digest(examples: Iterable[Example]) -> str:
     return hash_parts(json.dumps(row) for row in rows)[:16]
 
 
-def check_not_empty(task: Task) -> None:
-    """Raise `DataError` if a task has no training example."""
+def check_not_empty(task: Task, *, refused: str = "") -> None:
+    """Raise `DataError` if a task has no training example; `refused` tells of refused rows."""
     if not task.train:
-        raise DataError(f"no training example in task {task.name}; remove the task or give it rows")
+        raise DataError(
+            f"no training example in task {task.name}{refused}; remove the task or give it rows"
+        )

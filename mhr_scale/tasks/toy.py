@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 from typing import Literal
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean
+from mhr_scale.errors import ConfigError, DataError, suggest
 from mhr_scale.recipe.part import part
 from mhr_scale.tasks.suite import ShotsConfig, Suite
 from mhr_scale.tasks.task import Example, Intake, Task
@@ -174,7 +174,7 @@ def split(seed: int) -> tuple[list[str], list[str]]:
 def compose(name: str, symbols: str) -> str:
     """Apply the composition `name` to blank-separated letters."""
     if name not in PARTS:
-        raise DataError(f"no composition is named '{name}'{did_you_mean(name, PARTS)}")
+        raise DataError(f"no composition is named '{name}'{suggest(name, PARTS)}")
     letters = symbols.split()
     foreign = [letter for letter in letters if letter not in MAPS["identity"]]
     if foreign:
@@ -212,9 +212,7 @@ def _named(names: Sequence[str]) -> list[str]:
     """The compositions a recipe names; raises `DataError` for unknown ones and repetitions."""
     for name in names:
         if name not in PARTS:
-            raise DataError(
-                f"tasks.tasks: no composition is named '{name}'{did_you_mean(name, PARTS)}"
-            )
+            raise DataError(f"tasks.tasks: no composition is named '{name}'{suggest(name, PARTS)}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"tasks.tasks: '{twice}' stands twice; leave one out")

@@ -117,6 +117,7 @@ def report(inputs: AdaptInputs, folder: Path) -> None:
     if not results:
         return
     compared = comparison.compare(results, tasks={job.task for job in inputs.jobs})
-    write_json(folder / "summary.json", compared)
+    selected_on = {task: data.selects_on for (task, _), data in inputs.data.items()}
+    write_json(folder / "summary.json", {**compared, "selected_on": selected_on})
     log.info("jobs in %s", folder / "jobs")
     write_result(comparison.table(compared))

@@ -11,13 +11,12 @@ from typing import Any
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
 from mhr_scale.analysis.alignment import AlignedTask, Alignment
 from mhr_scale.analysis.analysis_table import table
 from mhr_scale.analysis.inventory_statistics import describe_inventory
 from mhr_scale.analysis.routing_statistics import clustered_order, describe_routing
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter
 from mhr_scale.config import AlignmentConfig, AnalyseConfig, BatchConfig, PretrainConfig
 from mhr_scale.engine.opened import open_backbone
 from mhr_scale.errors import AdapterError, ConfigError, did_you_mean
@@ -53,7 +52,7 @@ def analyse_adapter(config: AnalyseConfig) -> Path:
     """Analyse an adapter, in a folder that this launch owns."""
     folder = RunFolder(config.run.folder, AnalyseConfig)
     folder.check(config, is_begun=False, holds="an analysis")
-    card, adapter = open_adapter(config.adapter)
+    card, adapter = open_adapter(config.adapter, config.backbone_moved_to)
     sources = find_sources(config, adapter)
     if sources is not None:
         align(config, folder, card, adapter, sources)

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import PretrainConfig
-from mhr_scale.errors import DataError
-from mhr_scale.rows.encode import Cuts
-from mhr_scale.rows.tokens import TokenSet, open_tokens
+from mhr_scale.errors import DataError, one_line
+from mhr_scale.rows.tokens import TaskCard, TokenSet, open_tokens
 from mhr_scale.run.runlog import rank
 from mhr_scale.run.streams import write_result
 from mhr_scale.run.tables import prose, render
 from mhr_scale.tasks.task import Intake
 
 SHOWN_REJECTS = 10
+HEADS = (
+    *("task", "metric", "train", "held out", "mean in", "mean out"),
+    *("cut in", "cut out", "dropped", "refused"),
+)
 
 
 def check_data(config: PretrainConfig) -> None:
@@ -56,38 +59,44 @@ def check_refused(tokens: TokenSet, *, on_bad: str) -> None:
 def report(tokens: TokenSet) -> str:
     """The table of tasks, its totals, and the first refused rows."""
     refused = Counter(reject["task"] for reject in tokens.rejects)
-    heads = ["task", "train", "held out", "mean in", "mean out", "cut in", "cut out"]
-    table = [
-        _row(
-            card.name,
-            (card.n_train, card.n_validation),
-            (card.mean_input_tokens, card.mean_target_tokens),
-            card.cuts,
-            refused[card.name],
-        )
-        for card in tokens.cards
-    ]
-    rows = sum(card.n_train for card in tokens.cards)
-    means = [
-        sum(getattr(card, name) * card.n_train for card in tokens.cards) / max(1, rows)
-        for name in ("mean_input_tokens", "mean_target_tokens")
-    ]
-    held_out = sum(card.n_validation for card in tokens.cards)
-    table.append(_row("total", (rows, held_out), means, tokens.cuts, len(tokens.rejects)))
+    n_rows = sum(card.n_train for card in tokens.cards)
+    total = TaskCard(
+        name="total",
+        cap=None,
+        weight=None,
+        metric="",
+        digest="",
+        cuts=tokens.cuts,
+        n_train=n_rows,
+        n_validation=sum(card.n_validation for card in tokens.cards),
+        mean_input_tokens=_mean([(c.mean_input_tokens, c.n_train) for c in tokens.cards]),
+        mean_target_tokens=_mean([(c.mean_target_tokens, c.n_train) for c in tokens.cards]),
+    )
+    table = [_row(card, refused[card.name]) for card in tokens.cards]
     lines = [
-        f"refused {reject['place']}: {reject['reason']} (task {reject['task']})"
+        one_line(f"refused {reject['place']}: {reject['reason']} (task {reject['task']})")
         for reject in tokens.rejects[:SHOWN_REJECTS]
     ]
     if len(tokens.rejects) > SHOWN_REJECTS:
         lines.append(f"... and {len(tokens.rejects) - SHOWN_REJECTS} more")
     words = prose("".join(f"{line}\n" for line in lines))
-    return render([*heads, "dropped", "refused"], table) + words
+    return render(HEADS, [*table, _row(total, len(tokens.rejects))]) + words
 
 
-def _row(
-    name: str, counts: Sequence[int], means: Sequence[float], cuts: Cuts, refused: int
-) -> list[str]:
-    facts = cuts.facts()
-    shares = [f"{facts[key]:.1%}" for key in ("cut_input_share", "cut_target_share")]
-    numbers = [*map(str, counts), *(f"{mean:.1f}" for mean in means), *shares]
-    return [name, *numbers, str(cuts.dropped), str(refused)]
+def _mean(means: Sequence[tuple[float, int]]) -> float:
+    """The mean of means over some rows each."""
+    return sum(mean * rows for mean, rows in means) / max(1, sum(rows for _, rows in means))
+
+
+def _row(card: TaskCard, refused: int) -> list[str]:
+    facts, counts = card.cuts.facts(), (card.n_train, card.n_validation)
+    means = (card.mean_input_tokens, card.mean_target_tokens)
+    shares = (facts["cut_input_share"], facts["cut_target_share"])
+    return [
+        one_line(card.name),
+        card.metric,
+        *map(str, counts),
+        *(f"{mean:.1f}" for mean in means),
+        *(f"{share:.1%}" for share in shares),
+        *map(str, (card.cuts.dropped, refused)),
+    ]

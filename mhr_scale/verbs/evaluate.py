@@ -14,9 +14,8 @@ from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import CARD, Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
-from mhr_scale.adapters.peft_folders import open_adapter
 from mhr_scale.adapters.wrapping import adapters_off
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine.opened import OpenedBackbone, PlacedBackbone, open_backbone
 from mhr_scale.errors import AdapterError, RunError
@@ -189,7 +188,8 @@ def score_subject(
         folder.keep_recipe(config)
         folder.keep_inputs(inputs, is_begun=subject.is_begun)
         asked.intake.write(folder.path / REJECTS)
-        folder.record_start(**engine.facts, backbone=opened.facts)
+        precision = None if subject.card is None else subject.card.precision
+        folder.record_start(**engine.facts, backbone=opened.facts, stored_precision=precision)
     engine.gather_barrier()
     bare = adapters_off(placed.model) if adapter is None else nullcontext()
     with stopping.held(), bare:
@@ -256,7 +256,7 @@ def open_adapter_of(
     if config.adapter is None:
         assert config.backbone is not None
         return None, None, config.backbone
-    card, stored = open_adapter(config.adapter)
+    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
     backbone = backbone_of(
         config.adapter,
         card,

@@ -15,7 +15,7 @@ from mhr_scale.adapters.collapse import collapse, soup
 from mhr_scale.adapters.sites import family_of_sites
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
-from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit
+from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit, open_adapter
 from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import AdapterError
@@ -28,7 +28,7 @@ from mhr_scale.exchange.reloading import (
     check_peft,
     spread,
 )
-from mhr_scale.jobs.job import as_folder
+from mhr_scale.jobs.job import as_folder, check_folders
 from mhr_scale.recipe.reading import to_yaml
 from mhr_scale.run.files import write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
@@ -75,7 +75,7 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
     Raises `AdapterError` if the adapter does not fit the backbone, or needs trained backbone
     weights that the format cannot hold.
     """
-    card, stored = peft_folders.open_adapter(config.adapter)
+    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
     facts = dict(card.backbone)
     if config.backbone_moved_to is not None:
         facts["name"] = config.backbone_moved_to
@@ -155,6 +155,7 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
     """The adapters that `what` names; the average of a single adapter is the adapter itself."""
     if what in ("task", "all_tasks"):
         names = stored.task_names if what == "all_tasks" else [config.task or stored.task_names[0]]
+        check_folders(names, what="tasks")
         return [
             ExportedAdapter(
                 what=what,
@@ -203,6 +204,8 @@ def write_part(
     adapter, name = part.make(), base_name(inputs.facts)
     if config.format == "native":
         origin = {"exported_from": config.adapter, "what": part.what}
+        if "dtype" in inputs.card.origin:
+            origin["dtype"] = inputs.card.precision
         artefact.save(adapter, folder, step=inputs.card.step, backbone=inputs.facts, origin=origin)
     elif config.format == "peft_poly":
         peft_folders.write_peft_poly(adapter, folder, base_model=name)
@@ -262,12 +265,15 @@ def check(
             worst = max(worst, difference)
     except AdapterError as error:
         raise AdapterError(f"{config.folder}: not exported: {error}") from error
-    text = (
-        f"the logits are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
-    )
+    whose = "the logits"
+    if len(parts) > 1:
+        whose += f" of the {len(parts)} tasks"
+    if len(numbers) < len(parts):
+        whose = f"{len(numbers)} of {len(parts)} tasks were compared: their logits"
+    text = f"{whose} are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
     if rounding:
         text += f"; rounding the weights to their data type moves them by {rounding:.1e}"
-    return f"{len(numbers)} of {len(parts)} tasks: {text}" if len(parts) > 1 else text
+    return text
 
 
 def closing(

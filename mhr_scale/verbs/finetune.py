@@ -21,34 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.wrapping import AdaptedModel
-from mhr_scale.backbone import quantise
-from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.backbone.of_adapter import backbone_facts
-from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
-    AdaptConfig,
-    AdaptRunConfig,
     FinetuneConfig,
     ScheduleConfig,
-    SelectionConfig,
-    ShotsConfig,
-    VariantConfig,
 )
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
-from mhr_scale.engine.opened import PlacedBackbone, inputs_of
-from mhr_scale.errors import ConfigError, DivergenceError, RunError, did_you_mean
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.errors import ConfigError, DivergenceError, RunError
 from mhr_scale.exchange import stock
-from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
+from mhr_scale.jobs.finetune_inputs import FinetuneInputs, open_inputs
 from mhr_scale.jobs.job import RESULT
-from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.passes import few_shot_loss
 from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
-from mhr_scale.run.files import hash_file, to_json_lines, write_json, write_text
+from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log, world_size
 from mhr_scale.run.streams import write_result
@@ -56,33 +46,11 @@ from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge, keeps_texts
 from mhr_scale.seeds import seed_from
-from mhr_scale.tasks.suites import read_few_shot
-from mhr_scale.tasks.task import Intake
 from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may change between two starts of a run: those that do not affect its result.
 FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "scoring.texts", "backbone.recompute")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneInputs:
-    """What is read and checked before any weight of the backbone is loaded."""
-
-    source: Path
-    blueprint: Blueprint
-    tokenizer: Any
-    data: JobData
-    intake: Intake
-
-    @property
-    def contents(self) -> dict[str, str]:
-        """What the run reads, by content (`RunFolder.check_inputs`)."""
-        return {
-            **inputs_of(self.blueprint, self.tokenizer),
-            f"adapter {self.source}": hash_file(self.source / peft_folders.TENSORS)[:16],
-            f"rows of {self.data.few_shot.task.name}": self.data.digest,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,52 +116,14 @@ def load(
 ) -> LoadedModel:
     """Load the backbone and its LoRA with stock parts; check the bare backbone's fingerprint."""
     blueprint = inputs.blueprint
-    model = stock.load_model(config.backbone, blueprint, source, engine.device)
+    model = stock.load_model(inputs.backbone, blueprint, source, engine.device)
     base = model.get_base_model()
     with model.disable_adapter():
-        check_backbone(base, blueprint, config.backbone, engine)
+        check_backbone(base, blueprint, inputs.backbone, engine)
     placed = PlacedBackbone(
         engine=engine, family=blueprint.family, model=base, adapted=AdaptedModel(base, {})
     )
     return LoadedModel(model=model, placed=placed, tokenizer=inputs.tokenizer)
-
-
-# -- before any weight is read ---------------------------------------------------------------------
-
-
-def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
-    """Read and check the adapter, the backbone's configuration and the task."""
-    source = stock.find_peft_lora(config.adapter)
-    blueprint = read_blueprint(config.backbone)
-    quantise.check(config.backbone, blueprint)
-    stock.check_fit(source, blueprint, config.backbone)
-    tokenizer = load_tokenizer(config.backbone, blueprint)
-    data, intake = read_data(config, tokenizer, blueprint.family)
-    return FinetuneInputs(
-        source=source, blueprint=blueprint, tokenizer=tokenizer, data=data, intake=intake
-    )
-
-
-def read_data(config: FinetuneConfig, tokenizer: Any, family: Family) -> tuple[JobData, Intake]:
-    """The rows of the task; raises `ConfigError` if the suite has no such task."""
-    tasks = config.tasks.only(config.task)
-    shots, seed = config.shots, config.shots.seed
-    adaptation = AdaptConfig(
-        variants={"finetune": VariantConfig(adapter=config.adapter)},
-        tasks=tasks,
-        shots=ShotsConfig(seeds=(seed,), count=shots.count, folder=shots.folder),
-        protocol=config.protocol,
-        selection=SelectionConfig(on="last"),
-        scoring=config.scoring,
-        run=AdaptRunConfig(folder=config.run.folder),
-    )
-    examples = config.scoring.examples
-    few_shot_tasks, intake = read_few_shot(tasks, adaptation.shots, seed=seed, examples=examples)
-    by_name = {few_shot.task.name: few_shot for few_shot in few_shot_tasks}
-    if config.task not in by_name:
-        hint = did_you_mean(config.task, by_name)
-        raise ConfigError(f"task: suite {tasks.suite} has no task '{config.task}'{hint}")
-    return open_data(by_name[config.task], adaptation, tokenizer, family), intake
 
 
 def begin(
@@ -210,8 +140,9 @@ def begin(
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
         device=str(device),
-        backbone=backbone_facts(config.backbone, inputs.blueprint),
+        backbone=backbone_facts(inputs.backbone, inputs.blueprint),
         adapter=str(inputs.source),
+        stored_precision=inputs.card.precision,
     )
 
 
@@ -229,9 +160,9 @@ def announce(
         data.few_shot.n_rows,
         len(data.test.questions),
         f"{sum(parameter.numel() for parameter in loaded.trained):,}",
-        config.backbone.name,
-        config.backbone.dtype,
-        config.backbone.quantise,
+        inputs.backbone.name,
+        inputs.backbone.dtype,
+        inputs.backbone.quantise,
         sum(weight.numel() * weight.element_size() for weight in weights) / 1e9,
         loaded.placed.device,
         start + 1,

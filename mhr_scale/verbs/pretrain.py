@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mhr_scale.adapters.peft_folders import open_adapter
+from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import AdapterError
 from mhr_scale.run.run_folder import owned_folder

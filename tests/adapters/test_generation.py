@@ -22,7 +22,8 @@ CONFIGS = {
 
 def generate(model, adapter, rows, task_ids, **options):
     batch = make_batch(len(TASK_IDS))
-    with torch.no_grad(), adapter.slots(task_ids):
+    beams = options.get("num_beams", 1)
+    with torch.no_grad(), adapter.slots(task_ids, rows_per_example=beams):
         return model.generate(
             input_ids=batch["input_ids"][rows],
             attention_mask=batch["attention_mask"][rows],

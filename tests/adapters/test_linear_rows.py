@@ -62,7 +62,7 @@ def cotangent_of(y):
 def run_ours(rows, kind, n_copies):
     adapter = make_linear(rows.config(kind), n_in=N_IN, n_out=N_OUT)
     x = make_x(len(rows.task_ids) * n_copies).requires_grad_()
-    with adapter.slots(rows.task_ids) as slots:
+    with adapter.slots(rows.task_ids, rows_per_example=n_copies) as slots:
         y = adapter.linears[0](x)
         slots.backward((y * cotangent_of(y)).sum())
     return y.detach(), {"x": x.grad, **tensors_of(adapter, gradients=True)}
@@ -102,7 +102,7 @@ def test_rows_may_be_single_vectors(rows, kind):
 def test_output_of_four_dimensions_has_the_shape_of_the_frozen_product(rows, kind):
     adapter = make_linear(rows.config(kind), n_in=N_IN, n_out=N_OUT)
     x = torch.zeros(len(rows.task_ids) * 2, 2, 4, N_IN, dtype=torch.float64)
-    with torch.no_grad(), adapter.slots(rows.task_ids):
+    with torch.no_grad(), adapter.slots(rows.task_ids, rows_per_example=2):
         assert adapter.linears[0](x).shape == (*x.shape[:-1], N_OUT)
 
 
@@ -127,14 +127,25 @@ def test_ragged_rows_get_a_slot_each_and_even_ones_share(name, n_pairs):
     assert slots.b_URO[0].shape == (*leading, rows.rank, N_OUT)
 
 
-def test_a_number_of_rows_that_is_no_multiple_of_the_examples_is_refused(kind):
-    rows = ROWS["ragged"]
+@pytest.mark.parametrize("n_rows", [7, 12, 18])
+@pytest.mark.parametrize("name", ["one slot", "ragged"])
+def test_a_pass_with_other_rows_than_the_examples_is_refused(kind, name, n_rows):
+    rows = ROWS[name]
     adapter = make_linear(rows.config(kind), n_in=N_IN, n_out=N_OUT)
     with (
-        adapter.slots(rows.task_ids),
-        pytest.raises(AdapterError, match="linear got 7 rows under slots made for 6 examples"),
+        adapter.slots(rows.task_ids, rows_per_example=4),
+        pytest.raises(AdapterError, match=f"linear got {n_rows} rows .* made for 6 examples"),
     ):
-        adapter.linears[0](make_x(7))
+        adapter.linears[0](make_x(n_rows))
+
+
+def test_a_single_id_stands_for_all_rows(kind):
+    adapter = make_linear(ROWS["even"].config(kind), n_in=N_IN, n_out=N_OUT)
+    x, found = make_x(6), []
+    for task_ids in ([1], [1] * 6):
+        with torch.no_grad(), adapter.slots(task_ids):
+            found.append(adapter.linears[0](x))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("n_copies", [2, 3])
@@ -143,7 +154,8 @@ def test_pairs_are_copied_for_examples_not_for_their_rows(n_copies):
     adapter = make_linear(AdapterConfig(rank=3, n_skills=5), n_in=20, n_out=22)
     n_rows = len(task_ids) * n_copies
     x = torch.randn(n_rows, 2, 20, dtype=torch.float64, requires_grad=True)
-    with adapter.slots(task_ids) as slots, Recorder() as recorder:
+    filled = adapter.slots(task_ids, rows_per_example=n_copies)
+    with filled as slots, Recorder() as recorder:
         slots.backward(adapter.linears[0](x).square().sum())
     copies = {tuple(sorted((n_rows, width, 3))) for width in (20, 22)}
     assert {shape for shape in recorder.shapes if tuple(sorted(shape)) in copies} == set()

@@ -119,7 +119,7 @@ def test_a_peft_folder_is_opened_with_the_name_of_its_backbone(config, kind, tmp
     )
     assert_same(found, adapter)
     assert card.backbone == {"name": "bigscience/T0"}
-    assert card.origin == {"format": f"PEFT {kind}", "path": str(tmp_path)}
+    assert card.origin == {"format": f"PEFT {kind}", "path": str(tmp_path), "dtype": "float32"}
     assert (card.adapter, card.sites) == (adapter.config, adapter.sites)
     assert card.task_names == adapter.task_names
 

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft_folders import IA3, LORA, MHR, POLY, QUERY, STORED, WITHOUT_OTHERS, edit, make, write
 from safetensors.torch import load_file, save_file
 from stock_peft import make_stock
+from tiny import make_t5
 
 from mhr_scale.adapters import peft_folders
 from mhr_scale.errors import AdapterError
@@ -55,7 +56,14 @@ def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rank_pattern": {"q": 4}, "use_dora": True}, "rank_pattern: {'q': 4}, use_dora: True"),
+        ({"use_dora": True}, r"use_dora: True \(DoRA, .*merge_and_unload"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\] \(whole modules"),
+        ({"rank_pattern": {"q": "4"}}, "rank_pattern.q is '4', not a number"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern.q is 0, below 1"),
+        ({"rank_pattern": {"q": 4}}, r"\S+\.q\.A is \[32, 2\], of another rank than 4"),
+        ({"rank_pattern": [4]}, r"rank_pattern is \[4\], not numbers by name"),
+        ({"alpha_pattern": {"(": 4}}, r"alpha_pattern: '\(': missing"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, no text"),
         ({"bias": "lora_only"}, "bias: lora_only"),
         ({"some_future_setting": 0.5}, "some_future_setting: 0.5"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
@@ -67,7 +75,7 @@ def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path
 def test_settings_of_a_lora_that_we_cannot_express_are_refused(fields, words, lora_folder):
     edit(lora_folder, **fields)
     with pytest.raises(AdapterError, match=rf"^{lora_folder}/\S+: {words}"):
-        peft_folders.read_peft_lora(lora_folder)
+        peft_folders.open_adapter(lora_folder)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +88,18 @@ def test_a_folder_of_another_type_is_refused(reader, found, lora_folder):
         reader(lora_folder)
 
 
-@pytest.mark.parametrize("inputs", [None, ["wo"], r".*\.wo"])
-def test_ia3_vectors_that_scale_inputs_are_refused(inputs, tmp_path):
-    folder = write(make(replace(IA3, layout="full")), tmp_path)
+@pytest.mark.parametrize("inputs", [["k"], r".*\.k"])
+def test_ia3_vectors_that_scale_the_residual_stream_are_refused(inputs, tmp_path):
+    folder = write(make(IA3), tmp_path)
     edit(folder, feedforward_modules=inputs)
-    with pytest.raises(AdapterError, match=r"adapter_config.json: feedforward_modules .*wo"):
+    with pytest.raises(AdapterError, match=r"adapter_config.json: .* scales the inputs of .*\.k"):
+        peft_folders.read_peft_ia3(folder)
+
+
+def test_ia3_vectors_of_another_shape_than_their_inputs_are_refused(tmp_path):
+    folder = write(make(replace(IA3, layout="full")), tmp_path)
+    edit(folder, feedforward_modules=["wo"])
+    with pytest.raises(AdapterError, match=r"wo\.l does not fit .*wi_1\.l"):
         peft_folders.read_peft_ia3(folder)
 
 
@@ -184,19 +199,76 @@ def test_routing_tables_of_another_shape_are_listed(tmp_path):
         peft_folders.read_peft_poly(folder)
 
 
-def test_linears_of_no_layout_are_named(tmp_path):
+def test_linears_left_out_of_a_backbone_that_is_not_found_are_named(tmp_path):
     config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
     make_stock(config, tmp_path)
     words = r"12 linears .*'attention', with 12 odd: missing encoder\.block\.0\..*\.k;"
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(AdapterError, match=f"{words}.* names no backbone; set backbone_moved_to"):
         peft_folders.read_peft_lora(tmp_path)
 
 
-def test_pickled_tensors_are_refused(lora_folder):
-    tensors = load_file(lora_folder / peft_folders.TENSORS)
-    torch.save(tensors, lora_folder / "adapter_model.bin")
+@pytest.mark.parametrize(
+    ("settings", "sizes", "words"),
+    [
+        ({"r": 1 << 20}, {}, r"describes an adapter of up to \d+ numbers"),
+        ({"r": 1 << 40}, {}, "adapter.rank: 1099511627776 is above"),
+        ({}, {"num_layers": 10**9}, "those of no layout"),
+        ({}, {"d_model": "32"}, "those of no layout"),
+        ({"target_modules": 3}, {}, "target_modules 3"),
+        ({"target_modules": "("}, {}, r"target_modules \("),
+        ({"layers_to_transform": "0"}, {}, "target_modules"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, {}, "target_modules"),
+    ],
+)
+def test_linears_left_out_by_a_damaged_description_are_refused(settings, sizes, words, tmp_path):
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], layers_to_transform=[0]
+    )
+    make_stock(config, tmp_path / "peft")
+    make_t5().save_pretrained(tmp_path / "t5")
+    file = tmp_path / "t5" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **sizes}))
+    edit(tmp_path / "peft", base_model_name_or_path=str(tmp_path / "t5"), **settings)
+    with pytest.raises(AdapterError, match=words) as error:
+        peft_folders.open_adapter(tmp_path / "peft")
+    assert "\n" not in str(error.value)
+
+
+def test_linears_of_no_layout_are_refused_with_the_way_out(tmp_path):
+    targets = ["q", "k", "v", "o", "lm_head"]
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=targets)
+    make_stock(config, tmp_path / "peft")
+    make_t5().save_pretrained(tmp_path / "t5")
+    edit(tmp_path / "peft", base_model_name_or_path=str(tmp_path / "t5"))
+    with pytest.raises(AdapterError, match=r"unknown lm_head.*no layout with all.*merge_and"):
+        peft_folders.read_peft_lora(tmp_path / "peft")
+
+
+def test_a_linear_that_the_configuration_names_is_not_left_out(lora_folder, tmp_path):
+    make_t5().save_pretrained(tmp_path / "t5")
+    edit(lora_folder, base_model_name_or_path=str(tmp_path / "t5"))
+    rewrite(lora_folder, drop_linear)
+    with pytest.raises(AdapterError, match=f"names are not there: missing {QUERY}"):
+        peft_folders.read_peft_lora(lora_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": torch.zeros(2, dtype=torch.int8)}, "'a' is int8; adapters are float32, bfloat16"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "'a' is complex64"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is stored as torch.sparse_coo, not dense"),
+        ({"a": torch.zeros(2, device="meta")}, r"'a' has no numbers \(device meta\)"),
+        ({3: torch.zeros(2)}, "3 its name is no text"),
+        ({"a": 3}, "holds no state_dict"),
+        (LoraConfig(), "cannot be read as tensors alone"),
+    ],
+    ids=["integers", "complex", "sparse", "meta", "number", "no-tensor", "code"],
+)
+def test_pickled_files_of_anything_but_tensors_are_refused(content, words, lora_folder):
     (lora_folder / peft_folders.TENSORS).unlink()
-    with pytest.raises(AdapterError, match=r"/adapter_model\.safetensors: .*adapter_model\.bin"):
+    torch.save(content, lora_folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=rf"/adapter_model\.bin: {words}"):
         peft_folders.read_peft_lora(lora_folder)
 
 

@@ -4,9 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import attach_copy, gradients, make_adapted, make_batch, make_t5
+from tiny import TASKS, attach_copy, gradients, logits, make_adapted, make_batch, make_t5
 
-from mhr_scale.adapters import AdapterConfig
+from mhr_scale.adapters import AdapterConfig, attach
+from mhr_scale.adapters.products import Cut, scale
 
 TASK_IDS = (2, 0, 2, 1)
 #: bfloat16 keeps 8 bits; a step of a tiny T5 rounds about a hundred times.
@@ -76,3 +77,70 @@ def test_slots_filled_outside_of_autocast_work_inside():
     with adapter.slots(TASK_IDS) as slots, torch.autocast("cpu", dtype=torch.bfloat16):
         slots.backward(model(**make_batch(4)).loss)
     assert adapter.routing_logits.grad.isfinite().all()
+
+
+# --- (IA)3
+
+
+def scaled(y, l_UO, cotangent):
+    """What `scale` gives, and its gradients."""
+    y, l_UO = y.clone().requires_grad_(), l_UO.clone().requires_grad_()
+    found = scale(y, l_UO, cut=Cut(is_open=True))
+    found.backward(cotangent)
+    return found.detach(), y.grad, l_UO.grad
+
+
+@pytest.mark.parametrize("n_slots", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scaled_output_is_the_exact_product_rounded_once(dtype, n_slots):
+    generator = torch.Generator().manual_seed(0)
+    lead = () if n_slots is None else (n_slots,)
+    y = torch.randn(4, 3, 32, generator=generator).to(dtype)
+    l_UO = 1 + 0.004 * torch.randn(*lead, 32, generator=generator)
+    per_row = l_UO if n_slots is None else l_UO[:, None]
+    cotangent = torch.randn(y.shape, generator=generator).to(dtype)
+    found, dy, dl = scaled(y, l_UO, cotangent)
+    assert torch.equal(found, (y.double() * per_row.double()).to(dtype))
+    assert torch.equal(dy, (cotangent.double() * per_row.double()).to(dtype))
+    exact = (y.double() * cotangent.double()).sum((0, 1) if n_slots is None else 1)
+    torch.testing.assert_close(dl.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_rows_scaled_together_are_those_scaled_apart_bit_for_bit(n_rows):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(4 * n_rows, 5, 33, generator=generator).to(torch.bfloat16)
+    l_UO = 1 + 0.1 * torch.randn(4, 33, generator=generator)
+    cotangent = torch.randn(y.shape, generator=generator).to(torch.bfloat16)
+    together = scaled(y, l_UO, cotangent)
+    parts = zip(y.split(n_rows), l_UO, cotangent.split(n_rows), strict=True)
+    apart = zip(*(scaled(*part) for part in parts), strict=True)
+    for whole, pieces in zip(together, apart, strict=True):
+        assert torch.equal(whole, torch.stack(pieces).view_as(whole))
+
+
+def test_small_steps_of_ia3_count_in_bfloat16(low):
+    """1.0038 lies between two bfloat16 numbers and rounds to 1."""
+    make_low, context = low
+    model = make_low().eval()
+    adapter = attach(model, AdapterConfig(kind="ia3", layout="light", n_skills=1), tasks=TASKS)
+    with context():
+        bare = logits(model, adapter, TASK_IDS)
+        for vectors in adapter.parameters():
+            vectors.data.fill_(1.0038)
+        assert not torch.equal(logits(model, adapter, TASK_IDS), bare)
+
+
+def test_tfews_layout_in_bfloat16_is_as_near_to_float32_as_the_bare_backbone():
+    config = AdapterConfig(kind="ia3", layout="light", n_skills=1)
+    whole, adapter = make_adapted(config, dtype=torch.float32)
+    model = make_t5().to(torch.bfloat16)
+    low = attach_copy(model, adapter)
+    errors = []
+    for off in (True, False):
+        found = []
+        for backbone, used in ((whole, adapter), (model, low)):
+            with torch.no_grad(), used.slots(TASK_IDS), used.off() if off else nullcontext():
+                found.append(backbone.eval()(**make_batch(4)).logits.float())
+        errors.append(((found[1] - found[0]).norm() / found[0].norm()).item())
+    assert errors[1] < 1.5 * errors[0]

@@ -9,8 +9,9 @@ from tiny import Recorder
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhr_scale.adapters.products import products, update
+from mhr_scale.adapters.products import Cut, products, update
 
+OPEN = Cut(is_open=True)
 N_IN, N_OUT, RANK, N_ROWS, N_TOKENS = 5, 4, 2, 6, 3
 
 
@@ -55,17 +56,29 @@ def case(request):
 
 
 def fused(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
-    return products(x, a_UIX, pairs, weights)
+    return products(x, a_UIX, pairs, weights, cut=OPEN)
 
 
 def added(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
-    return update(x, a_UIX, pairs, [F.linear(x, weight) for weight in weights])
+    return update(x, a_UIX, pairs, [F.linear(x, weight) for weight in weights], cut=OPEN)
 
 
 def biased(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
     """With a bias, a frozen product is a view."""
     zeros = x.new_zeros(N_OUT)
-    return update(x, a_UIX, pairs, [F.linear(x, weight, zeros) for weight in weights])
+    return update(x, a_UIX, pairs, [F.linear(x, weight, zeros) for weight in weights], cut=OPEN)
+
+
+def turned(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
+    """Outputs whose rows do not lie one behind the other."""
+    outputs = [F.linear(x.transpose(0, 1), weight).transpose(0, 1).clone() for weight in weights]
+    assert not any(y.is_contiguous() or y._is_view() for y in outputs)
+    return update(x, a_UIX, pairs, outputs, cut=OPEN)
+
+
+def turned_view(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
+    outputs = [F.linear(x.transpose(0, 1), weight).transpose(0, 1) for weight in weights]
+    return update(x, a_UIX, pairs, outputs, cut=OPEN)
 
 
 def plain(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
@@ -83,7 +96,13 @@ def plain(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) 
     return tuple(ys)
 
 
-WAYS = {"products": fused, "update": added, "update of views": biased}
+WAYS = {
+    "products": fused,
+    "update": added,
+    "update of views": biased,
+    "update of turned outputs": turned,
+    "update of turned views": turned_view,
+}
 
 
 @pytest.fixture(params=WAYS)
@@ -157,7 +176,7 @@ def test_second_derivatives_are_refused_not_wrong(case, way):
 def test_autocast_casts_once_and_gradients_keep_the_type_of_their_tensors(case):
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ys = products(*tensors)
+        ys = products(*tensors, cut=OPEN)
     assert {y.dtype for y in ys} == {torch.bfloat16}
     expected = plain(*tensors)
     for y, whole in zip(ys, expected, strict=True):
@@ -172,7 +191,7 @@ def test_no_tensor_as_large_as_an_output_is_written_twice():
     """In both directions: a product that is written, then others that are added to it in place."""
     x, a_UIX, pairs, weights = CASES["three, 3 slots"].tensors()
     with Recorder() as recorder:
-        ys = products(x, a_UIX, pairs, weights)
+        ys = products(x, a_UIX, pairs, weights, cut=OPEN)
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     assert recorder.count(["add", "add_", "cat"]) == 1  # the hidden gradients side by side
     assert recorder.count(["baddbmm_"]) == len(weights) + 1

@@ -6,60 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_vectors import files, read
+from published import KEY, MHR, TABLE, assert_same, make, publish, store
 from safetensors.torch import save_file
-from tiny import TASKS, attach_copy, make_adapted
+from tiny import TASKS, attach_copy
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mhr_scale.adapters import AdapterConfig, artefact, peft_folders
+from mhr_scale.adapters import AdapterConfig, peft_folders
 from mhr_scale.adapters.reference_checkpoints import GRANULARITIES, read_published
 from mhr_scale.errors import AdapterError
-
-MHR = AdapterConfig(n_skills=3, n_splits=4, rank=2)
-KEY = "encoder.block.0.layer.0.SelfAttention.k"
-VALUE = "encoder.block.0.layer.0.SelfAttention.v"
-TABLE = "selector.module_logits"
-SIDES = {"A": "lora_a", "B": "lora_b", "l": "multi_lora_b"}
-
-
-def make(config):
-    return make_adapted(config, dtype=torch.float32)[1]
-
-
-def publish(adapter, *, everywhere=False):
-    """The adapter's tensors as the reference names and shapes them.
-
-    A table shared by several linears stands under the first, or under each of them.
-    """
-    stored = artefact.named_tensors(adapter)
-    found = {}
-    for name, tensor in stored.items():
-        linear, _, side = name.rpartition(".")
-        if side in SIDES:
-            whole = {1: tensor, 3: tensor[0, 0]}[1 if adapter.config.is_routed else 3]
-            found[f"{linear}.{SIDES[side]}"] = whole.clone()
-    seen = set()
-    for site in adapter.sites if adapter.routing_logits is not None else ():
-        group = site.routing_group(adapter.config.granularity, adapter.config.block_span)
-        if everywhere or group not in seen:
-            found[f"{site.name}.{TABLE}"] = stored[f"{group}.routing_logits"].flatten(1)
-        seen.add(group)
-    return found
-
-
-def store(tensors, folder, *, prefix="model.", **settings):
-    """A Lightning checkpoint, as the reference writes it."""
-    path = folder / "best.ckpt"
-    tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    torch.save({"state_dict": tensors, "hyper_parameters": settings, "epoch": 3}, path)
-    return path
-
-
-def assert_same(found, expected):
-    found, expected = artefact.named_tensors(found), artefact.named_tensors(expected)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
 
 # --- the reference's own numbers
 
@@ -221,15 +176,6 @@ def retable(tensors):
     tensors[f"{KEY}.{TABLE}"] = torch.zeros(4, 13)
 
 
-def later_release(tensors):
-    """Skills before splits, as later releases of the reference store them."""
-    for name, tensor in tensors.items():
-        if name.endswith("lora_a"):
-            tensors[name] = tensor.transpose(0, 1).contiguous()
-        elif name.endswith("lora_b"):
-            tensors[name] = tensor.permute(1, 2, 0, 3).contiguous()
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -241,7 +187,6 @@ def later_release(tensors):
         (add_weights, "1 of 109 tensors are not named .* such as model.shared.weight; keep"),
         (poison, f"{KEY}.routing_logits holds NaN"),
         (retable, rf"{KEY}.routing_logits is \[4, 13\], not \[4, 4, 3\]"),
-        (later_release, "do not fit"),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed(change, words, tmp_path):
@@ -273,7 +218,7 @@ def test_another_number_of_task_names_is_refused(tmp_path):
 
 def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
     adapter = make(AdapterConfig(kind="ia3", layout="light", n_skills=1))
-    with pytest.raises(AdapterError, match="pass width"):
+    with pytest.raises(AdapterError, match="or pass width"):
         read_published(store(publish(adapter), tmp_path))
 
 
@@ -290,6 +235,37 @@ def test_ia3_vectors_of_a_backbone_of_unknown_width_are_refused(tmp_path):
 def test_another_way_of_mixing_is_refused(setting, words, tmp_path):
     with pytest.raises(AdapterError, match=words):
         read_published(store(publish(make(MHR)), tmp_path, **setting))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_alpha": "16"}, "hyper-parameter lora_alpha is '16', not a number"),
+        ([("lora_alpha", 16)], "hyper_parameters are a list, not settings by name"),
+    ],
+)
+def test_hyper_parameters_of_other_types_are_refused(settings, words, tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": publish(make(MHR)), "hyper_parameters": settings}, path)
+    with pytest.raises(AdapterError, match=words):
+        read_published(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision_is_held_in_float32_and_said(dtype, tmp_path):
+    adapter = make(MHR)
+    path = store({name: t.to(dtype) for name, t in publish(adapter).items()}, tmp_path)
+    card, found = peft_folders.open_adapter(path)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert_same(found, adapter.to(dtype).float())
+    assert card.precision == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_numbers_that_no_adapter_has_are_refused(dtype, tmp_path):
+    tensors = {name: tensor.to(dtype) for name, tensor in publish(make(MHR)).items()}
+    with pytest.raises(AdapterError, match=r"is \w+; adapters are float32, bfloat16, float16"):
+        read_published(store(tensors, tmp_path))
 
 
 class Code:

@@ -72,6 +72,41 @@ def test_backward_outside_the_block_is_refused(adapted):
         slots.backward(loss)
 
 
+@pytest.mark.parametrize("layout", ["full", "light"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_backward_pass_past_the_slots_is_refused(kind, layout):
+    model, adapter = make_adapted(AdapterConfig(kind=kind, layout=layout, n_skills=1))
+    with adapter.slots(TASK_IDS):
+        loss = model(**make_batch(4)).loss
+        with pytest.raises(AdapterError, match=r"call slots\.backward\(loss\) inside"):
+            loss.backward()
+        later = model(**make_batch(4)).loss
+    with pytest.raises(AdapterError, match=r"call slots\.backward\(loss\) inside"):
+        later.backward()
+    assert all(parameter.grad is None for parameter in adapter.parameters())
+    assert all(tensor.any() for tensor in gradients(model, adapter, TASK_IDS).values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_frozen_adapter_lets_gradients_through_to_the_inputs(kind):
+    model, adapter = make_adapted(AdapterConfig(kind=kind, n_skills=1))
+    adapter.requires_grad_(False)
+    batch = make_batch(4)
+    states = model.shared(batch.pop("input_ids")).requires_grad_()
+    with adapter.slots(TASK_IDS):
+        model(inputs_embeds=states, **batch).loss.backward()
+    assert bool(states.grad.any())
+
+
+def test_fewer_names_than_rows_are_refused(adapted):
+    model, adapter = adapted
+    with (
+        adapter.slots(["copy", "sort"]),
+        pytest.raises(AdapterError, match="got 4 rows under slots made for 2 examples; give one"),
+    ):
+        model(**make_batch(4))
+
+
 # --- the bare backbone
 
 
@@ -327,7 +362,7 @@ def test_answer_choices_are_consecutive_decoder_rows_of_an_example(adapted):
     model, adapter = adapted
     batch = make_batch(4)
     choices = make_batch(12, seed=7)["labels"]
-    with torch.no_grad(), adapter.slots(TASK_IDS):
+    with torch.no_grad(), adapter.slots(TASK_IDS, rows_per_example=3):
         encoded = model.encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state

@@ -56,9 +56,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (BIN, ["config.json", "pytorch_model.bin", "spiece.model"]),
         ([*BIN, "model.fp16.safetensors"], ["config.json", "pytorch_model.bin", "spiece.model"]),
         ([*BIN, "adapter_model.safetensors"], ["config.json", "pytorch_model.bin", "spiece.model"]),
+        (
+            [*BIN, "first.safetensors", "model.safetensors.index.json"],
+            ["config.json", "first.safetensors", "model.safetensors.index.json", "spiece.model"],
+        ),
         (BOTH, SMALL),
     ],
-    ids=["both formats", "bin alone", "a variant", "an adapter", "no weights"],
+    ids=["both formats", "bin alone", "a variant", "an adapter", "own names", "no weights"],
 )
 def test_weights_are_fetched_in_one_format(
     monkeypatch: pytest.MonkeyPatch, asked: list[Any], files: list[str], wanted: list[str]

@@ -7,6 +7,7 @@ from small_t5 import SIZES, WO
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mhr_scale.config import BackboneConfig
+from mhr_scale.seeds import seed_from
 
 
 def whole(source, name):
@@ -105,3 +106,7 @@ def test_another_seed_gives_another_model(build):
 )
 def test_a_configuration_no_t5_has_is_refused(field, value, expected):
     assert message_of(BackboneConfig(config={**SIZES, field: value})).startswith(expected)
+
+
+def test_every_name_has_a_seed_of_its_own_even_one_that_is_no_text():
+    assert len({seed_from("backbone", 0, name) for name in ("a", "b", "\ud800", "\ud801")}) == 4

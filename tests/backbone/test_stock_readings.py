@@ -70,6 +70,14 @@ def test_tensors_that_the_model_has_no_place_for_are_refused_as_elsewhere(make, 
         stock.load_backbone(config, read_blueprint(config), CPU)
 
 
+def test_an_adapter_beside_the_backbone_is_refused(folder):
+    """Transformers would load it too, without a word."""
+    (folder / "adapter_config.json").write_text("{}")
+    config = BackboneConfig(name=str(folder), dtype="float32")
+    with pytest.raises(BackboneError, match="an adapter beside the backbone"):
+        stock.load_backbone(config, read_blueprint(config), CPU)
+
+
 def test_a_deeper_decoder_is_read_alike(make, both):
     original = small_t5(num_decoder_layers=4)
     assert_same(both(make(stored(original), {**CARD, "num_decoder_layers": 4})))

@@ -7,11 +7,11 @@ import pytest
 import sentencepiece
 from processes import ROOT
 from small_backbones import one_line, stored
-from small_t5 import CARD, SIZES
+from small_t5 import CARD, SIZES, small_t5
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.tokenizer import WORDS, load_tokenizer
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 
@@ -111,24 +111,27 @@ def test_ids_of_random_weights_are_compared_too():
 # -- sentencepiece ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """A vocabulary as T5's are: sentencepiece's own file, and nothing beside it."""
-    place = tmp_path_factory.mktemp("pieces")
+T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+def train_pieces(place, **settings):
+    """A vocabulary as sentencepiece writes it, in a file as T5 calls it."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.strip()]
+    lines += [WORDS] * 10
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(place / "spiece"),
-        vocab_size=280,
-        normalization_rule_name="nmt_nfkc",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
         num_threads=1,
         minloglevel=2,
+        **{"vocab_size": 280, **settings},
     )
     return place / "spiece.model"
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A vocabulary as T5's are."""
+    return train_pieces(tmp_path_factory.mktemp("pieces"), **T5_IDS)
 
 
 TEXTS = ("the frozen backbone", "  two   spaces, 3.5 % ", "\ufb01t caf\u00e9", "\u16a0 unknown")
@@ -149,6 +152,47 @@ def test_a_folder_with_a_sentencepiece_file_alone_is_read_as_sentencepiece_reads
     for text in TEXTS:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == original.encode(text)
         assert tokenizer(text)["input_ids"] == [*original.encode(text), 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pad_id": 3, "eos_id": 1, "unk_id": 0, "bos_id": -1},
+        {**T5_IDS, "model_type": "bpe"},
+        {**T5_IDS, "add_dummy_prefix": False},
+    ],
+    ids=["other ids", "bpe", "no space in front"],
+)
+def test_a_sentencepiece_file_that_transformers_reads_wrongly_is_refused(
+    folder, tmp_path, settings
+):
+    shutil.copy(train_pieces(tmp_path, **settings), folder)
+    message = tokenizer_error(name=str(folder))
+    assert message.startswith(f"{folder / 'spiece.model'}: transformers makes other tokens of '")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"remove_extra_whitespaces": False}, {"normalization_rule_name": "identity"}],
+    ids=["all spaces", "no normalisation"],
+)
+def test_spaces_that_transformers_reads_otherwise_are_told_of(folder, tmp_path, settings, caplog):
+    shutil.copy(train_pieces(tmp_path, **T5_IDS, **settings), folder)
+    tokenizer_of(name=str(folder))
+    assert caplog.messages == [
+        f"{folder / 'spiece.model'}: spaces in a row, or at the end, are read as other tokens"
+    ]
+
+
+def test_bytes_of_unknown_characters_that_transformers_does_not_make_are_missed_aloud(
+    make, tmp_path, caplog
+):
+    folder = make(stored(small_t5(vocab_size=600)), {**CARD, "vocab_size": 600})
+    shutil.copy(train_pieces(tmp_path, **T5_IDS, byte_fallback=True, vocab_size=400), folder)
+    tokenizer_of(name=str(folder))
+    assert caplog.messages == [
+        f"{folder / 'spiece.model'}: unknown characters are read as one token, not as their bytes"
+    ]
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])

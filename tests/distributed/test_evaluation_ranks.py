@@ -9,6 +9,8 @@ from processes import succeed_together
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 METRICS = "accuracy", "exact_match"
+#: What an evaluation of all averages leaves.
+AVERAGES = "000000", "000002", "bare"
 #: 7 examples of each of 3 tasks in small batches: the shares of two ranks differ.
 SETTINGS = (
     "tasks={suite: toy, n_tasks: 3, train_examples: 10, validation_examples: 7}",
@@ -43,15 +45,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             *SETTINGS,
         )
 
+    averaged = (
+        "launch/average.py",
+        "launch/recipes/toy_average.yaml",
+        f"source={folder / 'toy'}",
+        f"run.folder={folder / 'averages'}",
+        "steps=[0, 2]",
+    )
+
+    def every_average(name: str, placement: str) -> tuple[str, ...]:
+        changes = (f"adapter={folder / 'averages'}", f"run.folder={folder / f'{name}_averages'}")
+        return (*evaluated(name, placement, "accuracy"), *changes, "extra_steps=all")
+
     one = [evaluated("one", "null", metric) for metric in METRICS]
     two = [evaluated("two", "ds_configs/cpu.json", metric) for metric in METRICS]
+    one += [averaged, every_average("one", "null")]
+    two.append(every_average("two", "ds_configs/cpu.json"))
     succeed_together([trained, *one], folder)
     succeed_together(two, folder, ranks=2)
     return folder / "one", folder / "two"
 
 
 def scores(folder: Path, metric: str) -> dict[str, dict]:
-    path = folder.with_name(f"{folder.name}_{metric}") / "scores.jsonl"
+    path = folder.parent / f"{folder.name}_{metric}" / "scores.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({line["id"] for line in lines}) == len(lines) == 21
     return {line["id"]: line for line in lines}
@@ -65,8 +81,9 @@ def test_two_ranks_write_the_lines_of_one_in_its_order(
     assert list(two) == list(one)
 
 
-def test_choice_scores_are_equal(folders: tuple[Path, Path]) -> None:
-    one, two = (scores(folder, "accuracy") for folder in folders)
+@pytest.mark.parametrize("asked", ["accuracy", *(f"averages/{k}" for k in AVERAGES)])
+def test_choice_scores_are_equal(folders: tuple[Path, Path], asked: str) -> None:
+    one, two = (scores(folder, asked) for folder in folders)
     for identity, line in one.items():
         assert two[identity]["choice_scores"] == pytest.approx(line["choice_scores"], rel=1e-5)
 

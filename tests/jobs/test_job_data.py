@@ -1,5 +1,6 @@
 """The rows a job trains and is scored on, step by step."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_jobs import make_config, make_data, make_examples, make_few_shot, make_task, tokenizer
 
-from mhr_scale.config import SelectionConfig, ShotsConfig
+from mhr_scale.config import JsonlTasks, SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5 import GATED
@@ -241,6 +242,24 @@ def test_validation_rows_select():
     assert len(data.test.rows) == 3
 
 
+def test_what_is_held_out_selects_where_there_is_any():
+    task = make_task("rows", validation=make_examples("rows", "validation", 5))
+    data = opened(task, on("held_out"))
+    assert (data.selects_on, len(data.selection.rows)) == ("validation", 5)
+    data = opened(make_task("rows"), on("held_out"))
+    assert (data.selects_on, data.selection) == ("last", None)
+
+
+def test_own_tasks_are_not_selected_on_the_reported_rows_by_default():
+    config = make_config()
+    own = JsonlTasks(suite="jsonl", folder="nowhere")
+    found = [
+        replace(config, tasks=tasks, selection=SelectionConfig()).selection.on
+        for tasks in (config.tasks, own)
+    ]
+    assert found == ["test", "held_out"]
+
+
 def test_a_task_without_validation_rows_cannot_select_on_them():
     with pytest.raises(ConfigError, match=r"selection\.on: validation, but task rows has no"):
         opened(make_task("rows"), on("validation"))
@@ -253,14 +272,23 @@ def test_shots_that_are_set_aside_select_and_no_epoch_draws_them():
     assert not aside & {found for number in range(5) for found in epoch(data, number)}
 
 
-@pytest.mark.parametrize("choices", [(), ("only",)])
-@pytest.mark.parametrize("place", [2, -1], ids=["trained-on", "set-aside"])
-def test_t_few_refuses_rows_without_choices_to_rank(choices, place):
+@pytest.mark.parametrize("choices", [(), ("only",), ("same", "same")])
+def test_a_t_few_row_without_choices_to_rank_has_its_target_alone(choices, caplog):
     rows = list(make_examples("rows", "train", 6))
-    rows[place] = replace(rows[place], choices=choices, label=None)
-    task = make_task("rows", train=tuple(rows))
-    with pytest.raises(
-        ConfigError, match=rf"t_few ranks choices, and example {rows[place].id} of rows has"
-    ):
-        opened(task, on("shots", loss="t_few"), set_aside=3)
-    opened(task, on("shots"), set_aside=3)
+    rows[2] = replace(rows[2], choices=choices, label=None)
+    with caplog.at_level(logging.WARNING, logger="mhr_scale"):
+        data = opened(make_task("rows", train=tuple(rows)), make_config(loss="t_few"))
+    assert "rows: 1 of 6 training rows have no choices to rank" in caplog.text
+    row = by_input(data)[rows[2].input]
+    assert [text(choice) for choice in row.answers] == [rows[2].targets[0]]
+    assert row.label == 0
+
+
+def test_choices_of_the_same_text_are_one_choice_of_a_t_few_row():
+    rows = list(make_examples("rows", "train", 6))
+    right = rows[2].targets[0]
+    rows[2] = replace(rows[2], choices=("a", right, "b", right, "a"), label=3)
+    data = opened(make_task("rows", train=tuple(rows)), make_config(loss="t_few"))
+    row = by_input(data)[rows[2].input]
+    assert [text(choice) for choice in row.answers] == ["a", right, "b"]
+    assert row.label == 1

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhr_scale.jobs.job import Job, as_folder
+from mhr_scale.errors import ConfigError
+from mhr_scale.jobs.job import Job, as_folder, check_folders
 from mhr_scale.jobs.scheduling import (
     LARGEST,
     JobEstimate,
@@ -198,6 +199,9 @@ def test_some_of_the_free_memory_is_left_alone():
         ("..", "%2E%2E"),
         (" ", "%20"),
         ("mü:*?", "m%C3%BC%3A%2A%3F"),
+        ("tasks.json", "tasks%2Ejson"),
+        ("export.yaml", "export%2Eyaml"),
+        ("a" * 200, "a" * 200),
     ],
 )
 def test_any_name_is_one_folder(text, folder, tmp_path):
@@ -208,10 +212,18 @@ def test_any_name_is_one_folder(text, folder, tmp_path):
 
 @few
 @given(st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=2, unique=True))
-def test_other_names_are_other_folders(names):
-    first, second = (as_folder(name) for name in names)
+@pytest.mark.parametrize("beginning", ["", "\u4efb" * 30, "a" * 300])
+def test_other_names_are_other_folders(beginning, names):
+    first, second = (as_folder(beginning + name) for name in names)
     assert first != second
     assert "/" not in first
+    assert len(first) <= 200
+
+
+def test_names_that_differ_in_case_alone_are_refused():
+    check_folders(["qa", "QA2", "qa"], what="tasks")
+    with pytest.raises(ConfigError, match="tasks 'qa' and 'QA' differ in case alone"):
+        check_folders(["qa", "other", "QA"], what="tasks")
 
 
 def test_a_wave_costs_what_its_jobs_cost():

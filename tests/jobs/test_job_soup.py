@@ -227,7 +227,7 @@ def test_training_tasks_may_lie_elsewhere_now(source, tmp_path):
     text = load(PretrainConfig, source / "config.yaml")
     moved = replace(text, tasks=JsonlTasks(suite="jsonl", folder="gone"))
     (run / "config.yaml").write_text(to_yaml(moved))
-    with pytest.raises(DataError, match="gone: no such folder") as refused:
+    with pytest.raises(DataError, match="no folder 'gone'") as refused:
         source_tasks(str(run), [], SETTINGS)
     assert "soup.tasks says where they are now" in refused.value.__notes__[0]
     settings = replace(SETTINGS, tasks={"folder": str(rows.parent)})

@@ -162,6 +162,29 @@ def test_rows_may_have_other_numbers_of_choices(bench):
         assert together[number] == pytest.approx(alone, rel=1e-5)
 
 
+def test_t_few_loss_of_a_task_without_choices_is_the_likelihood_of_its_targets(bench):
+    plain = make_task("plain")
+    train = tuple(replace(row, choices=(), label=None) for row in plain.train)
+    plain = replace(plain, train=train)
+    values = {}
+    for loss in ("t_few", "language_model"):
+        config = make_config(loss=loss, **PROTOCOL)
+        members = [
+            Member(
+                Job(task=task.name, seed=0, variant="v"),
+                open_data(make_few_shot(task), config, tokenizer(), GATED),
+                15,
+            )
+            for task in (plain, make_task("ranked"))
+        ]
+        values[loss] = first_step(bench, Case(config, make_source(), members))
+    found, expected = values["t_few"][0], values["language_model"][0]
+    assert (found["mc"], found["ul"]) == (0.0, 0.0)
+    assert found["loss"] == found["lm"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert values["t_few"][1]["ul"] != 0.0
+
+
 def test_the_norm_of_a_job_s_gradient_is_its_own_before_clipping(bench):
     case = make_case(VariantConfig(adapter="x"), make_source(), **PROTOCOL)
     for number, found in enumerate(first_step(bench, case)):

@@ -117,6 +117,20 @@ def test_a_hundred_choices_beyond_the_reach_of_the_position_buckets():
     assert found == pytest.approx(naive(model, row, length_norm=0.0), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "way_out"),
+    [
+        (torch.bfloat16, "try the backbone in float32"),
+        (torch.float32, "the adapter, or the backbone, is broken"),
+    ],
+)
+def test_scores_that_are_no_numbers_come_with_a_way_out_that_is_left(dtype, way_out):
+    model = make_t5().eval().to(dtype)
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match=way_out):
+        rank_choices(place_model(model), None, make_rows(), length_norm=1.0)
+
+
 def test_a_choice_as_long_as_the_last_position_bucket():
     model = make_t5().eval()
     (row,) = make_rows([(140, 3, 150)])

@@ -50,7 +50,10 @@ def test_without_print_a_command_runs(parse):
         ("--rank=3 r.yaml", "unknown option --rank=3; options: --print, --help"),
         ("r.yaml -v", "unknown option -v; options: --print, --help"),
         ("r.yaml r.yaml", "'r.yaml': overrides read a.b=value"),
-        ("other.yaml", "other.yaml: cannot be read (No such file or directory)"),
+        (
+            "other.yaml",
+            "other.yaml: cannot be read (No such file or directory); did you mean 'r.yaml'?",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_refused(parse, words, expected):

@@ -1,14 +1,19 @@
 """Mistakes in a recipe and in overrides: each is named with its place and the way out."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
+from processes import ROOT
 from recipe_parts import GOOD
 
 from mhr_scale import config
-from mhr_scale.config import PretrainConfig, ToyTasks
-from mhr_scale.errors import ConfigError
+from mhr_scale.config import EvaluateConfig, PretrainConfig, ToyTasks
+from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.recipe import reading
+from mhr_scale.run import files
+from mhr_scale.run.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -154,6 +159,44 @@ def test_a_recipe_that_cannot_be_read_says_why(tmp_path, path, reason):
         reading.load(PretrainConfig, tmp_path / path)
     assert str(tmp_path / path) in str(caught.value)
     assert reason in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_comes_with_those_that_are(tmp_path):
+    for name in ("toy.yaml", "other.yaml"):
+        (tmp_path / name).write_text("")
+    for path, expected in (
+        ("tpy.yaml", "did you mean 'toy.yaml'?"),
+        (".", f"recipes in {tmp_path}: other.yaml, toy.yaml"),
+        ("none/toy.yaml", "give the path of a recipe, such as launch/recipes/toy.yaml"),
+    ):
+        with pytest.raises(ConfigError, match=f"; {re.escape(expected)}$"):
+            reading.load(PretrainConfig, tmp_path / path)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "long.yaml"])
+def test_a_recipe_without_end_is_not_read_to_its_end(tmp_path, path):
+    (tmp_path / "long.yaml").write_text("a: 1\n" * 300_000)
+    with pytest.raises(ConfigError, match=r"longer than 1048576 bytes, the most"):
+        reading.load(PretrainConfig, tmp_path / path)
+
+
+def test_a_json_file_without_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(files, "MOST_JSON_BYTES", 1000)
+    with pytest.raises(RunError, match=r"/dev/zero: longer than 1000 bytes, .*; move it away"):
+        files.read_json(Path("/dev/zero"), RunError, way_out="move it away")
+
+
+def test_a_recipe_of_another_verb_is_called_so(tmp_path):
+    recipes = ROOT / "launch" / "recipes"
+    with pytest.raises(ConfigError, match=r"toy\.yaml: a recipe of pretrain, not of evaluate$"):
+        reading.load(EvaluateConfig, recipes / "toy.yaml")
+    with pytest.raises(ConfigError, match=r"adapt\.yaml: a recipe of adapt, not of pretrain$"):
+        reading.load(PretrainConfig, recipes / "toy_adapt.yaml")
+    stored = tmp_path / "config.yaml"
+    stored.write_text(reading.to_yaml(reading.load(PretrainConfig, recipes / "toy.yaml")))
+    folder = RunFolder(tmp_path, EvaluateConfig)
+    with pytest.raises(RunError, match="a recipe of pretrain, not of evaluate; use another run"):
+        folder.read_recipe()
 
 
 # -- mistakes in overrides ----------------------------------------------------------------------

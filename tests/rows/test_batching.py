@@ -1,6 +1,9 @@
 """Rows as batches: references drawn, micro batches cut, tokens packed."""
 
+import multiprocessing
 import random
+import resource
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
 
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import T5Config
 
 from mhr_scale.config import BatchConfig, MixtureConfig
+from mhr_scale.errors import ConfigError
 from mhr_scale.families.packed import IGNORE, EncodedRow
 from mhr_scale.families.t5 import GATED
 from mhr_scale.rows.batching import StepBatches, cut_batches, draw_rows, number_rows
@@ -233,7 +237,10 @@ def numbers_of(packed):
     return tuple(row.number for row in packed.rows)
 
 
-def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5):
+PACK = partial(pack, pad_multiple=8)
+
+
+def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK):
     """The sample numbers of each micro batch of each step, as one rank sees them."""
     sizes = [7, 12, 5]
     rows = [
@@ -250,7 +257,7 @@ def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5):
         config=BatchConfig(batch_size=16, micro_batch_size=2, workers=workers),
         references="first",
         seed=3,
-        pack=partial(pack, pad_multiple=8),
+        pack=pack,
         rank=rank,
         world_size=world_size,
     )
@@ -262,6 +269,37 @@ def test_ranks_together_see_the_stream_of_one_rank(world_size):
     ranks = [stream(rank=rank, world_size=world_size) for rank in range(world_size)]
     together = [list(chain(*zip(*steps, strict=True))) for steps in zip(*ranks, strict=True)]
     assert together == stream()
+
+
+def pack_without_shared_memory(batch):
+    """What `pack` does; a worker may write no byte to a file after it, nor to shared memory."""
+    if multiprocessing.parent_process() is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return pack(batch, pad_multiple=8)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.timeout(60)
+def test_workers_need_no_shared_memory_for_their_batches():
+    assert stream(workers=2, pack=pack_without_shared_memory) == stream()
+
+
+@contextmanager
+def no_room():
+    """No file may be written to inside the block, nor shared memory."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_that_cannot_be_started_are_named():
+    message = r"batch\.workers: 2 processes .*room in /dev/shm, or set batch\.workers: 0"
+    with no_room(), pytest.raises(ConfigError, match=message):
+        stream(workers=2)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -237,6 +237,16 @@ def test_refused_rows_come_back_from_the_cache(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_a_refused_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    with (tmp_path / "source" / "copy" / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"input": "a\u2028b\u0085c\\u000bd", "traget": 3}\n')
+    for _ in range(2):
+        made = read(tmp_path / "source", tmp_path / "cache")
+        (reject,) = made.rejects
+        assert "a\u2028b\u0085c" in reject["text"]
+
+
 def test_too_many_refused_rows_leave_no_cache(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", bad=9)
     with pytest.raises(DataError, match="rows refused"):

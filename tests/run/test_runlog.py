@@ -260,6 +260,13 @@ def test_other_ranks_are_silent_unless_something_is_wrong(environment, lines, ca
     assert capsys.readouterr().err.split() == heard
 
 
+def test_a_terminal_obeys_nothing_of_what_is_logged(environment, lines, capsys):
+    environment(RANK="0")
+    runlog.start_logging()
+    runlog.log.info("two\nlines of %s", "a\x1b[2J\x07\u202eb")
+    assert capsys.readouterr().err == "two\nlines of a\\x1b[2J\\x07\\u202eb\n"
+
+
 def test_log_lines_do_not_reach_other_loggers(lines):
     runlog.start_logging()
     assert not runlog.log.propagate

@@ -46,7 +46,12 @@ def test_a_task_of_one_prompt_has_no_prompt_table() -> None:
 
 def test_tasks_count_alike_and_examples_count_alike() -> None:
     found = summary.summarise(SCORES)
-    assert (found["mean_over_tasks"], found["mean_over_examples"]) == (37.5, 60.0)
+    assert (found["mean_over_tasks"], found["mean_over_examples"]) == (37.5, 50.0)
+
+
+def test_a_row_under_several_prompts_is_one_example() -> None:
+    found = summary.summarise(SCORES)
+    assert (found["tasks"]["a"]["examples"], found["examples"]) == (2, 3)
 
 
 def test_order_and_duplicates_do_not_matter() -> None:
@@ -80,6 +85,14 @@ def test_a_broken_line_before_the_end_is_named(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text("{\n" + json.dumps(SCORES[0]) + "\n")
     with pytest.raises(RunError, match=r"scores\.jsonl:1: not a score"):
+        summary.read_scores(path)
+
+
+def test_choice_scores_that_are_no_list_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    lines = [{**SCORES[0], "choice_scores": 5}, SCORES[1]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r"scores\.jsonl:1: not a score \(choice_scores are 5"):
         summary.read_scores(path)
 
 

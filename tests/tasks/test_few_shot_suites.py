@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 from few_shot_tasks import TOY, check_promises, ids, read, write_jsonl, write_superni
+from held_out_files import write_rows
 
-from mhr_scale.config import SuperNITasks
+from mhr_scale.config import JsonlTasks, SuperNITasks
 from mhr_scale.errors import DataError
 from mhr_scale.tasks import toy
 from mhr_scale.tasks.suites import read_evaluation
@@ -105,6 +106,34 @@ def test_rows_of_users_are_drawn_by_the_seed(tmp_path, seed):
     assert ids(one.task.validation) == ["validation:1", "validation:2", "validation:3"]
     assert one.task.test == other.task.test
     assert len(one.task.test) == 2
+
+
+def test_a_row_under_several_prompts_is_one_shot_and_every_epoch_draws_a_prompt(tmp_path):
+    rows = [
+        {"id": str(n), "prompt": prompt, "input": f"{prompt} {n}", "target": "y"}
+        for prompt in "abc"
+        for n in range(30)
+    ]
+    write_rows(tmp_path / "t" / "train.jsonl", *rows)
+    write_rows(tmp_path / "t" / "test.jsonl", {"id": "u/v", "input": "x", "target": "y"})
+    config = JsonlTasks(suite="jsonl", folder=str(tmp_path), validation_examples=0)
+    (one,) = read(config, count=6, set_aside=2)
+    assert one.n_rows == len(one.draw(0)) == 4
+    assert len(one.task.train) == 4 * 3
+    assert {row.prompt for number in range(5) for row in one.draw(number)} == {"a", "b", "c"}
+    assert len({row.raw_id for row in (*one.draw(3), *one.selection)}) == 6
+    (test,) = one.task.test
+    assert (test.prompt, test.raw_id) == ("", "u/v")
+
+
+def test_only_the_tasks_that_are_named_are_read(tmp_path):
+    for name in ("one", "two"):
+        write_rows(tmp_path / name / "train.jsonl", {"input": "x", "target": "y"})
+    write_rows(tmp_path / "three" / "train.jsonl", {"input": "x", "choices": "broken"})
+    config = JsonlTasks(suite="jsonl", folder=str(tmp_path), tasks=("two",))
+    assert [task.name for task in config.read_tasks(Intake())] == ["two"]
+    with pytest.raises(DataError, match=r"tasks\.tasks: no task 'tow' .*did you mean 'two'"):
+        replace(config, tasks=("tow",)).read_tasks(Intake())
 
 
 def test_validation_rows_that_count_as_test_rows_are_not_validation_too(tmp_path):

@@ -1,5 +1,6 @@
 """Rows of T0's held-out sets as examples under their templates."""
 
+import json
 import logging
 
 import datasets
@@ -229,6 +230,29 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 def test_local_rows_need_a_folder():
     with pytest.raises(ConfigError, match=r"tasks\.folder: not set"):
         HeldOutTasks(suite="t0_eval", templates="x")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+def test_tables_are_read_as_json_lines_are(tmp_path, ending):
+    text = template("t", "{{ctx}} ||| {{answer_choices[label]}}", "{{endings | join('|||')}}")
+    write_templates(tmp_path, "hellaswag", None, text)
+    rows = [
+        {"ctx": f"a, {n}", "endings": ["x", "y z"], "label": n % 2, "idx": 7 + n} for n in range(3)
+    ]
+    table = datasets.Dataset.from_list(rows)
+    path = tmp_path / f"hellaswag.validation.{ending}"
+    if ending == "parquet":
+        table.to_parquet(path)
+    else:
+        cells = table.map(lambda row: {"endings": json.dumps(row["endings"])}).to_pandas()
+        cells.to_csv(path, index=False, sep="," if ending == "csv" else "\t")
+    intake = Intake(on_bad="error")
+    (task,) = configure(tmp_path, tasks=("hellaswag",)).read_tasks(intake)
+    assert [(row.id, row.input, row.targets, row.choices) for row in task.test] == [
+        ("7", "a, 0", ("x",), ("x", "y z")),
+        ("8", "a, 1", ("y z",), ("x", "y z")),
+        ("9", "a, 2", ("x",), ("x", "y z")),
+    ]
 
 
 def test_saved_data_sets_are_read(tmp_path):

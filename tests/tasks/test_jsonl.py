@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mhr_scale.config import IntakeConfig, JsonlTasks
 from mhr_scale.errors import DataError
 from mhr_scale.tasks.json_lines import iter_rows
+from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Intake
 
 GOOD = b'{"input": "x", "target": "y"}'
@@ -206,11 +207,20 @@ def test_nothing_is_set_aside_beside_validation_rows(tmp_path):
         ({"input": "x", "target": ""}, "empty target"),
         ({"input": "x", "target": "y", "targets": ["y", " "]}, "empty target"),
         (full_row(target="c", label=None), "target 'c' is not among the choices"),
-        (full_row(choices=["b"], label=0), "fewer than two choices"),
+        (full_row(choices=["b"], label=0), "fewer than two different choices"),
+        (full_row(choices=["b", "b"], label=1), "fewer than two different choices"),
         (full_row(label=2), "label 2 is out of range for 2 choices"),
         (full_row(label=-1), "label -1 is out of range for 2 choices"),
         (full_row(label=0), "label 0 is 'a' but the target is 'b'"),
         ({"input": "x", "target": "y", "label": 0}, "label without choices"),
+        (
+            {"input": "x", "target": "y", "prompt": "p"},
+            "a 'prompt' without the 'id' of its raw row",
+        ),
+        (
+            {"input": "x", "target": "y", "id": "1", "prompt": "p\x1b[31m"},
+            "prompt 'p\\x1b[31m' has a character that cannot be printed",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -271,6 +281,12 @@ def test_a_row_outside_task_folders_must_name_its_task(tmp_path):
     assert intake.rejects[0].reason == expected
 
 
+def test_a_task_name_that_a_terminal_would_obey_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", *rows(1, task="a"), *rows(1, task="b\x1b[31m"))
+    with pytest.raises(DataError, match=r"task 'b.x1b.31m' has a character that cannot be printed"):
+        read(tmp_path)
+
+
 def test_more_than_ten_refused_rows_stop(tmp_path):
     write(tmp_path / "t" / "train.jsonl", GOOD, *[b"{"] * 11)
     with pytest.raises(DataError, match="11 of 12 rows refused"):
@@ -293,12 +309,12 @@ def test_whatever_the_bytes_every_line_is_read_or_refused(lines):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"tasks\.folder: no folder '.*nowhere' \(looked in"):
         read(tmp_path / "nowhere")
 
 
 def test_a_folder_without_rows_explains_the_layouts(tmp_path):
-    with pytest.raises(DataError, match=r"no JSONL file; expected <task>/train\.jsonl"):
+    with pytest.raises(DataError, match=r"no file of rows; expected <task>/train\.jsonl"):
         read(tmp_path)
 
 
@@ -326,6 +342,24 @@ def test_a_file_of_bad_rows_only_is_an_error_that_names_the_first(tmp_path):
     write(tmp_path / "t" / "train.jsonl", b"", b"{", b"[]")
     with pytest.raises(DataError, match=r"no usable row \(line 2: malformed JSON"):
         read(tmp_path)
+
+
+def test_a_task_whose_rows_are_all_refused_is_an_error_that_names_the_first(tmp_path):
+    write(
+        tmp_path / "train.jsonl", *rows(3, task="a"), b'{"input": "", "target": "y", "task": "b"}'
+    )
+    with pytest.raises(
+        DataError, match=r"no usable row of task 'b' \(1 refused, first .*:4: empty"
+    ):
+        read(tmp_path)
+
+
+def test_a_task_without_test_rows_tells_of_those_that_were_refused(tmp_path):
+    write(tmp_path / "train.jsonl", *rows(3, task="a"), *rows(3, task="b"))
+    write(tmp_path / "test.jsonl", *rows(1, task="a"), {"input": "", "target": "y", "task": "b"})
+    suite = JsonlTasks(suite="jsonl", folder=str(tmp_path))
+    with pytest.raises(DataError, match=r"b: no test row .*\(1 refused, first .*jsonl:2: empty in"):
+        read_evaluation(suite, examples=None)
 
 
 def test_a_task_without_training_rows_can_be_read(tmp_path):

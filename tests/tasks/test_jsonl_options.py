@@ -37,7 +37,7 @@ def test_an_empty_options_file_is_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("u: {cap: 5}", r"tasks\.yaml: no task 'u' here"),
+        ("u: {cap: 5}", r"tasks\.yaml: no task 'u' in .*; there are: t$"),
         ("t: {cpa: 5}", r"tasks\.yaml:1: t: unknown key 'cpa'; did you mean 'cap'\?"),
         ("t: {metric: rouge}", r"t: metric: 'rouge' is not a metric; did you mean 'rougeL'\?"),
         ("t: {cap: 0}", "t: cap: 0 is not a whole number above 0"),

@@ -62,10 +62,15 @@ def test_the_best_reference_counts_wherever_it_stands(metric):
 
 
 def test_accuracy_takes_the_smallest_score_and_the_first_of_equal_ones():
-    assert accuracy([2.0, 0.5, 1.0], 1) == 100.0
-    assert accuracy([2.0, 0.5, 1.0], 0) == 0.0
+    assert accuracy([2.0, 0.5, 1.0], "abc", 1) == 100.0
+    assert accuracy([2.0, 0.5, 1.0], "abc", 0) == 0.0
     assert best_choice([3.0, 1.0, 1.0]) == 1
     assert best_choice([4.0]) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_choice_is_right_by_its_text_wherever_the_same_text_is_labelled(label):
+    assert accuracy([1.0, 1.0, 3.0], ["yes", "yes", "no"], label) == 100.0 * (label < 2)
 
 
 def test_rouge_l_warns_once_of_references_it_cannot_see(caplog, fresh_warning):

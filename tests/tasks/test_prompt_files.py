@@ -110,6 +110,10 @@ def test_bytes_that_are_no_text_are_reported(tmp_path):
             "dataset: films\ntemplates:\n  a: !Template {name: x, jinja: y, answer_choices: 1}",
             ":3: template 'x': 'answer_choices' is no text",
         ),
+        (
+            'dataset: films\ntemplates:\n  a: !Template {name: "x\\e[2J", jinja: y ||| z}',
+            ":3: template 'x\\x1b[2J': its name has a character that cannot be printed",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, text, message):

@@ -65,6 +65,17 @@ def test_a_prompt_without_choices_has_a_target_alone(templates, tmp_path):
     assert (example.choices, example.label, task.metric) == ((), None, "rougeL")
 
 
+def test_a_held_out_row_of_a_data_set_is_trained_on_under_none_of_its_prompts(templates, tmp_path):
+    write(tmp_path, "adversarial_qa/dbert", QUESTIONS * 20)
+    (task,) = read(
+        templates, tmp_path, "adversarial_qa_dbert", unit="dataset", validation_examples=100
+    )
+    train, validation = ({row.raw_id for row in rows} for rows in (task.train, task.validation))
+    assert (len(train), len(validation)) == (54, 6)
+    assert not train & validation
+    assert len(task.validation) == 6 * len(DBERT)
+
+
 def test_random_wordings_follow_from_the_seed(templates, tmp_path):
     write(tmp_path, "adversarial_qa/dbert", QUESTIONS * 20)
 

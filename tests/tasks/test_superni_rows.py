@@ -36,6 +36,18 @@ def with_rows(*rows):
         (b'{\n"Definition": "\xff"}', r"t\.json:2: bad UTF-8"),
         (b"[" * 200_000, r"t\.json: malformed JSON: "),
         ([], r"t\.json: expected an object, found a list"),
+        (
+            b'{"Definition": "x", "Instances": [], "Instances": []}',
+            r"t\.json: malformed JSON: key 'Instances' appears twice",
+        ),
+        (
+            b'{"Definition": "x", "Instances": [{"id": "a", "input": "x", "input": "y"}]}',
+            r"t\.json: malformed JSON: key 'input' appears twice",
+        ),
+        (
+            {"Definition": "x", "Instances": [{"id": "a", "input": " ", "output": ["y"]}]},
+            r"1 instances \(1 refused, first .*t\.json:1: empty input\) are of no use; mend",
+        ),
         ({"Definition": "x"}, r"t\.json: missing key 'Instances'"),
         (
             {"Definitions": "x", "Instances": []},

@@ -107,6 +107,21 @@ def test_rows_set_aside_are_not_trained_on_and_all_keep_their_order():
     assert (sorted(train), sorted(validation)) == (train, validation)
 
 
+def test_a_raw_row_is_set_aside_with_all_its_prompts_and_counts_once():
+    rows = [
+        Example(id=f"{n}/{prompt}", prompt=prompt, input=f"{prompt} {n}", targets=("y",))
+        for prompt in "abc"
+        for n in range(20)
+    ]
+    train, validation = hold_out(rows, most=100, seed=1, name="t")
+    assert len(validation) == 2 * 3
+    assert len(train) == 18 * 3
+    assert not {row.raw_id for row in train} & {row.raw_id for row in validation}
+    plain = [Example(id=str(n), input=str(n), targets=("y",)) for n in range(20)]
+    _, alone = hold_out(plain, most=100, seed=1, name="t")
+    assert {row.raw_id for row in validation} == {row.id for row in alone}
+
+
 def test_the_rows_set_aside_follow_from_seed_and_task_alone():
     assert held_out(200) == held_out(200)
     chosen = {tuple(held_out(200, **change)[1]) for change in ({}, {"seed": 2}, {"name": "u"})}

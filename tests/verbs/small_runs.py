@@ -99,7 +99,7 @@ def make_config(
             max_target_tokens=32,
         ),
         optim=OptimConfig(name="adamw", lr=2e-2, routing_lr=0.1),
-        selection=SelectionConfig(every_epochs=1),
+        selection=SelectionConfig(on="test", every_epochs=1),
         run=AdaptRunConfig(folder=str(folder), log_every=1),
     )
     return replace(config, **changes)

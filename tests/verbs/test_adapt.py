@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +228,26 @@ def test_without_selection_the_last_step_is_scored_and_kept(two, tmp_path):
         assert len(summary.read_scores(job_folders(folder)[key] / "scores.jsonl")) == 12
 
 
+def test_own_tasks_select_on_held_out_rows_where_they_have_some_beside_the_reported_ones(
+    two, rows, tmp_path
+):
+    folder = tmp_path / "rows"
+    shutil.copytree(rows, folder)
+    (folder / TASKS[0] / "test.jsonl").unlink()
+    own = JsonlTasks(suite="jsonl", folder=str(folder))
+    by_default = replace(two, tasks=own, selection=SelectionConfig(every_epochs=1))
+    run = adapt(onto(by_default, tmp_path / "run", variants={"MHR": two.variants["MHR"]}))
+    found = {task: result for (task, _, _), result in results(run).items()}
+    assert {task: result["selected_on"] for task, result in found.items()} == {
+        TASKS[0]: "last",
+        TASKS[1]: "validation",
+    }
+    stored = json.loads((run / "summary.json").read_text())
+    assert stored["selected_on"] == {TASKS[0]: "last", TASKS[1]: "validation"}
+    assert found[TASKS[0]]["evaluations"] == []
+    assert [step for step, _ in found[TASKS[1]]["evaluations"]] == [0, 2, 4, 6]
+
+
 @pytest.mark.parametrize("on", ["validation", "shots"])
 def test_rows_that_select_are_others_than_those_that_count(two, tmp_path, on):
     shots = ShotsConfig(seeds=(0,), count=10, set_aside=2)
@@ -240,6 +261,7 @@ def test_rows_that_select_are_others_than_those_that_count(two, tmp_path, on):
         assert {score["example"].split(":")[1] for score in scores} == {"test"}
         best = next(step for step, score in found if score == max(s for _, s in found))
         assert results(folder)[key]["best_step"] == best
+        assert results(folder)[key]["selected_on"] == on
 
 
 def test_selecting_on_other_rows_changes_no_training(two, run, tmp_path):

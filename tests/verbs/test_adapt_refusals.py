@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import BARE, LORA, TASKS, make_config, make_source, write_fold, write_rows
+from small_runs import BARE, LORA, TASKS, make_config, make_source, write_rows
 
 from mhr_scale.adapters import artefact
 from mhr_scale.backbone.hub import BUILTIN
@@ -22,7 +22,6 @@ from mhr_scale.config import (
 )
 from mhr_scale.errors import AdapterError, ConfigError, DataError, LayoutError, RunError, UserError
 from mhr_scale.recipe.reading import load
-from mhr_scale.tasks import toy
 from mhr_scale.verbs.adapt import adapt
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -177,20 +176,6 @@ def test_dropout_is_refused(fresh, tmp_path, dropout, value):
 
 
 # --- rows
-
-
-def test_t_few_needs_choices_to_rank(fresh, tmp_path):
-    folder = tmp_path / "rows"
-    (task,) = (
-        task
-        for task in toy.held_out_tasks(ToyTasks(suite="toy", fold="held_out", train_examples=10))
-        if task.name == TASKS[0]
-    )
-    (folder / task.name).mkdir(parents=True)
-    for fold, examples in (("train", task.train), ("test", task.test[:3])):
-        write_fold(folder / task.name / f"{fold}.jsonl", examples, choices=None, label=None)
-    plain = replace(fresh, tasks=JsonlTasks(suite="jsonl", folder=str(folder)))
-    refuse(plain, ConfigError, rf"protocol\.loss: t_few .* of {task.name} has 0\b")
 
 
 def test_validation_rows_have_to_be_there_to_select_on(fresh, tmp_path):

@@ -159,7 +159,7 @@ def test_tasks_of_a_relative_folder_are_found_from_another_one(
     asked = settings(tmp_path / "run", tmp_path / "mean", steps=(1,))
     average(settings(tmp_path / "run", tmp_path / "in_place", steps=(1,)))
     monkeypatch.chdir(elsewhere)
-    with pytest.raises(DataError, match=r"rows: no such folder; set tasks\.folder"):
+    with pytest.raises(DataError, match=r"tasks\.folder: no folder 'rows'"):
         average(asked)
     average(replace(asked, tasks={"folder": str(tmp_path / "here" / "rows")}))
     assert all(

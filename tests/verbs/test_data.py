@@ -28,8 +28,8 @@ def write_rows(folder: Path, good: int, bad: int) -> str:
 def test_every_task_has_a_line_and_the_totals_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     check("tasks.n_tasks=5", "tasks.train_examples=7", "tasks.validation_examples=2")
     head, *lines, total = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["task", "train", "held"]
-    assert [line.split()[1:3] for line in lines] == [["7", "2"]] * 5
+    assert head.split()[:4] == ["task", "metric", "train", "held"]
+    assert [line.split()[1:4] for line in lines] == [["exact_match", "7", "2"]] * 5
     assert total.split()[:3] == ["total", "35", "10"]
 
 
@@ -64,6 +64,14 @@ def test_the_strict_policy_counts_every_refused_row(tmp_path: Path) -> None:
 def test_a_folder_without_data_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none"):
         check(f"tasks={{suite: jsonl, folder: {tmp_path / 'none'}}}")
+
+
+def test_no_cache_is_begun_for_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    tasks = f"tasks={{suite: jsonl, folder: {tmp_path / 'none'}}}"
+    with pytest.raises(DataError, match=r"tasks\.folder: no folder '.*none'"):
+        check(tasks, f"run.token_cache={cache}")
+    assert not cache.exists()
 
 
 def test_the_cache_is_filled_for_later_runs(tmp_path: Path) -> None:

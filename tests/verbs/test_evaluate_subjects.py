@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import make_source
 
-from mhr_scale.adapters import artefact
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact, find_sites
 from mhr_scale.adapters.collapse import average, soup
 from mhr_scale.adapters.peft_folders import write_peft_lora
+from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import (
+    BackboneConfig,
     EvaluateConfig,
     PlainRunConfig,
     ScoringConfig,
@@ -60,6 +63,30 @@ def test_a_peft_folder_scores_as_the_adapter_it_came_from(trained: Path, tmp_pat
     found = choice_scores(tmp_path / "peft", tmp_path / "found", backbone_dtype="float32")
     expected = choice_scores(trained, tmp_path / "expected", routing="average")
     assert found == expected
+
+
+def test_the_vectors_of_tfew_score_over_the_backbone_that_is_named(
+    trained: Path, tmp_path: Path
+) -> None:
+    model = make_model(read_blueprint(BackboneConfig(name="builtin:toy")))
+    sites = find_sites(model, "light")
+    generator = torch.Generator().manual_seed(0)
+    vectors = {
+        f"{site.name}.multi_lora_b": 1
+        + 0.3 * torch.randn(site.out_features, 1, generator=generator)
+        for site in sites
+    }
+    file = tmp_path / "finish.pt"
+    torch.save(vectors, file)
+    settings = {"backbone_moved_to": "builtin:toy", "backbone_dtype": "float32"}
+    found = choice_scores(file, tmp_path / "found", **settings)
+    adapter = Adapter(
+        AdapterConfig(kind="ia3", layout="light", n_skills=1), sites, task_names=["a"]
+    )
+    for name, tensor in artefact.named_tensors(adapter).items():
+        tensor[0, 0] = vectors[f"{name.removesuffix('.l')}.multi_lora_b"][:, 0]
+    artefact.save(adapter, tmp_path / "ours")
+    assert found == choice_scores(tmp_path / "ours", tmp_path / "expected", **settings)
 
 
 def test_a_soup_scores_each_task_under_its_similar_tasks(private: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_t5 import stored
 from torch import Tensor, nn
@@ -380,22 +379,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(RunError, match=r"takes .* kB and .* has 1\.0 kB left; name a folder on"):
         run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_is_told_with_the_file(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("mhr_scale.run.tensors.save_file", full)
-    with pytest.raises(RunError) as caught:
-        run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
-    said = str(caught.value)
-    assert said.startswith(f"folder: cannot write to {tmp_path / 'out'} (")
-    assert "No space left on device: " in said
-    assert "model.safetensors'); make room, or name a folder on another disk" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from toy_exports import TASKS, files, make, run_export, save_run, save_runs
+from toy_exports import TASKS, files, make, run_export, save_run, save_runs, toy_t5
 
-from mhr_scale.adapters import Adapter, artefact, peft_folders
+from mhr_scale.adapters import Adapter, AdapterConfig, artefact, find_sites, peft_folders
 from mhr_scale.config import ExportConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError
 from mhr_scale.verbs.export import export
@@ -227,3 +228,73 @@ def test_an_interruption_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         export(ExportConfig(adapter=str(runs / "LoRA"), folder=str(tmp_path / "out")))
     assert files(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_told_with_the_file(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mhr_scale.run.tensors.save_file", full)
+    with pytest.raises(RunError) as caught:
+        run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
+    assert str(caught.value).startswith(
+        f"folder: cannot write to {tmp_path / 'out'} ([Errno 28] No space left on device: "
+    )
+    assert "/model.safetensors'); make room, or name a folder on another" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- how far logits may differ
+
+
+def strong(strength: float, *, alpha: float = 16.0) -> Adapter:
+    """A LoRA of rank 16 whose updates are large: roundings of its numbers show in the logits."""
+    config = AdapterConfig(layout="full", rank=16, n_skills=1, alpha=alpha)
+    adapter = Adapter(config, find_sites(toy_t5(), config.layout), task_names=["a"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapter.named_parameters():
+        std = strength if ".B_" in name else 0.05
+        parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+@pytest.mark.parametrize("form", ["merged", "peft", "native"])
+def test_a_strong_adapter_may_differ_by_what_its_last_bits_do(form: str, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", strong(1.0))
+    run_export(run, tmp_path / "out", format=form, dtype="float32" if form == "merged" else None)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_strong_adapter_written_wrongly_is_still_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path / "run", strong(1.0))
+    write = peft_folders.write_peft_lora
+
+    def write_wrongly(adapter: Adapter, folder: Path, *, base_model: str | None) -> Path:
+        return write(strong(1.0, alpha=15.9), folder, base_model=base_model)
+
+    monkeypatch.setattr(peft_folders, "write_peft_lora", write_wrongly)
+    with pytest.raises(AdapterError, match="the logits of what stock PEFT loads differ"):
+        run_export(run, tmp_path / "out")
+
+
+def test_an_adapter_that_no_comparison_can_judge_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mhr_scale.exchange.reloading.LOUDEST", 1e-5)
+    run = save_run(tmp_path / "run", strong(1.0))
+    with pytest.raises(AdapterError, match=r"last bits of the adapter's .*set check: false"):
+        run_export(run, tmp_path / "out", format="merged", dtype="float32")
+
+
+def test_the_last_words_say_of_how_many_tasks_logits_were_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"task_{number}" for number in range(10)]
+    run = save_run(tmp_path / "run", make("Poly", tasks=names))
+    run_export(run, tmp_path / "out", what="all_tasks")
+    said = capsys.readouterr().out
+    assert "8 of 10 tasks were compared: their logits are the original's" in said

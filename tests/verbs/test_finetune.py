@@ -10,34 +10,28 @@ import torch
 from processes import ROOT, read_metrics, succeed
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_finetunes import TASK, TOY, base_model, make_adapter, toy
+from toy_finetunes import TOY, base_model, make_adapter, toy
 
 from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.peft_folders import open_adapter, write_peft_lora
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import (
-    AdaptConfig,
-    AdaptRunConfig,
     BackboneConfig,
+    FinetuneBackboneConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneRunConfig,
     FinetuneShotsConfig,
     HeldOutTasks,
-    OptimConfig,
     ProtocolConfig,
     ScoringConfig,
-    SelectionConfig,
-    ShotsConfig,
-    VariantConfig,
 )
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.jobs.job_data import JobData
 from mhr_scale.recipe.reading import load
 from mhr_scale.scores import summary
-from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -174,36 +168,38 @@ def test_a_finished_run_does_nothing_again(run: Path, exported: Path) -> None:
     assert file.stat().st_mtime_ns == before
 
 
-# -- the same as adapt -----------------------------------------------------------------------------
+# -- PEFT's own folders ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("loss", "optimizer"), [("language_model", "adafactor"), ("t_few", "adamw")]
-)
-def test_a_job_of_adapt_has_the_same_losses(
-    exported: Path, tmp_path: Path, loss: str, optimizer: str
+@pytest.fixture(params=["safetensors", "bin"])
+def stock_lora(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """PEFT's default LoRA for T5, on queries and values, as PEFT saves it."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(base_model(TOY), dtype=torch.float32)
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "stock")
+    if request.param == "bin":
+        file = tmp_path / "stock" / "adapter_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    return tmp_path / "stock"
+
+
+def test_a_lora_of_stock_peft_trains_over_the_backbone_that_its_folder_names(
+    stock_lora: Path, tmp_path: Path
 ) -> None:
-    given = toy(exported, tmp_path / "finetune")
-    protocol = replace(given.protocol, steps=6, loss=loss)  # type: ignore[type-var]
-    optim = FinetuneOptimConfig(name=optimizer, lr=5e-3)  # type: ignore[arg-type]
-    config = replace(given, protocol=protocol, optim=optim, micro_batch_size=3)
-    finetune(config)
-    adapt(
-        AdaptConfig(
-            variants={"LoRA": VariantConfig(adapter=str(exported))},
-            tasks=config.tasks,
-            shots=ShotsConfig(seeds=(0,), count=16),
-            backbone_dtype="float32",
-            protocol=protocol,
-            optim=OptimConfig(name=optimizer, lr=5e-3, scale_parameter=True),  # type: ignore[arg-type]
-            selection=SelectionConfig(on="last"),
-            scoring=config.scoring,
-            run=AdaptRunConfig(folder=str(tmp_path / "adapt"), log_every=1),
-        )
-    )
-    assert losses(tmp_path / "finetune") == pytest.approx(
-        losses(tmp_path / "adapt" / "jobs" / TASK / "0" / "LoRA"), rel=2e-4
-    )
+    backbone = FinetuneBackboneConfig(dtype="float32")
+    finetune(toy(stock_lora, tmp_path / "run", backbone=backbone))
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.9 * found[0]
+    card, adapter = open_adapter(tmp_path / "run" / "adapter")
+    assert card.backbone["name"] == base_model(TOY)
+    assert adapter.config.layout == "attention"
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert base_model(TOY) in json.dumps(provenance)
 
 
 # -- precisions and ways to run --------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,12 @@ from toy_finetunes import TOY, base_model, make_adapter, toy
 
 from mhr_scale.adapters import AdapterConfig, artefact
 from mhr_scale.adapters.peft_folders import write_peft_ia3
-from mhr_scale.config import BackboneConfig, FinetuneConfig, FinetuneOptimConfig
+from mhr_scale.config import (
+    BackboneConfig,
+    FinetuneBackboneConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+)
 from mhr_scale.errors import AdapterError, ConfigError
 from mhr_scale.verbs.finetune import finetune
 
@@ -48,7 +54,7 @@ def test_a_lora_of_another_backbone_is_refused(exported: Path, tmp_path: Path) -
     other = replace(TOY, name=str(tmp_path / "narrow"))
     message = refusal(toy(exported, tmp_path / "out", backbone=other), AdapterError)
     assert str(exported) in message
-    assert "192 wide there, 96 here" in message
+    assert "is (64, 192) there, (64, 96) here" in message
 
 
 def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -57,14 +63,41 @@ def test_a_lora_without_all_its_tensors_is_refused(exported: Path, tmp_path: Pat
     found = load_file(file)
     name = min(found)
     save_file({key: tensor for key, tensor in found.items() if key != name}, file)
-    with pytest.raises(AdapterError, match=f"such as {name}"):
+    linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    with pytest.raises(AdapterError, match=rf"missing {linear}\.A"):
         finetune(toy(tmp_path / "torn", tmp_path / "out"))
+
+
+def edited(exported: Path, folder: Path, **fields: Any) -> Path:
+    """A copy of an exported folder with another configuration."""
+    shutil.copytree(exported, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+def test_what_the_other_verbs_could_not_read_is_not_trained(exported: Path, tmp_path: Path) -> None:
+    dora = edited(exported, tmp_path / "dora", use_dora=True)
+    message = refusal(toy(dora, tmp_path / "out"), AdapterError)
+    assert "use_dora: True (DoRA, " in message
+    assert "merge_and_unload" in message
+
+
+def test_a_backbone_that_nobody_names_is_asked_for(exported: Path, tmp_path: Path) -> None:
+    nameless = edited(exported, tmp_path / "nameless", base_model_name_or_path=None)
+    config = toy(nameless, tmp_path / "out", backbone=FinetuneBackboneConfig(dtype="float32"))
+    assert "set backbone.name" in refusal(config, AdapterError)
 
 
 def test_an_unknown_task_comes_with_a_suggestion(exported: Path, tmp_path: Path) -> None:
     message = refusal(toy(exported, tmp_path / "out", task="sort.plus4.aftr"), ConfigError)
     assert "'sort.plus4.aftr'" in message
     assert "'sort.plus4.after'" in message
+
+
+def test_a_task_unlike_any_other_comes_with_those_there_are(exported: Path, tmp_path: Path) -> None:
+    message = refusal(toy(exported, tmp_path / "out", task="xxxx"), ConfigError)
+    assert "suite toy has no task 'xxxx'; there are: " in message
 
 
 def test_a_backbone_that_is_stored_nowhere_is_refused(exported: Path, tmp_path: Path) -> None:

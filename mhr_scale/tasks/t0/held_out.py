@@ -18,6 +18,7 @@ from mhr_scale.errors import ConfigError, DataError
 from mhr_scale.recipe.part import part
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite, set_aside
+from mhr_scale.tasks.t0.bounds import UnboundedTemplateError
 from mhr_scale.tasks.t0.held_out_prompts import Prompts
 from mhr_scale.tasks.t0.held_out_rows import (
     TASKS,
@@ -169,6 +170,8 @@ def _render(
         id = str(row.idx) if is_drawn else f"{row.idx}/{template.name}"
         try:
             example = prompts.example(template, row, id=id)
+        except UnboundedTemplateError:
+            raise
         except ValueError as error:
             refuse(error)
         else:

@@ -74,6 +74,7 @@ class Prompts:
             choices=choices,
             label=row.label if has_own_place else choices.index(target),
             place=row.place,
+            prompt=id.partition("/")[2],
         )
 
     def warn_left_out(self) -> None:

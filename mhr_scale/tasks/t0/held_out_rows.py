@@ -3,27 +3,28 @@
 Rows come from the hub or from a local folder, where every one of these is a split of a task:
 
     <folder>/<task>.<split>.jsonl    also with words between, `<task>.<words>.<split>.jsonl`
-    <folder>/<task>/<split>.jsonl
+    <folder>/<task>/<split>.jsonl    in both also `.csv`, `.tsv` and `.parquet`
     <folder>/<task>/<split>/         written by `save_to_disk` of a `Dataset` or a `DatasetDict`
 
 A split is `train`, `validation` (or `dev`) or `test`, for ANLI also with its round (`test_r1`).
 StoryCloze is handed out on request only: its test rows may also be named by `tasks.storycloze`.
 
-Every row has a number: its field `idx`, or where there is none its position in the file from 0.
+Every row has a number: its field `idx`, or where there is none its line in the file from 0 (its
+row, where it has no lines, and in StoryCloze's own file).
 """
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
-from mhr_scale.tasks.json_lines import JsonLine, iter_rows, kind_of
+from mhr_scale.tasks.json_lines import JsonLine, kind_of
 from mhr_scale.tasks.jsonl import FOLDS
+from mhr_scale.tasks.tables import ENDINGS, iter_csv, iter_file, number_rows
 from mhr_scale.tasks.task import Intake, Place
 
 Reader = Callable[[Intake], Iterator[JsonLine]]
@@ -228,7 +229,7 @@ def open_storycloze(path: Path) -> Reader:
     """Return what reads the file of StoryCloze's test rows that a recipe names."""
     if not path.is_file():
         raise DataError(f"tasks.storycloze: {path}: no such file")
-    read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+    read = _read_story if path.suffix.lower() == ".csv" else _read_file
     return partial(read, path, TASKS["storycloze"])
 
 
@@ -245,7 +246,7 @@ def find_rows(task: HeldOut, split: str, *, folder: Path | None) -> Reader | Non
         return None
     if paths[0].is_dir():
         return lambda _intake: read_saved(paths[0])
-    return partial(_read_jsonl, paths[0], task)
+    return partial(_read_file, paths[0], task)
 
 
 def what_is_there(task: HeldOut, split: str, *, folder: Path | None) -> str:
@@ -256,7 +257,8 @@ def what_is_there(task: HeldOut, split: str, *, folder: Path | None) -> str:
 
 def _fold(task: HeldOut, name: str) -> str | None:
     """Return the fold that the last word of a file name tells, `dev_r1` being ANLI r1's dev."""
-    word = name.removesuffix(".jsonl").rpartition(".")[2]
+    stem = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    word = stem.rpartition(".")[2]
     return FOLDS.get(word.removesuffix(f"_{task.name.rpartition('-')[2]}"))
 
 
@@ -266,28 +268,26 @@ def _list_local(task: HeldOut, folder: Path) -> list[Path]:
         raise DataError(f"{folder}: no such folder; set tasks.folder")
     paths: set[Path] = set()
     for name in filter(None, (task.name, task.alias)):
-        for pattern in ("{}.jsonl", "{}.*.jsonl", "{}/*.jsonl"):
-            paths.update(folder.glob(pattern.format(name)))
+        for pattern, ending in product(("{}", "{}.*", "{}/*"), ENDINGS):
+            paths.update(folder.glob(pattern.format(name) + ending))
         for pattern in ("{}/dataset_info.json", "{}/*/dataset_info.json"):
             paths.update(path.parent for path in folder.glob(pattern.format(name)))
     return sorted(paths)
 
 
-def _read_jsonl(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
-    return iter_rows(path, task=task.name, intake=intake)
+def _read_file(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
+    return iter_file(path, task=task.name, intake=intake, structured=KINDS, texts=())
 
 
-def _read_csv(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as text:
-            rows = list(csv.DictReader(text, restkey="rest"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    absent = STORY_COLUMNS.keys() - (rows[0].keys() if rows else set())
-    if absent:
-        raise DataError(f"{path}: not StoryCloze's file, no column {', '.join(sorted(absent))}")
-    named = ({STORY_COLUMNS.get(key, key): row[key] for key in row} for row in rows)
-    return number_rows(named, source=str(path))
+def _read_story(path: Path, task: HeldOut, intake: Intake) -> Iterator[JsonLine]:
+    """StoryCloze's CSV file, by the fields that templates know."""
+    lines = list(iter_csv(path, task=task.name, intake=intake))
+    columns = lines[0].row.keys() if lines else set()
+    if absent := sorted(STORY_COLUMNS.keys() - columns):
+        raise DataError(f"{path}: not StoryCloze's file, no column {', '.join(absent)}")
+    for number, line in enumerate(lines):
+        row = {STORY_COLUMNS.get(key, key): cell for key, cell in line.row.items()}
+        yield JsonLine(place=line.place, text=line.text, row={**row, "idx": number})
 
 
 def read_saved(path: Path) -> Iterator[JsonLine]:
@@ -313,10 +313,3 @@ def _read_hub(task: HeldOut, split: str, intake: Intake) -> Iterator[JsonLine]:
             "or set tasks.source: local"
         ) from error
     return number_rows(rows, source=f"{name}/{split}")
-
-
-def number_rows(rows: Iterable[dict[str, Any]], *, source: str) -> Iterator[JsonLine]:
-    """Yield the rows of a table with their places, from 1 on."""
-    for number, row in enumerate(rows, start=1):
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        yield JsonLine(place=Place(file=source, line=number), text=text, row=row)

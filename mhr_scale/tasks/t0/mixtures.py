@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean, some
+from mhr_scale.errors import ConfigError, DataError, some, suggest
 from mhr_scale.recipe.part import part
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.suite import Suite
@@ -102,6 +102,11 @@ class T0Tasks(Suite):
 
         return TaskStream(len(units), read)
 
+    def check_source(self) -> None:
+        """Raise `DataError` for a source that is a path and not there."""
+        if self.source.startswith((".", "/", "~")) and not Path(self.source).expanduser().is_dir():
+            raise DataError(f"tasks.source: no folder '{self.source}' (looked in {Path.cwd()})")
+
     def folders(self) -> tuple[str, ...]:
         """The source, if it is one, and the templates."""
         return (self.source, *filter(None, (self.templates,)))
@@ -175,7 +180,7 @@ def _choose(config: T0Tasks) -> list[Prompt]:
     if unknown:
         raise DataError(
             f"tasks.tasks: no prompt or data set of mixture {config.mixture} is called "
-            f"{', '.join(unknown)}{did_you_mean(unknown[0], known)}"
+            f"{', '.join(unknown)}{suggest(unknown[0], sorted(known))}"
         )
     if not config.tasks:
         return prompts

@@ -16,7 +16,7 @@ data set anew: nothing but the examples of one task lies in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,9 +25,11 @@ from typing import Any
 from mhr_scale.errors import DataError, first_line
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks.json_lines import JsonLine, iter_rows
-from mhr_scale.tasks.t0.held_out_rows import number_rows, read_saved
-from mhr_scale.tasks.t0.p3 import BATCH_ROWS, all_shards
+from mhr_scale.tasks.t0.bounds import UnboundedTemplateError
+from mhr_scale.tasks.t0.held_out_rows import read_saved
+from mhr_scale.tasks.t0.p3 import all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
+from mhr_scale.tasks.tables import iter_parquet, number_rows
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
 
 SPLIT = "train"
@@ -105,10 +107,12 @@ def read_examples(
                 dropped += 1
                 continue
             example = _make_example(rendered, id=id, place=line.place, policy=policy)
+        except UnboundedTemplateError:
+            raise
         except ValueError as error:
             intake.refuse(place=line.place, task=config, reason=str(error), text=line.text)
         else:
-            examples.append(example)
+            examples.append(replace(example, prompt=template.name if with_template else ""))
             intake.take()
     if not examples:
         bad = intake.rejects[refused:]
@@ -181,15 +185,10 @@ def _read_saved(folder: Path, _task: str, _intake: Intake) -> Iterator[JsonLine]
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[JsonLine]:
-    from pyarrow.parquet import ParquetFile
-
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: the shard is missing; fetch it, or read fewer rows")
-        with ParquetFile(path) as table:
-            batches = table.iter_batches(BATCH_ROWS)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from number_rows(rows, source=str(path))
+        yield from iter_parquet(path)
 
 
 def _readable(lines: Iterator[JsonLine], data_set: str) -> Iterator[JsonLine]:

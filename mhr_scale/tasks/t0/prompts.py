@@ -4,8 +4,8 @@ A template is one Jinja text, `<input> ||| <target>`, that sees the fields of a 
 `answer_choices` says so, the choices a model may answer with. For the templates of T0 the texts are
 those of promptsource; where the two differ, this engine is the stricter one:
 
-* Templates are code of strangers: they run in Jinja's immutable sandbox, and nothing is included
-  or imported.
+* Templates are code of strangers: they run in Jinja's immutable sandbox, nothing is included or
+  imported, and time and memory are bounded (`bounds`).
 * A field that the row does not have is an error instead of an empty text. What a field does not
   have (an item of an empty list, a key of an object) still renders empty.
 * `choice` and `random` draw from the seed, the template's id and the row's id alone, so that a
@@ -33,6 +33,7 @@ from jinja2.utils import missing
 
 from mhr_scale.errors import DataError, did_you_mean
 from mhr_scale.seeds import seed_from
+from mhr_scale.tasks.t0.bounds import UnboundedTemplateError, bounded, check_length
 
 FILE = "templates.yaml"
 SEPARATOR = "|||"
@@ -145,8 +146,14 @@ class Prompter:
         """
         draws = (seed_from(self._seed, template.id, row_id, number) for number in count())
         try:
-            programs = self._programs.get(template) or self._compile(template)
-            parts, choices = _apply(*programs, row, draws)
+            with bounded():
+                programs = self._programs.get(template) or self._compile(template)
+                parts, choices = _apply(*programs, row, draws)
+        except UnboundedTemplateError as error:
+            raise UnboundedTemplateError(
+                f"{template.source}: template '{template.name}' cannot render row {row_id}: "
+                f"{error}; leave the template out"
+            ) from error
         except Exception as error:  # a template may raise anything at all
             reason = str(error) or type(error).__name__
             if isinstance(error, jinja2.UndefinedError):
@@ -187,9 +194,10 @@ def _apply(
         raise ValueError("a field is called 'answer_choices', a name of the templates' own")
     variables[DRAWS], hidden = draws, None
     if choices is not None:
-        hidden = [choice.strip() for choice in choices.render(variables).split(SEPARATOR)]
+        texts = check_length(choices.render(variables)).split(SEPARATOR)
+        hidden = [choice.strip() for choice in texts]
     variables["answer_choices"] = hidden
-    parts = [part.strip() for part in text.render(variables).split(SEPARATOR)]
+    parts = [part.strip() for part in check_length(text.render(variables)).split(SEPARATOR)]
     show = methodcaller("replace", HIDDEN_SEPARATOR, SEPARATOR)
     return list(map(show, parts)), tuple(map(show, hidden or ()))
 
@@ -326,6 +334,8 @@ def _make_template(
         if not isinstance(fields.get(name), str) or not fields[name].strip():
             raise DataError(f"{place}: '{name}' of template '{key}' is missing or no text")
     place = f"{place}: template '{fields['name']}'"
+    if not fields["name"].isprintable():
+        raise DataError(f"{place}: its name has a character that cannot be printed")
     if not isinstance(fields.get("answer_choices"), str | None):
         raise DataError(f"{place}: 'answer_choices' is no text")
     if (n_separators := fields["jinja"].count(SEPARATOR)) != 1:
@@ -334,9 +344,12 @@ def _make_template(
         )
     for name in ("jinja", "answer_choices"):
         try:
-            SANDBOX.compile(fields.get(name) or "", raw=True)
+            with bounded():
+                SANDBOX.compile(fields.get(name) or "", raw=True)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{place}: '{name}', line {error.lineno}: {error.message}") from error
+        except (RecursionError, ArithmeticError, UnboundedTemplateError) as error:
+            raise DataError(f"{place}: '{name}' cannot be compiled: {error}") from error
     return Template(
         name=fields["name"],
         dataset=dataset,
