@@ -27,11 +27,12 @@ def written(path: Path) -> Iterator[None]:
     library's is for its owner alone; and errors of the disk name it."""
     try:
         with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.touch()
+            mode = path.stat().st_mode
             yield
-            probe = path.with_name(f".{path.name}.mode")
-            probe.touch()
-            path.chmod(probe.stat().st_mode & 0o777)
-            probe.unlink()
+            path.chmod(mode & 0o777)
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

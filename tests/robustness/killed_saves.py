@@ -19,6 +19,7 @@ from torch import Tensor
 from mhr_scale.adapters import Adapter, AdapterConfig, artefact
 from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import UserError
+from mhr_scale.run import tensors as tensor_files
 from mhr_scale.training import checkpoint
 
 KILLED, DONE = 9, 0
@@ -174,8 +175,7 @@ class Clock:
         """Count from now on; nothing takes it away again."""
         sys.addaudithook(self._hear)
         self._fsync, os.fsync = os.fsync, self._flush
-        self._write_tensors = checkpoint.save_tensors
-        checkpoint.save_tensors = artefact.save_tensors = self._save_tensors  # type: ignore[assignment]
+        self._write_tensors, tensor_files.save_file = tensor_files.save_file, self._save_tensors
 
     def tick(self) -> None:
         """One thing more."""
