@@ -201,7 +201,12 @@ def ours(
 
 
 def plain_products(
-    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], weights: Sequence[Tensor]
+    x: Tensor,
+    a_UIX: Tensor,
+    b_URO: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    *,
+    cut: object,
 ) -> tuple[Tensor, ...]:
     """`products` as autograd's own operations, one after the other."""
     slots = 1 if a_UIX.dim() == 2 else a_UIX.shape[0]
