@@ -2,8 +2,8 @@
 
 Importing it needs torch alone; reading and writing files also needs safetensors.
 
-Other rooms import: artefact, collapse, config, linear, peft_files, peft_folders, reading, routing,
-sites, wrapping.
+Other rooms import: artefact, collapse, config, linear, peft_files, peft_folders, rebuilding,
+routing, sites, wrapping.
 """
 
 from mhr_scale.adapters.config import AdapterConfig

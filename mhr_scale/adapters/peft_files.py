@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhr_scale.adapters.reading import check_tensors, read_pickled, read_safetensors
+from mhr_scale.adapters.rebuilding import check_tensors, read_pickled, read_safetensors
 from mhr_scale.errors import AdapterError
 from mhr_scale.run.files import read_object
 

@@ -30,7 +30,7 @@ from mhr_scale.adapters.peft_files import (
     rename,
 )
 from mhr_scale.adapters.peft_singles import complete_pairs, to_outputs, to_pairs
-from mhr_scale.adapters.reading import (
+from mhr_scale.adapters.rebuilding import (
     FindSizes,
     fill,
     find_layout,

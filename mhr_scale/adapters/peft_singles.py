@@ -31,7 +31,7 @@ from mhr_scale.adapters.peft_files import (
     is_target,
     refusal,
 )
-from mhr_scale.adapters.reading import SET_BACKBONE, FindSizes, widths_of
+from mhr_scale.adapters.rebuilding import SET_BACKBONE, FindSizes, widths_of
 from mhr_scale.adapters.sites import Site, recognise_sites, sites_in
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, some
 from mhr_scale.families.family import last_part

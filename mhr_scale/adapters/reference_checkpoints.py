@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.adapters.methods import Adapter
-from mhr_scale.adapters.reading import (
+from mhr_scale.adapters.rebuilding import (
     FindSizes,
     check_tensors,
     fill,

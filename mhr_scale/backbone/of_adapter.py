@@ -10,7 +10,7 @@ import torch
 from mhr_scale.adapters import Adapter, find_sites, peft_folders
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.reading import SET_BACKBONE, local_sizes
+from mhr_scale.adapters.rebuilding import SET_BACKBONE, local_sizes
 from mhr_scale.adapters.sites import Site, check_splits
 from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
 from mhr_scale.backbone.hub import find_folder

@@ -67,9 +67,8 @@ class Engine:
         if on_gpu:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-        if self.world_size > 1 or self.is_sharded:
-            if not dist.is_initialized():
-                self._join(recipe)
+        if (self.world_size > 1 or self.is_sharded) and not dist.is_initialized():
+            self._join(recipe)
 
     @property
     def placement(self) -> str:

@@ -43,7 +43,7 @@ from mhr_scale.recipe.part import part
 from mhr_scale.tasks.json_lines import JsonLine, kind_of
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
-from mhr_scale.tasks.tables import ENDINGS, iter_file
+from mhr_scale.tasks.tabular import ENDINGS, iter_file
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task, hold_out
 
 log = logging.getLogger("mhr_scale")

@@ -24,7 +24,7 @@ from typing import Any
 from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line
 from mhr_scale.tasks.json_lines import JsonLine, kind_of
 from mhr_scale.tasks.jsonl import FOLDS
-from mhr_scale.tasks.tables import ENDINGS, iter_csv, iter_file, number_rows
+from mhr_scale.tasks.tabular import ENDINGS, iter_csv, iter_file, number_rows
 from mhr_scale.tasks.task import Intake, Place
 
 Reader = Callable[[Intake], Iterator[JsonLine]]

@@ -29,7 +29,7 @@ from mhr_scale.tasks.t0.bounds import UnboundedTemplateError
 from mhr_scale.tasks.t0.held_out_rows import read_saved
 from mhr_scale.tasks.t0.p3 import all_shards
 from mhr_scale.tasks.t0.prompts import FILE, NO_LABEL, Prompter, Rendered, Template, load_templates
-from mhr_scale.tasks.tables import iter_parquet, number_rows
+from mhr_scale.tasks.tabular import iter_parquet, number_rows
 from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place
 
 SPLIT = "train"

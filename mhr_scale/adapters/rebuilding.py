@@ -1,4 +1,4 @@
-"""What readers of adapters that come without their backbone share.
+"""Adapters rebuilt from tensors that come without their backbone: what all readers share.
 
 Shape letters: Q splits, S skills, I and O features of one split, R rank.
 """
