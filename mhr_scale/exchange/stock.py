@@ -28,6 +28,7 @@ from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.families.table import read_config
+from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
 from mhr_scale.run.tensors import written
@@ -199,6 +200,10 @@ def _fill_peft(
     """Write the model's adapter as a PEFT folder; with `tensors` their values, not the model's."""
     with written(folder / peft_files.TENSORS):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
+    config = read_object(folder / peft_files.CONFIG, AdapterError)
+    if isinstance(config.get("target_modules"), list):  # of a set, in another order every time
+        config["target_modules"] = sorted(config["target_modules"])
+        write_json(folder / peft_files.CONFIG, config)
     if (source / peft_files.NOTE).is_file():
         shutil.copy(source / peft_files.NOTE, folder / peft_files.NOTE)
 
