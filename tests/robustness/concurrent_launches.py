@@ -6,7 +6,8 @@
 
 Into one folder: one of the two ends well and leaves, to the bit, what a launch alone leaves; the
 other ends with code 2 and a line that names the first. At one port, into two folders: the same, but
-for the line, which names the port or the other launch. Ends with code 1 if anything else happened.
+for the line, which names the port or the other launch. Where the second comes when the first has left,
+both end well and right. Ends with code 1 if anything else happened.
 """
 
 import argparse
@@ -164,7 +165,8 @@ def pair(
         ended.append(Launched(done.returncode, done.stdout, time.monotonic() - begun))
     faults = faults_of(ended, PORT_REFUSALS if port else REFUSALS)
     if not faults:
-        faults = differences(folders[[one.code for one in ended].index(0)], whole)
+        right = [place for one, place in zip(ended, folders, strict=True) if one.code == 0]
+        faults = [fault for place in right for fault in differences(place, whole)]
     for place in folders:
         shutil.rmtree(place, ignore_errors=True)
     return faults
@@ -172,6 +174,8 @@ def pair(
 
 def faults_of(ended: list[Launched], refusals: tuple[str, ...]) -> list[str]:
     """What is wrong with the ends of two launches, if anything."""
+    if all(one.code == 0 for one in ended):  # the second came when the first had left
+        return []
     if sorted(one.code for one in ended) != [0, 2]:
         tails = [one.output.strip().splitlines()[-1:] for one in ended]
         return [f"codes {[one.code for one in ended]}, last lines {tails}"]
