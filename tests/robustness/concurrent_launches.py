@@ -6,8 +6,8 @@
 
 Into one folder: one of the two ends well and leaves, to the bit, what a launch alone leaves; the
 other ends with code 2 and a line that names the first. At one port, into two folders: the same, but
-for the line, which names the port or the other launch. Where the second comes when the first has left,
-both end well and right. Ends with code 1 if anything else happened.
+for the line, which names the port or the other launch. Where the second comes when the first has
+left, both end well and right. Ends with code 1 if anything else happened.
 """
 
 import argparse
