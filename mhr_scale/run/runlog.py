@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mhr_scale.errors import RunError, printable
-from mhr_scale.run.files import append_text, flush, read_json, write_json, write_text
+from mhr_scale.run.files import append_text, as_size, flush, read_json, write_json, write_text
 from mhr_scale.run.streams import LogHandler
 
 log = logging.getLogger("mhr_scale")
@@ -267,4 +267,4 @@ class ByteProgress(Progress):
         return now - self._last > self._every or (is_long and self._done == self._total)
 
     def _count(self) -> str:
-        return f"{self._done / 1e9:.1f}/{self._total / 1e9:.1f} GB"
+        return f"{as_size(self._done)} of {as_size(self._total)}"

@@ -30,7 +30,7 @@ from mhr_scale.exchange.reloading import (
 )
 from mhr_scale.jobs.job import as_folder, check_folders
 from mhr_scale.recipe.reading import to_yaml
-from mhr_scale.run.files import write_json, write_text
+from mhr_scale.run.files import as_size, write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.run.streams import write_result
@@ -246,8 +246,8 @@ def check(
     """
     assert inputs.blueprint is not None
     weights = merging.plan_weights(inputs.blueprint, "float32")
-    size = sum(weight.n_bytes for weight in weights) / 1e9
-    log.info("comparing logits, which takes the backbone in float32: %.2g GB of memory", size)
+    size = as_size(sum(weight.n_bytes for weight in weights))
+    log.info("comparing logits, which takes the backbone in float32: %s of memory", size)
     logits = LogitsCheck(inputs.blueprint)
     is_peft = inputs.card.origin.get("format", "").startswith("PEFT")
     peft_folder = Path(config.adapter) if is_peft else None

@@ -38,7 +38,7 @@ from mhr_scale.jobs.job import RESULT
 from mhr_scale.passes import few_shot_loss
 from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
-from mhr_scale.run.files import to_json_lines, write_json, write_text
+from mhr_scale.run.files import as_size, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log, world_size
 from mhr_scale.run.streams import write_result
@@ -153,7 +153,7 @@ def announce(
     data, weights = inputs.data, list(loaded.model.parameters())
     log.info(
         "%s on %s, seed %d: %d training examples, %d to score; %s trainable numbers over %s "
-        "(%s, quantise: %s, %.2f GB) on %s; steps %d to %d, %d examples each",
+        "(%s, quantise: %s, %s) on %s; steps %d to %d, %d examples each",
         inputs.source,
         config.task,
         config.shots.seed,
@@ -163,7 +163,7 @@ def announce(
         inputs.backbone.name,
         inputs.backbone.dtype,
         inputs.backbone.quantise,
-        sum(weight.numel() * weight.element_size() for weight in weights) / 1e9,
+        as_size(sum(weight.numel() * weight.element_size() for weight in weights)),
         loaded.placed.device,
         start + 1,
         config.protocol.steps,
