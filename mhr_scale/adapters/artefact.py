@@ -219,9 +219,8 @@ def read(path: Path | str, *, model: nn.Module | None = None) -> tuple[Card, Ada
 def digest(adapter: Adapter) -> str:
     """What tells adapters apart by content: a hash of settings, names of tasks and tensors."""
     settings = [asdict(adapter.config), [asdict(site) for site in adapter.sites]]
-    texts = [json.dumps([*settings, list(adapter.task_names)], sort_keys=True)]
     tensors = named_tensors(adapter)
-    parts: list[str | bytes] = [*texts]
+    parts: list[str | bytes] = [json.dumps([*settings, list(adapter.task_names)], sort_keys=True)]
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         parts += [name, tensor.numpy().tobytes()]

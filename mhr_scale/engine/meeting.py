@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from mhr_scale.errors import EngineError, first_line, some
 from mhr_scale.run import stopping
 from mhr_scale.run.ownership import boot_id
-from mhr_scale.run.runlog import log
+from mhr_scale.run.runlog import log, versions_of
 
 #: Where several launches share a port: how each gets its own.
 WAY_OUT = (
@@ -113,12 +112,8 @@ def describe_launch(recipe: str, world_size: int) -> dict[str, str]:
         "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:16],
         "code": _hash_code(),
         "world size": str(world_size),
+        **versions_of(PACKAGES),
     }
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "absent"
     facts |= {name: os.environ[name] for name in JOB_IDS if name in os.environ}
     launchers = stopping.find_launchers()
     if launchers:

@@ -34,21 +34,13 @@ class FinetuneInputs:
 
     source: Path
     card: Card
-    digest: str
     backbone: BackboneConfig
     blueprint: Blueprint
     tokenizer: Any
     data: JobData
     intake: Intake
-
-    @property
-    def contents(self) -> dict[str, str]:
-        """What the run reads, by content (`RunFolder.check_inputs`)."""
-        return {
-            **inputs_of(self.blueprint, self.tokenizer),
-            f"adapter {self.source}": self.digest,
-            f"rows of {self.data.few_shot.task.name}": self.data.digest,
-        }
+    contents: dict[str, str]
+    """What the run reads, by content (`RunFolder.check_inputs`)."""
 
 
 def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
@@ -63,12 +55,16 @@ def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
     return FinetuneInputs(
         source=source,
         card=card,
-        digest=artefact.digest(adapter),
         backbone=backbone,
         blueprint=blueprint,
         tokenizer=tokenizer,
         data=data,
         intake=intake,
+        contents={
+            **inputs_of(blueprint, tokenizer),
+            f"adapter {source}": artefact.digest(adapter),
+            f"rows of {config.task}": data.digest,
+        },
     )
 
 

@@ -56,9 +56,9 @@ def begun_variants(folder: RunFolder[AdaptConfig]) -> set[str]:
     return {variant for seed in seeds for variant in names_in(seed)}
 
 
-def check_inputs(folder: RunFolder[AdaptConfig], inputs: AdaptInputs) -> None:
+def check_inputs(folder: RunFolder[AdaptConfig], contents: Mapping[str, str]) -> None:
     """Raise `RunError` if jobs have begun with another adapter, other rows, another backbone."""
-    folder.check_inputs(inputs.contents, is_begun=has_jobs(folder), holds="jobs")
+    folder.check_inputs(contents, is_begun=has_jobs(folder), holds="jobs")
 
 
 def gather_kept_soups(
@@ -72,7 +72,12 @@ def gather_kept_soups(
         folder.keep_inputs(inputs, is_begun=True)
 
 
-def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Engine) -> None:
+def rank0_begin(
+    folder: RunFolder[AdaptConfig],
+    inputs: AdaptInputs,
+    contents: Mapping[str, str],
+    engine: Engine,
+) -> None:
     """Write the recipe, the rejected rows and the provenance of a run.
 
     A variant that has jobs stays in the stored recipe, even if the new one leaves it out: it must
@@ -83,7 +88,7 @@ def rank0_begin(folder: RunFolder[AdaptConfig], inputs: AdaptInputs, engine: Eng
     known = {} if stored is None else stored.variants
     variants = {name: variant for name, variant in known.items() if as_folder(name) in started}
     folder.keep_recipe(replace(config, variants={**variants, **config.variants}))
-    folder.keep_inputs(inputs.contents, is_begun=bool(started))
+    folder.keep_inputs(contents, is_begun=bool(started))
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
         **engine.facts,

@@ -129,9 +129,14 @@ def file_error(error: BaseException) -> int | None:
     """The errno of a file-system error, also inside an error of safetensors; else None."""
     if isinstance(error, OSError) and error.errno in FILES:
         return error.errno
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(match[1]) if match else None
+    number = number_in(error)
     return number if number in FILES else None
+
+
+def number_in(error: BaseException) -> int | None:
+    """The errno that safetensors writes into the text of its errors."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def describe_file_error(error: Exception, number: int) -> str:

@@ -1,7 +1,7 @@
 """A run's folder: whether it can be written, its stored recipe, and what may change on resuming."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -106,8 +106,9 @@ class RunFolder(Generic[T]):
         ]
         changed += more
         if changed and is_begun:
-            listed = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
-            raise RunError(f"{self.path}: holds {holds} of other settings ({listed}); {way_out}")
+            raise RunError(
+                f"{self.path}: holds {holds} of other settings ({_listed(changed)}); {way_out}"
+            )
 
     def _names(self, pattern: str) -> list[str]:
         return [path.name for path in self.path.glob(pattern)]
@@ -147,10 +148,9 @@ class RunFolder(Generic[T]):
             if before[name] != inputs[name]
         ]
         if changed:
-            listed = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
             raise RunError(
-                f"{self.path}: holds {holds} made from other content ({listed}); use another "
-                "run.folder, or put back what it was made from"
+                f"{self.path}: holds {holds} made from other content ({_listed(changed)}); use "
+                "another run.folder, or put back what it was made from"
             )
 
     def keep_inputs(self, inputs: Mapping[str, str], *, is_begun: bool) -> None:
@@ -166,6 +166,10 @@ class RunFolder(Generic[T]):
     def record_start(self, **facts: Any) -> None:
         """Append this start to the run's provenance."""
         record_provenance(self.path / PROVENANCE, **facts)
+
+
+def _listed(changed: Sequence[str]) -> str:
+    return "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
 
 
 @contextmanager

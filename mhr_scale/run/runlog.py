@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,14 +131,19 @@ class Metrics:
             flush(self.path)
 
 
-def provenance(**facts: Any) -> dict[str, Any]:
-    """Where a run's numbers come from: command, code, versions, machine, and given facts."""
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of packages, `absent` for those that are not."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
+    return versions
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Where a run's numbers come from: command, code, versions, machine, and given facts."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
@@ -146,7 +151,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "versions": versions,
+        "versions": versions_of(PACKAGES),
         **facts,
     }
 

@@ -1,7 +1,6 @@
 """Safetensors files with the mode that the umask gives, and errors that name the file."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mhr_scale.run import failures
 from mhr_scale.run.files import named
 
 
@@ -34,7 +34,7 @@ def written(path: Path) -> Iterator[None]:
             yield
             path.chmod(mode & 0o777)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
+        number = failures.number_in(error)
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.adapters.artefact import digest
 from mhr_scale.analysis.monitor import check_tasks, make_monitor
 from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.config import PretrainConfig, ScheduleConfig
@@ -84,9 +83,10 @@ def opened_training(
     task_names = [card.name for card in tokens.cards]
     if start is not None:
         check_start(start, config.adapter, sites, task_names)
-    inputs = {**opened.inputs, **tokens.inputs}
+    inputs, origin = {**opened.inputs, **tokens.inputs}, {}
     if start is not None:
-        inputs["adapter to start from"] = digest(start.adapter)
+        origin = {"start": start.facts}
+        inputs["adapter to start from"] = str(origin["start"]["content"])
     folder.check_inputs(inputs, is_begun=is_begun, holds="a run")
     plan = make_plan(config, tokens)
     with opened.placed(sites) as placed:
@@ -112,10 +112,9 @@ def opened_training(
         )
         trainer.resume()
         if placed.engine.rank == 0:
-            facts = {} if start is None else {"start": start.facts}
             folder.keep_recipe(config)
             folder.keep_inputs(inputs, is_begun=is_begun)
-            rank0_record(folder, trainer, opened, facts)
+            rank0_record(folder, trainer, opened, origin)
         placed.engine.gather_barrier()
         yield trainer
 

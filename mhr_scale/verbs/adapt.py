@@ -40,12 +40,13 @@ def run_all(config: AdaptConfig) -> Path:
     """Run all jobs that are not finished, in a folder that this launch owns. Collective."""
     folder = open_folder(config)
     inputs = open_jobs(config)
-    check_inputs(folder, inputs)
+    contents = inputs.contents
+    check_inputs(folder, contents)
     with inputs.backbone.placed(inputs.list_sites(), always_backward=True) as placed:
         engine = placed.engine
         engine.open_patient_group()
         if engine.rank == 0:
-            rank0_begin(folder, inputs, engine)
+            rank0_begin(folder, inputs, contents, engine)
         lost = run_jobs(folder, inputs, placed)
         engine.wait_for_all()
         lost = sorted(itertools.chain(*engine.gather_objects(lost)))

@@ -49,13 +49,8 @@ class Subject:
     adapter: Adapter | None
     backbone: BackboneConfig
     is_begun: bool
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """The adapter by its content (`RunFolder.check_inputs`)."""
-        if self.adapter is None:
-            return {}
-        return {f"adapter {self.config.adapter}": artefact.digest(self.adapter)}
+    inputs: dict[str, str]
+    """The adapter by its content (`RunFolder.check_inputs`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +113,7 @@ def open_subject(config: EvaluateConfig) -> Subject:
     is_begun = (folder.path / summary.SCORES).exists()
     folder.check(config, is_begun=is_begun, holds="scores", way_out="use another run.folder")
     card, adapter, backbone = open_adapter_of(config)
+    inputs = {} if adapter is None else {f"adapter {config.adapter}": artefact.digest(adapter)}
     return Subject(
         config=config,
         folder=folder,
@@ -125,6 +121,7 @@ def open_subject(config: EvaluateConfig) -> Subject:
         adapter=adapter,
         backbone=backbone,
         is_begun=is_begun,
+        inputs=inputs,
     )
 
 

@@ -156,5 +156,5 @@ def test_reading_shows_its_bytes(
     monkeypatch.setattr("mhr_scale.run.runlog.ByteProgress._is_due", lambda self, now: True)
     caplog.set_level(logging.INFO, logger="mhr_scale")
     fill_from(CountingSource(TENSORS), small_t5(), rank=None)
-    assert caplog.messages[-1].startswith("read backbone 0.0/0.0 GB  ")
+    assert caplog.messages[-1].startswith("read backbone 81.2 kB of 81.2 kB  ")
     assert len(caplog.messages) == len(TENSORS)

@@ -25,9 +25,10 @@ class Broken(io.StringIO):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.refused = number, 0
 
     def write(self, text: str) -> int:
+        self.refused += 1
         raise OSError(self.number, os.strerror(self.number))
 
 
@@ -71,9 +72,11 @@ def test_a_result_that_a_full_disk_swallows_is_an_error(monkeypatch, capsys) -> 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
 def test_a_run_goes_on_though_nobody_reads_its_log(number, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Broken(number))
+    stream = Broken(number)
+    monkeypatch.setattr(sys, "stderr", stream)
     start_logging()
     log.warning("nobody reads this")
+    assert stream.refused
 
 
 def test_what_a_terminal_would_obey_is_escaped_in_lines_results_and_bars(capsys) -> None:

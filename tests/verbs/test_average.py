@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, read_metrics
+import toy_pretrains
+from processes import read_metrics
 from safetensors.torch import load_file
 from small_runs import write_rows
+from toy_pretrains import TOY
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.collapse import average as mean_of
@@ -19,19 +21,7 @@ from mhr_scale.recipe.reading import load
 from mhr_scale.verbs.average import average
 from mhr_scale.verbs.pretrain import pretrain
 
-TOY = str(ROOT / "launch" / "recipes" / "toy.yaml")
-SHORT = (
-    "schedule.steps=4",
-    "run.log_every=1",
-    "run.save_every=2",
-    "batch.batch_size=8",
-    "batch.micro_batch_size=4",
-    "tasks.n_tasks=6",
-    "tasks.train_examples=10",
-    "tasks.validation_examples=2",
-    "optim.name=adafactor",
-    "optim.lr=1e-3",
-)
+SHORT = (*toy_pretrains.SHORT, "optim.name=adafactor", "optim.lr=1e-3")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, read_metrics, succeed
+from processes import ROOT, succeed
 from safetensors.torch import load_file
-from torch import Tensor
-from toy_finetunes import TOY, base_model, make_adapter, toy
+from toy_finetunes import TOY, base_model, losses, make_adapter, tensors, toy
 
 from mhr_scale.adapters import Adapter, AdapterConfig
 from mhr_scale.adapters.collapse import average
@@ -37,14 +36,6 @@ from mhr_scale.verbs.finetune import finetune
 pytestmark = pytest.mark.usefixtures("on_cpu")
 LORA = AdapterConfig(layout="full", rank=2, n_skills=1)
 PRECISIONS = ("none", "int8", "nf4")
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(folder)]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 # -- a real task -----------------------------------------------------------------------------------

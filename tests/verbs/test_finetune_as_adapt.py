@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, read_metrics
-from safetensors.torch import load_file
-from torch import Tensor
-from toy_finetunes import TASK, toy
+from processes import ROOT
+from toy_finetunes import TASK, losses, toy
 
-from mhr_scale.adapters import AdapterConfig
 from mhr_scale.config import (
     AdaptConfig,
     AdaptRunConfig,
@@ -26,16 +23,6 @@ from mhr_scale.verbs.adapt import adapt
 from mhr_scale.verbs.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-LORA = AdapterConfig(layout="full", rank=2, n_skills=1)
-PRECISIONS = ("none", "int8", "nf4")
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(folder)]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

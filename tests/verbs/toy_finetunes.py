@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import read_metrics
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.adapters.collapse import average
@@ -37,6 +40,14 @@ def make_adapter(config: BackboneConfig, settings: AdapterConfig = MHR) -> Adapt
         for parameter in adapter.inventory.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return adapter
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder)]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def base_model(config: BackboneConfig) -> str:
