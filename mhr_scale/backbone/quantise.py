@@ -61,11 +61,15 @@ def list_linears(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Linear]
 
 
 def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.device) -> None:
-    """Allocate the memory of a model on the meta device, except for linears to quantise."""
+    """Allocate memory for what of a model is on the meta device, except for linears to quantise."""
     quantised = {} if kind == "none" else list_linears(model, blueprint)
+
+    def give_memory(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
     for name, module in model.named_modules():
         if name not in quantised:
-            module.to_empty(device=device, recurse=False)
+            module._apply(give_memory, recurse=False)
 
 
 def put(model: nn.Module, name: str, weight_OI: Tensor, kind: str, device: torch.device) -> None:

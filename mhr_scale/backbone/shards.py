@@ -27,8 +27,8 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-#: A header's length is a multiple of this, so that tensors are aligned.
-ALIGNMENT = 8
+#: The first tensor begins at a multiple of this: a cache line, as allocated tensors do.
+ALIGNMENT = 64
 #: Longest header that the library reads, in bytes.
 LONGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
@@ -143,8 +143,17 @@ def _header(weights: Sequence[Weight]) -> bytes:
         }
         start += weight.n_bytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The table of a readable file, without its metadata, and where the first tensor begins."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        table = json.loads(stream.read(length))
+    table.pop(METADATA, None)
+    return table, 8 + length
 
 
 def first_cut(file: Path) -> str | None:

@@ -4,8 +4,10 @@ Ranks of a sharded backbone read their own range of each tensor; no rank has to 
 """
 
 import pickle
+import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mhr_scale.backbone.shards import DTYPES, first_cut
+from mhr_scale.backbone.mapped_file import MappedFile
+from mhr_scale.backbone.shards import DTYPES, first_cut, read_header
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.run.files import as_size
 from mhr_scale.run.runlog import log
@@ -42,87 +45,43 @@ class WeightSource(Protocol):
         """Data type of one tensor; no number is read. Raises `BackboneError` unless a float."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
+        """Elements [start, stop) of the flattened tensor, perhaps a view of its file."""
+
+    def view(self, name: str) -> Tensor | None:
+        """The tensor as it lies in its mapped file; None if no file holds it."""
 
 
-class SafetensorsSource:
-    """Safetensors files; reading a range touches only the rows that contain it."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: what safetensors calls its data type, its shape, and its numbers.
 
-    def __init__(self, files: list[Path]) -> None:
-        self._handles: dict[str, tuple[Any, Path]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, "pt")
-            except (SafetensorError, OSError) as error:
-                fault = first_cut(file) or error
-                raise BackboneError(
-                    f"{file}: not a readable safetensors file ({fault}); {AGAIN}"
-                ) from error
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                if name in self._handles:
-                    raise BackboneError(_twice(name, self._handles[name][1], file))
-                self._handles[name] = (handle, file)
+    Those are a view of the mapped file; None where the data type is none of `DTYPES`.
+    """
 
-    def names(self) -> frozenset[str]:
-        """Names in all files."""
-        return frozenset(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the file's header."""
-        return tuple(self._handles[name][0].get_slice(name).get_shape())
-
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._handles[name][1]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Data type of one tensor, from the file's header."""
-        handle, file = self._handles[name]
-        return _type_of_weight(handle.get_slice(name).get_dtype(), name, file)
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        shape = self.shape(name)
-        width = prod(shape[1:])
-        first, last = start // width, -(-stop // width)
-        handle, file = self._handles[name]
-        if not shape:  # a scalar
-            return handle.get_tensor(name).reshape(-1)[start:stop]
-        try:
-            rows: Tensor = handle.get_slice(name)[first:last]
-        except SafetensorError as error:
-            raise BackboneError(f"{file}: {name} cannot be read ({error}); {AGAIN}") from error
-        return rows.reshape(-1)[start - first * width : stop - first * width]
+    kind: str
+    shape: tuple[int, ...]
+    numbers: Tensor | None
 
 
-class PickledSource:
-    """`.bin` checkpoints, read with `weights_only`; memory-mapped unless in torch's old format."""
+class FileSource:
+    """Tensors of one or several files, each as a view of its mapped file."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self._tensors: dict[str, Tensor] = {}
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read what the files say of their tensors. Raises `BackboneError` for what is wrong."""
+        self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            mmap = zipfile.is_zipfile(file)
-            if not mmap:
-                _look_at_old_format(file)
-            try:
-                tensors = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise BackboneError(f"{file}: not a checkpoint of tensors alone; {SAVE}") from error
-            except Exception as error:
-                raise BackboneError(
-                    f"{file}: not a readable checkpoint ({first_line(error)}); {AGAIN}"
-                ) from error
-            if not isinstance(tensors, dict):
-                kind = type(tensors).__name__
-                raise BackboneError(f"{file}: holds a {kind}, not named tensors; {SAVE}")
-            for name, tensor in tensors.items():
-                fault = _fault_of(name, tensor)
-                if fault is not None:
-                    raise BackboneError(f"{file}: {fault}; {SAVE}")
+            for name, tensor in self._list(file).items():
                 if name in self._files:
-                    raise BackboneError(_twice(name, self._files[name], file))
+                    raise BackboneError(
+                        f"{file}: holds {name}, as {self._files[name].name} does; keep the file "
+                        "that belongs here"
+                    )
                 self._tensors[name], self._files[name] = tensor, file
+
+    def _list(self, file: Path) -> Mapping[str, StoredTensor]:
+        """The tensors of one file; raises `BackboneError` if it cannot be read."""
+        raise NotImplementedError
 
     def names(self) -> frozenset[str]:
         """Names in all files."""
@@ -130,20 +89,114 @@ class PickledSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
-        return tuple(self._tensors[name].shape)
+        return self._tensors[name].shape
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._files[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Data type of one tensor."""
-        dtype = self._tensors[name].dtype
-        return _type_of_weight(DTYPES.get(dtype, str(dtype)), name, self._files[name])
+        """Data type of one tensor; raises `BackboneError` if it is no float.
+
+        Integers, or floats of 8 bits and less, would pass for weights without their scale.
+        """
+        kind = self._tensors[name].kind
+        found = next((dtype for dtype, known in DTYPES.items() if known == kind), None)
+        if found is None:
+            raise BackboneError(
+                f"{self._files[name]}: {name} is {kind.removeprefix('torch.')}, which is no "
+                "weight's data type; use the original, not a quantised copy (backbone.quantise "
+                "quantises it)"
+            )
+        return found
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as it lies in its file."""
+        numbers = self._tensors[name].numbers
+        assert numbers is not None, "`dtype` comes first"
+        return numbers
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
-        return self._tensors[name].reshape(-1)[start:stop]
+        return self.view(name).reshape(-1)[start:stop]
+
+
+class SafetensorsSource(FileSource):
+    """Safetensors files."""
+
+    def _list(self, file: Path) -> dict[str, StoredTensor]:
+        try:
+            with safe_open(file, "np"):  # checks the header; torch's reader maps the file writable
+                pass
+            header, start = read_header(file)
+        except (SafetensorError, OSError) as error:
+            fault = first_cut(file) or error
+            raise BackboneError(
+                f"{file}: not a readable safetensors file ({fault}); {AGAIN}"
+            ) from error
+        mapped = MappedFile(file)
+        dtypes = {kind: dtype for dtype, kind in DTYPES.items()}
+
+        def entry(fields: Mapping[str, Any]) -> StoredTensor:
+            kind, shape = fields["dtype"], tuple(fields["shape"])
+            numbers = None
+            if kind in dtypes:
+                numbers = mapped.tensor(start + fields["data_offsets"][0], dtypes[kind], shape)
+            return StoredTensor(kind, shape, numbers)
+
+        return {name: entry(fields) for name, fields in header.items()}
+
+
+class PickledSource(FileSource):
+    """`.bin` checkpoints, read with `weights_only`; mapped unless in torch's old format."""
+
+    def _list(self, file: Path) -> dict[str, StoredTensor]:
+        is_mapped = _can_be_mapped(file)
+        try:
+            # on the meta device torch notes where a storage lies in the file, and reads none
+            place = "meta" if is_mapped else "cpu"
+            tensors = torch.load(file, map_location=place, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise BackboneError(f"{file}: not a checkpoint of tensors alone; {SAVE}") from error
+        except Exception as error:
+            raise BackboneError(
+                f"{file}: not a readable checkpoint ({first_line(error)}); {AGAIN}"
+            ) from error
+        if not isinstance(tensors, dict):
+            kind = type(tensors).__name__
+            raise BackboneError(f"{file}: holds a {kind}, not named tensors; {SAVE}")
+        mapped = MappedFile(file) if is_mapped else None
+        return {name: _entry(file, name, tensor, mapped) for name, tensor in tensors.items()}
+
+
+def _entry(file: Path, name: object, tensor: object, mapped: MappedFile | None) -> StoredTensor:
+    """One tensor of a pickled checkpoint; raises `BackboneError` if it is no weight with a name."""
+    start, fault = None, None
+    if not isinstance(name, str):
+        fault = f"the key {shortened(repr(name))} is no name of a tensor"
+    elif not isinstance(tensor, Tensor):
+        fault = f"'{name}' is a {type(tensor).__name__}, no tensor"
+    elif tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+        fault = f"'{name}' is a {kind} tensor, and weights are plain ones"
+    elif tensor.is_meta:
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None:
+            fault = f"'{name}' is a meta tensor, which has no numbers"
+    if fault is not None:
+        raise BackboneError(f"{file}: {fault}; {SAVE}")
+    assert isinstance(tensor, Tensor)
+    numbers = tensor.detach()
+    if mapped is not None:
+        storage = tensor.untyped_storage()
+        assert start is not None
+        if start + storage.nbytes() > len(mapped):
+            raise BackboneError(f"{file}: '{name}' lies beyond the end of the file; {AGAIN}")
+        flat = mapped.tensor(start, tensor.dtype, (storage.nbytes() // tensor.dtype.itemsize,))
+        first = flat.storage_offset() + tensor.storage_offset()
+        numbers = flat.as_strided(tensor.shape, tensor.stride(), first)
+    kind = DTYPES.get(tensor.dtype, str(tensor.dtype))
+    return StoredTensor(kind, tuple(tensor.shape), numbers)
 
 
 class RandomSource:
@@ -172,6 +225,9 @@ class RandomSource:
     def dtype(self, name: str) -> torch.dtype:
         """They are made in float32."""
         return torch.float32
+
+    def view(self, name: str) -> None:
+        """No file holds it."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -208,6 +264,10 @@ class RenamedSource:
         """Elements [start, stop) of the flattened tensor."""
         return self._source.read(self._stored.get(name, name), start, stop)
 
+    def view(self, name: str) -> Tensor | None:
+        """The tensor as it lies in its file."""
+        return self._source.view(self._stored.get(name, name))
+
 
 def read_whole(source: WeightSource, name: str) -> Tensor:
     """A tensor of a source in its own shape."""
@@ -228,36 +288,19 @@ def is_equal(source: WeightSource, name: str, other: str) -> bool:
     return all(torch.equal(bits(name, at), bits(other, at)) for at in range(0, total, step))
 
 
-def _type_of_weight(kind: str, name: str, file: Path) -> torch.dtype:
-    """The data type by what safetensors calls it; raises `BackboneError` if it is no float.
+def _can_be_mapped(file: Path) -> bool:
+    """Whether the tensors of a pickled checkpoint lie in it as they are in memory.
 
-    Integers, or floats of 8 bits and less, would pass for weights without their scale.
+    Raises `BackboneError` if the file is a truncated archive, or cannot be opened.
     """
-    found = next((dtype for dtype, known in DTYPES.items() if known == kind), None)
-    if found is None:
-        raise BackboneError(
-            f"{file}: {name} is {kind.removeprefix('torch.')}, which is no weight's data type; use "
-            "the original, not a quantised copy (backbone.quantise quantises it)"
-        )
-    return found
-
-
-def _fault_of(name: object, tensor: object) -> str | None:
-    """Why an entry of a pickled checkpoint is no weight with a name; None if it is one."""
-    if not isinstance(name, str):
-        return f"the key {shortened(repr(name))} is no name of a tensor"
-    if not isinstance(tensor, Tensor):
-        return f"'{name}' is a {type(tensor).__name__}, no tensor"
-    if tensor.is_meta:
-        return f"'{name}' is a meta tensor, which has no numbers"
-    if tensor.layout is not torch.strided:
-        kind = str(tensor.layout).removeprefix("torch.")
-        return f"'{name}' is a {kind} tensor, and weights are plain ones"
-    return None
-
-
-def _twice(name: str, first: Path, second: Path) -> str:
-    return f"{second}: holds {name}, as {first.name} does; keep the file that belongs here"
+    if not zipfile.is_zipfile(file):
+        _look_at_old_format(file)
+        return False
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        byte_orders = [archive.read(r) for r in records if r.filename.endswith("/byteorder")]
+    is_native = all(order.decode() == sys.byteorder for order in byte_orders)
+    return is_native and all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
 def _look_at_old_format(file: Path) -> None:

@@ -30,6 +30,10 @@ class BackboneConfig:
     """Data type of the frozen weights and of the computation; adapters stay float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """Frozen linears in 8 or 4 bits (bitsandbytes); replicated placements only."""
+    mapped: bool = True
+    """On a CPU, use replicated weights where they lie in their files, if those hold them in
+    `dtype`: no copy is made, and all processes of a machine share the system's cache of the files.
+    `false` copies them into every process."""
     dropout: float | None = 0.0
     """Dropout of the backbone while training; null keeps the rate of its configuration."""
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"

@@ -21,8 +21,9 @@ from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine import nvme
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
-from mhr_scale.engine.filling import fill
+from mhr_scale.engine.filling import fill, map_weights
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
+from mhr_scale.engine.host_memory import give_back_freed_blocks
 from mhr_scale.engine.meeting import meet
 from mhr_scale.errors import EngineError
 from mhr_scale.families.family import Family
@@ -96,19 +97,24 @@ class Engine:
         """Build and fill the frozen backbone in its placement.
 
         Sharded from construction: under ZeRO-3 each rank reads and holds its own flat range of
-        each tensor only.
+        each tensor only. Replicated on a CPU, weights are used where their files are mapped.
         """
         if self.is_sharded:
             assert config.quantise == "none", "quantise.check comes first"
             deepspeed = import_deepspeed()
             op = deepspeed.ops.op_builder.AsyncIOBuilder()
             nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
+            if self.device.type == "cpu":
+                give_back_freed_blocks()
             ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
             with deepspeed.zero.Init(config_dict_or_path=ds_config):
                 model = make_model(blueprint)
         else:
             with torch.device("meta"):
                 model = make_model(blueprint).to(getattr(torch, config.dtype))
+            if config.mapped and self.device.type == "cpu":
+                map_weights(model, blueprint, kind=config.quantise)
+                tie(model, blueprint)
             quantise.allocate(model, blueprint, config.quantise, self.device)
             tie(model, blueprint)
             model.requires_grad_(False)

@@ -1,4 +1,7 @@
-"""Loading the weights of a frozen backbone: each rank reads its own range of each tensor only."""
+"""Placing the weights of a frozen backbone: used where their files are mapped, or read.
+
+Each rank of a sharded backbone reads its own range of each tensor only.
+"""
 
 from typing import Any
 
@@ -9,30 +12,82 @@ from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, plan_copies
 from mhr_scale.backbone.weights import WeightSource, read_whole
 from mhr_scale.engine import nvme
+from mhr_scale.engine.host_memory import Stager
 from mhr_scale.errors import EngineError
-from mhr_scale.run.runlog import ByteProgress
+from mhr_scale.run.files import as_size
+from mhr_scale.run.runlog import ByteProgress, log
+
+
+def map_weights(model: nn.Module, blueprint: Blueprint, *, kind: str) -> None:
+    """Let weights of a model on the meta device be views of their files, where those hold them.
+
+    A view takes no memory but the system's cache of the file, which all processes of a machine
+    share. Weights of another data type than the model's, and linears to be quantised to `kind`,
+    stay on the meta device.
+    """
+    quantised = {} if kind == "none" else quantise.list_linears(model, blueprint)
+    for name, parameter in plan_copies(model, blueprint).items():
+        place, _, last = name.rpartition(".")
+        view = blueprint.source.view(name)
+        if place in quantised or view is None:
+            continue
+        if view.dtype == parameter.dtype and view.is_contiguous():
+            weight = nn.Parameter(view, requires_grad=False)
+            model.get_submodule(place).register_parameter(last, weight)
 
 
 @torch.no_grad()
 def fill(
     model: nn.Module, blueprint: Blueprint, *, kind: str, rank: int | None, device: torch.device
 ) -> None:
-    """Load every weight of a blueprint into the model, under a progress bar.
+    """Load every weight of a blueprint that is not mapped into the model, under a progress bar.
 
     `rank` is this process's rank among those that a ZeRO-3 model is sharded over, None for a
     replicated model; linears of the latter that are on the meta device get quantised to `kind`.
     """
     copies, source = plan_copies(model, blueprint), blueprint.source
-    total = sum(_held_bytes(parameter, rank) for parameter in copies.values())
-    progress = ByteProgress(total, what="read backbone")
-    for name, parameter in copies.items():
+    mapped = {
+        name
+        for name, parameter in copies.items()
+        if rank is None and _is_mapped(parameter, source, name)
+    }
+    copied = {name: parameter for name, parameter in copies.items() if name not in mapped}
+    total = sum(_held_bytes(parameter, rank) for parameter in copied.values())
+    progress, stager = ByteProgress(total, what="read backbone"), Stager(device)
+    for name, parameter in copied.items():
         if rank is None:
-            _fill_whole(model, name, parameter, source, kind=kind, device=device)
+            _fill_whole(model, name, parameter, source, kind=kind, stager=stager, device=device)
         else:
             with nvme.in_memory(parameter):
                 _fill_shards(name, parameter, source, rank=rank)
         progress.add(name, _held_bytes(parameter, rank))
     progress.close()
+    n_mapped = sum(copies[name].nbytes for name in mapped)
+    _say(copied, source, n_mapped=n_mapped, n_read=total, kind=kind, rank=rank)
+
+
+def _is_mapped(parameter: Any, source: WeightSource, name: str) -> bool:
+    view = source.view(name)
+    return view is not None and not parameter.is_meta and parameter.data_ptr() == view.data_ptr()
+
+
+def _say(
+    copied: dict[str, nn.Parameter],
+    source: WeightSource,
+    *,
+    n_mapped: int,
+    n_read: int,
+    kind: str,
+    rank: int | None,
+) -> None:
+    """Tell how many bytes this process reads and holds, and how many it shares."""
+    told = []
+    if n_mapped:
+        told.append(f"{as_size(n_mapped)} mapped, which this machine holds once in its file cache")
+    if copied:
+        what = "shards" if rank is not None else "weights" if kind == "none" else f"{kind} weights"
+        told.append(f"{as_size(n_read)} of {what} of this process's own")
+    log.info("backbone: %s", ", ".join(told))
 
 
 def _fill_whole(
@@ -42,6 +97,7 @@ def _fill_whole(
     source: WeightSource,
     *,
     kind: str,
+    stager: Stager,
     device: torch.device,
 ) -> None:
     target = parameter.data
@@ -49,7 +105,7 @@ def _fill_whole(
     if target.is_meta:
         quantise.put(model, name, weight.to(target.dtype), kind, device)
     else:
-        target.copy_(weight)
+        stager.copy(target, weight)
 
 
 def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) -> None:

@@ -16,6 +16,7 @@ FREE = (
     "tasks.tasks",
     "waves.",
     "run.",
+    "backbone.mapped",
     "backbone.recompute",
     "backbone_moved_to",
     "scoring.texts",

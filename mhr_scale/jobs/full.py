@@ -86,7 +86,9 @@ class FullWave(Wave):
         """Let the weights of `model` train inside the block; they are restored at its end."""
         (member,) = self.members
         weights = named_weights(model)
-        original = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        original = {name: weight.data.to("cpu") for name, weight in weights.items()}
+        for name, weight in weights.items():  # on a CPU it may be a view of a file
+            weight.data = original[name].to(weight.device, copy=True)
         folder = member.job.folder(Path(self.config.run.folder))
         was_started = (folder / "metrics.jsonl").exists()
         log.info(
@@ -105,10 +107,10 @@ class FullWave(Wave):
             yield
         finally:
             del self.weights, self.weight_optimizer
-            for weight in weights.values():
+            for name, weight in weights.items():
                 weight.requires_grad_(False)
                 weight.grad = None
-            fill(weights, original)
+                weight.data = original[name].to(weight.device)
 
     @property
     def trained_numbers(self) -> int:

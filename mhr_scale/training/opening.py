@@ -43,6 +43,7 @@ FREE = (
     "batch.workers",
     "run.token_cache",
     "run.trackers",
+    "backbone.mapped",
     "backbone.recompute",
     "monitor.alignment_every",
     "monitor.alignment_tasks",

@@ -50,7 +50,14 @@ from mhr_scale.training import checkpoint, optim
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may change between two starts of a run: those that do not affect its result.
-FREE = ("run.", "micro_batch_size", "scoring.max_tokens", "scoring.texts", "backbone.recompute")
+FREE = (
+    "run.",
+    "micro_batch_size",
+    "scoring.max_tokens",
+    "scoring.texts",
+    "backbone.mapped",
+    "backbone.recompute",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

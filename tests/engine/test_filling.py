@@ -42,6 +42,9 @@ class CountingSource:
     def file(self, name: str) -> Path | None:
         return None
 
+    def view(self, name: str) -> Tensor | None:
+        return None
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         assert 0 <= start < stop <= self.tensors[name].numel()
         self.reads.append((name, start, stop))
@@ -156,5 +159,7 @@ def test_reading_shows_its_bytes(
     monkeypatch.setattr("mhr_scale.run.runlog.ByteProgress._is_due", lambda self, now: True)
     caplog.set_level(logging.INFO, logger="mhr_scale")
     fill_from(CountingSource(TENSORS), small_t5(), rank=None)
-    assert caplog.messages[-1].startswith("read backbone 81.2 kB of 81.2 kB  ")
-    assert len(caplog.messages) == len(TENSORS)
+    *shown, told = caplog.messages
+    assert shown[-1].startswith("read backbone 81.2 kB of 81.2 kB  ")
+    assert len(shown) == len(TENSORS)
+    assert told == "backbone: 81.2 kB of weights of this process's own"

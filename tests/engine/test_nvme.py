@@ -34,6 +34,9 @@ class Source:
     def file(self, name: str) -> Path | None:
         return None
 
+    def view(self, name: str) -> Tensor | None:
+        return None
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return TENSORS[name].flatten()[start:stop]
 

@@ -159,6 +159,9 @@ class WatchedSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source.shape(name)
 
+    def view(self, name: str) -> Tensor | None:
+        return None
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         tensor = self.source.read(name, start, stop)
         self.read_bytes += tensor.nbytes

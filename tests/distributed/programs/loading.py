@@ -35,6 +35,9 @@ class CountingSource:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
+    def view(self, name: str) -> Tensor | None:
+        return None
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         self.reads.append((name, start, stop))
         return self.source.read(name, start, stop)
