@@ -77,15 +77,17 @@ def pack(weight_OI: Tensor, kind: str) -> dict[str, Tensor]:
 
     int8 rounds from float16; nf4 (double quantisation) from the weight as it is.
     """
-    functional = import_bitsandbytes().functional
+    functional, on_cpu = import_bitsandbytes().functional, weight_OI.device.type == "cpu"
     if kind == "int8":
-        weight, scales, _ = functional.int8_vectorwise_quant(weight_OI.to(torch.float16))
-        return {
-            "weight": weight,
-            "SCB": scales,
-            "weight_format": torch.zeros((), dtype=torch.uint8),
-        }
-    if weight_OI.device.type == "cpu":
+        n_rows = max(1, CHUNK // weight_OI.shape[1]) if on_cpu else weight_OI.shape[0]
+        made = [
+            functional.int8_vectorwise_quant(rows.to(torch.float16))[:2]
+            for rows in weight_OI.split(n_rows)
+        ]
+        weight, scales = (torch.cat(chunks) for chunks in zip(*made, strict=True))
+        by_row = torch.zeros((), dtype=torch.uint8)
+        return {"weight": weight, "SCB": scales, "weight_format": by_row}
+    if on_cpu:
         codes, scales = _pack_nf4(weight_OI)
         offset = scales.mean()
         nested, outer = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)

@@ -60,10 +60,12 @@ def test_the_parts_are_bit_for_bit_what_bitsandbytes_stores(kind: str, dtype: to
         assert torch.equal(found[name], part)
 
 
-def test_four_bits_are_the_same_over_the_edges_of_chunks() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_the_same_over_the_edges_of_chunks(kind: str) -> None:
     weight_OI = torch.randn(3 * CHUNK // 2 // 64, 64, generator=torch.Generator().manual_seed(4))
-    found, expected = pack(weight_OI, "nf4"), their_state(weight_OI, "nf4")
-    assert all(torch.equal(found[n], expected[n]) for n in ("weight", "weight.absmax"))
+    found, expected = pack(weight_OI, kind), their_state(weight_OI, kind)
+    for name in ("weight", "weight.absmax" if kind == "nf4" else "SCB"):
+        assert torch.equal(found[name], expected[name])
 
 
 def test_numbers_on_a_bound_between_two_codes_are_rounded_as_bitsandbytes_does() -> None:

@@ -1,5 +1,6 @@
 """The verbs over a folder whose linears are stored in 8 and 4 bits."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from conversions import run_convert
 from processes import ROOT
 from torch import Tensor
+from toy_finetunes import export_lora, losses, toy
 
 from mhr_scale.adapters import artefact
 from mhr_scale.backbone.blueprint import read_blueprint
@@ -26,6 +28,7 @@ from mhr_scale.recipe.reading import load
 from mhr_scale.scores import summary
 from mhr_scale.verbs.evaluate import evaluate
 from mhr_scale.verbs.export import export
+from mhr_scale.verbs.finetune import finetune
 from mhr_scale.verbs.pretrain import pretrain
 
 RECIPE = str(ROOT / "launch" / "recipes" / "toy.yaml")
@@ -105,6 +108,19 @@ def test_a_merged_export_holds_what_the_parts_stand_for(place: Path, tmp_path: P
     assert merged.source.names() == source.names()
     name = "shared.weight"
     assert torch.equal(read_whole(merged.source, name), read_whole(source, name).to(torch.bfloat16))
+
+
+def test_finetune_starts_from_the_folder(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="mhr_scale")
+    lora = export_lora(tmp_path / "lora")
+    for name, kind in (("whole", place.name), ("stored", "none")):
+        backbone = BackboneConfig(name=str(place / name), quantise=kind)  # type: ignore[arg-type]
+        finetune(toy(lora, tmp_path / name, backbone=backbone))
+        assert f"({place.name} and bfloat16, " in caplog.text
+        caplog.clear()
+    assert losses(tmp_path / "stored") == losses(tmp_path / "whole")
 
 
 def test_shards_are_refused(place: Path, tmp_path: Path) -> None:
