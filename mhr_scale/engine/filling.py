@@ -68,11 +68,11 @@ def fill(
                 _fill_shards(name, parameter, source, rank=rank)
         elif parameter.is_meta:
             if isinstance(source, QuantisedSource):
-                stored = source.parts(name)
-                parts = stored if name in views else {n: stager.place(p) for n, p in stored.items()}
+                parts = source.parts(name)
+                if name not in views:
+                    parts = {part: stager.place(tensor) for part, tensor in parts.items()}
             else:
-                weight = read_whole(source, name).to(parameter.dtype)
-                parts = pack(weight.to(device), kind)
+                parts = pack(read_whole(source, name).to(parameter.dtype).to(device), kind)
             quantise.put(model, name, parts, kind)
         elif name not in views:
             stager.copy(parameter.data, read_whole(source, name))
@@ -88,6 +88,7 @@ def fill(
 
 
 def _is_mapped(parameter: Any, source: WeightSource, name: str, *, mapped: bool) -> bool:
+    """Whether a weight is used where its file is mapped; quantised ones will be, if `mapped`."""
     if parameter.is_meta:
         return mapped and isinstance(source, QuantisedSource)
     view = source.view(name)

@@ -3,6 +3,8 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from mhr_scale.config import (
     ScoringConfig,
     ToyTasks,
 )
-from mhr_scale.errors import EngineError
+from mhr_scale.errors import ConfigError, EngineError
+from mhr_scale.jobs.full import check_backbone_jobs
 from mhr_scale.recipe.reading import load
 from mhr_scale.scores import summary
 from mhr_scale.verbs.evaluate import evaluate
@@ -127,3 +130,11 @@ def test_shards_are_refused(place: Path, tmp_path: Path) -> None:
     config = recipe(place, "stored", tmp_path / "run", "run.ds_config=ds_configs/cpu.json")
     with pytest.raises(EngineError, match=r"cpu.json shards them; .* name a folder of whole"):
         pretrain(config)
+
+
+def test_jobs_that_train_the_weights_are_refused(place: Path) -> None:
+    config = BackboneConfig(name=str(place / "stored"), dtype="float32")
+    opened: Any = SimpleNamespace(ds_content={}, config=config, blueprint=read_blueprint(config))
+    asked: Any = SimpleNamespace(backbone_variants=["f"])
+    with pytest.raises(ConfigError, match=rf"holds {place.name} ones; name a folder of whole"):
+        check_backbone_jobs(asked, opened)
