@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from mhr_scale.backbone.hub import find_folder
-from mhr_scale.backbone.manifest import Manifest, check_files, check_weights, read_manifest
+from mhr_scale.backbone.manifest import (
+    WAY_OUT,
+    Manifest,
+    check_files,
+    check_weights,
+    read_manifest,
+)
+from mhr_scale.backbone.quantised_parts import QuantisedSource, stored_kind
 from mhr_scale.backbone.weight_files import open_weights
 from mhr_scale.backbone.weights import RandomSource, RenamedSource, WeightSource, is_equal
 from mhr_scale.config import BackboneConfig
@@ -29,7 +36,7 @@ from mhr_scale.run.runlog import log
 class Blueprint:
     """Everything needed to build one backbone: configuration, weights and their provenance.
 
-    `ties` maps names to the tensor that they are tied to.
+    `ties` maps names to the tensor that they are tied to; `quantise` says how linears are stored.
     """
 
     family: Family
@@ -39,6 +46,7 @@ class Blueprint:
     folder: Path | None
     facts: dict[str, Any]
     manifest: Manifest | None = None
+    quantise: str = "none"
 
 
 def read_blueprint(config: BackboneConfig) -> Blueprint:
@@ -50,22 +58,25 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     manifest = read_manifest(folder)
     if manifest is not None:
         check_files(folder, manifest)
-    source = open_weights(folder)
-    for name in sorted(source.names()):
-        source.dtype(name)  # raises if it is no weight's
+    source: WeightSource = open_weights(folder)
     renamed = family.find_renamed(raw, source.names())
     source = RenamedSource(source, renamed) if renamed else source
+    kind = stored_kind(raw.get(QUANTISED), source.names())
+    if kind != "none":
+        source = QuantisedSource(source, kind, way_out=WAY_OUT if manifest else "fetch it again")
+    for name in sorted(source.names()):
+        source.dtype(name)  # raises if it is no weight's
     are_equal = cache(partial(is_equal, source))
     ties = family.find_ties(raw, source.names(), are_equal)
     if manifest is not None:
-        check_weights(folder, manifest, source, ties)
+        check_weights(folder, manifest, source, ties, kind)
     for name, target in ties.items():
         if name in source.names() and not are_equal(name, target):
             raise BackboneError(
                 f"{source.file(name)}: {name} differs from {renamed.get(target, target)}, and the "
                 "model has one tensor for both; leave out the one that was not trained"
             )
-    _say(raw, family, model_config, folder / "config.json")
+    _say(raw, family, model_config, folder / "config.json", kind)
     facts: dict[str, Any] = {
         "name": config.name,
         "revision": config.revision,
@@ -81,15 +92,18 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         folder=folder,
         facts=facts,
         manifest=manifest,
+        quantise=kind,
     )
 
 
-def _say(raw: Mapping[str, Any], family: Family, config: Any, place: Path | str) -> None:
+def _say(
+    raw: Mapping[str, Any], family: Family, config: Any, place: Path | str, kind: str = "none"
+) -> None:
     """Tell which settings of a configuration are not used as they stand."""
     for name, value in family.required_fields(config).items():
         if name in raw and raw[name] is None:
             log.info("%s: %s is null; %s is used", place, name, value)
-    if raw.get(QUANTISED):
+    if raw.get(QUANTISED) and kind == "none":
         log.info("%s: %s is not used: the weights are not quantised", place, QUANTISED)
 
 

@@ -1,20 +1,23 @@
 """Rewriting a backbone's weights: one data type, tied tensors once, as indexed safetensors.
 
-Memory holds one chunk of a tensor at a time, whatever the size of tensors, shards and backbone.
+Memory holds one chunk of a tensor at a time, or one linear that is quantised, whatever the size of
+tensors, shards and backbone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
-from mhr_scale.backbone import fingerprint
-from mhr_scale.backbone.blueprint import Blueprint
+from mhr_scale.backbone import fingerprint, quantise
+from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.backbone.manifest import Fingerprint, hash_files
 from mhr_scale.backbone.merging import plan_weights
+from mhr_scale.backbone.quantised_parts import pack, plan_parts
 from mhr_scale.backbone.shards import (
+    ALIGNMENT,
     FileFacts,
     Weight,
     name_shard,
@@ -39,33 +42,90 @@ def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
     return weights, sorted(blueprint.source.names() - written - blueprint.ties.keys())
 
 
+def lay_out(blueprint: Blueprint, weights: Sequence[Weight], kind: str) -> dict[Weight, Weight]:
+    """The tensors of the files, each with the weight of the model that it is, or is a part of."""
+    if kind == "none":
+        return {weight: weight for weight in weights}
+    with torch.device("meta"):
+        linears = quantise.list_linears(make_model(blueprint), blueprint)
+    laid_out: dict[Weight, Weight] = {}
+    for weight in weights:
+        linear = weight.name.removesuffix(".weight")
+        parts = plan_parts(linear, weight.shape, kind) if linear in linears else [weight]
+        laid_out |= dict.fromkeys(parts, weight)
+    return laid_out
+
+
 @torch.no_grad()
 def write_weights(
-    folder: Path, *, blueprint: Blueprint, weights: Sequence[Weight], max_shard_bytes: int
+    folder: Path,
+    *,
+    blueprint: Blueprint,
+    weights: Mapping[Weight, Weight],
+    kind: str,
+    max_shard_bytes: int,
 ) -> dict[str, FileFacts]:
     """Write shards and their index, under a progress bar; returns sizes and hashes of the files.
 
     Raises `BackboneError` if a number is not finite, before or after the cast.
     """
-    shards = plan_shards(weights, max_shard_bytes)
+    shards = plan_shards(list(weights), max_shard_bytes)
+    if kind != "none":  # what would leave others unaligned goes to the end, the widest first
+        shards = [sorted(shard, key=_is_late) for shard in shards]
     progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="convert")
-
-    def read(weight: Weight, start: int, stop: int) -> Tensor:
-        stored = blueprint.source.read(weight.name, start, stop)
-        cast = stored.to(weight.dtype)
-        if not all(map(torch.isfinite, cast.aminmax())):  # which are NaN if any number is
-            raise _not_finite(blueprint, weight, start, stored, cast)
-        return cast
-
+    reader = _Reader(blueprint, weights, kind)
     facts: dict[str, FileFacts] = {}
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = name_shard(number, len(shards))
-        facts[file] = write_shard(folder / file, shard, read, advance=progress.add)
+        facts[file] = write_shard(folder / file, shard, reader.read, advance=progress.add)
         places |= dict.fromkeys((weight.name for weight in shard), file)
     progress.close()
-    write_index(folder, weights, places)
+    write_index(folder, list(weights), places)
     return facts
+
+
+class _Reader:
+    """Reads what is written: weights, cast to their data type, and parts of quantised ones.
+
+    It holds the parts of one linear, and those that are written later.
+    """
+
+    def __init__(self, blueprint: Blueprint, weights: Mapping[Weight, Weight], kind: str) -> None:
+        self._blueprint, self._weights, self._kind = blueprint, weights, kind
+        self._packed: dict[str, Tensor] = {}
+
+    def read(self, part: Weight, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor; raises `BackboneError` for odd numbers."""
+        weight = self._weights[part]
+        if part == weight:
+            return self._cast(weight, start, stop)
+        if part.name not in self._packed:
+            self._pack(weight)
+        return self._packed[part.name].reshape(-1)[start:stop]
+
+    def _cast(self, weight: Weight, start: int, stop: int) -> Tensor:
+        stored = self._blueprint.source.read(weight.name, start, stop)
+        cast = stored.to(weight.dtype)
+        if not all(map(torch.isfinite, cast.aminmax())):  # which are NaN if any number is
+            raise _not_finite(self._blueprint, weight, start, stored, cast)
+        return cast
+
+    def _pack(self, weight: Weight) -> None:
+        linear = weight.name.removesuffix("weight")
+        parts = pack(self._cast(weight, 0, weight.numel).reshape(weight.shape), self._kind)
+        if self._kind == "int8" and not torch.isfinite(parts["SCB"]).all():
+            raise BackboneError(
+                f"{self._blueprint.source.file(weight.name)}: {weight.name} has numbers that "
+                "float16 cannot hold, which int8 is rounded from; set quantise: nf4"
+            )
+        late = {name: part for name, part in self._packed.items() if part.nbytes % ALIGNMENT}
+        self._packed = {**late, **{linear + name: part for name, part in parts.items()}}
+
+
+def _is_late(part: Weight) -> tuple[bool, int]:
+    """Whether a tensor of this size would leave the next one unaligned, and how wide it is not."""
+    return part.n_bytes % ALIGNMENT != 0, -part.dtype.itemsize
 
 
 def _not_finite(

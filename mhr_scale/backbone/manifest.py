@@ -40,7 +40,10 @@ class Fingerprint:
     norms: list[list[float]]
     """(B, L), over the whole vocabulary."""
     noise: float
-    """How far a computation in bfloat16 is from these logits, as a share of their spread."""
+    """How far a computation in bfloat16 is from these logits, as a share of their spread; of
+    quantised weights, one by bitsandbytes."""
+    distance: float = 0.0
+    """How far that computation is from the logits of the weights before they were quantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,12 +54,15 @@ class Manifest:
     source: dict[str, Any]
     """Name, revision and folder of what was converted, and the sizes of its weight files."""
     dtype: str
+    """Data type of the weights, apart from quantised ones."""
     tied: dict[str, str]
     """Tied names, and the name that their tensor is stored under."""
     left_out: list[str]
     """Tensors of the source that the model does not use."""
     files: dict[str, FileFacts]
     fingerprint: Fingerprint
+    quantise: str = "none"
+    """How the linears in the blocks are stored: `none`, `int8` or `nf4`."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -101,12 +107,17 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_weights(
-    folder: Path, manifest: Manifest, source: WeightSource, ties: dict[str, str]
+    folder: Path, manifest: Manifest, source: WeightSource, ties: dict[str, str], kind: str
 ) -> None:
     """Raise `BackboneError` if the weights are not what was written: names, files, ties, data type.
 
-    `ties` are those found in the weights themselves.
+    `ties` and `kind`, how linears are quantised, are those found in the weights themselves.
     """
+    if kind != manifest.quantise:
+        raise BackboneError(
+            f"{folder / MANIFEST}: says quantise {manifest.quantise}, weights and config.json "
+            f"{kind}; {WAY_OUT}"
+        )
     for name in sorted(source.names()):
         file = source.file(name)
         assert file is not None

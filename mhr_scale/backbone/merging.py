@@ -106,12 +106,18 @@ def write_merged(
 
 
 def write_companions(
-    folder: Path, *, blueprint: Blueprint, settings: BackboneConfig, weights: Sequence[Weight]
+    folder: Path,
+    *,
+    blueprint: Blueprint,
+    settings: BackboneConfig,
+    weights: Sequence[Weight],
+    quantised: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the configuration, generation settings and tokenizer beside merged weights.
 
     The configuration is the backbone's own: its `tie_word_embeddings` says whether logits are
-    scaled, and the names of the weights say whether embeddings are tied.
+    scaled, and the names of the weights say whether embeddings are tied. `quantised` is what it
+    says of quantised linears.
     """
     family, model_config = blueprint.family, blueprint.model_config
     raw: dict[str, Any] = {
@@ -128,6 +134,8 @@ def write_companions(
         raw.pop(name, None)
     largest = max(weights, key=lambda weight: weight.n_bytes)
     raw["torch_dtype"] = str(largest.dtype).removeprefix("torch.")
+    if quantised:
+        raw[QUANTISED] = dict(quantised)
     write_json(folder / "config.json", raw)
     if settings.tokenizer or blueprint.folder is None:
         load_tokenizer(settings, blueprint).save_pretrained(folder)

@@ -12,6 +12,7 @@ from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.rebuilding import SET_BACKBONE, local_sizes
 from mhr_scale.adapters.sites import Site, check_splits
+from mhr_scale.backbone import quantise as quantisation
 from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint
 from mhr_scale.backbone.hub import find_folder
 from mhr_scale.config import BackboneConfig
@@ -55,8 +56,8 @@ def _not_found(adapter: str, error: BackboneError) -> BackboneError:
 
 def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
     """The `backbone` entry of an adapter's card."""
-    settings = {name: getattr(config, name) for name in ("dtype", "quantise", "tokenizer")}
-    return {**blueprint.facts, **settings}
+    settings = {name: getattr(config, name) for name in ("dtype", "tokenizer")}
+    return {**blueprint.facts, **settings, "quantise": quantisation.kind_of(config, blueprint)}
 
 
 def precision_of(facts: Mapping[str, Any]) -> str:

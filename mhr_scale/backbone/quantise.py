@@ -1,27 +1,27 @@
-"""Frozen linears in 8 or 4 bits by bitsandbytes.
+"""Frozen linears in 8 or 4 bits by bitsandbytes: which they are, and where.
 
-Every linear in the blocks is quantised; embeddings, norms, position biases and the head keep the
-backbone's data type. T5 casts the input of `wo` to the data type of `wo.weight` unless that is int8
-(transformers does not quantise `wo` for that reason), so 4-bit weights are stored in tensors of the
-backbone's data type (`quant_storage`), which makes the cast a no-op. The 8-bit product keeps its
-input for the backward pass, also under `recompute: non_reentrant`.
+The linears in the blocks are quantised, except for those that transformers keeps in the backbone's
+data type (T5's `wo`), as do embeddings, norms, position biases and the head: transformers opens a
+converted folder, and a folder it has written is read. The 8-bit product keeps its input for the
+backward pass, also under `recompute: non_reentrant`.
 """
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.quantised_parts import BLOCK, QuantisedSource, make_linear, settings_of
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, EngineError
 from mhr_scale.families.family import last_part
 
-#: int8: columns of activations with a value this large stay unquantised (Dettmers et al. 2022).
-OUTLIER = 6.0
-#: nf4: weights that share a scale. The CPU kernel is wrong if a row ends within such a block.
-BLOCK = 64
+
+def kind_of(config: BackboneConfig, blueprint: Blueprint) -> str:
+    """How the linears of this backbone are held: as they are stored, or as the recipe says."""
+    return blueprint.quantise if blueprint.quantise != "none" else config.quantise
 
 
 def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None = None) -> None:
@@ -29,35 +29,69 @@ def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None
 
     `ds_config` names the DeepSpeed file that shards the backbone, if one does.
     """
-    if config.quantise == "none":
+    kind, is_stored = kind_of(config, blueprint), blueprint.quantise != "none"
+    if is_stored and config.quantise not in ("none", kind):
+        raise BackboneError(
+            f"backbone.quantise: {config.quantise}, and {blueprint.folder} holds {kind} weights; "
+            "leave it out, or name a folder of whole weights"
+        )
+    if kind == "none":
         return
     if ds_config is not None:
+        way_out = "name a folder of whole weights" if is_stored else "set quantise: none"
         raise EngineError(
-            f"backbone.quantise: {config.quantise} weights are whole on every rank, and "
-            f"{ds_config} shards them; leave run.ds_config out, name a file of stage 0, or set "
-            "quantise: none"
+            f"backbone.quantise: {kind} weights are whole on every rank, and {ds_config} shards "
+            f"them; leave run.ds_config out, name a file of stage 0, or {way_out}"
         )
-    if config.quantise == "nf4":
-        with torch.device("meta"):
-            model = make_model(blueprint)
-        linears = list_linears(model, blueprint).items()
-        uneven = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
-        if uneven:
-            listed = ", ".join(f"{name} of {width}" for name, width in uneven.items())
-            raise BackboneError(
-                f"backbone.quantise: nf4 takes rows of weights in blocks of {BLOCK}, and those of "
-                f"{listed} do not divide into them; use int8"
-            )
+    if not is_stored:
+        check_widths(kind, blueprint, "backbone.quantise")
+
+
+def check_widths(kind: str, blueprint: Blueprint, place: str) -> None:
+    """Raise `BackboneError` if the linears are of a width that cannot be quantised to `kind`."""
+    if kind != "nf4":
+        return
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    linears = list_linears(model, blueprint).items()
+    uneven = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
+    if uneven:
+        listed = ", ".join(f"{name} of {width}" for name, width in uneven.items())
+        raise BackboneError(
+            f"{place}: nf4 takes rows of weights in blocks of {BLOCK}, and those of {listed} do "
+            "not divide into them; use int8"
+        )
 
 
 def list_linears(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Linear]:
-    """The linears to quantise, by name: those in the blocks."""
-    family, config = blueprint.family, blueprint.model_config
+    """The linears to quantise, by name: those that are stored so, or those in the blocks."""
+    family, config, source = blueprint.family, blueprint.model_config, blueprint.source
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if isinstance(source, QuantisedSource):
+        return {n: linear for n, linear in linears.items() if source.is_quantised(f"{n}.weight")}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and family.is_in_block(name, config)
+        name: linear
+        for name, linear in linears.items()
+        if family.is_in_block(name, config) and last_part(name) not in kept
     }
+
+
+def describe(blueprint: Blueprint, kind: str, dtype: str) -> dict[str, Any] | None:
+    """What config.json says of quantised linears, as transformers writes and reads it."""
+    if kind == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        model = make_model(blueprint)
+    linears = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    others = {last_part(name) for name in linears - list_linears(model, blueprint).keys()}
+    settings = settings_of(kind, getattr(torch, dtype))
+    found: dict[str, Any] = BitsAndBytesConfig(
+        **settings, llm_int8_skip_modules=sorted(others)
+    ).to_dict()
+    return found
 
 
 def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.device) -> None:
@@ -72,55 +106,9 @@ def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.de
             module._apply(give_memory, recurse=False)
 
 
-def put(model: nn.Module, name: str, weight_OI: Tensor, kind: str, device: torch.device) -> None:
-    """Replace the linear whose weight is called `name` by a quantised one."""
+def put(model: nn.Module, name: str, parts: Mapping[str, Tensor], kind: str) -> None:
+    """Replace the linear whose weight is called `name` by one of these parts."""
     place = name.removesuffix(".weight")
-    model.set_submodule(place, make_linear(weight_OI, kind=kind, device=device))
-
-
-def make_linear(weight_OI: Tensor, *, kind: str, device: torch.device) -> nn.Linear:
-    """A frozen linear of kind `int8` or `nf4` (double quantisation) on `device`.
-
-    It computes in the data type of the weight that it is made from.
-    """
-    bitsandbytes = import_bitsandbytes()
-    width_O, width_I = weight_OI.shape
-    dtype, host = weight_OI.dtype, weight_OI.cpu()
-    with torch.device("meta"):
-        if kind == "int8":
-            linear = bitsandbytes.nn.Linear8bitLt(
-                width_I, width_O, bias=False, has_fp16_weights=False, threshold=OUTLIER
-            )
-        else:
-            linear = bitsandbytes.nn.Linear4bit(
-                width_I, width_O, bias=False, compute_dtype=dtype, quant_storage=dtype
-            )
-    if kind == "int8":
-        weight = bitsandbytes.nn.Int8Params(host, requires_grad=False)
-    else:
-        weight = bitsandbytes.nn.Params4bit(
-            host, quant_type="nf4", quant_storage=dtype, module=linear
-        )
-    linear.weight = weight.to(device)
-    keep_format(linear)
-    quantised: nn.Linear = linear.eval()
-    return quantised
-
-
-def keep_format(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights.
-
-    In evaluation on a CPU with AVX512-BF16 it packs them, irreversibly, for a kernel that has no
-    gradient: a model that was evaluated once would go on training with wrong gradients.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-
-
-def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its warnings about casts and kernels to download."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes
-
-    return bitsandbytes
+    weight = model.get_parameter(name)
+    linear = make_linear(parts, kind=kind, shape=tuple(weight.shape), dtype=weight.dtype)
+    model.set_submodule(place, linear)

@@ -27,6 +27,8 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+#: Data types of the parts of quantised weights: integers, which are no weights by themselves.
+PART_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 #: The first tensor begins at a multiple of this: a cache line, as allocated tensors do.
 ALIGNMENT = 64
 #: Longest header that the library reads, in bytes.
@@ -137,7 +139,7 @@ def _header(weights: Sequence[Weight]) -> bytes:
     start = 0
     for weight in weights:
         table[weight.name] = {
-            "dtype": DTYPES[weight.dtype],
+            "dtype": (DTYPES | PART_DTYPES)[weight.dtype],
             "shape": list(weight.shape),
             "data_offsets": [start, start + weight.n_bytes],
         }

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mhr_scale.backbone.mapped_file import MappedFile
-from mhr_scale.backbone.shards import DTYPES, first_cut, read_header
+from mhr_scale.backbone.shards import DTYPES, PART_DTYPES, first_cut, read_header
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.run.files import as_size
 from mhr_scale.run.runlog import log
@@ -55,7 +55,7 @@ class WeightSource(Protocol):
 class StoredTensor:
     """One tensor of a file: what safetensors calls its data type, its shape, and its numbers.
 
-    Those are a view of the mapped file; None where the data type is none of `DTYPES`.
+    Those are a view of the mapped file; None where the data type is none that is known.
     """
 
     kind: str
@@ -135,7 +135,7 @@ class SafetensorsSource(FileSource):
                 f"{file}: not a readable safetensors file ({fault}); {AGAIN}"
             ) from error
         mapped = MappedFile(file)
-        dtypes = {kind: dtype for dtype, kind in DTYPES.items()}
+        dtypes = {kind: dtype for dtype, kind in (DTYPES | PART_DTYPES).items()}
 
         def entry(fields: Mapping[str, Any]) -> StoredTensor:
             kind, shape = fields["dtype"], tuple(fields["shape"])

@@ -39,7 +39,10 @@ class ConvertConfig:
     backbone: OriginConfig
     """The backbone that is converted: `.bin` or safetensors, whole or in shards."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Data type of the written weights."""
+    """Data type of the written weights, and of what `quantise` quantises."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Frozen linears in 8 or 4 bits, as bitsandbytes stores them: every verb then opens them as
+    they are, for replicated placements only (`wo` of a T5 stays in `dtype`, as in transformers)."""
     folder: str
     """Where to write: a folder that is absent or empty."""
     max_shard_bytes: int = 5_000_000_000

@@ -29,7 +29,8 @@ class BackboneConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the computation; adapters stay float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"
-    """Frozen linears in 8 or 4 bits (bitsandbytes); replicated placements only."""
+    """Frozen linears in 8 or 4 bits (bitsandbytes); replicated placements only. none: as they are
+    stored, for a folder may hold them quantised (`quantise` of `convert`), which starts at once."""
     mapped: bool = True
     """On a CPU, use replicated weights where they lie in their files, if those hold them in
     `dtype`: no copy is made, and all processes of a machine share the system's cache of the files.

@@ -5,6 +5,7 @@ from typing import Any
 from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.fingerprint import ask, check_questions, difference, tolerance_of
+from mhr_scale.backbone.quantise import kind_of
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
@@ -24,8 +25,9 @@ def check_backbone(
     check_questions(stored, blueprint)
     with adapters_off(model):
         measured = difference(stored, ask(model, blueprint.family, stored, engine.device))
-    how = config.dtype if config.quantise == "none" else config.quantise
-    tolerance = tolerance_of(stored, how)
+    kind = kind_of(config, blueprint)
+    how = config.dtype if kind == "none" else kind
+    tolerance = tolerance_of(stored, how, is_measured=blueprint.quantise != "none")
     # the weights of one rank alone may be wrong, and all ranks have to raise together
     worst = max(engine.gather_objects(measured))
     if worst > tolerance:

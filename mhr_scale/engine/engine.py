@@ -99,8 +99,10 @@ class Engine:
         Sharded from construction: under ZeRO-3 each rank reads and holds its own flat range of
         each tensor only. Replicated on a CPU, weights are used where their files are mapped.
         """
+        kind = quantise.kind_of(config, blueprint)
+        mapped = config.mapped and self.device.type == "cpu"
         if self.is_sharded:
-            assert config.quantise == "none", "quantise.check comes first"
+            assert kind == "none", "quantise.check comes first"
             deepspeed = import_deepspeed()
             op = deepspeed.ops.op_builder.AsyncIOBuilder()
             nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
@@ -112,16 +114,16 @@ class Engine:
         else:
             with torch.device("meta"):
                 model = make_model(blueprint).to(getattr(torch, config.dtype))
-            if config.mapped and self.device.type == "cpu":
-                map_weights(model, blueprint, kind=config.quantise)
+            if mapped:
+                map_weights(model, blueprint, kind=kind)
                 tie(model, blueprint)
-            quantise.allocate(model, blueprint, config.quantise, self.device)
+            quantise.allocate(model, blueprint, kind, self.device)
             tie(model, blueprint)
             model.requires_grad_(False)
         if self.device.type != "meta":
             blueprint.family.fill_buffers(model, blueprint.model_config)
             rank = self.rank if self.is_sharded else None
-            fill(model, blueprint, kind=config.quantise, rank=rank, device=self.device)
+            fill(model, blueprint, kind=kind, mapped=mapped, rank=rank, device=self.device)
         blueprint.family.fuse(model, config)
         set_dropout(model, config.dropout)
         set_recompute(model, config.recompute)

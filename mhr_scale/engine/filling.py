@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, plan_copies
+from mhr_scale.backbone.quantised_parts import QuantisedSource, pack, plan_parts
 from mhr_scale.backbone.weights import WeightSource, read_whole
 from mhr_scale.engine import nvme
 from mhr_scale.engine.host_memory import Stager
@@ -22,8 +23,8 @@ def map_weights(model: nn.Module, blueprint: Blueprint, *, kind: str) -> None:
     """Let weights of a model on the meta device be views of their files, where those hold them.
 
     A view takes no memory but the system's cache of the file, which all processes of a machine
-    share. Weights of another data type than the model's, and linears to be quantised to `kind`,
-    stay on the meta device.
+    share. Weights of another data type than the model's, and linears of `kind`, stay on the meta
+    device.
     """
     quantised = {} if kind == "none" else quantise.list_linears(model, blueprint)
     for name, parameter in plan_copies(model, blueprint).items():
@@ -38,74 +39,71 @@ def map_weights(model: nn.Module, blueprint: Blueprint, *, kind: str) -> None:
 
 @torch.no_grad()
 def fill(
-    model: nn.Module, blueprint: Blueprint, *, kind: str, rank: int | None, device: torch.device
+    model: nn.Module,
+    blueprint: Blueprint,
+    *,
+    kind: str,
+    rank: int | None,
+    device: torch.device,
+    mapped: bool = False,
 ) -> None:
     """Load every weight of a blueprint that is not mapped into the model, under a progress bar.
 
     `rank` is this process's rank among those that a ZeRO-3 model is sharded over, None for a
-    replicated model; linears of the latter that are on the meta device get quantised to `kind`.
+    replicated model. Linears of the latter that are on the meta device become ones of `kind`: of
+    the parts that their files hold, which are used there if `mapped`, or quantised now.
     """
     copies, source = plan_copies(model, blueprint), blueprint.source
-    mapped = {
+    sizes = {name: _held_bytes(parameter, rank, kind) for name, parameter in copies.items()}
+    views = {
         name
         for name, parameter in copies.items()
-        if rank is None and _is_mapped(parameter, source, name)
+        if rank is None and _is_mapped(parameter, source, name, mapped=mapped)
     }
-    copied = {name: parameter for name, parameter in copies.items() if name not in mapped}
-    total = sum(_held_bytes(parameter, rank) for parameter in copied.values())
+    total = sum(size for name, size in sizes.items() if name not in views)
     progress, stager = ByteProgress(total, what="read backbone"), Stager(device)
-    for name, parameter in copied.items():
-        if rank is None:
-            _fill_whole(model, name, parameter, source, kind=kind, stager=stager, device=device)
-        else:
+    for name, parameter in copies.items():
+        if rank is not None:
             with nvme.in_memory(parameter):
                 _fill_shards(name, parameter, source, rank=rank)
-        progress.add(name, _held_bytes(parameter, rank))
+        elif parameter.is_meta:
+            if isinstance(source, QuantisedSource):
+                parts = source.parts(name)
+                if name not in views:
+                    parts = {part: stager.place(tensor) for part, tensor in parts.items()}
+            else:
+                parts = pack(read_whole(source, name).to(parameter.dtype).to(device), kind)
+            quantise.put(model, name, parts, kind)
+        elif name not in views:
+            stager.copy(parameter.data, read_whole(source, name))
+        if name not in views:
+            progress.add(name, sizes[name])
     progress.close()
-    n_mapped = sum(copies[name].nbytes for name in mapped)
-    _say(copied, source, n_mapped=n_mapped, n_read=total, kind=kind, rank=rank)
+    _say(
+        n_mapped=sum(sizes[name] for name in views),
+        n_read=total if copies.keys() - views else None,
+        kind=kind,
+        rank=rank,
+    )
 
 
-def _is_mapped(parameter: Any, source: WeightSource, name: str) -> bool:
+def _is_mapped(parameter: Any, source: WeightSource, name: str, *, mapped: bool) -> bool:
+    """Whether a weight is used where its file is mapped; quantised ones will be, if `mapped`."""
+    if parameter.is_meta:
+        return mapped and isinstance(source, QuantisedSource)
     view = source.view(name)
-    return view is not None and not parameter.is_meta and parameter.data_ptr() == view.data_ptr()
+    return view is not None and bool(parameter.data_ptr() == view.data_ptr())
 
 
-def _say(
-    copied: dict[str, nn.Parameter],
-    source: WeightSource,
-    *,
-    n_mapped: int,
-    n_read: int,
-    kind: str,
-    rank: int | None,
-) -> None:
+def _say(*, n_mapped: int, n_read: int | None, kind: str, rank: int | None) -> None:
     """Tell how many bytes this process reads and holds, and how many it shares."""
     told = []
     if n_mapped:
         told.append(f"{as_size(n_mapped)} mapped, which this machine holds once in its file cache")
-    if copied:
+    if n_read is not None:
         what = "shards" if rank is not None else "weights" if kind == "none" else f"{kind} weights"
         told.append(f"{as_size(n_read)} of {what} of this process's own")
     log.info("backbone: %s", ", ".join(told))
-
-
-def _fill_whole(
-    model: nn.Module,
-    name: str,
-    parameter: nn.Parameter,
-    source: WeightSource,
-    *,
-    kind: str,
-    stager: Stager,
-    device: torch.device,
-) -> None:
-    target = parameter.data
-    weight = read_whole(source, name)
-    if target.is_meta:
-        quantise.put(model, name, weight.to(target.dtype), kind, device)
-    else:
-        stager.copy(target, weight)
 
 
 def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) -> None:
@@ -116,8 +114,10 @@ def _fill_shards(name: str, parameter: Any, source: WeightSource, *, rank: int) 
             shard[: stop - start].copy_(source.read(name, start, stop))
 
 
-def _held_bytes(parameter: Any, rank: int | None) -> int:
-    """Bytes of a parameter that a rank holds, in memory or on NVMe."""
+def _held_bytes(parameter: Any, rank: int | None, kind: str) -> int:
+    """Bytes of a parameter that a rank holds, in memory or on NVMe; if on `meta`, as `kind`."""
+    if rank is None and parameter.is_meta:
+        return sum(part.n_bytes for part in plan_parts("", tuple(parameter.shape), kind))
     if rank is None:
         return int(parameter.data.nbytes)
     if nvme.is_swapped(parameter):

@@ -38,6 +38,7 @@ class Stager:
     """
 
     def __init__(self, device: torch.device, *, n_bytes: int = STAGE) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._n_bytes = n_bytes
         self._buffers: list[Tensor] = []
@@ -47,6 +48,12 @@ class Stager:
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Fill a contiguous tensor; its numbers are there once the device gets to them."""
         self.copy_through(target, source) if self._on_gpu else target.copy_(source)
+
+    def place(self, source: Tensor) -> Tensor:
+        """A copy of a tensor where the backbone lies."""
+        target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+        self.copy(target, source)
+        return target
 
     def copy_through(self, target: Tensor, source: Tensor) -> None:
         """Fill a contiguous tensor by way of the buffers, chunk by chunk."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
 from mhr_scale.adapters.wrapping import wrap
-from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies, tie
 from mhr_scale.backbone.merging import merge
+from mhr_scale.backbone.quantised_parts import import_bitsandbytes
 from mhr_scale.backbone.shards import Weight
 from mhr_scale.backbone.weights import read_whole
 from mhr_scale.errors import AdapterError, first_line
@@ -100,7 +100,7 @@ class LogitsCheck:
 
         Raises `AdapterError` if PEFT does not load it.
         """
-        quantise.import_bitsandbytes()  # before PEFT does, which prints remarks
+        import_bitsandbytes()  # before PEFT does, which prints remarks
         from peft import PeftModel
 
         try:

@@ -21,13 +21,15 @@ from torch.optim import Optimizer
 
 from mhr_scale.adapters import Adapter, peft_files
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.backbone import hub, quantise
+from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.backbone.of_adapter import open_adapter
+from mhr_scale.backbone.quantise import kind_of
+from mhr_scale.backbone.quantised_parts import import_bitsandbytes, keep_format, settings_of
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
-from mhr_scale.families.table import read_config
+from mhr_scale.families.table import QUANTISED, read_config
 from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
@@ -62,7 +64,7 @@ def load_model(
     config: BackboneConfig, blueprint: Blueprint, folder: Path, device: torch.device
 ) -> Any:
     """The backbone with the LoRA of a PEFT folder; its matrices are trained in float32."""
-    quantise.import_bitsandbytes()  # before PEFT does, which prints remarks
+    import_bitsandbytes()  # before PEFT does, which prints remarks
     from peft import PeftModel
 
     base = load_backbone(config, blueprint, device)
@@ -111,21 +113,14 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     import transformers
 
     dtype, family = getattr(torch, config.dtype), blueprint.family
-    settings = {
-        "int8": {"load_in_8bit": True, "llm_int8_threshold": quantise.OUTLIER},
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        },
-    }
-    model_config = _config_for_transformers(blueprint)
+    kind, model_config = kind_of(config, blueprint), _config_for_transformers(blueprint)
     options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
-    if config.quantise != "none":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            **settings[config.quantise]
-        )
+    if kind != "none":
+        how = transformers.BitsAndBytesConfig(**settings_of(kind, dtype))
+        if blueprint.quantise != "none":  # else transformers quantises
+            setattr(model_config, QUANTISED, how.to_dict())
+        else:
+            options[QUANTISED] = how
     try:
         with quiet():  # ties and missing tensors are checked below
             model, info = getattr(transformers, family.auto_class).from_pretrained(
@@ -150,7 +145,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     # as our own models answer: what a generation_config.json says is no part of a recipe
     model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
     model.requires_grad_(False)
-    quantise.keep_format(model)
+    keep_format(model)
     set_dropout(model, config.dropout)
     set_recompute(model, config.recompute)
     return model

@@ -44,6 +44,12 @@ def check_backbone_jobs(config: AdaptConfig, backbone: OpenedBackbone) -> None:
             f"{place} trains weights that are whole on every rank, and {config.run.ds_config} "
             "shards them; leave run.ds_config out, or name a file of stage 0"
         )
+    stored = backbone.blueprint.quantise
+    if stored != "none":
+        raise ConfigError(
+            f"{place} trains weights, and {backbone.config.name} holds {stored} ones; name a "
+            "folder of whole weights"
+        )
     if backbone.config.dtype != "float32":
         way_out = "backbone.dtype: float32"
         if any(variant.adapter for variant in config.variants.values()):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mhr_scale.backbone import conversion, fingerprint, hub, merging
+from mhr_scale.backbone import conversion, fingerprint, hub, merging, quantise
 from mhr_scale.backbone.blueprint import Blueprint, read_blueprint
 from mhr_scale.backbone.manifest import (
     MANIFEST,
@@ -24,6 +24,7 @@ from mhr_scale.backbone.manifest import (
 from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig, ConvertConfig
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.exchange import stock
 from mhr_scale.run.files import as_size
@@ -52,18 +53,35 @@ def convert(config: ConvertConfig) -> Path:
         name=config.backbone.name, revision=config.backbone.revision, dtype=config.dtype
     )
     blueprint = read_blueprint(settings)
+    if blueprint.quantise != "none":
+        raise BackboneError(
+            f"backbone.name: {config.backbone.name} holds {blueprint.quantise} weights; convert "
+            "what they were made from"
+        )
+    quantise.check_widths(config.quantise, blueprint, "quantise")
     weights, left_out = conversion.plan(blueprint, config.dtype)
+    laid_out = conversion.lay_out(blueprint, weights, config.quantise)
     questions = make_questions(config, settings, blueprint)
-    check_free_space(nearest_folder(target), weights, what="the converted backbone")
+    check_free_space(nearest_folder(target), list(laid_out), what="the converted backbone")
     with moved_into_place(target) as folder:
         facts = conversion.write_weights(
-            folder, blueprint=blueprint, weights=weights, max_shard_bytes=config.max_shard_bytes
+            folder,
+            blueprint=blueprint,
+            weights=laid_out,
+            kind=config.quantise,
+            max_shard_bytes=config.max_shard_bytes,
         )
-        merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
+        merging.write_companions(
+            folder,
+            blueprint=blueprint,
+            settings=settings,
+            weights=weights,
+            quantised=quantise.describe(blueprint, config.quantise, config.dtype),
+        )
         files = conversion.hash_companions(folder, facts)
         written = read_blueprint(BackboneConfig(name=str(folder)))
-        answers = fingerprint.make(written, questions)
-        verdict = compare(config, settings, blueprint, weights, answers)
+        answers, plain = ask_written(config, written, blueprint, questions)
+        verdict = compare(config, settings, blueprint, weights, plain)
         write_manifest(
             folder,
             Manifest(
@@ -74,10 +92,15 @@ def convert(config: ConvertConfig) -> Path:
                 left_out=left_out,
                 files=files,
                 fingerprint=answers,
+                quantise=config.quantise,
             ),
         )
         read_blueprint(BackboneConfig(name=str(folder)))
-    write_result(closing(config, weights, left_out, n_files=len(files), verdict=verdict) + "\n")
+    verdicts = [verdict] if config.quantise == "none" else [verdict, distance(config, answers)]
+    closing_words = closing(
+        config, list(laid_out), left_out, n_files=len(files), verdict="\n  ".join(verdicts)
+    )
+    write_result(closing_words + "\n")
     return target
 
 
@@ -93,6 +116,19 @@ def make_questions(
         tokenizer = load_tokenizer(settings, blueprint)
         prompts = tokenizer(list(config.fingerprint.prompts))["input_ids"]
     return fingerprint.make_questions(blueprint, prompts)
+
+
+def ask_written(
+    config: ConvertConfig, written: Blueprint, original: Blueprint, questions: Fingerprint
+) -> tuple[Fingerprint, Fingerprint]:
+    """The fingerprint of what was written, and of the same weights before they were quantised."""
+    if config.quantise == "none":
+        answers = fingerprint.make(written, questions)
+        return answers, answers
+    plain = fingerprint.ask_source(original, questions, rounded=config.dtype)
+    engine = Engine({}, timeout_seconds=60, device=torch.device("cpu"))
+    model = engine.build(BackboneConfig(name=str(written.folder)), written)
+    return fingerprint.make_quantised(written, model, questions, plain), plain
 
 
 def source_of(blueprint: Blueprint) -> dict[str, Any]:
@@ -166,14 +202,23 @@ def agreement(difference: float) -> str:
     return f"to {difference:.0e} of their spread" if difference else "exactly"
 
 
+def distance(config: ConvertConfig, answers: Fingerprint) -> str:
+    """How far quantised weights are from what they were made from, in words."""
+    return (
+        f"in {config.quantise} its logits differ from {config.dtype}'s by "
+        f"{100 * answers.distance:.2g} % of their spread"
+    )
+
+
 def closing(
     config: ConvertConfig, weights: list[Weight], left_out: list[str], *, n_files: int, verdict: str
 ) -> str:
     """The closing message: what was written, how well it agrees, and how to use it."""
     size = as_size(sum(weight.n_bytes for weight in weights))
+    kind = "" if config.quantise == "none" else f"{config.quantise} and "
     lines = [
         f"{config.backbone.name} -> {config.folder}: {len(weights)} tensors, {size} in "
-        f"{config.dtype}, {n_files} files",
+        f"{kind}{config.dtype}, {n_files} files",
         verdict,
         f"use: backbone.name={config.folder}",
     ]

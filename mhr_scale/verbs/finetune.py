@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mhr_scale.adapters.wrapping import AdaptedModel
-from mhr_scale.backbone.of_adapter import backbone_facts
+from mhr_scale.backbone.of_adapter import backbone_facts, precision_of
 from mhr_scale.config import (
     FinetuneConfig,
     ScheduleConfig,
@@ -160,7 +160,7 @@ def announce(
     data, weights = inputs.data, list(loaded.model.parameters())
     log.info(
         "%s on %s, seed %d: %d training examples, %d to score; %s trainable numbers over %s "
-        "(%s, quantise: %s, %s) on %s; steps %d to %d, %d examples each",
+        "(%s, %s) on %s; steps %d to %d, %d examples each",
         inputs.source,
         config.task,
         config.shots.seed,
@@ -168,8 +168,7 @@ def announce(
         len(data.test.questions),
         f"{sum(parameter.numel() for parameter in loaded.trained):,}",
         inputs.backbone.name,
-        inputs.backbone.dtype,
-        inputs.backbone.quantise,
+        precision_of(backbone_facts(inputs.backbone, inputs.blueprint)),
         as_size(sum(weight.numel() * weight.element_size() for weight in weights)),
         loaded.placed.device,
         start + 1,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mhr_scale.backbone.of_adapter import open_adapter
+from mhr_scale.backbone.of_adapter import open_adapter, precision_of
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import AdapterError
 from mhr_scale.run.run_folder import owned_folder
@@ -63,9 +63,6 @@ def announce(trainer: Trainer) -> None:
     )
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = config.backbone.name or "random weights"
-    precision: str = config.backbone.dtype
-    if config.backbone.quantise != "none":
-        precision = f"{config.backbone.quantise} and {precision}"
     log.info(
         "%s, layout %s: %d linears, %s trainable numbers, %d tasks; backbone %s frozen in %s, "
         "%s on %d rank(s); %d steps of %d rows into %s",
@@ -75,7 +72,7 @@ def announce(trainer: Trainer) -> None:
         f"{trainable:,}",
         len(adapter.task_names),
         frozen,
-        precision,
+        precision_of(trainer.backbone_facts),
         trainer.engine.placement,
         trainer.engine.world_size,
         config.schedule.steps,
