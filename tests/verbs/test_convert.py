@@ -18,7 +18,7 @@ from small_t5 import CARD, HEAD, INDICES, WO, small_t5, stored, tensors_of, writ
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
-from mhr_scale.backbone import conversion, shards
+from mhr_scale.backbone import blueprint, shards
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.backbone.manifest import MANIFEST
@@ -188,27 +188,49 @@ def test_one_process_of_a_launch_works(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_reading_that_differs_from_transformers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stock.load_backbone
+    original = stock.map_backbone
 
     def other(*arguments: Any) -> Any:
         model = original(*arguments)
         model.lm_head.weight = model.shared.weight
         return model
 
-    monkeypatch.setattr(stock, "load_backbone", other)
+    monkeypatch.setattr(stock, "map_backbone", other)
     text = refused("builtin:toy", tmp_path / "out")
     assert "not converted: against transformers' reading of builtin:toy: the logits of" in text
     assert text.endswith("fingerprint.compare: false converts all the same")
-    run_convert("builtin:toy", tmp_path / "out", fingerprint=FingerprintConfig(compare=False))
 
 
-def test_without_memory_nothing_is_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_head_that_only_our_reading_ties_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "is_room", lambda weights: False)
-    run_convert("builtin:toy", tmp_path / "out")
+    monkeypatch.setattr(blueprint, "is_equal", lambda source, name, other: True)
+    card = {name: value for name, value in CARD.items() if name != "tie_word_embeddings"}
+    source = write_folder(tmp_path / "source", tensors_of(small_t5()), card=card)
+    text = refused(source, tmp_path / "out")
+    assert "the logits of what was written differ by" in text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("kind", "n_shards"), SOURCES)
+def test_every_conversion_is_compared_to_the_last_bit(
+    kind: str,
+    n_shards: int,
+    dtype: str,
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_folder(tmp_path / "source", tensors, kind=kind, shards=n_shards)
+    run_convert(source, tmp_path / "out", dtype=dtype)
     said = capsys.readouterr().out
-    assert "not compared with transformers' reading of the original (no room for" in said
+    assert "the logits are those of transformers' reading of the original exactly" in said
+
+
+def test_a_comparison_may_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_convert("builtin:toy", tmp_path / "out", fingerprint=FingerprintConfig(compare=False))
+    said = capsys.readouterr().out
+    assert "not compared with transformers' reading of the original (as asked)" in said
 
 
 # -- what is wrong with the source -----------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mhr_scale.backbone.blueprint import read_blueprint
-from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig, OriginConfig
+from mhr_scale.config import BackboneConfig, ConvertConfig, OriginConfig
 from mhr_scale.verbs.convert import convert
 
 CARD = {
@@ -63,15 +63,14 @@ def write_source(folder: Path) -> tuple[int, int]:
 
 
 def main(place: Path) -> None:
-    settings = FingerprintConfig(compare=False)
     # a conversion of something small first, so that imports and pools do not count
     toy = OriginConfig(name="builtin:toy")
-    convert(ConvertConfig(backbone=toy, folder=str(place / "toy"), fingerprint=settings))
+    convert(ConvertConfig(backbone=toy, folder=str(place / "toy")))
     size, largest = write_source(place / "source")
     origin, watch = OriginConfig(name=str(place / "source")), Watch()
     before = own_memory()
     watch.start()
-    convert(ConvertConfig(backbone=origin, folder=str(place / "out"), fingerprint=settings))
+    convert(ConvertConfig(backbone=origin, folder=str(place / "out")))
     watch.over.set()
     watch.join()
     print(json.dumps({"source": size, "largest": largest, "grown": watch.peak - before}))
