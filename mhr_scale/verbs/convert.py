@@ -22,7 +22,7 @@ from mhr_scale.backbone.manifest import (
     write_manifest,
 )
 from mhr_scale.backbone.shards import Weight, check_free_space
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.tokenizer import load_tokenizer, write_fast
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.exchange import stock
@@ -56,10 +56,12 @@ def convert(config: ConvertConfig) -> Path:
     questions = make_questions(config, settings, blueprint)
     check_free_space(nearest_folder(target), weights, what="the converted backbone")
     with moved_into_place(target) as folder:
+        merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
+        assert blueprint.folder is not None
+        write_fast(blueprint.folder, folder)
         facts = conversion.write_weights(
             folder, blueprint=blueprint, weights=weights, max_shard_bytes=config.max_shard_bytes
         )
-        merging.write_companions(folder, blueprint=blueprint, settings=settings, weights=weights)
         files = conversion.hash_companions(folder, facts)
         written = read_blueprint(BackboneConfig(name=str(folder)))
         answers = fingerprint.make(written, questions)
