@@ -47,19 +47,16 @@ def test_cases_digits_and_rare_characters_are_there(texts):
     assert any(text.isupper() and "CAT" in text for text in texts)
     assert any("Cat" in text for text in texts)
     assert len({c for text in texts for c in text}) > 5000
-    assert any(
-        text.replace(" ", "").replace(",", "").replace(".", "")[:9].isdigit() for text in texts
-    )
+    assert sum(text[0].isdigit() for text in texts if text) > 400
 
 
 def test_a_vocabulary_of_special_tokens_alone_has_texts_too():
     assert len(make_texts(["<pad>", "</s>", "<unk>"])) > 4000
 
 
-def test_sentencepiece_agrees_with_itself(tmp_path):
-    """Every text can be read, surrogates and all."""
-    original = sentencepiece.SentencePieceProcessor(
-        model_file=str(train_pieces(tmp_path, **T5_IDS))
-    )
+def test_every_text_can_be_read(tmp_path):
+    """No half of a surrogate pair, for example."""
+    file = train_pieces(tmp_path, **T5_IDS)
+    original = sentencepiece.SentencePieceProcessor(model_file=str(file))
     texts = make_texts(original.id_to_piece(list(range(original.get_piece_size()))))
     assert len(original.encode(texts)) == len(texts)
