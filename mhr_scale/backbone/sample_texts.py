@@ -42,7 +42,7 @@ def make_texts(pieces: Sequence[str]) -> list[str]:
 
     Some have spaces in a row or at an end; each of those is there with single spaces too.
     """
-    usable = [piece for piece in pieces if piece and "<" not in piece and not _is_mark(piece[0])]
+    usable = [piece for piece in pieces if "<" not in piece and not _begins_with_mark(piece)]
     usable.append("a")
     words = [word for piece in usable if (word := piece.replace(SPACE, ""))]
     plain = [WORDS]
@@ -50,14 +50,16 @@ def make_texts(pieces: Sequence[str]) -> list[str]:
         draw = random.Random(seed_from("sample text", number))
         sequence = "".join(draw.choices(usable, k=16)).replace(SPACE, " ")
         joined = "".join(draw.choice(words) + draw.choice(JOINTS) for _ in range(8))
-        plain += [sequence, joined, *_cases(draw.choice((sequence, joined)))]
+        of_pieces = [sequence, joined, *_cases(draw.choice((sequence, joined)))]
+        plain += [unicodedata.normalize("NFKC", text) for text in of_pieces]
         plain += [_numbers(draw), _foreign(draw), _rare(draw)]
     plain = [" ".join(text.split()) for text in plain]
     return [*plain, *(_spaced(text, n) for n, text in enumerate(plain[: 2 * N_TEXTS]))]
 
 
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character).startswith("M")
+def _begins_with_mark(piece: str) -> bool:
+    first = piece.lstrip(SPACE)[:1]
+    return first != "" and unicodedata.category(first).startswith("M")
 
 
 def _is_space_or_half(character: str) -> bool:
