@@ -146,7 +146,8 @@ def ask_source(
     copies = plan_copies(model, blueprint)
     names = {id(parameter): name for name, parameter in copies.items()}
     total = sum(parameter.nbytes for parameter in copies.values())
-    progress, seen = ByteProgress(total, what="fingerprint"), set()
+    what = f"fingerprint in {str(dtype).removeprefix('torch.')}"
+    progress, seen = ByteProgress(total, what=what), set()
 
     def read(parameter: nn.Parameter) -> Tensor:
         name = names[id(parameter)]
@@ -171,7 +172,8 @@ def ask_model(
     """
     held: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    progress = ByteProgress(sum(p.nbytes for p in model.parameters()), what="compare")
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    progress = ByteProgress(total, what="compare with transformers")
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

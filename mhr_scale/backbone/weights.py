@@ -296,7 +296,7 @@ def is_equal(source: WeightSource, name: str, other: str) -> bool:
     if shape != source.shape(other) or source.dtype(name) != source.dtype(other):
         return False
     step, total = max(1, prod(shape[1:])) * 1024, prod(shape)
-    progress = ByteProgress(2 * total * source.dtype(name).itemsize, what="compare")
+    progress = ByteProgress(2 * total * source.dtype(name).itemsize, what="look for ties")
 
     def bits(of: str, start: int) -> Tensor:  # integers are equal at once where memory is the same
         return source.read(of, start, min(start + step, total)).contiguous().view(torch.uint8)

@@ -1,7 +1,9 @@
 """Converts a `.bin` file of 130 MB and tells how far the process's own memory grew meanwhile.
 
-Run by test_convert.py: peak_memory.py FOLDER. Pages of mapped files do not count: the system takes
-them back when it needs them. Prints one line of JSON, in bytes.
+The comparison with transformers' reading of it is part of that.
+
+Run by test_convert_compared.py: peak_memory.py FOLDER. Pages of mapped files do not count: the
+system takes them back when it needs them. Prints one line of JSON, in bytes.
 """
 
 import json
