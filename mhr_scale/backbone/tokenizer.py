@@ -12,7 +12,7 @@ from mhr_scale.backbone.sample_texts import make_texts
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.families.table import TOKENIZERS, refuse_code
-from mhr_scale.run.files import read_object
+from mhr_scale.run.files import read_object, write_text
 from mhr_scale.run.runlog import log
 
 #: Characters that hardly any vocabulary has.
@@ -57,7 +57,7 @@ def write_fast(source: Path, folder: Path) -> None:
     tokenizer = _read(source, way_out=way_out)
     if not tokenizer.is_fast:  # it reads bytes: the sentencepiece file is not its own
         return
-    tokenizer.backend_tokenizer.save(str(folder / FAST))
+    write_text(folder / FAST, tokenizer.backend_tokenizer.to_str(pretty=True))
     if hash_tokenizer(_read(folder, way_out=way_out)) != hash_tokenizer(tokenizer):
         raise BackboneError(
             f"{source}: transformers makes another tokenizer of it once {FAST} is there; {way_out}"

@@ -2,7 +2,8 @@
 
 transformers loads the backbone, in 8 or 4 bits by bitsandbytes except for modules that an
 architecture keeps in the backbone's data type (`wo` in T5). PEFT loads and writes the LoRA; the
-optimizer is torch's, transformers' or bitsandbytes'.
+optimizer is torch's, transformers' or bitsandbytes'. `map_backbone` is transformers' reading of a
+checkpoint of any size, for `convert` to compare with.
 """
 
 import os

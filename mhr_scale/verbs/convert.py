@@ -2,6 +2,7 @@
 
 <folder>/  model-0000x-of-0000y.safetensors, model.safetensors.index.json   as transformers reads
            config.json, generation settings, tokenizer                      the original's
+           tokenizer.json    written of a sentencepiece file that stands alone
            mhr_scale.json    sizes, hashes, ties, source and fingerprint
 """
 

@@ -188,6 +188,22 @@ def test_no_weight_of_a_mapped_file_is_copied(tmp_path, change):
         assert type(parameter.data) is torch.Tensor
 
 
+def test_tensors_go_in_by_their_names_in_the_files(tmp_path, monkeypatch):
+    """So that transformers finds the embedding by itself."""
+    tensors = with_copies_alone(tensors_of(small_t5()))
+    folder = write_folder(tmp_path / "folder", tensors)
+    original, given = stock._load, {}
+
+    def load(kind, place, config, blueprint, options):
+        given.update(options)
+        return original(kind, place, config, blueprint, options)
+
+    monkeypatch.setattr(stock, "_load", load)
+    config = BackboneConfig(name=str(folder))
+    stock.map_backbone(config, read_blueprint(config))
+    assert given["state_dict"].keys() == tensors.keys()
+
+
 def test_a_tensor_that_is_missing_for_transformers_is_refused(folder, monkeypatch):
     """Its own names decide, not ours."""
     config = BackboneConfig(name=str(folder))
