@@ -7,7 +7,6 @@ tensors, shards and backbone.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -27,9 +26,6 @@ from mhr_scale.backbone.shards import (
 )
 from mhr_scale.errors import BackboneError
 from mhr_scale.run.runlog import ByteProgress
-
-#: Share of the host's free memory that reading the backbone a second time may take.
-FREE_SHARE = 0.7
 
 
 def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
@@ -147,12 +143,6 @@ def hash_companions(folder: Path, known: dict[str, FileFacts]) -> dict[str, File
     """Sizes and hashes of all files of a folder; those in `known` are not read again."""
     files = {file.name: file for file in sorted(folder.iterdir()) if file.name not in known}
     return {**known, **hash_files(files, what="hash")}
-
-
-def is_room(weights: Sequence[Weight]) -> bool:
-    """Whether the whole backbone fits into the host's free memory."""
-    needed = sum(weight.n_bytes for weight in weights)
-    return bool(needed <= FREE_SHARE * psutil.virtual_memory().available)
 
 
 def check_answer(stored: Fingerprint, computed: Fingerprint, *, what: str) -> float:

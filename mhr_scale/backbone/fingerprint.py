@@ -165,7 +165,8 @@ def ask_source(
     copies = plan_copies(model, blueprint)
     names = {id(parameter): name for name, parameter in copies.items()}
     total = sum(parameter.nbytes for parameter in copies.values())
-    progress, seen = ByteProgress(total, what="fingerprint"), set()
+    what = f"fingerprint in {str(dtype).removeprefix('torch.')}"
+    progress, seen = ByteProgress(total, what=what), set()
 
     def read(parameter: nn.Parameter) -> Tensor:
         name = names[id(parameter)]
@@ -181,21 +182,37 @@ def ask_source(
     return computed
 
 
-def ask_model(model: nn.Module, family: Family, questions: Fingerprint) -> Fingerprint:
-    """The fingerprint of a model on the CPU, computed in float32; one weight is cast at a time.
+def ask_model(
+    model: nn.Module, family: Family, questions: Fingerprint, *, dtype: torch.dtype
+) -> Fingerprint:
+    """The fingerprint of a model on the CPU whose weights are rounded to `dtype`, in float32.
 
-    The model cannot be used afterwards. Tied weights stay tied.
+    Weights are cast when their module runs and freed after it: memory holds one module's beside the
+    model's own. The model cannot be used afterwards. Tied weights stay tied.
     """
-    held: dict[int, Tensor] = {}
+    held: dict[int, nn.Parameter] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    progress = ByteProgress(total, what="compare with transformers")
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 # some modules read a weight's data type before they call the module that has it
                 placeholder = torch.empty_like(parameter, dtype=torch.float32, device="meta")
                 module._parameters[name] = nn.Parameter(placeholder, requires_grad=False)
-                held[id(module._parameters[name])] = parameter.detach()
-    with weights_on_demand(model, lambda parameter: held[id(parameter)].float()):
-        return ask(model, family, questions, torch.device("cpu"))
+                held[id(module._parameters[name])] = parameter
+
+    def cast(placeholder: nn.Parameter) -> Tensor:
+        parameter = held[id(placeholder)]
+        name = names.pop(id(parameter), None)
+        if name is not None:  # tied weights are cast several times
+            progress.add(name, parameter.nbytes)
+        return parameter.detach().to(dtype).float()
+
+    with weights_on_demand(model, cast):
+        computed = ask(model, family, questions, torch.device("cpu"))
+    progress.close()
+    return computed
 
 
 @contextmanager

@@ -284,6 +284,10 @@ class QuantisedSource:
         assert found is not None, "quantised weights are in files"
         return found
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls a weight, or the first of its parts."""
+        return self._source.stored_name(name)
+
     def is_quantised(self, name: str) -> bool:
         """Whether a weight is stored as parts."""
         return name in self._shapes

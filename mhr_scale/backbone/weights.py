@@ -20,7 +20,7 @@ from mhr_scale.backbone.mapped_file import MappedFile
 from mhr_scale.backbone.shards import DTYPES, PART_DTYPES, first_cut, read_header
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.run.files import as_size
-from mhr_scale.run.runlog import log
+from mhr_scale.run.runlog import ByteProgress, log
 from mhr_scale.seeds import seed_from
 
 AGAIN = "fetch it again"
@@ -49,6 +49,9 @@ class WeightSource(Protocol):
 
     def view(self, name: str) -> Tensor | None:
         """The tensor as it lies in its mapped file; None if no file holds it."""
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,10 @@ class FileSource:
         numbers = self._tensors[name].numbers
         assert numbers is not None, "`dtype` comes first"
         return numbers
+
+    def stored_name(self, name: str) -> str:
+        """The name in the file, which is the one here."""
+        return name
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -229,6 +236,10 @@ class RandomSource:
     def view(self, name: str) -> None:
         """No file holds it."""
 
+    def stored_name(self, name: str) -> str:
+        """The only name it has."""
+        return name
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
         if self._last is None or self._last[0] != name:
@@ -250,23 +261,27 @@ class RenamedSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
-        return self._source.shape(self._stored.get(name, name))
+        return self._source.shape(self.stored_name(name))
 
     def file(self, name: str) -> Path | None:
         """The file that holds a tensor; None if there is no file."""
-        return self._source.file(self._stored.get(name, name))
+        return self._source.file(self.stored_name(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of one tensor."""
-        return self._source.dtype(self._stored.get(name, name))
+        return self._source.dtype(self.stored_name(name))
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
-        return self._source.read(self._stored.get(name, name), start, stop)
+        return self._source.read(self.stored_name(name), start, stop)
 
     def view(self, name: str) -> Tensor | None:
         """The tensor as it lies in its file."""
-        return self._source.view(self._stored.get(name, name))
+        return self._source.view(self.stored_name(name))
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._stored.get(name, name)
 
 
 def read_whole(source: WeightSource, name: str) -> Tensor:
@@ -281,11 +296,20 @@ def is_equal(source: WeightSource, name: str, other: str) -> bool:
     if shape != source.shape(other) or source.dtype(name) != source.dtype(other):
         return False
     step, total = max(1, prod(shape[1:])) * 1024, prod(shape)
+    progress = ByteProgress(2 * total * source.dtype(name).itemsize, what="look for ties")
 
     def bits(of: str, start: int) -> Tensor:  # integers are equal at once where memory is the same
         return source.read(of, start, min(start + step, total)).contiguous().view(torch.uint8)
 
-    return all(torch.equal(bits(name, at), bits(other, at)) for at in range(0, total, step))
+    def are_equal(start: int) -> bool:
+        ours, theirs = bits(name, start), bits(other, start)
+        progress.add(name, 2 * ours.nbytes)
+        return torch.equal(ours, theirs)
+
+    try:
+        return all(map(are_equal, range(0, total, step)))
+    finally:
+        progress.close()
 
 
 def _can_be_mapped(file: Path) -> bool:

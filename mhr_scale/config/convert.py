@@ -23,9 +23,8 @@ class FingerprintConfig:
 
     prompts: tuple[str, ...] = ()
     """Texts whose logits are stored; none: fixed rows of token ids."""
-    compare: bool | None = None
-    """Compare them with those that transformers computes from the original, which needs the
-    memory of the backbone in `dtype`; null: where memory allows."""
+    compare: bool = True
+    """Compare them with those that transformers computes from the original."""
 
     def __post_init__(self) -> None:
         if any(not prompt.strip() for prompt in self.prompts):

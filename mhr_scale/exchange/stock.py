@@ -2,7 +2,8 @@
 
 transformers loads the backbone, in 8 or 4 bits by bitsandbytes except for modules that an
 architecture keeps in the backbone's data type (`wo` in T5). PEFT loads and writes the LoRA; the
-optimizer is torch's, transformers' or bitsandbytes'.
+optimizer is torch's, transformers' or bitsandbytes'. `map_backbone` is transformers' reading of a
+checkpoint of any size, for `convert` to compare with.
 """
 
 import os
@@ -112,19 +113,78 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
     """The frozen backbone as transformers loads it."""
     import transformers
 
-    dtype, family = getattr(torch, config.dtype), blueprint.family
     kind, model_config = kind_of(config, blueprint), _config_for_transformers(blueprint)
-    options: dict[str, Any] = {"config": model_config, "dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"config": model_config, "device_map": {"": device}}
     if kind != "none":
-        how = transformers.BitsAndBytesConfig(**settings_of(kind, dtype))
+        how = transformers.BitsAndBytesConfig(**settings_of(kind, getattr(torch, config.dtype)))
         if blueprint.quantise != "none":  # else transformers quantises
             setattr(model_config, QUANTISED, how.to_dict())
         else:
             options[QUANTISED] = how
+    auto_class = getattr(transformers, blueprint.family.auto_class)
+    model = _load(auto_class, blueprint.folder, config, blueprint, options)
+    # as our own models answer: what a generation_config.json says is no part of a recipe
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
+    model.requires_grad_(False)
+    keep_format(model)
+    set_dropout(model, config.dropout)
+    set_recompute(model, config.recompute)
+    return model
+
+
+class UncastTensor(Tensor):
+    """A tensor that stays as its file has it: who asks for a cast gets the tensor itself."""
+
+    def to(self, *arguments: Any, **options: Any) -> "UncastTensor":
+        """The tensor itself."""
+        return self
+
+
+def map_backbone(config: BackboneConfig, blueprint: Blueprint) -> Any:
+    """The backbone as transformers reads it, every weight a view of its file, as it is stored.
+
+    transformers gets the tensors by their names in the files; which of them fill the model, which
+    are tied and which are missing, it decides as for a folder. No weight is read.
+    """
+    import transformers
+
+    source, model_config = blueprint.source, _config_for_transformers(blueprint)
+    with torch.device("meta"):  # the auto class itself takes a folder only
+        auto_class = getattr(transformers, blueprint.family.auto_class)
+        kind = type(auto_class.from_config(model_config))
+    views = {source.stored_name(name): source.view(name) for name in source.names()}
+    uncast = {name: v.as_subclass(UncastTensor) for name, v in views.items() if v is not None}
+    model = _load(kind, None, config, blueprint, {"config": model_config, "state_dict": uncast})
+    plain: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in plain:
+                numbers = parameter.detach().as_subclass(Tensor)
+                plain[parameter] = nn.Parameter(numbers, requires_grad=False)
+            module._parameters[name] = plain[parameter]
+    return model
+
+
+def _load(
+    kind: Any,
+    folder: Path | None,
+    config: BackboneConfig,
+    blueprint: Blueprint,
+    options: Mapping[str, Any],
+) -> Any:
+    """What a class of transformers makes of a folder, or of the `state_dict` in `options`.
+
+    Raises `BackboneError` if weights are missing, or tied that are not so in the checkpoint.
+    """
     try:
         with quiet():  # ties and missing tensors are checked below
-            model, info = getattr(transformers, family.auto_class).from_pretrained(
-                blueprint.folder, output_loading_info=True, **options
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise BackboneError(
@@ -142,12 +202,6 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
             f"backbone.name: transformers has tied {tied} of {config.name}, which is a tensor of "
             "its own in the checkpoint; use adapt, which reads it as it is"
         )
-    # as our own models answer: what a generation_config.json says is no part of a recipe
-    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
-    model.requires_grad_(False)
-    keep_format(model)
-    set_dropout(model, config.dropout)
-    set_recompute(model, config.recompute)
     return model
 
 

@@ -216,6 +216,7 @@ class Progress:
         what: str,
         unit: str = "step",
         every_seconds: float = 30.0,
+        delay: float = 0.0,
     ) -> None:
         self._is_terminal = sys.stderr.isatty() and rank() == 0
         self._bar = tqdm(
@@ -225,6 +226,7 @@ class Progress:
             unit=unit,
             unit_scale=unit == "B",
             disable=not self._is_terminal,
+            delay=delay,
             dynamic_ncols=True,
         )
         self._what, self._total, self._done, self._first = what, total, start, start
@@ -258,10 +260,10 @@ class Progress:
 
 
 class ByteProgress(Progress):
-    """Progress counted in bytes; what takes less than ten seconds leaves no log line."""
+    """Progress counted in bytes: no log line before ten seconds, and no bar before one."""
 
     def __init__(self, total: int, *, what: str) -> None:
-        super().__init__(total, start=0, what=what, unit="B", every_seconds=10.0)
+        super().__init__(total, start=0, what=what, unit="B", every_seconds=10.0, delay=1.0)
 
     def add(self, text: str, n_bytes: int) -> None:
         """Advance by `n_bytes`; `text` names the tensor or file."""

@@ -2,6 +2,7 @@
 
 <folder>/  model-0000x-of-0000y.safetensors, model.safetensors.index.json   as transformers reads
            config.json, generation settings, tokenizer                      the original's
+           tokenizer.json    written of a sentencepiece file that stands alone
            mhr_scale.json    sizes, hashes, ties, source and fingerprint
 """
 
@@ -22,14 +23,14 @@ from mhr_scale.backbone.manifest import (
     write_manifest,
 )
 from mhr_scale.backbone.shards import Weight, check_free_space
-from mhr_scale.backbone.tokenizer import load_tokenizer
+from mhr_scale.backbone.tokenizer import load_tokenizer, write_fast
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError, RunError
 from mhr_scale.exchange import stock
 from mhr_scale.run.files import as_size
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
-from mhr_scale.run.runlog import log, rank
+from mhr_scale.run.runlog import rank
 from mhr_scale.run.streams import write_result
 
 
@@ -64,13 +65,6 @@ def convert(config: ConvertConfig) -> Path:
     questions = make_questions(config, settings, blueprint)
     check_free_space(nearest_folder(target), list(laid_out), what="the converted backbone")
     with moved_into_place(target) as folder:
-        facts = conversion.write_weights(
-            folder,
-            blueprint=blueprint,
-            weights=laid_out,
-            kind=config.quantise,
-            max_shard_bytes=config.max_shard_bytes,
-        )
         merging.write_companions(
             folder,
             blueprint=blueprint,
@@ -78,10 +72,19 @@ def convert(config: ConvertConfig) -> Path:
             weights=weights,
             quantised=quantise.describe(blueprint, config.quantise, config.dtype),
         )
+        assert blueprint.folder is not None
+        write_fast(blueprint.folder, folder)
+        facts = conversion.write_weights(
+            folder,
+            blueprint=blueprint,
+            weights=laid_out,
+            kind=config.quantise,
+            max_shard_bytes=config.max_shard_bytes,
+        )
         files = conversion.hash_companions(folder, facts)
         written = read_blueprint(BackboneConfig(name=str(folder)))
         answers, plain = ask_written(config, written, blueprint, questions)
-        verdict = compare(config, settings, blueprint, weights, plain)
+        verdict = compare(config, settings, blueprint, plain)
         write_manifest(
             folder,
             Manifest(
@@ -143,26 +146,20 @@ def compare(
     config: ConvertConfig,
     settings: BackboneConfig,
     blueprint: Blueprint,
-    weights: list[Weight],
     answers: Fingerprint,
 ) -> str:
     """Compare the logits with what transformers computes from the original; the verdict in words.
 
     Raises `BackboneError` if they differ.
     """
-    wanted = config.fingerprint.compare
-    size = as_size(sum(weight.n_bytes for weight in weights))
-    if wanted is False or (wanted is None and not conversion.is_room(weights)):
-        reason = "as asked" if wanted is False else f"no room for {size} in memory"
-        return f"not compared with transformers' reading of the original ({reason})"
-    log.info("comparing with transformers' reading of the original: %s of memory", size)
+    if not config.fingerprint.compare:
+        return "not compared with transformers' reading of the original (as asked)"
     try:
-        model = stock.load_backbone(settings, blueprint, torch.device("cpu"))
-        difference = conversion.check_answer(
-            fingerprint.ask_model(model, blueprint.family, answers),
-            answers,
-            what="what was written",
+        model = stock.map_backbone(settings, blueprint)
+        theirs = fingerprint.ask_model(
+            model, blueprint.family, answers, dtype=getattr(torch, config.dtype)
         )
+        difference = conversion.check_answer(theirs, answers, what="what was written")
     except BackboneError as error:
         raise BackboneError(
             f"{config.folder}: not converted: against transformers' reading of "

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import sentencepiece
-from processes import ROOT
 from small_backbones import one_line, stored
+from small_pieces import T5_IDS, train_pieces
 from small_t5 import CARD, SIZES, small_t5
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.tokenizer import WORDS, load_tokenizer
+from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 
@@ -111,23 +111,6 @@ def test_ids_of_random_weights_are_compared_too():
 # -- sentencepiece ---------------------------------------------------------------------------------
 
 
-T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-
-
-def train_pieces(place, **settings):
-    """A vocabulary as sentencepiece writes it, in a file as T5 calls it."""
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.strip()]
-    lines += [WORDS] * 10
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(place / "spiece"),
-        num_threads=1,
-        minloglevel=2,
-        **{"vocab_size": 280, **settings},
-    )
-    return place / "spiece.model"
-
-
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     """A vocabulary as T5's are."""
@@ -168,7 +151,8 @@ def test_a_sentencepiece_file_that_transformers_reads_wrongly_is_refused(
 ):
     shutil.copy(train_pieces(tmp_path, **settings), folder)
     message = tokenizer_error(name=str(folder))
-    assert message.startswith(f"{folder / 'spiece.model'}: transformers makes other tokens of '")
+    assert message.startswith(f"{folder / 'spiece.model'}: transformers makes other tokens of ")
+    assert message.endswith("; put a right tokenizer.json beside it, or set backbone.tokenizer")
 
 
 @pytest.mark.parametrize(

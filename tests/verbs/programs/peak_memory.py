@@ -1,7 +1,9 @@
 """Converts a `.bin` file of 130 MB and tells how far the process's own memory grew meanwhile.
 
-Run by test_convert.py: peak_memory.py FOLDER. Pages of mapped files do not count: the system takes
-them back when it needs them. Prints one line of JSON, in bytes.
+The comparison with transformers' reading of it is part of that.
+
+Run by test_convert_compared.py: peak_memory.py FOLDER. Pages of mapped files do not count: the
+system takes them back when it needs them. Prints one line of JSON, in bytes.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mhr_scale.backbone.blueprint import read_blueprint
-from mhr_scale.config import BackboneConfig, ConvertConfig, FingerprintConfig, OriginConfig
+from mhr_scale.config import BackboneConfig, ConvertConfig, OriginConfig
 from mhr_scale.verbs.convert import convert
 
 CARD = {
@@ -63,15 +65,14 @@ def write_source(folder: Path) -> tuple[int, int]:
 
 
 def main(place: Path) -> None:
-    settings = FingerprintConfig(compare=False)
     # a conversion of something small first, so that imports and pools do not count
     toy = OriginConfig(name="builtin:toy")
-    convert(ConvertConfig(backbone=toy, folder=str(place / "toy"), fingerprint=settings))
+    convert(ConvertConfig(backbone=toy, folder=str(place / "toy")))
     size, largest = write_source(place / "source")
     origin, watch = OriginConfig(name=str(place / "source")), Watch()
     before = own_memory()
     watch.start()
-    convert(ConvertConfig(backbone=origin, folder=str(place / "out"), fingerprint=settings))
+    convert(ConvertConfig(backbone=origin, folder=str(place / "out")))
     watch.over.set()
     watch.join()
     print(json.dumps({"source": size, "largest": largest, "grown": watch.peak - before}))
