@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import AdaptedLinear, Siblings
+from mhr_scale.adapters.linear import UNITS
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
 from mhr_scale.config import BackboneConfig
@@ -149,7 +149,7 @@ class Engine:
             require_input_gradients(model, family)
         deepspeed = import_deepspeed()
         for part in model.modules():
-            if isinstance(part, AdaptedLinear | Siblings):
+            if isinstance(part, UNITS):
                 deepspeed.utils.set_z3_leaf_module(part, True)
         ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
         self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)

@@ -245,19 +245,19 @@ def check(
     Of many tasks only some are compared. Raises `AdapterError` if anything differs.
     """
     assert inputs.blueprint is not None
-    weights = merging.plan_weights(inputs.blueprint, "float32")
-    size = as_size(sum(weight.n_bytes for weight in weights))
-    log.info("comparing logits, which takes the backbone in float32: %s of memory", size)
     logits = LogitsCheck(inputs.blueprint)
+    log.info(
+        "comparing logits in float32: every pass reads %s of weights, and memory holds those of "
+        "one module",
+        as_size(logits.n_bytes),
+    )
     is_peft = inputs.card.origin.get("format", "").startswith("PEFT")
     peft_folder = Path(config.adapter) if is_peft else None
     numbers, worst, rounding = spread(len(parts)), 0.0, 0.0
     try:
         for part, place in ((parts[n], folder / parts[n].folder) for n in numbers):
             if config.format == "merged":
-                difference, rounding = check_merged(
-                    logits, part, place, blueprint=inputs.blueprint, weights=inputs.weights
-                )
+                difference, rounding = check_merged(logits, part, place, weights=inputs.weights)
             elif config.format == "native":
                 difference = check_native(logits, part, place, peft_folder=peft_folder)
             else:
