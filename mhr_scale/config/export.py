@@ -38,7 +38,8 @@ class ExportConfig:
     backbone_moved_to: str | None = None
     """Where the adapter's backbone is now, if it has moved since training."""
     check: bool = True
-    """Reload what was written and compare its logits, on the backbone in float32 on the CPU."""
+    """Reload what was written and compare its logits, in float32 on the CPU, one
+    module of the backbone in memory at a time."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """merged: data type of the written weights; null: what each tensor of the backbone has."""
     max_shard_bytes: int = 5_000_000_000
