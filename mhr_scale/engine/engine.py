@@ -20,6 +20,7 @@ from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine import nvme
+from mhr_scale.engine.compiling import load_operation
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill, map_weights
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
@@ -103,7 +104,8 @@ class Engine:
             assert config.quantise == "none", "quantise.check comes first"
             deepspeed = import_deepspeed()
             op = deepspeed.ops.op_builder.AsyncIOBuilder()
-            nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
+            if nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op):
+                load_operation(op)
             if self.device.type == "cpu":
                 give_back_freed_blocks()
             ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
