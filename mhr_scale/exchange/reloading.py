@@ -4,7 +4,7 @@ Everything runs in float32 on the CPU, on a few fixed pseudo-random token rows. 
 when their module runs and freed after it, so a backbone that is larger than memory is no matter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial, reduce
@@ -75,8 +75,9 @@ class LogitsCheck:
             torch.randint(2, size, (N_ROWS, length), generator=generator).numpy()
             for length in (N_INPUTS, N_TARGETS)
         )
-        rows = [EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)]
-        self._packed = self._family.pack(rows, blueprint.model_config, pad_multiple=1)
+        self._rows = [
+            EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)
+        ]
 
     @property
     def n_bytes(self) -> int:
@@ -84,11 +85,11 @@ class LogitsCheck:
         return sum(weight.n_bytes for weight in self._weights.values())
 
     def native(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
-        """Logits under our own adapter, with one task per row."""
+        """Logits under our own adapter, with a task per row; the rows come again for more tasks."""
         adapter.bind(wrap(self._model, adapter.sites))
         try:
             with torch.no_grad(), adapter.slots(task_ids):
-                return self._logits(self._model, self._weights)
+                return self._logits(self._model, self._weights, times=len(task_ids) // N_ROWS)
         finally:
             detach(self._model)
             adapter.release()
@@ -126,7 +127,7 @@ class LogitsCheck:
             raise AdapterError(f"stock PEFT does not load it: {first_line(error)}") from error
         is_poly = stock.peft_config["default"].peft_type == "POLY"
         extra = {"task_ids": torch.tensor(list(task_ids))} if is_poly else {}
-        logits = self._logits(stock, self._weights, **extra)
+        logits = self._logits(stock, self._weights, extra=extra)
         stock.unload()
         return logits
 
@@ -175,18 +176,31 @@ class LogitsCheck:
         return self._logits(model.eval(), take_weights(model))
 
     @torch.no_grad()
-    def _logits(self, model: Any, weights: Weights, **extra: Tensor) -> Tensor:
-        packed = replace(self._packed, inputs={**self._packed.inputs, **extra})
+    def _logits(
+        self, model: Any, weights: Weights, *, times: int = 1, extra: Mapping[str, Tensor] = {}
+    ) -> Tensor:
+        """Logits of the rows, so many times one after the other."""
+        packed = self._family.pack(self._rows * times, self._blueprint.model_config, pad_multiple=1)
+        packed = replace(packed, inputs={**packed.inputs, **extra})
         with weights_on_demand(model, weights, what="compare"):
             return self._family.logits(model, packed)
 
 
-def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> float:
+def expected_logits(check: LogitsCheck, parts: Sequence[ExportedAdapter]) -> list[Tensor]:
+    """The logits of the original of each part; tasks of one adapter are computed in one pass."""
+    original = parts[0].original
+    assert all(part.original is original for part in parts)
+    task_ids = [number for part in parts for number in part.task_ids]
+    return list(check.native(original, task_ids).split(N_ROWS))
+
+
+def check_peft(
+    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, expected: Tensor
+) -> float:
     """The difference of the logits under stock PEFT.
 
     Raises `AdapterError` if it is too large, or if a single adapter is not stored bit for bit.
     """
-    expected = check.native(exported.original, exported.task_ids)
     noise = partial(check.noise, exported.original, exported.task_ids, expected)
     logits = check.peft(folder, exported.exported_ids)
     difference = _check(logits, expected, what="what stock PEFT loads", noise=noise)
@@ -196,32 +210,32 @@ def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> f
 
 
 def check_native(
-    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, peft_folder: Path | None
+    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, expected: Tensor
 ) -> float:
-    """The difference of the logits under a written artefact, from stock PEFT's if it was imported.
+    """The difference of the logits under a written artefact.
 
     Raises `AdapterError` if it is too large, or if a stored bit differs.
     """
     reloaded = artefact.load(folder)
     _check_tensors(reloaded, exported.make())
-    if exported.what == "whole" and peft_folder is not None:
-        expected = check.peft(peft_folder, exported.task_ids)
-    else:
-        expected = check.native(exported.original, exported.task_ids)
     logits = check.native(reloaded, exported.exported_ids)
     noise = partial(check.noise, reloaded, exported.exported_ids, logits)
     return _check(logits, expected, what="the artefact", noise=noise)
 
 
 def check_merged(
-    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, weights: Sequence[Weight]
+    check: LogitsCheck,
+    exported: ExportedAdapter,
+    folder: Path,
+    *,
+    expected: Tensor,
+    weights: Sequence[Weight],
 ) -> tuple[float, float]:
     """The largest difference due to merging, and the one that rounding the weights adds.
 
     The sum before rounding is compared with the original, and the files with the rounded sum.
     Raises `AdapterError` if either difference is too large.
     """
-    expected = check.native(exported.original, exported.task_ids)
     noise = cache(partial(check.noise, exported.original, exported.task_ids, expected))
     exact, rounded = check.merged(exported.make(), weights)
     merged = _check(exact, expected, what="the merged weights", noise=noise)

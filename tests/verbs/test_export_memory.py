@@ -1,6 +1,7 @@
 """The check of an export runs block by block: the same logits, in a fraction of the memory."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from mhr_scale.backbone.blueprint import Blueprint, make_model, read_blueprint, 
 from mhr_scale.backbone.merging import merge, plan_weights
 from mhr_scale.backbone.on_demand import hollow_model
 from mhr_scale.backbone.weights import read_whole
-from mhr_scale.config import BackboneConfig
+from mhr_scale.config import BackboneConfig, ExportConfig
 from mhr_scale.errors import BackboneError
-from mhr_scale.exchange.reloading import LogitsCheck
+from mhr_scale.exchange.reloading import LogitsCheck, expected_logits
+from mhr_scale.verbs.export import parts_of
 
 
 @pytest.fixture
@@ -34,6 +36,12 @@ def plain(blueprint: Blueprint) -> torch.nn.Module:
     return model
 
 
+def plain_logits(check: LogitsCheck, model: torch.nn.Module) -> torch.Tensor:
+    """What a model gives for the rows of a check."""
+    packed = check._family.pack(check._rows, check._blueprint.model_config, pad_multiple=1)
+    return check._family.logits(model, packed)
+
+
 @pytest.mark.parametrize("kind", ["MHR", "LoRA", "IA3", "private"])
 def test_logits_are_those_of_a_model_that_holds_its_weights(
     kind: str, blueprint: Blueprint
@@ -43,7 +51,7 @@ def test_logits_are_those_of_a_model_that_holds_its_weights(
     found = check.native(adapter, task_ids)
     adapter.bind(wrap(model, adapter.sites))
     with torch.no_grad(), adapter.slots(task_ids):
-        assert torch.equal(found, check._family.logits(model, check._packed))
+        assert torch.equal(found, plain_logits(check, model))
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "IA3"])
@@ -58,7 +66,26 @@ def test_merged_logits_are_those_of_a_model_that_is_merged(kind: str, blueprint:
                     parameter.copy_(parameter.bfloat16())
                 else:
                     parameter.copy_(merge(name, parameter, pairs, scale=adapter.config.scale))
-            assert torch.equal(logits, check._family.logits(model, check._packed))
+            assert torch.equal(logits, plain_logits(check, model))
+
+
+class CountingCheck(LogitsCheck):
+    """Counts its passes under our own adapter."""
+
+    n_passes = 0
+
+    def native(self, adapter: Adapter, task_ids: Sequence[int]) -> torch.Tensor:
+        self.n_passes += 1
+        return super().native(adapter, task_ids)
+
+
+def test_tasks_of_one_adapter_are_computed_in_one_pass(blueprint: Blueprint) -> None:
+    check, adapter = CountingCheck(blueprint), make("MHR")
+    parts = parts_of("all_tasks", ExportConfig(adapter="", folder="", what="all_tasks"), adapter)
+    found = expected_logits(check, parts)
+    assert check.n_passes == 1
+    for part, logits in zip(parts, found, strict=True):
+        torch.testing.assert_close(logits, check.native(adapter, part.task_ids))
 
 
 def test_a_weight_that_nobody_fetched_shows(blueprint: Blueprint) -> None:
