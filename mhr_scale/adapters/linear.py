@@ -191,3 +191,7 @@ class Siblings(_Adapted):
 def base_of(linear: nn.Module) -> Any:
     """The frozen linear inside an adapted one; any other linear as it is."""
     return linear.base if isinstance(linear, AdaptedLinear) else linear
+
+
+#: Modules that use weights of modules below them without calling those: they are had as one.
+UNITS = (AdaptedLinear, Siblings)

@@ -8,8 +8,7 @@ Shape letters: B rows, L tokens, V entries of the vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
+from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.manifest import MANIFEST, WAY_OUT, Fingerprint
-from mhr_scale.backbone.weights import read_whole
+from mhr_scale.backbone.on_demand import hollow_model, take_weights, weights_on_demand
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
-from mhr_scale.run.runlog import ByteProgress
 from mhr_scale.seeds import seed_from
 
 N_ROWS, N_INPUTS, N_TARGETS, N_KEPT, MAX_INPUTS = 2, 16, 4, 32, 64
@@ -153,33 +151,17 @@ def ask_source(
     questions: Fingerprint,
     dtype: torch.dtype = torch.float32,
     *,
-    rounded: str | None = None,
+    rounded: torch.dtype | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint as our loader reads it, computed in `dtype` on the CPU.
 
     Weights are read when their module runs and freed after it: memory holds one module's. They are
     `rounded` to a data type first, as a conversion does.
     """
-    with torch.device("meta"):
-        model = make_model(blueprint).to(dtype)
-    copies = plan_copies(model, blueprint)
-    names = {id(parameter): name for name, parameter in copies.items()}
-    total = sum(parameter.nbytes for parameter in copies.values())
+    model, weights = hollow_model(blueprint, dtype, rounded=rounded)
     what = f"fingerprint in {str(dtype).removeprefix('torch.')}"
-    progress, seen = ByteProgress(total, what=what), set()
-
-    def read(parameter: nn.Parameter) -> Tensor:
-        name = names[id(parameter)]
-        if name not in seen:  # tied weights are read several times
-            progress.add(name, parameter.nbytes)
-        seen.add(name)
-        weight = read_whole(blueprint.source, name)
-        return (weight.to(getattr(torch, rounded)) if rounded else weight).to(dtype)
-
-    with weights_on_demand(model, read):
-        computed = ask(model, blueprint.family, questions, torch.device("cpu"))
-    progress.close()
-    return computed
+    with weights_on_demand(model, weights, what=what):
+        return ask(model, blueprint.family, questions, torch.device("cpu"))
 
 
 def ask_model(
@@ -187,66 +169,11 @@ def ask_model(
 ) -> Fingerprint:
     """The fingerprint of a model on the CPU whose weights are rounded to `dtype`, in float32.
 
-    Weights are cast when their module runs and freed after it: memory holds one module's beside the
-    model's own. The model cannot be used afterwards. Tied weights stay tied.
+    The model cannot be used afterwards.
     """
-    held: dict[int, nn.Parameter] = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    progress = ByteProgress(total, what="compare with transformers")
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                # some modules read a weight's data type before they call the module that has it
-                placeholder = torch.empty_like(parameter, dtype=torch.float32, device="meta")
-                module._parameters[name] = nn.Parameter(placeholder, requires_grad=False)
-                held[id(module._parameters[name])] = parameter
-
-    def cast(placeholder: nn.Parameter) -> Tensor:
-        parameter = held[id(placeholder)]
-        name = names.pop(id(parameter), None)
-        if name is not None:  # tied weights are cast several times
-            progress.add(name, parameter.nbytes)
-        return parameter.detach().to(dtype).float()
-
-    with weights_on_demand(model, cast):
-        computed = ask(model, family, questions, torch.device("cpu"))
-    progress.close()
-    return computed
-
-
-@contextmanager
-def weights_on_demand(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
-    """Let every module run with weights that are made for its call and freed after it."""
-    handles = []
-    for module in model.modules():
-        parameters = {name: p for name, p in module._parameters.items() if p is not None}
-        if not parameters:
-            continue
-
-        def fetch(
-            module: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter] = parameters
-        ) -> None:
-            for name, parameter in parameters.items():
-                module._parameters[name] = nn.Parameter(make(parameter), requires_grad=False)
-
-        def drop(
-            module: nn.Module,
-            inputs: Any,
-            output: Any,
-            parameters: dict[str, nn.Parameter] = parameters,
-        ) -> None:
-            module._parameters.update(parameters)
-
-        handles += [
-            module.register_forward_pre_hook(fetch),
-            module.register_forward_hook(drop, always_call=True),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    weights = take_weights(model, rounded=dtype)
+    with weights_on_demand(model, weights, what="compare with transformers"):
+        return ask(model, family, questions, torch.device("cpu"))
 
 
 def tolerance_of(stored: Fingerprint, how: str, *, is_measured: bool = False) -> float:

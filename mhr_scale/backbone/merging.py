@@ -3,12 +3,13 @@
 Shape letters: I in features, O out features, R rank.
 
 Weights are read tensor by tensor from the backbone's source, whatever placement the adapter was
-trained in; memory holds one shard and one linear in float32 at a time.
+trained in; memory holds one at a time, in float32 where it is added to.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mhr_scale.backbone.shards import (
     name_shard,
     plan_shards,
     write_index,
+    write_shard,
 )
 from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.backbone.weights import SafetensorsSource, read_whole
@@ -29,8 +31,7 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.table import QUANTISED
 from mhr_scale.run.files import read_object, write_json
-from mhr_scale.run.runlog import Progress
-from mhr_scale.run.tensors import save_tensors
+from mhr_scale.run.runlog import ByteProgress
 
 #: Files of a backbone folder that belong to a merged one too.
 COMPANIONS = (
@@ -85,24 +86,33 @@ def write_merged(
 ) -> None:
     """Write the weights of `blueprint` with a single adapter merged in; each is rounded once.
 
-    Memory: one shard, and the current tensor in float32.
+    Memory holds one tensor at a time. Raises `OSError` if a file cannot be written.
     """
     pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
     shards = plan_shards(weights, max_shard_bytes)
-    files, progress = {}, Progress(len(shards), start=0, what="merge", unit="shard")
+    progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="merge")
+
+    @lru_cache(maxsize=1)
+    def merged(weight: Weight) -> Tensor:
+        stored = read_whole(blueprint.source, weight.name)
+        summed = merge(weight.name, stored, pairs, scale=scale)
+        return summed.to(weight.dtype).contiguous().view(-1)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = name_shard(number, len(shards)) if len(shards) > 1 else "model.safetensors"
-        tensors = {}
-        for weight in shard:
-            stored = read_whole(blueprint.source, weight.name)
-            merged = merge(weight.name, stored, pairs, scale=scale)
-            tensors[weight.name] = merged.to(weight.dtype).contiguous()
-            files[weight.name] = file
-        save_tensors(tensors, folder / file, metadata={"format": "pt"})
-        progress.advance(file)
+        widest_first = sorted(shard, key=lambda weight: -weight.dtype.itemsize)
+        write_shard(
+            folder / file,
+            widest_first,
+            lambda weight, start, stop: merged(weight)[start:stop],
+            advance=progress.add,
+        )
+        places |= dict.fromkeys((weight.name for weight in shard), file)
     progress.close()
     if len(shards) > 1:
-        write_index(folder, weights, files)
+        write_index(folder, weights, places)
 
 
 def write_companions(

@@ -38,11 +38,12 @@ class ExportConfig:
     backbone_moved_to: str | None = None
     """Where the adapter's backbone is now, if it has moved since training."""
     check: bool = True
-    """Reload what was written and compare its logits, on the backbone in float32 on the CPU."""
+    """Reload what was written and compare its logits, in float32 on the CPU, one
+    module of the backbone in memory at a time."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """merged: data type of the written weights; null: what each tensor of the backbone has."""
     max_shard_bytes: int = 5_000_000_000
-    """merged: size of one file, and bound of the memory that writing takes."""
+    """merged: largest size of one file; a larger tensor has a file of its own."""
 
     def __post_init__(self) -> None:
         if (self.what == "task") != (self.task is not None):

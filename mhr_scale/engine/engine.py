@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import AdaptedLinear, Siblings
+from mhr_scale.adapters.linear import UNITS
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model, tie
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine import nvme
+from mhr_scale.engine.compiling import load_operation
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill, map_weights
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
@@ -105,7 +106,8 @@ class Engine:
             assert kind == "none", "quantise.check comes first"
             deepspeed = import_deepspeed()
             op = deepspeed.ops.op_builder.AsyncIOBuilder()
-            nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op)
+            if nvme.check(self._ds_content, blueprint, n_ranks=self.world_size, op=op):
+                load_operation(op)
             if self.device.type == "cpu":
                 give_back_freed_blocks()
             ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
@@ -151,7 +153,7 @@ class Engine:
             require_input_gradients(model, family)
         deepspeed = import_deepspeed()
         for part in model.modules():
-            if isinstance(part, AdaptedLinear | Siblings):
+            if isinstance(part, UNITS):
                 deepspeed.utils.set_z3_leaf_module(part, True)
         ds_config = deepspeed_config(self._ds_content, dtype=config.dtype)
         self._runtime, *_ = deepspeed.initialize(model=model, config=ds_config)

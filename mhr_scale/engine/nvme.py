@@ -18,14 +18,14 @@ from mhr_scale.errors import EngineError
 BUFFER_SIZE, PREFETCHED = 1e8, 5e7
 
 
-def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: Any) -> None:
-    """Raise `EngineError` if a DeepSpeed file asks for shards on NVMe and that cannot work.
+def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: Any) -> bool:
+    """Whether a DeepSpeed file asks for shards on NVMe; raises `EngineError` if that cannot work.
 
     `op` is DeepSpeed's builder of the asynchronous I/O that reads and writes them.
     """
     offload = content.get("zero_optimization", {}).get("offload_param") or {}
     if offload.get("device") != "nvme":
-        return
+        return False
     place = "zero_optimization.offload_param"
     if not op.is_compatible():
         raise EngineError(
@@ -54,6 +54,7 @@ def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: An
             f"{place}.buffer_size: {size:.0f} numbers, and the largest shard on {n_ranks} rank(s) "
             f"has {largest}; set it to that or more"
         )
+    return True
 
 
 def is_swapped(parameter: Any) -> bool:

@@ -1,25 +1,32 @@
 """Exported folders are reloaded with stock PEFT or transformers and compared with our adapter.
 
-Everything runs on one backbone in float32 on the CPU, on a few fixed pseudo-random token rows.
+Everything runs in float32 on the CPU, on a few fixed pseudo-random token rows. Weights are made
+when their module runs and freed after it, so a backbone that is larger than memory is no matter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
 from mhr_scale.adapters.wrapping import wrap
-from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies, tie
+from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.merging import merge
+from mhr_scale.backbone.on_demand import (
+    Demanded,
+    Weights,
+    hollow_model,
+    take_weights,
+    weights_on_demand,
+)
 from mhr_scale.backbone.quantised_parts import import_bitsandbytes
 from mhr_scale.backbone.shards import Weight
-from mhr_scale.backbone.weights import read_whole
 from mhr_scale.errors import AdapterError, first_line
 from mhr_scale.exchange.stock import quiet
 from mhr_scale.families.packed import EncodedRow
@@ -54,36 +61,46 @@ class ExportedAdapter:
 
 
 class LogitsCheck:
-    """One backbone that adapters are put into in turn, and the rows whose logits are compared."""
+    """One backbone that adapters are put into in turn, and the rows whose logits are compared.
+
+    It holds no weight between its calls, and one module's weights within them.
+    """
 
     def __init__(self, blueprint: Blueprint) -> None:
-        self._family = blueprint.family
-        self._model = _load(blueprint)
+        self._blueprint, self._family = blueprint, blueprint.family
+        self._model, self._weights = hollow_model(blueprint)
         generator = torch.Generator().manual_seed(0)
         size = blueprint.model_config.vocab_size
         inputs, targets = (
             torch.randint(2, size, (N_ROWS, length), generator=generator).numpy()
             for length in (N_INPUTS, N_TARGETS)
         )
-        rows = [EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)]
-        self._packed = self._family.pack(rows, blueprint.model_config, pad_multiple=1)
+        self._rows = [
+            EncodedRow(*row) for row in zip(inputs, [(ids,) for ids in targets], strict=True)
+        ]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the stored weights, which every pass reads."""
+        return sum(weight.n_bytes for weight in self._weights.values())
 
     def native(self, adapter: Adapter, task_ids: Sequence[int]) -> Tensor:
-        """Logits under our own adapter, with one task per row."""
+        """Logits under our own adapter, with a task per row; the rows come again for more tasks."""
         adapter.bind(wrap(self._model, adapter.sites))
         try:
             with torch.no_grad(), adapter.slots(task_ids):
-                return self._logits(self._model)
+                return self._logits(self._model, self._weights, times=len(task_ids) // N_ROWS)
         finally:
             detach(self._model)
             adapter.release()
 
-    def noise(self, adapter: Adapter, task_ids: Sequence[int]) -> float:
+    def noise(self, adapter: Adapter, task_ids: Sequence[int], expected: Tensor) -> float:
         """How far logits move, at most, if every number of an adapter moves by its last bit.
 
         Strong adapters amplify roundings: what is right to the last bit then differs by that much.
+        `expected` are the adapter's own logits.
         """
-        expected, generator = self.native(adapter, task_ids), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         moved, differences = deepcopy(adapter), []
         with torch.no_grad():
             for _ in range(2):
@@ -110,57 +127,81 @@ class LogitsCheck:
             raise AdapterError(f"stock PEFT does not load it: {first_line(error)}") from error
         is_poly = stock.peft_config["default"].peft_type == "POLY"
         extra = {"task_ids": torch.tensor(list(task_ids))} if is_poly else {}
-        logits = self._logits(stock, **extra)
+        logits = self._logits(stock, self._weights, extra=extra)
         stock.unload()
         return logits
 
-    @torch.no_grad()
-    def merge(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
-        """Logits with a single adapter merged into the weights, before and after rounding them.
-
-        The adapter stays merged in this backbone.
-        """
+    def merged(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
+        """Logits with a single adapter merged into the weights, before and after rounding them."""
         pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
-        parameters = dict(self._model.named_parameters())
-        for weight in weights:
-            parameter = parameters[weight.name]
-            parameter.copy_(merge(weight.name, parameter, pairs, scale=scale))
-        before = self._logits(self._model)
-        for weight in weights:
-            parameters[weight.name].copy_(parameters[weight.name].to(weight.dtype))
-        return before, self._logits(self._model)
+        dtypes = {weight.name: weight.dtype for weight in weights}
 
-    def stock(self, blueprint: Blueprint, folder: Path) -> Tensor:
-        """Logits of a folder that transformers loads; the loaded model replaces this backbone.
+        def summed(name: str, weight: Tensor) -> Tensor:
+            return merge(name, weight, pairs, scale=scale)
 
-        Raises `AdapterError` if it does not load, or if tensors are missing or unknown.
+        def rounded(name: str, weight: Tensor) -> Tensor:
+            return summed(name, weight).to(dtypes[name]).float()
+
+        exact = self._logits(self._model, self._changed(summed))
+        if set(dtypes.values()) == {torch.float32}:
+            return exact, exact
+        return exact, self._logits(self._model, self._changed(rounded))
+
+    def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Weights:
+        """The weights with a change that is made to each when it is needed."""
+
+        def changed(weight: Demanded) -> Demanded:
+            return replace(weight, make=lambda: change(weight.name, weight.make()))
+
+        return {hollow: changed(weight) for hollow, weight in self._weights.items()}
+
+    def stock(self, folder: Path, weights: Sequence[Weight]) -> Tensor:
+        """Logits of a folder with these weights as transformers loads it.
+
+        In the widest data type of the weights, in which transformers maps the files. Raises
+        `AdapterError` if it does not load, or if tensors are missing or unknown.
         """
-        del self._model
+        dtype = reduce(torch.promote_types, {weight.dtype for weight in weights})
+        model_class = self._family.model_class(self._blueprint.model_config)
         try:
             with quiet():
-                self._model, info = self._family.model_class(
-                    blueprint.model_config
-                ).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+                model, info = model_class.from_pretrained(
+                    folder, dtype=dtype, output_loading_info=True
+                )
         except Exception as error:
             raise AdapterError(f"transformers does not load it: {first_line(error)}") from error
         odd = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
         if odd:
             raise AdapterError(f"transformers does not load it as it is: {odd}")
-        return self._logits(self._model.eval())
+        return self._logits(model.eval(), take_weights(model))
 
     @torch.no_grad()
-    def _logits(self, model: Any, **extra: Tensor) -> Tensor:
-        packed = replace(self._packed, inputs={**self._packed.inputs, **extra})
-        return self._family.logits(model, packed)
+    def _logits(
+        self, model: Any, weights: Weights, *, times: int = 1, extra: Mapping[str, Tensor] = {}
+    ) -> Tensor:
+        """Logits of the rows, so many times one after the other."""
+        packed = self._family.pack(self._rows * times, self._blueprint.model_config, pad_multiple=1)
+        packed = replace(packed, inputs={**packed.inputs, **extra})
+        with weights_on_demand(model, weights, what="compare"):
+            return self._family.logits(model, packed)
 
 
-def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> float:
+def expected_logits(check: LogitsCheck, parts: Sequence[ExportedAdapter]) -> list[Tensor]:
+    """The logits of the original of each part; tasks of one adapter are computed in one pass."""
+    original = parts[0].original
+    assert all(part.original is original for part in parts)
+    task_ids = [number for part in parts for number in part.task_ids]
+    return list(check.native(original, task_ids).split(N_ROWS))
+
+
+def check_peft(
+    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, expected: Tensor
+) -> float:
     """The difference of the logits under stock PEFT.
 
     Raises `AdapterError` if it is too large, or if a single adapter is not stored bit for bit.
     """
-    expected = check.native(exported.original, exported.task_ids)
-    noise = partial(check.noise, exported.original, exported.task_ids)
+    noise = partial(check.noise, exported.original, exported.task_ids, expected)
     logits = check.peft(folder, exported.exported_ids)
     difference = _check(logits, expected, what="what stock PEFT loads", noise=noise)
     if not exported.make().config.is_routed:
@@ -169,20 +210,16 @@ def check_peft(check: LogitsCheck, exported: ExportedAdapter, folder: Path) -> f
 
 
 def check_native(
-    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, peft_folder: Path | None
+    check: LogitsCheck, exported: ExportedAdapter, folder: Path, *, expected: Tensor
 ) -> float:
-    """The difference of the logits under a written artefact, from stock PEFT's if it was imported.
+    """The difference of the logits under a written artefact.
 
     Raises `AdapterError` if it is too large, or if a stored bit differs.
     """
     reloaded = artefact.load(folder)
     _check_tensors(reloaded, exported.make())
-    if exported.what == "whole" and peft_folder is not None:
-        expected = check.peft(peft_folder, exported.task_ids)
-    else:
-        expected = check.native(exported.original, exported.task_ids)
-    noise = partial(check.noise, reloaded, exported.exported_ids)
     logits = check.native(reloaded, exported.exported_ids)
+    noise = partial(check.noise, reloaded, exported.exported_ids, logits)
     return _check(logits, expected, what="the artefact", noise=noise)
 
 
@@ -191,7 +228,7 @@ def check_merged(
     exported: ExportedAdapter,
     folder: Path,
     *,
-    blueprint: Blueprint,
+    expected: Tensor,
     weights: Sequence[Weight],
 ) -> tuple[float, float]:
     """The largest difference due to merging, and the one that rounding the weights adds.
@@ -199,12 +236,11 @@ def check_merged(
     The sum before rounding is compared with the original, and the files with the rounded sum.
     Raises `AdapterError` if either difference is too large.
     """
-    expected = check.native(exported.original, exported.task_ids)
-    noise = check.noise(exported.original, exported.task_ids)  # later the adapter stays merged
-    exact, rounded = check.merge(exported.make(), weights)
-    merged = _check(exact, expected, what="the merged weights", noise=lambda: noise)
-    logits = check.stock(blueprint, folder)
-    stored = _check(logits, rounded, what="what transformers loads", noise=lambda: noise)
+    noise = cache(partial(check.noise, exported.original, exported.task_ids, expected))
+    exact, rounded = check.merged(exported.make(), weights)
+    merged = _check(exact, expected, what="the merged weights", noise=noise)
+    logits = check.stock(folder, weights)
+    stored = _check(logits, rounded, what="what transformers loads", noise=noise)
     return max(merged, stored), _difference(rounded, exact)
 
 
@@ -249,16 +285,3 @@ def spread(n_tasks: int, most: int = N_ROWS) -> list[int]:
     if n_tasks <= most:
         return list(range(n_tasks))
     return [number * (n_tasks - 1) // (most - 1) for number in range(most)]
-
-
-def _load(blueprint: Blueprint) -> nn.Module:
-    """The backbone in float32 on the CPU, tensor by tensor."""
-    with torch.device("meta"):
-        model = make_model(blueprint).float()
-    model = model.to_empty(device="cpu")
-    tie(model, blueprint)
-    model.requires_grad_(False)
-    blueprint.family.fill_buffers(model, blueprint.model_config)
-    for name, parameter in plan_copies(model, blueprint).items():
-        parameter.data.copy_(read_whole(blueprint.source, name))
-    return model

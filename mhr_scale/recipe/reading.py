@@ -231,6 +231,19 @@ def help_text(schema: type[Any], prefix: str = "") -> str:
     return "".join(lines)
 
 
+def settings_of(schema: type[Any], prefix: str = "") -> frozenset[str]:
+    """The dotted names of all settings of a recipe, but for those of parts with a name."""
+    names: set[str] = set()
+    hints = typing.get_type_hints(schema)
+    for item in fields(schema):
+        kinds = _parts(hints[item.name])
+        for kind in kinds:
+            names |= settings_of(kind, f"{prefix}{item.name}.")
+        if not kinds:
+            names.add(f"{prefix}{item.name}")
+    return frozenset(names)
+
+
 def as_written(value: Any) -> str:
     """A value as a recipe spells it."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -6,6 +6,7 @@ Libraries raise these as errors of many types; `explain` recognises them by numb
 import errno
 import re
 import resource
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mhr_scale.errors import EngineError, ExitCode, UserError, first_line, one_line
@@ -28,10 +29,17 @@ FILES = {
     errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
     errno.ENFILE: ("too many open files on this machine", "close some programs"),
 }
-LESS_MEMORY = (
-    "lower batch.micro_batch_size, batch.max_input_tokens, waves.size or scoring.max_tokens, set "
-    "backbone.recompute, or shard or offload the backbone (run.ds_config)"
-)
+#: What makes a run take less memory: what to do, and with which settings.
+LESS_MEMORY = {
+    "lower": (
+        "batch.micro_batch_size",
+        "batch.max_input_tokens",
+        "waves.size",
+        "scoring.max_tokens",
+    ),
+    "set": ("backbone.recompute",),
+    "shard or offload the backbone by": ("run.ds_config",),
+}
 #: Address space that importing the libraries takes. With less some of them do not fail but wait
 #: for memory for good.
 LEAST_ADDRESS_SPACE = 1.5e9
@@ -62,19 +70,25 @@ class Explained:
     code: int = ExitCode.MISTAKE
 
 
-def explain(error: BaseException) -> Explained | None:
-    """The explanation of an error whose cause is outside the program; None for any other."""
+def explain(error: BaseException, settings: Collection[str] = ()) -> Explained | None:
+    """The explanation of an error whose cause is outside the program; None for any other.
+
+    `settings` are those of the verb that failed: only they are advised.
+    """
     if isinstance(error, UserError):
         return Explained(str(error))
     if not isinstance(error, Exception):
         return None
     text = f"{type(error).__name__}: {error}"
-    used_up = Explained(f"memory is used up ({first_line(error)}){_memory_limits()}; {LESS_MEMORY}")
+    used_up = Explained(
+        f"memory is used up ({first_line(error)}){_memory_limits()}; {_less_memory(settings)}"
+    )
     if isinstance(error, RuntimeError | ImportError | OSError) and _REFUSED.search(text):
         return Explained(
             f"no room for a thread or a library ({first_line(error)}): memory or threads are "
             f"limited too narrowly{_memory_limits() or ', perhaps by a container or a scheduler'}; "
-            "raise that limit (or ulimit -u), or lower OMP_NUM_THREADS and batch.workers"
+            "raise that limit (or ulimit -u), or lower OMP_NUM_THREADS"
+            f"{' and batch.workers' if 'batch.workers' in settings else ''}"
         )
     if isinstance(error, MemoryError) or _names(error) & {"OutOfMemoryError"}:
         return used_up
@@ -102,6 +116,16 @@ def explain(error: BaseException) -> Explained | None:
             "/dev/shm, used up? lower batch.workers"
         )
     return None
+
+
+def _less_memory(settings: Collection[str]) -> str:
+    """How to get by with less memory, or with more of it, in words."""
+    ways = []
+    for what, names in LESS_MEMORY.items():
+        known = [name for name in names if name in settings]
+        if known:
+            ways.append(f"{what} {' or '.join(known)}")
+    return ", or ".join([*ways, "close other programs, or take a machine with more"])
 
 
 def check_address_space() -> None:

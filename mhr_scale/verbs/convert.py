@@ -128,7 +128,7 @@ def ask_written(
     if config.quantise == "none":
         answers = fingerprint.make(written, questions)
         return answers, answers
-    plain = fingerprint.ask_source(original, questions, rounded=config.dtype)
+    plain = fingerprint.ask_source(original, questions, rounded=getattr(torch, config.dtype))
     engine = Engine({}, timeout_seconds=60, device=torch.device("cpu"))
     model = engine.build(BackboneConfig(name=str(written.folder)), written)
     return fingerprint.make_quantised(written, model, questions, plain), plain

@@ -26,6 +26,7 @@ from mhr_scale.exchange.reloading import (
     check_merged,
     check_native,
     check_peft,
+    expected_logits,
     spread,
 )
 from mhr_scale.jobs.job import as_folder, check_folders
@@ -245,31 +246,37 @@ def check(
     Of many tasks only some are compared. Raises `AdapterError` if anything differs.
     """
     assert inputs.blueprint is not None
-    weights = merging.plan_weights(inputs.blueprint, "float32")
-    size = as_size(sum(weight.n_bytes for weight in weights))
-    log.info("comparing logits, which takes the backbone in float32: %s of memory", size)
     logits = LogitsCheck(inputs.blueprint)
+    log.info(
+        "comparing logits in float32: every pass reads %s of weights, and memory holds those of "
+        "one module",
+        as_size(logits.n_bytes),
+    )
     is_peft = inputs.card.origin.get("format", "").startswith("PEFT")
-    peft_folder = Path(config.adapter) if is_peft else None
-    numbers, worst, rounding = spread(len(parts)), 0.0, 0.0
+    compared, worst, rounding = [parts[n] for n in spread(len(parts))], 0.0, 0.0
     try:
-        for part, place in ((parts[n], folder / parts[n].folder) for n in numbers):
+        if is_peft and config.format == "native" and parts[0].what == "whole":  # an import
+            originals = [logits.peft(Path(config.adapter), parts[0].task_ids)]
+        else:
+            originals = expected_logits(logits, compared)
+        for part, expected in zip(compared, originals, strict=True):
+            place = folder / part.folder
             if config.format == "merged":
                 difference, rounding = check_merged(
-                    logits, part, place, blueprint=inputs.blueprint, weights=inputs.weights
+                    logits, part, place, expected=expected, weights=inputs.weights
                 )
             elif config.format == "native":
-                difference = check_native(logits, part, place, peft_folder=peft_folder)
+                difference = check_native(logits, part, place, expected=expected)
             else:
-                difference = check_peft(logits, part, place)
+                difference = check_peft(logits, part, place, expected=expected)
             worst = max(worst, difference)
     except AdapterError as error:
         raise AdapterError(f"{config.folder}: not exported: {error}") from error
     whose = "the logits"
     if len(parts) > 1:
         whose += f" of the {len(parts)} tasks"
-    if len(numbers) < len(parts):
-        whose = f"{len(numbers)} of {len(parts)} tasks were compared: their logits"
+    if len(compared) < len(parts):
+        whose = f"{len(compared)} of {len(parts)} tasks were compared: their logits"
     text = f"{whose} are the original's {f'to {worst:.1e} of the largest' if worst else 'exactly'}"
     if rounding:
         text += f"; rounding the weights to their data type moves them by {rounding:.1e}"

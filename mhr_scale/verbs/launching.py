@@ -9,12 +9,12 @@ import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from mhr_scale.errors import EngineError, ExitCode, UserError
-from mhr_scale.recipe.reading import help_page, parse, to_yaml
+from mhr_scale.recipe.reading import help_page, parse, settings_of, to_yaml
 from mhr_scale.run import failures, launch_environment, stopping, streams, tables
 from mhr_scale.run.runlog import log, rank, start_logging, world_size
 
@@ -41,13 +41,16 @@ def imported() -> Iterator[None]:
         raise SystemExit(explained.code) from None
 
 
-def guarded(action: Callable[[], object]) -> NoReturn:
-    """Run `action` and end the process; an error of the user is one line and exit code 2."""
+def guarded(action: Callable[[], object], *, settings: Collection[str] = ()) -> NoReturn:
+    """Run `action` and end the process; an error of the user is one line and exit code 2.
+
+    `settings` are those that the user may change.
+    """
     with streams.opened():
-        leave(_outcome_of_launch(action))
+        leave(_outcome_of_launch(action, settings))
 
 
-def _outcome_of_launch(action: Callable[[], object]) -> int:
+def _outcome_of_launch(action: Callable[[], object], settings: Collection[str]) -> int:
     """Listen to signals while `action` runs; returns the exit code."""
     try:
         launch_environment.check()
@@ -57,12 +60,12 @@ def _outcome_of_launch(action: Callable[[], object]) -> int:
     start_logging()
     try:
         with stopping.listening():
-            return _outcome(action)
+            return _outcome(action, settings)
     except RuntimeError as error:  # no thread to listen with
-        return _tell(error)
+        return _tell(error, settings)
 
 
-def _outcome(action: Callable[[], object]) -> int:
+def _outcome(action: Callable[[], object], settings: Collection[str] = ()) -> int:
     """Run `action` and report what went wrong; returns the exit code."""
     try:
         action()
@@ -72,20 +75,20 @@ def _outcome(action: Callable[[], object]) -> int:
         return ExitCode.DONE if lost is None else ExitCode.UNREAD
     except BaseException as error:
         with stopping.held():
-            return _tell(error)
+            return _tell(error, settings)
 
 
-def _tell(error: BaseException) -> int:
+def _tell(error: BaseException, settings: Collection[str]) -> int:
     """Report what ended the run, unless another rank does; returns the exit code."""
     if isinstance(error, stopping.Stopped):
         failed = error.__context__
         if isinstance(failed, UserError | RuntimeError):  # it was failing when asked to stop
-            return _tell(failed)
+            return _tell(failed, settings)
         log.info("%s", error)
         return ExitCode.AGAIN
     if isinstance(error, SystemExit | KeyboardInterrupt):
         raise error
-    explained = failures.explain(error)
+    explained = failures.explain(error, settings)
     if explained is None:
         log.error("%s", _of_this_rank("".join(traceback.format_exception(error)).rstrip()))
         return ExitCode.DEFECT
@@ -139,7 +142,7 @@ def main(
         if rank() == 0:
             streams.write_result(page)
 
-    guarded(action)
+    guarded(action, settings=settings_of(schema))
 
 
 def main_of_words(verb: Callable[[Sequence[str]], str], *, has_tables: bool = False) -> NoReturn:

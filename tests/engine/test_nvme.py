@@ -146,7 +146,7 @@ def test_buffers_smaller_than_the_largest_shard_are_refused(tmp_path: Path) -> N
     largest = max(tensor.numel() for tensor in TENSORS.values())
     small = content(tmp_path, buffer_size=largest - 1)
     assert f"on 1 rank(s) has {largest}; set it to that or more" in refusal(small)
-    nvme.check(small, BLUEPRINT, n_ranks=2, op=Op(is_here=True))
+    assert nvme.check(small, BLUEPRINT, n_ranks=2, op=Op(is_here=True))
 
 
 @pytest.mark.parametrize("zero", [{"stage3_prefetch_bucket_size": 5000}, {}])
@@ -161,4 +161,4 @@ def test_prefetching_is_refused(tmp_path: Path, zero: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("zero", [{}, {"offload_param": {"device": "cpu"}}])
 def test_other_files_ask_nothing_of_the_machine(zero: dict[str, Any]) -> None:
-    nvme.check({"zero_optimization": zero}, BLUEPRINT, n_ranks=1, op=Op(is_here=False))
+    assert not nvme.check({"zero_optimization": zero}, BLUEPRINT, n_ranks=1, op=Op(is_here=False))

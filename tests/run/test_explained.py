@@ -1,13 +1,17 @@
 """What disks, memory and other ranks do to a run, in one line; and the exit codes."""
 
 import errno
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from mhr_scale.config import ExportConfig, PretrainConfig
 from mhr_scale.errors import ExitCode, RunError
+from mhr_scale.recipe.part import VERBS
+from mhr_scale.recipe.reading import settings_of
 from mhr_scale.run import failures, stopping
 from mhr_scale.run.runlog import start_logging
 from mhr_scale.verbs import launching
@@ -24,7 +28,7 @@ CASES = [
     (MemoryError(), "memory is used up", 2),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory is used up", 2),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory is used up", 2),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "micro_batch_size", 2),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "memory is used up", 2),
     (
         RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"),
         "raise run.timeout_seconds",
@@ -49,6 +53,32 @@ def test_what_happens_to_a_run_is_one_line_with_a_way_out(
     assert words in explained.text
     assert "\n" not in explained.text
     assert explained.code == code
+
+
+@pytest.mark.parametrize("schema", VERBS.values(), ids=VERBS)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")], ids=repr)
+def test_a_verb_is_only_told_settings_that_it_has(error: Exception, schema: type) -> None:
+    explained = failures.explain(error, settings_of(schema))
+    assert explained is not None
+    named = set(re.findall(r"\b(?:batch|waves|scoring|backbone|run)\.[a-z_]+", explained.text))
+    assert named <= settings_of(schema)
+
+
+def test_what_takes_less_memory_is_said_where_the_verb_can_do_it() -> None:
+    known = settings_of(PretrainConfig)
+    text = failures.explain(MemoryError(), known).text
+    assert "lower batch.micro_batch_size or batch.max_input_tokens, or set backbone.rec" in text
+    assert "by run.ds_config, or close other programs" in text
+    assert failures.explain(MemoryError(), settings_of(ExportConfig)).text.endswith(
+        "; close other programs, or take a machine with more"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [name for names in failures.LESS_MEMORY.values() for name in names]
+)
+def test_every_setting_that_is_advised_is_one_of_some_verb(name: str) -> None:
+    assert any(name in settings_of(schema) for schema in VERBS.values())
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from mhr_scale.adapters import Adapter, artefact, find_sites
 from mhr_scale.adapters.collapse import average, collapse
 from mhr_scale.backbone import merging
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
+from mhr_scale.backbone.shards import Weight
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, RunError
 
@@ -148,10 +149,11 @@ def test_one_file_needs_no_index(runs: Path, tmp_path: Path) -> None:
 
 
 class WatchedSource:
-    """A source that counts the bytes read since the last shard was written."""
+    """A source that notes which tensors are read."""
 
     def __init__(self, source: Any) -> None:
-        self.source, self.read_bytes, self.most = source, 0, 0
+        self.source: Any = source
+        self.read_names: list[str] = []
 
     def names(self) -> frozenset[str]:
         return self.source.names()
@@ -163,32 +165,48 @@ class WatchedSource:
         return None
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        tensor = self.source.read(name, start, stop)
-        self.read_bytes += tensor.nbytes
-        self.most = max(self.most, self.read_bytes)
-        return tensor
+        self.read_names.append(name)
+        return self.source.read(name, start, stop)
 
 
-def test_no_more_than_one_shard_is_read_before_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [1, 40_000, 10**9])
+def test_a_tensor_is_read_when_its_turn_to_be_written_comes_and_once(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mhr_scale.backbone.shards.CHUNK", 1000)
     blueprint = read_blueprint(BackboneConfig(name="builtin:toy"))
     weights = merging.plan_weights(blueprint, None)
-    source, save, shards = WatchedSource(blueprint.source), merging.save_tensors, []
+    source, write, written = WatchedSource(blueprint.source), merging.write_shard, []
 
-    def save_shard(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
-        shards.append(sum(tensor.nbytes for tensor in tensors.values()))
-        assert source.read_bytes == shards[-1]
-        source.read_bytes = 0
-        save(tensors, file, **options)
+    def write_watched(file: Path, shard: Any, read: Any, *, advance: Any) -> Any:
+        def watched(weight: Weight, start: int, stop: int) -> Tensor:
+            if start == 0:
+                assert source.read_names == written
+                written.append(weight.name)
+            return read(weight, start, stop)
 
-    monkeypatch.setattr(merging, "save_tensors", save_shard)
+        return write(file, shard, watched, advance=advance)
+
+    monkeypatch.setattr(merging, "write_shard", write_watched)
     watched = replace(blueprint, source=source)
     merging.write_merged(
-        make("LoRA"), tmp_path, blueprint=watched, weights=weights, max_shard_bytes=40_000
+        make("LoRA"), tmp_path, blueprint=watched, weights=weights, max_shard_bytes=size
     )
-    assert source.most <= 40_000
-    assert sum(shards) == sum(weight.n_bytes for weight in weights)
+    assert source.read_names == [weight.name for weight in weights]
+
+
+def test_tensors_of_several_data_types_lie_where_readers_find_them(
+    tmp_path: Path,
+) -> None:
+    """A tensor begins at a multiple of its numbers' size only if narrower ones come after it."""
+    folder = shutil.copytree(BASE, tmp_path / "t5")
+    mixed = {name: t.float() if name == NORM else t for name, t in stored(BASE).items()}
+    mixed["lm_head.weight"] = mixed["lm_head.weight"].float()
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    run = save_run(tmp_path / "run", make("LoRA"), backbone={"name": str(folder)})
+    merged = stored(run_export(run, tmp_path / "out", format="merged"))
+    assert {name: t.dtype for name, t in merged.items()} == {n: t.dtype for n, t in mixed.items()}
+    assert torch.equal(merged[NORM], mixed[NORM])
 
 
 # --- tied tensors, configurations, companions
@@ -317,14 +335,14 @@ def test_a_job_without_the_weights_it_trained_is_refused(
 
 
 def spoiled(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every shard be changed before it is written."""
-    save = merging.save_tensors
+    """Let the tensors of every shard be changed before they are written."""
 
-    def save_changed(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
+    def write_changed(file: Path, shard: Any, read: Any, **options: Any) -> None:
+        tensors = {w.name: read(w, 0, w.numel).view(w.shape).clone() for w in shard}
         change(tensors)
-        save(tensors, file, **options)
+        save_file(tensors, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging, "save_tensors", save_changed)
+    monkeypatch.setattr(merging, "write_shard", write_changed)
 
 
 def add(tensors: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The verb `export` on what it cannot export: one line, and nothing is left."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from toy_exports import TASKS, files, make, run_export, save_run, save_runs, toy_t5
 
@@ -233,10 +233,10 @@ def test_an_interruption_leaves_nothing(
 def test_a_disk_that_fills_up_is_told_with_the_file(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mhr_scale.run.tensors.save_file", full)
+    monkeypatch.setattr("mhr_scale.backbone.shards.os.fsync", full)
     with pytest.raises(RunError) as caught:
         run_export(str(runs / "LoRA"), tmp_path / "out", format="merged")
     assert str(caught.value).startswith(

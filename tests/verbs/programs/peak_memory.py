@@ -52,11 +52,11 @@ class Watch(threading.Thread):
             self.peak = max(self.peak, own_memory())
 
 
-def write_source(folder: Path) -> tuple[int, int]:
+def write_source(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """A checkpoint as the hub has it; returns its size and its largest tensor's, in bytes."""
     fields = {name: value for name, value in CARD.items() if name != "model_type"}
     source = read_blueprint(BackboneConfig(config=fields)).source
-    tensors = {name: 0.1 * torch.randn(source.shape(name)) for name in source.names()}
+    tensors = {name: (0.1 * torch.randn(source.shape(name))).to(dtype) for name in source.names()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CARD))
     torch.save(tensors, folder / "pytorch_model.bin")
