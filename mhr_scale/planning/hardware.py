@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 
 import psutil
-import torch
 
 from mhr_scale.config import HardwareConfig
 from mhr_scale.errors import ConfigError, did_you_mean
@@ -150,6 +149,8 @@ def _look_up(name: str) -> Device:
 
 def _detect() -> tuple[str, int, float | None]:
     """Name in the table, number and memory (bytes) of this machine's GPUs; or the CPU."""
+    import torch
+
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CPU, 1, None
     count, gpu = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
@@ -167,6 +168,8 @@ def _detect() -> tuple[str, int, float | None]:
 
 def _measure_cpu(processes: int) -> Device:
     """What each of `processes` on this CPU reaches, measured in a fraction of a second."""
+    import torch
+
     a, big = torch.ones(512, 512), torch.ones(2**22)
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from mhr_scale.planning.steps import (
     trace_wave,
 )
 from mhr_scale.planning.tracing import Trace, combine
-from mhr_scale.recipe.reading import read_names
 
 #: Tokens of the two short answers whose counts are extrapolated to longer ones.
 SHORT, LONGER = 2, 4
@@ -290,23 +288,8 @@ def _trained(blueprint: Blueprint, config: AdapterConfig, *, routing_only: bool)
     return count_trained(config, sites, routing_only=routing_only)
 
 
-PLANNERS: dict[str, tuple[Any, Callable[[Any, WorkloadConfig, Machines], Plan]]] = {
-    "pretrain": (PretrainConfig, plan_pretraining),
-    "evaluate": (EvaluateConfig, plan_evaluation),
-    "adapt": (AdaptConfig, plan_adaptation),
+PLANNERS: dict[str, Callable[[Any, WorkloadConfig, Machines], Plan]] = {
+    "pretrain": plan_pretraining,
+    "evaluate": plan_evaluation,
+    "adapt": plan_adaptation,
 }
-
-
-def recognise(recipe: Path | str) -> str:
-    """Which verb a recipe is for, by its parts; raises `ConfigError` if `plan` does not know it."""
-    names = read_names(recipe)
-    if "variants" in names:
-        return "adapt"
-    if "schedule" in names and "adapter" in names:
-        return "pretrain"
-    if "tasks" in names and ("adapter" in names or "backbone" in names) and "task" not in names:
-        return "evaluate"
-    raise ConfigError(
-        f"{recipe}: sets {', '.join(names) or 'nothing'}; plan reads recipes of pretrain, evaluate "
-        "and adapt"
-    )

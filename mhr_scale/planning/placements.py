@@ -145,7 +145,7 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
         )
     if not placement.is_sharded:
         return replicated
-    zero = read_ds_config(placement.ds_config)["zero_optimization"]
+    zero = read_ds_config(placement.ds_config, asks_deepspeed=False)["zero_optimization"]
     n, per_node = machines.ranks, machines.ranks_per_node
     live, is_kept = _live(zero, weights)
     moved = 0.0 if is_kept else total
