@@ -34,6 +34,7 @@ from mhr_scale.planning.steps import (
     trace_wave,
 )
 from mhr_scale.planning.tracing import Trace, combine
+from mhr_scale.run.runlog import Progress
 
 #: Tokens of the two short answers whose counts are extrapolated to longer ones.
 SHORT, LONGER = 2, 4
@@ -239,12 +240,19 @@ def _cases(
 ) -> list[Case]:
     """Every placement with every kind of recomputation; equal counts are made once."""
     weights = weigh(blueprint)
+    placements = list_placements(machines, frozen.dtype)
+    recomputes = RECOMPUTES if trains else ("none",)
+    n_traces = 2 * len({placement.dtype for placement in placements}) * len(recomputes)
+    progress = Progress(n_traces, start=0, what="counting", unit="pass", every_seconds=5.0)
 
     @cache
     def passes(dtype: Any, recompute: Any) -> Passes:
         backbone = replace(frozen, dtype=dtype, recompute=recompute)
-        of_few, of_many = count(backbone, few), count(backbone, 2 * few)
-        return Passes(few=few, many=2 * few, of_few=of_few, of_many=of_many)
+        traces = []
+        for rows in (few, 2 * few):
+            traces.append(count(backbone, rows))
+            progress.advance(f"{dtype}, recomputation {recompute}")
+        return Passes(few=few, many=2 * few, of_few=traces[0], of_many=traces[1])
 
     def case(placement: Placement, recompute: str) -> Case:
         return Case(
@@ -260,11 +268,9 @@ def _cases(
             == (frozen.dtype, frozen.quantise),
         )
 
-    return [
-        case(placement, recompute)
-        for placement in list_placements(machines, frozen.dtype)
-        for recompute in (RECOMPUTES if trains else ("none",))
-    ]
+    cases = [case(placement, recompute) for placement in placements for recompute in recomputes]
+    progress.close()
+    return cases
 
 
 def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) -> Shape:
