@@ -84,7 +84,8 @@ class Placement:
 def list_placements(machines: Machines, dtype: str) -> list[Placement]:
     """The placements that make sense on these machines, for a recipe with this data type.
 
-    On CPUs replicated weights may be mapped, and there is no host to offload them to: its memory is
+    No placement is of wider numbers than the recipe's: it would take more, and more time. On CPUs
+    replicated weights may be mapped, and there is no host to offload them to: its memory is
     the ranks' own.
     """
     placements = [
@@ -95,6 +96,7 @@ def list_placements(machines: Machines, dtype: str) -> list[Placement]:
             is_mapped=is_mapped,
         )
         for name, replicated_dtype in (("bf16", "bfloat16"), ("fp32", "float32"))
+        if replicated_dtype in ("bfloat16", dtype)
         for is_mapped in ((None,) if machines.on_gpu else (True, False))
     ]
     placements += [

@@ -91,7 +91,7 @@ class StepCounter:
     passes: Counter[tuple[float, float]] = field(default_factory=Counter)
     update: Counter[tuple[float, float]] = field(default_factory=Counter)
     held: dict[str, float] = field(default_factory=dict)
-    _known: set[int] = field(default_factory=set)
+    _known: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
 
     @contextmanager
@@ -166,16 +166,15 @@ class StepCounter:
         key = storage._cdata
         if key in self._known:
             return False
-        self._known.add(key)
         size = float(storage.nbytes()) if counts else 0.0
         is_logits = counts and tensor.numel() == self.n_logits and tensor.is_floating_point()
         self.live += size
         self.live_logits += size if is_logits else 0.0
-        weakref.finalize(storage, self._free, key, size, is_logits)
+        self._known[key] = weakref.ref(storage, partial(self._free, key, size, is_logits))
         return True
 
-    def _free(self, key: int, size: float, is_logits: bool) -> None:
-        self._known.discard(key)
+    def _free(self, key: int, size: float, is_logits: bool, storage: Any) -> None:
+        del self._known[key]
         self.live -= size
         self.live_logits -= size if is_logits else 0.0
 
