@@ -6,11 +6,10 @@ deepspeed --num_gpus N launch/adapt.py RECIPE [a.b=value ...]      N processes
 --format text, markdown, csv or latex: how tables are printed.
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import AdaptConfig
-    from mhr_scale.verbs.adapt import adapt
 
 if __name__ == "__main__":
-    main(AdaptConfig, adapt, about=__doc__, has_tables=True)
+    main(AdaptConfig, later("adapt:adapt"), about=__doc__, has_tables=True)

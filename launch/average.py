@@ -4,11 +4,10 @@ python launch/average.py RECIPE [a.b=value ...] [--print]            one process
 deepspeed --num_gpus N launch/average.py RECIPE [a.b=value ...]      N processes
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import AverageConfig
-    from mhr_scale.verbs.average import average
 
 if __name__ == "__main__":
-    main(AverageConfig, average, about=__doc__)
+    main(AverageConfig, later("average:average"), about=__doc__)

@@ -3,11 +3,10 @@
 python launch/convert.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import ConvertConfig
-    from mhr_scale.verbs.convert import convert
 
 if __name__ == "__main__":
-    main(ConvertConfig, convert, about=__doc__)
+    main(ConvertConfig, later("convert:convert"), about=__doc__)

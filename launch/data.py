@@ -5,11 +5,10 @@ python launch/data.py RECIPE [a.b=value ...] [--print]
 --format text, markdown, csv or latex: how tables are printed.
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import PretrainConfig
-    from mhr_scale.verbs.data import check_data
 
 if __name__ == "__main__":
-    main(PretrainConfig, check_data, about=__doc__, has_tables=True)
+    main(PretrainConfig, later("data:check_data"), about=__doc__, has_tables=True)

@@ -6,11 +6,10 @@ deepspeed --num_gpus N launch/evaluate.py RECIPE [a.b=value ...]      N processe
 --format text, markdown, csv or latex: how tables are printed.
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import EvaluateConfig
-    from mhr_scale.verbs.evaluate import evaluate
 
 if __name__ == "__main__":
-    main(EvaluateConfig, evaluate, about=__doc__, has_tables=True)
+    main(EvaluateConfig, later("evaluate:evaluate"), about=__doc__, has_tables=True)

@@ -3,11 +3,10 @@
 python launch/export.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import ExportConfig
-    from mhr_scale.verbs.export import export
 
 if __name__ == "__main__":
-    main(ExportConfig, export, about=__doc__)
+    main(ExportConfig, later("export:export"), about=__doc__)

@@ -3,11 +3,10 @@
 python launch/finetune.py RECIPE [a.b=value ...] [--print]
 """
 
-from mhr_scale.verbs.launching import imported, main
+from mhr_scale.verbs.launching import imported, later, main
 
 with imported():
     from mhr_scale.config import FinetuneConfig
-    from mhr_scale.verbs.finetune import finetune
 
 if __name__ == "__main__":
-    main(FinetuneConfig, finetune, about=__doc__)
+    main(FinetuneConfig, later("finetune:finetune"), about=__doc__)

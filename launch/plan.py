@@ -5,10 +5,7 @@ python launch/plan.py RECIPE [hardware.gpu=A100-80G hardware.gpus=8] [a.b=value 
 --format text, markdown, csv or latex: how the table is printed.
 """
 
-from mhr_scale.verbs.launching import imported, main_of_words
-
-with imported():
-    from mhr_scale.verbs.plan import plan
+from mhr_scale.verbs.launching import later, main_of_words
 
 if __name__ == "__main__":
-    main_of_words(plan, has_tables=True)
+    main_of_words(later("plan:plan"), has_tables=True)

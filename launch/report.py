@@ -3,10 +3,7 @@
 python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]
 """
 
-from mhr_scale.verbs.launching import imported, main_of_words
-
-with imported():
-    from mhr_scale.verbs.report import report
+from mhr_scale.verbs.launching import later, main_of_words
 
 if __name__ == "__main__":
-    main_of_words(report)
+    main_of_words(later("report:report"))

@@ -3,10 +3,7 @@
 python launch/summarise.py RUN [RUN ...] [--format F]
 """
 
-from mhr_scale.verbs.launching import imported, main_of_words
-
-with imported():
-    from mhr_scale.verbs.summarise import summarise_runs
+from mhr_scale.verbs.launching import later, main_of_words
 
 if __name__ == "__main__":
-    main_of_words(summarise_runs, has_tables=True)
+    main_of_words(later("summarise:summarise_runs"), has_tables=True)

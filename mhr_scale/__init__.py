@@ -23,8 +23,8 @@ __all__ = [
     "save_adapter",
 ]
 
-#: Where the names are imported from when first used: a launch tells of a machine that has no room
-#: for torch before it imports torch.
+#: Where the names are imported from when first used: a launch reads its recipe before it imports
+#: torch.
 _LATER = {
     "Adapter": ("mhr_scale.adapters.methods", "Adapter"),
     "AdapterConfig": ("mhr_scale.adapters.config", "AdapterConfig"),
@@ -42,3 +42,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mhr_scale' has no attribute '{name}'")
     module, attribute = _LATER[name]
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

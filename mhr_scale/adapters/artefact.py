@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mhr_scale.adapters import CARD
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.methods import Adapter, attach
 from mhr_scale.adapters.sites import Site, find_sites
@@ -32,7 +33,6 @@ from mhr_scale.run.tensors import save_tensors
 
 SCHEMA = 1
 TENSORS = "adapter.safetensors"
-CARD = "adapter.json"
 #: Far longer than a save takes to move its second file into place after the first.
 SAVING_SECONDS = 0.3
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from mhr_scale.adapters.routing import POLICIES, Routing
+from mhr_scale.adapters.policies import POLICIES, Routing
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 

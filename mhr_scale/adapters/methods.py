@@ -24,6 +24,7 @@ from mhr_scale.adapters import routing
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.linear import AdaptedLinear, RowMap
+from mhr_scale.adapters.policies import POLICIES
 from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
@@ -57,7 +58,7 @@ class Adapter(nn.Module):
             raise AdapterError(f"task names must be unique and at least one; twice: {duplicates}")
         check_splits(sites, n_splits=config.n_splits, kind=config.kind)
         self.config = config
-        self.policy = routing.POLICIES[config.policy]
+        self.policy = POLICIES[config.policy]
         self.sites = sites
         self.task_names = tuple(task_names)
         self.row_gradients = row_gradients

@@ -2,33 +2,20 @@
 
 Shape letters: U slots, T tasks, G routing groups, Q splits, S skills.
 
-A policy is one row of `POLICIES`: a function from the slots' logits to activations p >= 0, and
-what that function needs. Whatever the policy, the weights are p normalised over the skills,
+A policy is a function from the slots' logits to activations p >= 0; what it needs says its row of
+`policies.POLICIES`. Whatever the policy, the weights are p normalised over the skills,
 w = p / (sum p + 1e-12).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mhr_scale.adapters.policies import POLICIES, Routing
+
 EPS = 1e-12
 INIT_BOUND = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Routing:
-    """Which policy turns logits into weights, and the numbers that policies read."""
-
-    policy: str = "learned"
-    temperature: float = 1.0
-    """Of the relaxed Bernoulli noise."""
-    random_probability: float = 0.5
-    """Of a skill that is switched on at random."""
-    random_empty: Literal["off", "uniform"] = "off"
-    """What a row without any skill gets: no adapter, or the mean."""
 
 
 def init_logits(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
@@ -95,34 +82,19 @@ def random(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -
     return mask.expand_as(logits_UGQS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """A row of `POLICIES`: how mixing weights come from routing logits.
-
-    `activate` turns logits (U, G, Q, S) into activations of that shape; its `seeds`, one per slot,
-    are there only while the model trains. With `has_logits` there is a table of logits, which
-    trains if `trains_logits`; without, `activate` sees zeros. A policy that `draws` numbers while
-    training has a slot for each batch row instead of each task. `method` is its name in tables
-    where that is not Poly's or MHR's.
-    """
-
-    activate: Callable[[Tensor, Routing, Sequence[int] | None], Tensor]
-    has_logits: bool = True
-    trains_logits: bool = True
-    draws: bool = False
-    method: str | None = None
-
-
-POLICIES: dict[str, Policy] = {
-    "learned": Policy(activate=learned),
-    "noisy": Policy(activate=noisy, draws=True),
-    "straight_through": Policy(activate=straight_through),
-    "uniform": Policy(activate=uniform, has_logits=False),
-    "random": Policy(activate=random, has_logits=False, draws=True, method="Random"),
-    "fixed": Policy(activate=learned, trains_logits=False),
+#: The function of every policy: logits (U, G, Q, S) to activations of that shape. Its `seeds`, one
+#: per slot, are there only while the model trains.
+ACTIVATIONS: dict[str, Callable[[Tensor, Routing, Sequence[int] | None], Tensor]] = {
+    "learned": learned,
+    "noisy": noisy,
+    "straight_through": straight_through,
+    "uniform": uniform,
+    "random": random,
+    "fixed": learned,
 }
+assert ACTIVATIONS.keys() == POLICIES.keys()
 
 
 def mixing_weights(logits_UGQS: Tensor, routing: Routing, *, seeds: Sequence[int] | None) -> Tensor:
     """Mixing weights (U, G, Q, S) of the slots under a policy; `seeds` while training."""
-    return normalise(POLICIES[routing.policy].activate(logits_UGQS, routing, seeds))
+    return normalise(ACTIVATIONS[routing.policy](logits_UGQS, routing, seeds))

@@ -60,12 +60,6 @@ def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, An
     return {**blueprint.facts, **settings, "quantise": quantisation.kind_of(config, blueprint)}
 
 
-def precision_of(facts: Mapping[str, Any]) -> str:
-    """How a backbone of these facts computes: its data type, quantised or not; empty: unknown."""
-    kinds = [str(facts[name]) for name in ("quantise", "dtype") if facts.get(name)]
-    return " and ".join(kind for kind in kinds if kind != "none")
-
-
 def backbone_of(
     adapter: str,
     card: Card,

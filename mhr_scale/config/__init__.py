@@ -28,7 +28,7 @@ from mhr_scale.config.finetune import (
     FinetuneRunConfig,
     FinetuneShotsConfig,
 )
-from mhr_scale.config.model import BackboneConfig, SoupConfig
+from mhr_scale.config.model import BackboneConfig, SoupConfig, precision_of
 from mhr_scale.config.plan import HardwareConfig, PlanConfig, WorkloadConfig
 from mhr_scale.config.training import (
     BatchConfig,
@@ -94,4 +94,5 @@ __all__ = [
     "VariantConfig",
     "WavesConfig",
     "WorkloadConfig",
+    "precision_of",
 ]

@@ -1,5 +1,6 @@
 """The frozen backbone, and soups of private adapters."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from mhr_scale.errors import ConfigError
@@ -70,3 +71,9 @@ class SoupConfig:
         for name in ("adapters", "examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"soup.{name}: {getattr(self, name)} is not at least 1")
+
+
+def precision_of(facts: Mapping[str, Any]) -> str:
+    """How a backbone of these facts computes: its data type, quantised or not; empty: unknown."""
+    kinds = [str(facts[name]) for name in ("quantise", "dtype") if facts.get(name)]
+    return " and ".join(kind for kind in kinds if kind != "none")

@@ -32,6 +32,8 @@ class HardwareConfig:
     """From pinned host memory to a GPU, GB/s."""
     nvme_gb_s: float = 5.0
     """From a machine's NVMe drives to its memory, GB/s."""
+    disk_gb_s: float = 1.0
+    """From the disk with the backbone's files to memory, GB/s: mapped weights, on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "nodes"):

@@ -8,9 +8,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mhr_scale.backbone import quantise
-from mhr_scale.backbone.blueprint import Blueprint
-from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import EngineError, describe_fault, did_you_mean
 from mhr_scale.run.files import read_object
 from mhr_scale.run.runlog import log
@@ -45,13 +42,13 @@ OWNED = {
 }
 
 
-def read_ds_config(name: str | None) -> dict[str, Any]:
+def read_ds_config(name: str | None, *, asks_deepspeed: bool = True) -> dict[str, Any]:
     """Read and check a DeepSpeed file; None: replicated.
 
     A file of the current folder or the checkout, or one of `ds_configs/` by its name. Raises
     `EngineError` for a key that is unknown, repeated or owned by the recipe, for "auto", for what
-    DeepSpeed itself refuses, and for a ZeRO stage other than 0 and 3: frozen weights have neither
-    gradients nor optimizer states.
+    DeepSpeed itself refuses (which is to be imported, and asked, only if `asks_deepspeed`), and for
+    a ZeRO stage other than 0 and 3: frozen weights have neither gradients nor optimizer states.
     """
     if name is None:
         return {"zero_optimization": {"stage": 0}}
@@ -75,7 +72,7 @@ def read_ds_config(name: str | None) -> dict[str, Any]:
             f"{path}: zero_optimization.stage {stage!r}: frozen weights have no gradients and no "
             "optimizer states to shard; use 0 (replicated) or 3 (sharded)"
         )
-    if stage == 3:
+    if stage == 3 and asks_deepspeed:
         _check_zero(zero, path)
     return content
 
@@ -166,11 +163,3 @@ def import_deepspeed() -> Any:
     if not log.isEnabledFor(logging.DEBUG):
         deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
-
-
-def check_quantise(
-    config: BackboneConfig, blueprint: Blueprint, ds_content: dict[str, Any], ds_file: str | None
-) -> None:
-    """Raise `EngineError` or `BackboneError` if the placed backbone cannot be quantised."""
-    sharding = ds_file if is_sharded(ds_content) else None
-    quantise.check(config, blueprint, ds_config=sharding)

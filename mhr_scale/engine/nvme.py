@@ -16,6 +16,8 @@ from mhr_scale.errors import EngineError
 
 #: DeepSpeed's defaults, in elements: `buffer_size` and `stage3_prefetch_bucket_size`.
 BUFFER_SIZE, PREFETCHED = 1e8, 5e7
+#: DeepSpeed's default number of such buffers.
+BUFFER_COUNT = 5
 
 
 def check(content: dict[str, Any], blueprint: Blueprint, *, n_ranks: int, op: Any) -> bool:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mhr_scale.adapters.sites import Site
 from mhr_scale.adapters.wrapping import AdaptedModel, wrap
+from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.identity import identify
 from mhr_scale.backbone.of_adapter import backbone_facts, blueprint_of
 from mhr_scale.backbone.tokenizer import hash_tokenizer, load_tokenizer
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.check_backbone import check_backbone
-from mhr_scale.engine.ds_config import check_quantise, read_ds_config
+from mhr_scale.engine.ds_config import is_sharded, read_ds_config
 from mhr_scale.engine.engine import Engine
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
@@ -118,7 +119,7 @@ def open_backbone(
     """
     ds_content = read_ds_config(ds_config)
     blueprint = blueprint_of(adapter, config)
-    check_quantise(config, blueprint, ds_content, ds_config)
+    quantise.check(config, blueprint, ds_config=ds_config if is_sharded(ds_content) else None)
     return OpenedBackbone(
         config=config,
         blueprint=blueprint,

@@ -35,7 +35,7 @@ from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
 from mhr_scale.run.tensors import written
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 
 OPTIMIZER = "optimizer.pt"
 
@@ -308,7 +308,7 @@ def _copy(value: Any) -> Any:
 
 def save_step(model: Any, copy: StepCopy, run: Path, step: int, source: Path) -> None:
     """Save a step and keep the one before it; raises `RunError` if it cannot be written."""
-    folder = checkpoint.step_folder(run, step)
+    folder = saved_steps.step_folder(run, step)
     try:
         with sealed(folder) as partial:
             _fill_peft(model, partial, source, copy.tensors)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from mhr_scale.errors import ConfigError, RunError
 from mhr_scale.recipe.typed import check_fields
 from mhr_scale.run.files import read_object, write_json
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 
 RESULT = "result.json"
 #: Longest folder name, in characters; file systems take 255 bytes, some with an affix of their own.
@@ -125,7 +125,7 @@ def find_state(job: Job, run: Path) -> JobState:
     is_finished = (folder / RESULT).is_file()
     if is_finished:
         clean(job, run)
-    step = None if is_finished else checkpoint.find_whole(folder, or_anew=True)
+    step = None if is_finished else saved_steps.find_whole(folder, or_anew=True)
     return JobState(is_finished=is_finished, step=step or 0)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mhr_scale.backbone.of_adapter import precision_of
+from mhr_scale.config import precision_of
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.jobs import soup
 from mhr_scale.jobs.adapt_inputs import AdaptInputs
@@ -15,7 +15,7 @@ from mhr_scale.jobs.job import Job, JobProgress
 from mhr_scale.jobs.scheduling import PlannedWave
 from mhr_scale.jobs.start import source_numbers, start
 from mhr_scale.jobs.wave import Member, Wave
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 
 #: The similar training tasks of jobs of kind soup.
 Soups = Mapping[Job, Sequence[str]]
@@ -76,7 +76,7 @@ def _read_saved(member: Member, run: Path, step: int) -> checkpoint.Saved:
     """Read a job's saved step, and restore its progress into the member."""
     folder = member.job.folder(run)
     saved = checkpoint.read(folder, step)
-    place = checkpoint.step_folder(folder, step)
+    place = saved_steps.step_folder(folder, step)
     member.progress = JobProgress.read(saved.progress, place=place)
     return saved
 

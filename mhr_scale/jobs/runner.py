@@ -28,7 +28,7 @@ from mhr_scale.run.runlog import Metrics, Progress, log
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import Question, answerers, judge, keeps_texts
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 
 
 class Runner:
@@ -128,7 +128,7 @@ class Runner:
         """Save every job that is beyond its last save, even in the middle of an evaluation."""
         self.writer.wait()
         folders = [member.job.folder(self.folder) for member in wave.members]
-        saved = [checkpoint.find_resume(folder) or 0 for folder in folders]
+        saved = [saved_steps.find_resume(folder) or 0 for folder in folders]
         self._submit(wave, [n for n, step in enumerate(saved) if step != wave.step], logs)
         self.writer.wait()
 

@@ -18,7 +18,7 @@ import torch
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.collapse import average, soup
-from mhr_scale.adapters.routing import POLICIES
+from mhr_scale.adapters.policies import POLICIES
 from mhr_scale.adapters.sites import Site
 from mhr_scale.config import AdapterConfig, VariantConfig
 from mhr_scale.errors import ConfigError

@@ -29,7 +29,7 @@ from mhr_scale.jobs.start import stack, trained_numbers, unstack
 from mhr_scale.passes import few_shot_loss
 from mhr_scale.passes.losses import Loss
 from mhr_scale.seeds import seed_from
-from mhr_scale.training import checkpoint, optim
+from mhr_scale.training import checkpoint, optim, saved_steps
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class Wave:
         if saved:
             states = [job.optimizer for job in saved]
             folders = [member.job.folder(Path(config.run.folder)) for member in members]
-            places = [str(checkpoint.step_folder(folder, wave.step)) for folder in folders]
+            places = [str(saved_steps.step_folder(folder, wave.step)) for folder in folders]
             job_optim.load_job_states(wave.adapter, wave.optimizer, states, places=places)
         return wave
 

@@ -1,7 +1,7 @@
 """Bytes of a GPU and seconds per step of each placement, from counts; and which one to use."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,10 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of one rank at its peak, by purpose, and of its machine's host memory."""
+    """Bytes of one rank at its peak, by purpose, and of its machine's host memory.
+
+    On CPUs the ranks' own memory is the machine's, and counts in `host` too.
+    """
 
     weights: float
     gathered: float
@@ -60,6 +63,7 @@ class Seconds:
     network: float
     host_link: float
     nvme: float
+    disk: float
 
     @property
     def parts(self) -> dict[str, float]:
@@ -72,12 +76,13 @@ class Seconds:
             "gathers over the network": self.network,
             "the host's link": self.host_link,
             "NVMe": self.nvme,
+            "files read again": self.disk,
         }
 
     @property
     def busy(self) -> float:
         """Seconds of a pass: compute, then memory traffic; everything else overlaps with both."""
-        others = (self.launches, self.links, self.network, self.host_link, self.nvme)
+        others = (self.launches, self.links, self.network, self.host_link, self.nvme, self.disk)
         return max(self.compute + self.memory, *others)
 
     @property
@@ -111,8 +116,9 @@ class Estimate:
 
     @property
     def is_preferred(self) -> bool:
-        """Whether it keeps the recipe's precision, and all weights on the GPUs."""
-        return self.is_same_precision and self.placement.is_resident
+        """Whether it keeps the recipe's precision, and all weights in the ranks' reach."""
+        in_reach = self.placement.is_resident and not self.seconds.disk
+        return self.is_same_precision and in_reach
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values; bytes and seconds."""
@@ -156,6 +162,11 @@ class Case:
         """How often a pass gathers each weight."""
         return GATHERS[self.recompute] if self.trains else 1.0
 
+    @property
+    def readings(self) -> float:
+        """How often a pass reads each weight: in forward, recomputation and backward."""
+        return (2.0 + (self.recompute != "none")) if self.trains else 1.0
+
     def memory(self, rows: int) -> Memory:
         """Bytes of a rank at a number of rows."""
         trace = self.counts.at(rows)
@@ -166,7 +177,7 @@ class Case:
         top = max(peaks, key=lambda name: peaks[name])
         logits = trace.logits[top]
         left = max(0.0, peaks[top] - logits - optimizer)
-        return Memory(
+        memory = Memory(
             weights=self.load.weights,
             gathered=self.load.gathered,
             adapter=self.adapter_bytes + rows * self.job_bytes,
@@ -176,10 +187,14 @@ class Case:
             activations=max(0.0, left - gradients),
             host=self.load.host,
         )
+        if self.machines.on_gpu:
+            return memory
+        return replace(memory, host=self.load.host + self.machines.ranks_per_node * memory.total)
 
     def fits(self, rows: int) -> bool:
-        """Whether that many rows fit in the memory of a GPU."""
-        return self.memory(rows).total <= self.machines.usable
+        """Whether that many rows fit in the memory of a rank, and of a machine."""
+        memory, room = self.memory(rows), self.machines.room
+        return memory.total <= self.machines.usable and (room is None or memory.host <= room)
 
     @cached_property
     def largest(self) -> int:
@@ -194,16 +209,17 @@ class Case:
 
     def why_not(self) -> str:
         """Why the placement cannot be used; empty if it can."""
-        host = self.machines.host_memory
-        if not self.largest:
-            need = self.memory(1).total / GIB
-            return f"{need:.1f} GiB for one row, {self.machines.usable / GIB:.1f} GiB usable"
-        if self.placement.offload == "cpu" and host is not None and self.load.host > 0.9 * host:
-            return f"{self.load.host / GIB:.0f} GiB of weights in {host / GIB:.0f} GiB of a machine"
-        return ""
+        if self.largest:
+            return ""
+        memory, usable, room = self.memory(1), self.machines.usable, self.machines.room
+        if memory.total > usable:
+            return f"{memory.total / GIB:.1f} GiB for one row, {usable / GIB:.1f} GiB usable"
+        assert room is not None
+        return f"{memory.host / GIB:.1f} GiB of a machine's memory, {room / GIB:.1f} GiB usable"
 
-    def seconds(self, trace: Trace) -> Seconds:
+    def seconds(self, rows: int) -> Seconds:
         """Seconds of one pass."""
+        trace = self.counts.at(rows)
         machines, load = self.machines, self.load
         flops, rate = machines.flops(self.placement.dtype), machines.memory_rate
         compute = memory = 0.0
@@ -212,21 +228,28 @@ class Case:
                 compute += number * flop / flops
             else:
                 memory += number * moved / rate
-        readings = (2.0 + (self.recompute != "none")) if self.trains else 1.0
         return Seconds(
             compute=compute,
-            memory=memory + readings * 2.0 * load.unpacked / rate,
+            memory=memory + self.readings * 2.0 * load.unpacked / rate,
             launches=sum(trace.passes.values()) * LAUNCH_SECONDS,
             links=self.gathers * load.over_links / machines.link_rate,
             network=self.gathers * load.over_network / machines.gather_rate,
             host_link=self.gathers * load.from_host / machines.host_rate,
             nvme=self.gathers * load.from_nvme / machines.nvme_rate,
+            disk=self.readings * self.evicted(rows) / machines.disk_rate,
         )
+
+    def evicted(self, rows: int) -> float:
+        """Bytes of mapped files that the machine's memory has no room for beside the ranks'."""
+        room = self.machines.room
+        if room is None:
+            return 0.0
+        return max(0.0, self.load.mapped - (room - self.memory(rows).host))
 
     def estimate(self, rows: int, *, passes: int, tokens: float) -> Estimate:
         """The estimate at `rows` per pass; `tokens` are those of a step over all ranks."""
         trace, machines = self.counts.at(rows), self.machines
-        seconds, why_not = self.seconds(trace), self.why_not()
+        seconds, why_not = self.seconds(rows), self.why_not()
         reduced = 0.0
         if self.reduces:
             share = (machines.ranks - 1) / machines.ranks
@@ -239,6 +262,7 @@ class Case:
             "gathered": passes * self.gathers * (self.load.over_links + self.load.over_network),
             "host_to_card": passes * self.gathers * self.load.from_host,
             "nvme_to_host": passes * self.gathers * self.load.from_nvme,
+            "files_read_again": passes * self.readings * self.evicted(rows),
             "adapter_all_reduce": reduced,
         }
         return Estimate(

@@ -4,12 +4,13 @@ Peaks are the vendors' for dense matrix products. The share of a peak that a ste
 to be the same for all GPUs: `PRODUCT_SHARE` for matrix products, `MEMORY_SHARE` for memory.
 """
 
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
-import torch
 
 from mhr_scale.config import HardwareConfig
 from mhr_scale.errors import ConfigError, did_you_mean
@@ -22,6 +23,8 @@ LAUNCH_SECONDS = 6e-6
 CONTEXT_GIB = 1.2
 #: Share of a GPU's memory that the allocator loses to fragmentation.
 FRAGMENTED = 0.04
+#: Share of a machine's memory that a run may take; the rest is the system's.
+HOST_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,10 @@ CARDS = {
     "H200": Device(139.8, 989, 67, 4800, 360, 50),
 }
 CPU = "cpu"
+#: The matrix product that is measured on a CPU, tokens x inputs x outputs, as in the layers of a
+#: backbone; and for how long, seconds.
+LAYER = (256, 2048, 5120)
+MEASURED_SECONDS = 0.4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +74,7 @@ class Machines:
     network_rate: float
     host_rate: float
     nvme_rate: float
+    disk_rate: float
 
     @property
     def on_gpu(self) -> bool:
@@ -84,6 +92,18 @@ class Machines:
         if not self.on_gpu:
             return self.memory
         return (self.memory - CONTEXT_GIB * 2**30) * (1.0 - FRAGMENTED)
+
+    @property
+    def room(self) -> float | None:
+        """Bytes of a machine's memory that runs can use; None: unlimited.
+
+        On CPUs its ranks share it, and what they may take together is no more.
+        """
+        host = None if self.host_memory is None else HOST_SHARE * self.host_memory
+        if self.on_gpu:
+            return host
+        together = self.ranks_per_node * self.memory
+        return together if host is None else min(together, host)
 
     @property
     def gather_rate(self) -> float:
@@ -135,6 +155,7 @@ def find_machines(config: HardwareConfig) -> Machines:
         network_rate=config.network_gb_s * 1e9,
         host_rate=(config.host_gb_s or device.host_gb_s) * 1e9,
         nvme_rate=config.nvme_gb_s * 1e9,
+        disk_rate=config.disk_gb_s * 1e9,
     )
 
 
@@ -150,6 +171,8 @@ def _look_up(name: str) -> Device:
 
 def _detect() -> tuple[str, int, float | None]:
     """Name in the table, number and memory (bytes) of this machine's GPUs; or the CPU."""
+    import torch
+
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CPU, 1, None
     count, gpu = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
@@ -166,20 +189,34 @@ def _detect() -> tuple[str, int, float | None]:
 
 
 def _measure_cpu(processes: int) -> Device:
-    """What each of `processes` on this CPU reaches, measured in a fraction of a second."""
-    a, big = torch.ones(512, 512), torch.ones(2**22)
+    """What each of `processes` on this CPU reaches, with the threads that it gets."""
+    import torch
+
+    threads = torch.get_num_threads()
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count() or 1)
+    own = min(threads, max(1, cores // processes))
+    share = min(1.0, cores / (own * processes))
+    big = torch.ones(2**24)
+    moved = 2 * big.nbytes / _best_seconds(big.clone) / 1e9 / processes
     rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = a.to(dtype)
-        x @ x
-        begun, n = time.perf_counter(), 0
-        while time.perf_counter() - begun < 0.05:
-            x @ x
-            n += 1
-        rates[dtype] = 2.0 * 512**3 * n / (time.perf_counter() - begun) / 1e12 / processes
-    begun = time.perf_counter()
-    for _ in range(5):
-        big.clone()
-    moved = 5 * 2 * big.numel() * 4 / (time.perf_counter() - begun) / 1e9 / processes
+    torch.set_num_threads(own)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = (torch.ones(*shape, dtype=dtype) for shape in (LAYER[:2], LAYER[1:]))
+            seconds = _best_seconds(lambda x=x, weight=weight: x @ weight)  # type: ignore[misc]
+            rates[dtype] = share * 2.0 * math.prod(LAYER) / seconds / 1e12
+    finally:
+        torch.set_num_threads(threads)
     host = psutil.virtual_memory().available / 2**30 / processes
     return Device(host, rates[torch.bfloat16], rates[torch.float32], moved, moved / 2, moved)
+
+
+def _best_seconds(action: Callable[[], object]) -> float:
+    """Seconds of the fastest of many calls, after some to warm up: others may use the machine."""
+    for _ in range(3):
+        action()
+    best, begun = math.inf, time.perf_counter()
+    while (start := time.perf_counter()) - begun < MEASURED_SECONDS:
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from mhr_scale.planning.steps import (
     trace_wave,
 )
 from mhr_scale.planning.tracing import Trace, combine
-from mhr_scale.recipe.reading import read_names
+from mhr_scale.run.runlog import Progress
 
 #: Tokens of the two short answers whose counts are extrapolated to longer ones.
 SHORT, LONGER = 2, 4
@@ -241,12 +240,19 @@ def _cases(
 ) -> list[Case]:
     """Every placement with every kind of recomputation; equal counts are made once."""
     weights = weigh(blueprint)
+    placements = list_placements(machines, frozen.dtype)
+    recomputes = RECOMPUTES if trains else ("none",)
+    n_traces = 2 * len({placement.dtype for placement in placements}) * len(recomputes)
+    progress = Progress(n_traces, start=0, what="counting", unit="pass", every_seconds=5.0)
 
     @cache
     def passes(dtype: Any, recompute: Any) -> Passes:
         backbone = replace(frozen, dtype=dtype, recompute=recompute)
-        of_few, of_many = count(backbone, few), count(backbone, 2 * few)
-        return Passes(few=few, many=2 * few, of_few=of_few, of_many=of_many)
+        traces = []
+        for rows in (few, 2 * few):
+            traces.append(count(backbone, rows))
+            progress.advance(f"{dtype}, recomputation {recompute}")
+        return Passes(few=few, many=2 * few, of_few=traces[0], of_many=traces[1])
 
     def case(placement: Placement, recompute: str) -> Case:
         return Case(
@@ -262,11 +268,9 @@ def _cases(
             == (frozen.dtype, frozen.quantise),
         )
 
-    return [
-        case(placement, recompute)
-        for placement in list_placements(machines, frozen.dtype)
-        for recompute in (RECOMPUTES if trains else ("none",))
-    ]
+    cases = [case(placement, recompute) for placement in placements for recompute in recomputes]
+    progress.close()
+    return cases
 
 
 def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) -> Shape:
@@ -290,23 +294,8 @@ def _trained(blueprint: Blueprint, config: AdapterConfig, *, routing_only: bool)
     return count_trained(config, sites, routing_only=routing_only)
 
 
-PLANNERS: dict[str, tuple[Any, Callable[[Any, WorkloadConfig, Machines], Plan]]] = {
-    "pretrain": (PretrainConfig, plan_pretraining),
-    "evaluate": (EvaluateConfig, plan_evaluation),
-    "adapt": (AdaptConfig, plan_adaptation),
+PLANNERS: dict[str, Callable[[Any, WorkloadConfig, Machines], Plan]] = {
+    "pretrain": plan_pretraining,
+    "evaluate": plan_evaluation,
+    "adapt": plan_adaptation,
 }
-
-
-def recognise(recipe: Path | str) -> str:
-    """Which verb a recipe is for, by its parts; raises `ConfigError` if `plan` does not know it."""
-    names = read_names(recipe)
-    if "variants" in names:
-        return "adapt"
-    if "schedule" in names and "adapter" in names:
-        return "pretrain"
-    if "tasks" in names and ("adapter" in names or "backbone" in names) and "task" not in names:
-        return "evaluate"
-    raise ConfigError(
-        f"{recipe}: sets {', '.join(names) or 'nothing'}; plan reads recipes of pretrain, evaluate "
-        "and adapt"
-    )

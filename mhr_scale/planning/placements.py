@@ -13,7 +13,7 @@ import torch
 from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.backbone.quantise import BLOCK, list_linears
 from mhr_scale.engine.ds_config import read_ds_config
-from mhr_scale.engine.nvme import PREFETCHED
+from mhr_scale.engine.nvme import BUFFER_COUNT, BUFFER_SIZE, PREFETCHED
 from mhr_scale.planning.hardware import Machines
 
 #: How often a training pass gathers each weight: in forward and in backward (with recomputation).
@@ -57,6 +57,8 @@ class Placement:
     ds_config: str
     dtype: str
     quantise: str = "none"
+    is_mapped: bool | None = None
+    """Whether weights are views of their files; None where they cannot be: not on a CPU."""
     is_sharded: bool = False
     keeps_node_copy: bool = False
     offload: str = "none"
@@ -64,11 +66,14 @@ class Placement:
     @property
     def settings(self) -> dict[str, str]:
         """The recipe's settings that select it, apart from recomputation."""
-        return {
+        settings = {
             "run.ds_config": self.ds_config,
             "backbone.dtype": self.dtype,
             "backbone.quantise": self.quantise,
         }
+        if self.is_mapped is not None:
+            settings["backbone.mapped"] = "true" if self.is_mapped else "false"
+        return settings
 
     @property
     def is_resident(self) -> bool:
@@ -77,13 +82,22 @@ class Placement:
 
 
 def list_placements(machines: Machines, dtype: str) -> list[Placement]:
-    """The placements that make sense on these machines, for a recipe with this data type."""
+    """The placements that make sense on these machines, for a recipe with this data type.
+
+    No placement is of wider numbers than the recipe's: it would take more, and more time. On CPUs
+    replicated weights may be mapped, and there is no host to offload them to: its memory is
+    the ranks' own.
+    """
     placements = [
-        Placement(name=name, ds_config="ds_configs/replicated.json", dtype=replicated_dtype)
-        for name, replicated_dtype in (
-            ("replicated bf16", "bfloat16"),
-            ("replicated fp32", "float32"),
+        Placement(
+            name=f"replicated {name}{', mapped' if is_mapped else ''}",
+            ds_config="ds_configs/replicated.json",
+            dtype=replicated_dtype,
+            is_mapped=is_mapped,
         )
+        for name, replicated_dtype in (("bf16", "bfloat16"), ("fp32", "float32"))
+        if replicated_dtype in ("bfloat16", dtype)
+        for is_mapped in ((None,) if machines.on_gpu else (True, False))
     ]
     placements += [
         Placement(
@@ -103,6 +117,8 @@ def list_placements(machines: Machines, dtype: str) -> list[Placement]:
         plus = replace(sharded, name="zero3 plusplus", ds_config="ds_configs/zero3_plusplus.json")
         placements.append(replace(plus, keeps_node_copy=True))
     for kind, file in (("cpu", "zero3_offload"), ("nvme", "zero3_nvme")):
+        if kind == "cpu" and not machines.on_gpu:
+            continue
         name, ds_config = f"zero3 offload {kind}", f"ds_configs/{file}.json"
         placements.append(replace(sharded, name=name, ds_config=ds_config, offload=kind))
     return placements
@@ -115,6 +131,9 @@ class Load:
     weights: float
     gathered: float
     host: float
+    """Of a machine's memory, beside its ranks' own: offloaded weights, buffers for NVMe."""
+    mapped: float
+    """Of a machine's file cache, as far as there is room: files whose views the weights are."""
     over_links: float
     over_network: float
     from_host: float
@@ -130,6 +149,7 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
         weights=total,
         gathered=0.0,
         host=0.0,
+        mapped=0.0,
         over_links=0.0,
         over_network=0.0,
         from_host=0.0,
@@ -143,14 +163,19 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
             gathered=size * weights.largest_in_blocks,
             unpacked=(1.0 + size) * weights.in_blocks,
         )
+    if placement.is_mapped:
+        return replace(replicated, weights=0.0, mapped=total)
     if not placement.is_sharded:
         return replicated
-    zero = read_ds_config(placement.ds_config)["zero_optimization"]
+    zero = read_ds_config(placement.ds_config, asks_deepspeed=False)["zero_optimization"]
     n, per_node = machines.ranks, machines.ranks_per_node
     live, is_kept = _live(zero, weights)
     moved = 0.0 if is_kept else total
     shard, node_copy = total / n, total / per_node if placement.keeps_node_copy else 0.0
-    on_host = 0.0 if placement.is_resident else total / machines.nodes
+    of_machine = 0.0 if placement.is_resident else total / machines.nodes
+    on_host = of_machine if placement.offload == "cpu" else 0.0
+    if placement.offload == "nvme":
+        on_host = per_node * size * _staged(zero["offload_param"])
     crosses = machines.nodes > 1 and not placement.keeps_node_copy
     peers = per_node if placement.keeps_node_copy else n
     return replace(
@@ -161,7 +186,7 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
         over_links=0.0 if crosses else moved * (peers - 1) / peers,
         over_network=moved * (n - 1) / n if crosses else 0.0,
         from_host=0.0 if placement.is_resident else (0.0 if is_kept else shard),
-        from_nvme=on_host if placement.offload == "nvme" and not is_kept else 0.0,
+        from_nvme=of_machine if placement.offload == "nvme" and not is_kept else 0.0,
     )
 
 
@@ -176,6 +201,13 @@ def _live(zero: Mapping[str, Any], weights: Weights) -> tuple[float, bool]:
         return float(weights.total), True
     ahead = float(zero.get("stage3_prefetch_bucket_size", PREFETCHED))
     return min(float(weights.total), max(most, weights.largest) + ahead), False
+
+
+def _staged(offload: Mapping[str, Any]) -> float:
+    """Numbers in the pinned buffers through which a rank's shards go to NVMe and back."""
+    return float(
+        offload.get("buffer_count", BUFFER_COUNT) * offload.get("buffer_size", BUFFER_SIZE)
+    )
 
 
 def _quantised(kind: str, weights: Weights, size: float) -> float:

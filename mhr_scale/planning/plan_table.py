@@ -16,6 +16,7 @@ from mhr_scale.run.tables import prose, render
 
 #: Names of backbone settings in a recipe whose backbone comes with its adapter.
 RENAMED = {"backbone.dtype": "backbone_dtype", "backbone.quantise": "backbone_quantise"}
+#: Columns of a rank's memory, and their heads; `host` is a machine's.
 COLUMNS = ("weights", "gathered", "adapter", "gradients", "optimizer", "activations", "logits")
 HEADS = ("weights", "whole", "adapter", "grad", "optim", "activ", "logits")
 
@@ -36,7 +37,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def as_text(plan: Plan) -> str:
     """The plan as a table, the placement to use and why, and the assumptions."""
     machines = plan.machines
-    heads = ["GiB of a rank", *HEADS, "total", plan.rows_are, "most", "s/step", "tokens/s", "limit"]
+    heads = [
+        "GiB of a rank",
+        *HEADS,
+        "total",
+        "host",
+        plan.rows_are,
+        "most",
+        "s/step",
+        "tokens/s",
+        "limit",
+    ]
     above = (
         f"{plan.kind}: {plan.what}\n"
         f"on {machines.ranks} x {machines.name} in {machines.nodes} machine(s), "
@@ -50,14 +61,26 @@ def as_text(plan: Plan) -> str:
 
 def _row(estimate: Estimate) -> list[str]:
     name = estimate.placement.name + (" + recompute" if estimate.recompute != "none" else "")
-    parts = [f"{getattr(estimate.memory, column) / GIB:.2f}" for column in COLUMNS]
-    total = f"{estimate.memory.total / GIB:.1f}"
-    head = [name, *parts, total, str(estimate.rows), str(estimate.largest_rows)]
+    memory = estimate.memory
+    parts = [_gib(getattr(memory, column)) for column in (*COLUMNS, "total", "host")]
+    head = [name, *parts, str(estimate.rows), str(estimate.largest_rows)]
     if not estimate.fits:
         why = estimate.why_not or f"{estimate.rows} do not fit"
         return [*head, "", "", f"does not fit: {why}"]
-    pace = [f"{estimate.step_seconds:.3f}", f"{estimate.tokens_per_second:,.0f}"]
+    pace = [_figure(estimate.step_seconds), _figure(estimate.tokens_per_second)]
     return [*head, *pace, estimate.seconds.limit]
+
+
+def _gib(size: float) -> str:
+    """Bytes in GiB; nothing is "-", and little is not nothing."""
+    if not size:
+        return "-"
+    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else "<0.01"
+
+
+def _rate(flops: float) -> str:
+    unit, factor = ("TFLOP/s", 1e12) if flops >= 1e12 else ("GFLOP/s", 1e9)
+    return f"{_figure(flops / factor)} {unit}"
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -80,14 +103,17 @@ def _advice(plan: Plan) -> list[str]:
 
 
 def _figure(value: float) -> str:
+    """A number with three digits, or more where they stand before the point."""
     return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
 
 
 def _why(estimate: Estimate) -> str:
     parts = estimate.seconds.parts
-    shares = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in parts.items() if value)
+    shares = ", ".join(
+        f"{name} {_figure(value * 1e3)} ms" for name, value in parts.items() if value
+    )
     return (
-        f"{estimate.passes} pass(es) a step, {estimate.flop / 1e12:.1f} TFLOP, "
+        f"{estimate.passes} pass(es) a step, {_figure(estimate.flop / 1e12)} TFLOP, "
         f"{estimate.kernels:,.0f} kernels; "
         f"of a pass: {shares}; limited by {estimate.seconds.limit}"
     )
@@ -112,10 +138,10 @@ def assumptions(plan: Plan) -> list[str]:
     lines = [
         "bytes, operations and kernels are counted on the program itself, with rows as long as "
         "they may be; frozen weights have no gradients and no optimizer state",
-        f"matrix products reach {machines.bf16_flops / 1e12:,.0f} TFLOP/s in bf16 and "
-        f"{machines.fp32_flops / 1e12:,.0f} in fp32, memory "
-        f"{machines.memory_rate / 1e9:,.0f} GB/s, gathers {machines.gather_rate / 1e9:,.0f} GB/s, "
-        f"the host's link {machines.host_rate / 1e9:,.0f} GB/s",
+        f"matrix products reach {_rate(machines.bf16_flops)} in bf16 and "
+        f"{_rate(machines.fp32_flops)} in fp32, memory {_figure(machines.memory_rate / 1e9)} GB/s, "
+        f"gathers {_figure(machines.gather_rate / 1e9)} GB/s, the host's link "
+        f"{_figure(machines.host_rate / 1e9)} GB/s",
         "gathers, copies and products overlap; the longest of them is the time of a pass",
         "int8 and nf4 are counted as bf16 whose weights are unpacked for every product",
     ]
@@ -126,4 +152,11 @@ def assumptions(plan: Plan) -> list[str]:
             f"peaks products reach {PRODUCT_SHARE:.0%}, memory {MEMORY_SHARE:.0%}; a kernel costs "
             f"{LAUNCH_SECONDS * 1e6:.0f} us to start",
         )
+    else:
+        lines += [
+            "on a CPU host memory is the ranks' own: host is what all ranks of a machine take",
+            "mapped: the backbone's files hold that data type (convert writes it), and lie once in "
+            "a machine's file cache beside the ranks; what has no room there is read again in "
+            f"every pass, at {_figure(machines.disk_rate / 1e9)} GB/s (hardware.disk_gb_s)",
+        ]
     return lines

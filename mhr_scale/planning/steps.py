@@ -25,7 +25,7 @@ from mhr_scale.config import (
 )
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, place
-from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
@@ -175,10 +175,14 @@ def trace_pretraining(
             backbone_facts={},
         )
         packed = placed.pack(make_rows(shape))
-        _make_state(trainer, packed.tasks)
-        for _ in range(2 if accumulates else 1):
-            counter.forget_peaks()
-            trainer.accumulate([packed])
+        adapter.users()  # made by the first step
+        leave_gradients(trainer, packed)
+        trainer.optimizer.step()  # it creates the optimizer's state
+        trainer.optimizer.zero_grad()
+        if accumulates:
+            leave_gradients(trainer, packed)
+        counter.forget_peaks()
+        trainer.accumulate([packed])
         _start_update(counter)
         norm = optim.gradient_norm(adapter.parameters())
         if config.optim.clip_norm is not None:
@@ -196,17 +200,15 @@ def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
     return [EncodedRow(ids, answers, task=task, number=n) for n, task in enumerate(tasks)]
 
 
-def _make_state(trainer: Trainer, task_ids: Sequence[int]) -> None:
-    """Let the optimizer create its state, by a step with zero gradients."""
+def leave_gradients(trainer: Trainer, packed: Packed) -> None:
+    """Give the adapter gradients as a micro step leaves them, without its passes."""
     adapter = trainer.adapter
     for parameter in adapter.inventory.parameters():
         parameter.grad = torch.zeros_like(parameter)
     logits = adapter.routing_logits
     if logits is not None and logits.requires_grad:
-        distinct = tuple(dict.fromkeys(task_ids))
+        distinct = tuple(dict.fromkeys(packed.tasks))
         adapter.add_routing_gradient(distinct, torch.zeros(len(distinct), *logits.shape[1:]))
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
 
 
 def _start_update(counter: StepCounter) -> None:

@@ -8,7 +8,7 @@ shallow models can be extrapolated to a deep one, which the peak over all segmen
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mhr_scale.families.family import Blocks
@@ -92,7 +91,7 @@ class StepCounter:
     passes: Counter[tuple[float, float]] = field(default_factory=Counter)
     update: Counter[tuple[float, float]] = field(default_factory=Counter)
     held: dict[str, float] = field(default_factory=dict)
-    _known: set[int] = field(default_factory=set)
+    _known: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
 
     @contextmanager
@@ -167,16 +166,15 @@ class StepCounter:
         key = storage._cdata
         if key in self._known:
             return False
-        self._known.add(key)
         size = float(storage.nbytes()) if counts else 0.0
         is_logits = counts and tensor.numel() == self.n_logits and tensor.is_floating_point()
         self.live += size
         self.live_logits += size if is_logits else 0.0
-        weakref.finalize(storage, self._free, key, size, is_logits)
+        self._known[key] = weakref.ref(storage, partial(self._free, key, size, is_logits))
         return True
 
-    def _free(self, key: int, size: float, is_logits: bool) -> None:
-        self._known.discard(key)
+    def _free(self, key: int, size: float, is_logits: bool, storage: Any) -> None:
+        del self._known[key]
         self.live -= size
         self.live_logits -= size if is_logits else 0.0
 
@@ -192,11 +190,11 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return _any_number(args[0])
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [*_tensors_in(args), *_tensors_in(kwargs.values())]
         for tensor in inputs:
             self.counter.know(tensor)
         result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = list(_tensors_in((result,)))
         is_new = any([self.counter.hold(tensor) for tensor in outputs])
         name = func._schema.name.split("::")[1]
         copied = [t for t in inputs if name in COPY_FIRST and not t.is_contiguous()]
@@ -209,6 +207,15 @@ class _Dispatch(TorchDispatchMode):
             counter = self.counter
             (counter.update if counter.is_update else counter.passes)[flop, moved] += 1
         return result
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values and in lists of them, as operations have them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 def _any_number(tensor: Tensor) -> float | int | bool:

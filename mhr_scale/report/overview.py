@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from mhr_scale.adapters.artefact import CARD
+from mhr_scale.adapters import CARD
 from mhr_scale.errors import RunError, counted
 from mhr_scale.report.page import LONGEST, Block, Cell, Prose, Section, Table
 from mhr_scale.report.runs import Run

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale.adapters.artefact import CARD
+from mhr_scale.adapters import CARD
 from mhr_scale.analysis import ANALYSIS, SCHEMA
-from mhr_scale.backbone.of_adapter import precision_of
-from mhr_scale.config import AdapterConfig
+from mhr_scale.config import AdapterConfig, precision_of
 from mhr_scale.errors import ConfigError, RunError, counted, shortened, some
 from mhr_scale.jobs.job import RESULT, read_all_results
 from mhr_scale.recipe import strict_yaml, typed
@@ -19,7 +18,7 @@ from mhr_scale.run.files import read_json, read_object
 from mhr_scale.run.runlog import metric_lines
 from mhr_scale.scores import summary
 from mhr_scale.scores.comparison import as_one
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 
 Kind = Literal[
     "pre-training", "average", "evaluation", "few-shot", "fine-tuning", "analysis", "job"
@@ -278,7 +277,7 @@ def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _of_training(run: Run) -> tuple[bool, str]:
     steps = part(run.config, "schedule").get("steps")
     logged = run.lines[-1]["step"] if run.lines else 0
-    last = max(logged, checkpoint.find_resume(run.folder) or 0)
+    last = max(logged, saved_steps.find_resume(run.folder) or 0)
     if not isinstance(steps, int):
         return False, f"step {last:,} (no config.yaml says of how many)"
     if last >= steps and (run.folder / "adapter" / CARD).is_file():

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhr_scale.adapters.artefact import CARD
+from mhr_scale.adapters import CARD
 from mhr_scale.errors import RunError
 from mhr_scale.recipe.reading import as_written
 from mhr_scale.report.runs import Run, extra_steps, method_of, part, read_tree
 from mhr_scale.run.files import read_object
 from mhr_scale.run.run_folder import INPUTS, dotted
-from mhr_scale.training.opening import FREE
+from mhr_scale.training import FREE
 
 #: Parts and settings that say where and how fast something ran, or what is kept of it.
 OF_PLACES = ("run", "monitor", "backbone_moved_to", "scoring.max_tokens", "scoring.texts")

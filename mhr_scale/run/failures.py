@@ -163,6 +163,12 @@ def number_in(error: BaseException) -> int | None:
     return int(match[1]) if match else None
 
 
+def describe(error: Exception) -> str:
+    """What happened to a file, and the way out if there is a known one."""
+    number = file_error(error)
+    return repr(error) if number is None else describe_file_error(error, number)
+
+
 def describe_file_error(error: Exception, number: int) -> str:
     """Which file, what happened, and the way out."""
     what, way_out = FILES[number]

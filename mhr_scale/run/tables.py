@@ -12,7 +12,7 @@ from mhr_scale.run.runlog import log
 
 FORMATS = ("text", "markdown", "csv", "latex")
 #: Cells of columns that stand to the right.
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[%KMB]?|-|")
+_NUMBER = re.compile(r"[-+<]?[\d.,]+(e[-+]?\d+)?[%KMB]?|-|")
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",

@@ -7,7 +7,6 @@ A damaged save is detected by its hashes and set aside; the one before it is use
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,12 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.errors import RunError
 from mhr_scale.run import failures
-from mhr_scale.run.files import hash_file, names_in, write_json
-from mhr_scale.run.folders import DONE, check, recover, sealed, unseal
+from mhr_scale.run.files import hash_file, write_json
+from mhr_scale.run.folders import sealed, unseal
 from mhr_scale.run.runlog import log
 from mhr_scale.run.tensors import save_tensors
 from mhr_scale.training.optim import OptimizerState, check_states
+from mhr_scale.training.saved_steps import complete_steps, find_resume, step_folder
 
 #: Errors of reading a saved step whose files are missing or damaged.
 UNREADABLE = (
@@ -48,21 +48,6 @@ class Saved:
     adapter: Adapter
     optimizer: OptimizerState
     progress: dict[str, Any]
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Folder of a saved step."""
-    return run / "steps" / f"{step:06d}"
-
-
-def complete_steps(run: Path) -> list[int]:
-    """Numbers of the complete saved steps, ascending."""
-    steps = run / "steps"
-    try:
-        names = [name for name in names_in(steps) if (steps / name / DONE).exists()]
-    except OSError as error:
-        raise RunError(f"saved steps cannot be listed: {_describe(error)}") from error
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def save(
@@ -113,13 +98,9 @@ def not_saved(run: Path, folder: Path, error: Exception) -> RunError:
     """The error to raise if a step could not be written."""
     step = find_resume(run)
     saved = "nothing is saved yet" if step is None else f"step {step} is saved and whole"
-    return RunError(f"{folder}: not saved: {_describe(error)}; {saved}; the same command goes on")
-
-
-def _describe(error: Exception) -> str:
-    """What happened to a file, and the way out if there is a known one."""
-    number = failures.file_error(error)
-    return repr(error) if number is None else failures.describe_file_error(error, number)
+    return RunError(
+        f"{folder}: not saved: {failures.describe(error)}; {saved}; the same command goes on"
+    )
 
 
 def remove_old(run: Path, *, keep: int, spare: Collection[int | None] = ()) -> None:
@@ -143,41 +124,6 @@ def find_best(run: Path) -> int | None:
     return min(losses)[1] if losses else None
 
 
-def find_resume(run: Path) -> int | None:
-    """Newest complete step of a run folder, or None."""
-    steps = complete_steps(run)
-    return steps[-1] if steps else None
-
-
-def find_whole(run: Path, *, or_anew: bool = False) -> int | None:
-    """Newest complete step whose files are undamaged; None if nothing is saved.
-
-    Newer, damaged steps are logged and set aside as `steps/<step>.damaged`, after the leftovers of
-    a killed save are cleaned up. One process calls it. Raises `RunError` if steps are saved but all
-    are damaged, unless the run may then start from scratch (`or_anew`).
-    """
-    try:
-        recover(run / "steps")
-    except OSError as error:
-        raise RunError(f"{run / 'steps'}: cannot be put right: {_describe(error)}") from error
-    faults: dict[int, str] = {}
-    for step in reversed(complete_steps(run)):
-        try:
-            check(step_folder(run, step))
-        except RunError as error:
-            faults[step] = str(error)
-            continue
-        _set_aside(run, faults, f"going on from step {step}")
-        return step
-    if faults and not or_anew:
-        raise RunError(
-            f"{'; '.join(faults.values())}; no saved step is whole; put the files back, or delete "
-            f"{run / 'steps'} to start anew"
-        )
-    _set_aside(run, faults, "starting anew")
-    return None
-
-
 def publish(run: Path, step: int) -> None:
     """Make a saved step the run's `adapter/`, unless it already is. One process calls it.
 
@@ -187,20 +133,7 @@ def publish(run: Path, step: int) -> None:
     try:
         artefact.copy(source, target)
     except OSError as error:
-        raise RunError(f"{target}: cannot be written: {_describe(error)}") from error
-
-
-def _set_aside(run: Path, faults: Mapping[int, str], consequence: str) -> None:
-    for step, fault in faults.items():
-        folder = step_folder(run, step)
-        aside = folder.with_name(f"{folder.name}.damaged")
-        log.warning("%s; %s; the damaged save is now %s", fault, consequence, aside)
-        try:
-            if aside.exists():
-                unseal(aside)
-            os.replace(folder, aside)
-        except OSError as error:
-            raise RunError(f"{fault}; it cannot be moved to {aside}: {_describe(error)}") from error
+        raise RunError(f"{target}: cannot be written: {failures.describe(error)}") from error
 
 
 def read(run: Path, step: int) -> Saved:

@@ -24,31 +24,10 @@ from mhr_scale.run.files import to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder
 from mhr_scale.run.runlog import log, world_size
 from mhr_scale.tasks.mixture import MixturePlan, Share
-from mhr_scale.training import checkpoint
+from mhr_scale.training import FREE, saved_steps
 from mhr_scale.training.optim import has_row_gradients
 from mhr_scale.training.starting import Start, check_start, load_start
 from mhr_scale.training.trainer import Trainer
-
-#: Settings that may differ when a run resumes: where and how fast, not what.
-FREE = (
-    "run.ds_config",
-    "run.save_every",
-    "run.keep",
-    "run.keep_best",
-    "run.log_every",
-    "run.validate_every",
-    "run.timeout_seconds",
-    "run.folder",
-    "batch.micro_batch_size",
-    "batch.workers",
-    "run.token_cache",
-    "run.trackers",
-    "backbone.mapped",
-    "backbone.recompute",
-    "monitor.alignment_every",
-    "monitor.alignment_tasks",
-    "monitor.alignment_rows",
-)
 
 
 @contextmanager
@@ -62,7 +41,7 @@ def opened_training(
     nothing is written before recipe, folder, data and layout are validated.
     """
     folder = RunFolder(config.run.folder, PretrainConfig, free=FREE)
-    is_begun = checkpoint.find_resume(folder.path) is not None
+    is_begun = saved_steps.find_resume(folder.path) is not None
     check_folder(folder, config, is_begun=is_begun)
     config.batch.accumulation(world_size())
     tracking.check(config.run.trackers)

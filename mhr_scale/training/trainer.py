@@ -29,7 +29,7 @@ from mhr_scale.run import stopping, tracking
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log
 from mhr_scale.run.writer import Writer
 from mhr_scale.seeds import seed_from
-from mhr_scale.training import checkpoint, optim
+from mhr_scale.training import checkpoint, optim, saved_steps
 from mhr_scale.training.optim import OptimizerState
 
 
@@ -231,7 +231,7 @@ class Trainer:
             if not math.isfinite(value)
         }
         diverged = sorted(set().union(*self.engine.gather_objects(local)))
-        saved = checkpoint.find_resume(self.folder)
+        saved = saved_steps.find_resume(self.folder)
         way_out = "lower optim.lr, optim.routing_lr or optim.clip_norm, in another run.folder"
         last = f"step {saved} is saved" if saved is not None else "nothing is saved yet"
         if not diverged:
@@ -275,7 +275,7 @@ class Trainer:
     def _rank0_find(self) -> int | RunError | None:
         """The step to resume from, or the error for all ranks to raise."""
         try:
-            step = checkpoint.find_whole(self.folder)
+            step = saved_steps.find_whole(self.folder)
             if step is not None:
                 checkpoint.publish(self.folder, step)
             return step

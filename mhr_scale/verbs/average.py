@@ -19,7 +19,7 @@ from mhr_scale.recipe.reading import load, overrides_of
 from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.run.streams import write_result
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 from mhr_scale.training.opening import opened_training
 from mhr_scale.training.starting import Start
 
@@ -52,7 +52,9 @@ def average_run(config: AverageConfig) -> Path:
         run.keep_recipe(config)
         run.keep_inputs(inputs, is_begun=True)
         for steps in config.steps:
-            trained = source if steps == 0 else artefact.load(checkpoint.step_folder(folder, steps))
+            trained = (
+                source if steps == 0 else artefact.load(saved_steps.step_folder(folder, steps))
+            )
             facts: dict[str, Any] = {
                 "averaged_from": str(config.source),
                 "extra_steps": steps,

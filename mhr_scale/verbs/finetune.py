@@ -46,7 +46,7 @@ from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge, keeps_texts
 from mhr_scale.seeds import seed_from
-from mhr_scale.training import checkpoint, optim
+from mhr_scale.training import optim, saved_steps
 
 BEFORE = "scores_before.jsonl"
 #: Settings that may change between two starts of a run: those that do not affect its result.
@@ -102,8 +102,8 @@ def finetune_one(config: FinetuneConfig) -> Path:
         return path / "adapter"
     engine = Engine({}, timeout_seconds=60.0)
     begin(folder, config, inputs, engine.device, is_begun=is_begun)
-    start = checkpoint.find_whole(path) or 0
-    source = checkpoint.step_folder(path, start) if start else inputs.source
+    start = saved_steps.find_whole(path) or 0
+    source = saved_steps.step_folder(path, start) if start else inputs.source
     loaded = load(config, inputs, engine, source)
     optimizer = stock.make_optimizer(config.optim, loaded.trained, engine.device)
     if start:

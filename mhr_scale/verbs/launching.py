@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
 from mhr_scale.errors import EngineError, ExitCode, UserError
@@ -29,7 +30,7 @@ FINE_PATIENCE_SECONDS = 15.0
 
 @contextmanager
 def imported() -> Iterator[None]:
-    """Import a verb inside the block; where memory is too little for that, one line says so."""
+    """Import what a recipe may say; where memory is too little for that, one line says so."""
     try:
         failures.check_address_space()
         yield
@@ -39,6 +40,19 @@ def imported() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {explained.text}\n")
         raise SystemExit(explained.code) from None
+
+
+def later(name: str) -> Callable[[Any], Any]:
+    """A verb by its `module:function` in this room, which is imported when it is called.
+
+    By then the recipe has been read: help and errors of a recipe need neither torch nor DeepSpeed.
+    """
+
+    def verb(argument: Any) -> Any:
+        failures.check_address_space()
+        return resolve_name(f"{__package__}.{name}")(argument)
+
+    return verb
 
 
 def guarded(action: Callable[[], object], *, settings: Collection[str] = ()) -> NoReturn:
@@ -183,6 +197,6 @@ def _ds_text(config: Any) -> str:
 
     from mhr_scale.engine.ds_config import deepspeed_config, read_ds_config
 
-    content = read_ds_config(config.run.ds_config)
+    content = read_ds_config(config.run.ds_config, asks_deepspeed=False)
     merged = json.dumps(deepspeed_config(content, dtype=config.backbone.dtype), indent=1)
     return "".join(f"# {line}\n" for line in ["DeepSpeed gets:", *merged.splitlines()])

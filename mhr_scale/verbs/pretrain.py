@@ -8,7 +8,7 @@ from mhr_scale.errors import AdapterError
 from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, read_metric
 from mhr_scale.run.streams import write_result
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 from mhr_scale.training.opening import opened_training
 from mhr_scale.training.starting import Start
 from mhr_scale.training.trainer import Trainer
@@ -32,7 +32,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def start_of(config: PretrainConfig) -> Start | None:
     """The adapter to start from; None if there is none, or none is needed to go on."""
-    if config.source is None or checkpoint.find_resume(Path(config.run.folder)) is not None:
+    if config.source is None or saved_steps.find_resume(Path(config.run.folder)) is not None:
         return None
     card, adapter = open_adapter(config.source)
     if "backbone" in card.origin:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhr_scale.errors import ConfigError, RunError, counted, did_you_mean
-from mhr_scale.report.build import build
-from mhr_scale.report.page import render
 from mhr_scale.report.runs import open_runs
 from mhr_scale.run.files import write_text
 
@@ -30,6 +28,10 @@ def report(arguments: Sequence[str]) -> str:
     if not folders:
         raise ConfigError(f"no run given; usage: {USAGE}")
     runs = open_runs(folders)
+
+    from mhr_scale.report.build import build  # needs matplotlib
+    from mhr_scale.report.page import render
+
     html = render(build(runs, title=options.get("--title")))
     file = Path(options.get("--file", str(runs[0].folder / "report.html")))
     if file.is_dir():

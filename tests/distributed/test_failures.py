@@ -12,7 +12,7 @@ import psutil
 import pytest
 from processes import finish, free_port, read_metrics, run, start, succeed
 
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -67,7 +67,7 @@ def failed(how: str, folder: Path, *settings: str) -> subprocess.CompletedProces
     arguments = (how, "3", str(folder), *SETTINGS, f"run.folder={folder / 'run'}", *settings)
     result = run(PROGRAMME, *arguments, ranks=2, timeout=LIMIT_SECONDS)
     check_nobody_is_left(folder)
-    assert checkpoint.find_whole(folder / "run") == 2
+    assert saved_steps.find_whole(folder / "run") == 2
     assert not any((folder / "run").rglob("*.tmp"))
     return result
 
@@ -113,7 +113,7 @@ def test_ranks_whose_launcher_is_ended_save_and_go_on_on_another_number(
     printed = finish(process, timeout=30.0).stdout
     assert process.returncode == -signal.SIGTERM
     check_nobody_is_left(tmp_path)
-    (step,) = checkpoint.complete_steps(folder)
+    (step,) = saved_steps.complete_steps(folder)
     assert 0 < step < 6
     gone = "the launcher, which is gone|another rank"  # the one that noticed first
     assert re.search(f"stopped by ({gone}): step {step} is saved", printed)

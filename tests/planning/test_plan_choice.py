@@ -1,5 +1,6 @@
 """Which placements there are, what they hold and move, and which one is taken."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig, HardwareConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.families.table import known_fields
+from mhr_scale.planning import plan_table
 from mhr_scale.planning.cost import Case, Estimate, Passes, choose
 from mhr_scale.planning.hardware import CARDS, Machines, find_machines
 from mhr_scale.planning.placements import Placement, Weights, list_placements, load_of, weigh
@@ -88,7 +90,6 @@ def test_replicated_weights_take_what_their_type_says(xxl: Weights) -> None:
         if not one.is_sharded
     }
     assert bytes_of["replicated bf16"] == 2 * xxl.total
-    assert bytes_of["replicated fp32"] == 4 * xxl.total
     outside = 2 * (xxl.total - xxl.in_blocks)
     assert bytes_of["replicated int8"] == pytest.approx(xxl.in_blocks + outside, rel=0.01)
     assert bytes_of["replicated nf4"] == pytest.approx(0.516 * xxl.in_blocks + outside, rel=0.01)
@@ -126,7 +127,7 @@ def test_offloaded_weights_lie_on_the_host_and_cross_its_link(xxl: Weights) -> N
     for kind in ("cpu", "nvme"):
         load = load_of(named(f"zero3 offload {kind}", here), xxl, here)
         assert (load.weights, load.from_host) == (0.0, 2 * xxl.total / 8)
-        assert load.host == 2 * xxl.total
+        assert load.host == (2 * xxl.total if kind == "cpu" else 8 * 16 * 1.5e8 * 2)
         assert load.from_nvme == (2 * xxl.total if kind == "nvme" else 0.0)
 
 
@@ -134,6 +135,16 @@ def test_one_card_has_no_shards_but_those_of_the_host() -> None:
     names = [one.name for one in list_placements(machines(gpus=1), "bfloat16")]
     assert "zero3" not in names
     assert {"zero3 offload cpu", "zero3 offload nvme", "replicated nf4"} <= set(names)
+
+
+def test_no_placement_is_of_wider_numbers_than_the_recipe(xxl: Weights) -> None:
+    here = machines()
+    wide, narrow = (
+        {one.name: one for one in list_placements(here, dtype)} for dtype in ("float32", "bfloat16")
+    )
+    assert wide.keys() - narrow.keys() == {"replicated fp32"}
+    assert load_of(wide["replicated fp32"], xxl, here).weights == 4 * xxl.total
+    assert {one.dtype for one in narrow.values()} == {"bfloat16"}
 
 
 # -- the choice ------------------------------------------------------------------------------------
@@ -207,16 +218,81 @@ def test_the_largest_number_of_rows_is_the_last_that_fits(xxl: Weights) -> None:
 
 
 def test_a_card_that_is_too_small_says_by_how_much(xxl: Weights) -> None:
-    one = next(e for e in estimates(xxl, machines()) if e.placement.name == "replicated fp32")
+    small = machines(memory_gib=20.0)
+    one = next(e for e in estimates(xxl, small) if e.placement.name == "replicated bf16")
     assert (one.fits, one.largest_rows) == (False, 0)
-    assert one.why_not == "42.5 GiB for one row, 36.7 GiB usable"
+    assert one.why_not == "21.7 GiB for one row, 18.0 GiB usable"
 
 
 def test_weights_that_no_machine_can_hold_are_not_offloaded_to_it(xxl: Weights) -> None:
     here = machines(host_memory_gib=16.0)
     offloads = {e.placement.offload: e for e in estimates(xxl, here)}
-    assert "21 GiB of weights in 16 GiB" in offloads["cpu"].why_not
-    assert offloads["nvme"].fits
+    assert offloads["cpu"].why_not == "20.7 GiB of a machine's memory, 14.4 GiB usable"
+    assert offloads["nvme"].why_not == "35.8 GiB of a machine's memory, 14.4 GiB usable"
+    roomy = machines(host_memory_gib=40.0)
+    assert {e.placement.offload: e.fits for e in estimates(xxl, roomy)}["nvme"]
+
+
+def test_what_fits_takes_neither_more_than_a_rank_nor_more_than_a_machine_has(
+    xxl: Weights,
+) -> None:
+    draw = random.Random(0)
+    fitted = set()
+    for _ in range(300):
+        gpu = draw.choice(["cpu", "A100-40G", "RTX-4090", "V100-16G"])
+        here = replace(
+            machines(gpu="A100-40G", gpus=8),
+            name=gpu,
+            ranks=(ranks := draw.choice([1, 2, 8])),
+            nodes=draw.choice([1, ranks]),
+            memory=2.0 ** draw.uniform(1, 7) * GIB,
+            host_memory=draw.choice([None, 2.0 ** draw.uniform(2, 9) * GIB]),
+        )
+        tried = estimates(xxl, here, activation_gib=draw.uniform(0.01, 4.0))
+        chosen = choose(tried, by=lambda one: one.step_seconds)
+        assert chosen is None or chosen.fits
+        for one in (one for one in tried if one.fits):
+            fitted.add((here.on_gpu, one.placement.name))
+            assert one.memory.total <= here.usable
+            own = 0.0 if here.on_gpu else here.ranks_per_node * one.memory.total
+            load = load_of(one.placement, xxl, here)
+            assert one.memory.host == own + load.host
+            assert here.host_memory is None or one.memory.host <= 0.9 * here.host_memory
+            assert here.on_gpu or one.memory.host <= here.ranks_per_node * here.memory
+    assert (False, "zero3 offload cpu") not in fitted
+    assert {(False, "replicated bf16, mapped"), (False, "zero3"), (True, "zero3 offload nvme")} < (
+        fitted
+    )
+
+
+def test_mapped_weights_take_no_memory_but_are_read_again_where_there_is_too_little(
+    xxl: Weights,
+) -> None:
+    size = 2.0 * xxl.total
+
+    def mapped(gib: float) -> Estimate:
+        here = replace(machines(), name="cpu", ranks=2, memory=gib * GIB / 2, host_memory=None)
+        return next(
+            e for e in estimates(xxl, here) if e.placement.name == "replicated bf16, mapped"
+        )
+
+    roomy, tight = mapped(30.0), mapped(10.0)
+    assert roomy.memory.weights == tight.memory.weights == 0.0
+    assert roomy.memory.host == 2 * roomy.memory.total == 2 * GIB
+    assert (roomy.fits, tight.fits) == (True, True)
+    assert roomy.seconds.disk == 0.0
+    assert tight.seconds.disk == pytest.approx(2 * (size - 8 * GIB) / 1e9)
+    assert tight.seconds.limit == "files read again"
+    assert (roomy.is_preferred, tight.is_preferred) == (True, False)
+
+
+def test_numbers_are_not_rounded_to_nothing() -> None:
+    assert [plan_table._gib(size) for size in (0.0, 1.0, 0.005 * GIB, GIB)] == [
+        *("-", "<0.01", "0.01", "1.00")
+    ]
+    assert plan_table._rate(2.1e11) == "210 GFLOP/s"
+    assert plan_table._rate(1.2e13) == "12 TFLOP/s"
+    assert plan_table._figure(0.00123) == "0.00123"
 
 
 def test_slow_links_limit_a_sharded_step(xxl: Weights) -> None:

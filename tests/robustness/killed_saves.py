@@ -20,7 +20,7 @@ from mhr_scale.adapters import Adapter, AdapterConfig, artefact
 from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import UserError
 from mhr_scale.run import tensors as tensor_files
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 
 KILLED, DONE = 9, 0
 #: What Python says before it does something to a file (PEP 578).
@@ -127,7 +127,7 @@ def look_after(folder: Path, before: dict[int, Run], new: Run, *, is_saved: bool
     """What is wrong in a run folder after a kill; it is used as a run that goes on would."""
     faults = []
     try:
-        step = checkpoint.find_whole(folder)
+        step = saved_steps.find_whole(folder)
         candidates = [*before.values(), new]
         if step is None:
             faults += ["nothing is left"] if before or is_saved else []
@@ -140,7 +140,7 @@ def look_after(folder: Path, before: dict[int, Run], new: Run, *, is_saved: bool
             if not is_same(artefact.load(folder), saved.adapter):
                 faults.append("adapter/ is not that of the step to go on from")
         new.save(folder, NEW + 2, keep=1)
-        if checkpoint.find_whole(folder) != NEW + 2:
+        if saved_steps.find_whole(folder) != NEW + 2:
             faults.append("the next save is not found")
     except (UserError, OSError) as error:
         faults.append(repr(error))

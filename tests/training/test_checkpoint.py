@@ -17,7 +17,7 @@ from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import AdapterConfig, BackboneConfig, OptimConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import AdapterError, RunError
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 from mhr_scale.training.optim import has_row_gradients, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -212,25 +212,25 @@ def test_an_adapter_left_older_or_torn_is_made_that_of_the_step(tmp_path, left):
 
 
 def test_a_run_without_saved_steps_has_nothing_to_resume(tmp_path):
-    assert checkpoint.find_resume(tmp_path) is None
+    assert saved_steps.find_resume(tmp_path) is None
 
 
 def test_a_run_resumes_from_its_newest_step(tmp_path):
     for step in (900, 1000, 2):
         trained().save(tmp_path, step)
-    assert checkpoint.find_resume(tmp_path) == 1000
+    assert saved_steps.find_resume(tmp_path) == 1000
 
 
 def test_steps_beyond_a_million_are_in_order(tmp_path):
     for step in (999_999, 1_000_000):
         trained().save(tmp_path, step)
-    assert checkpoint.complete_steps(tmp_path) == [999_999, 1_000_000]
+    assert saved_steps.complete_steps(tmp_path) == [999_999, 1_000_000]
 
 
 def test_a_folder_without_done_does_not_exist(tmp_path):
     trained().save(tmp_path, 2)
     (trained().save(tmp_path, 4) / "DONE").unlink()
-    assert checkpoint.find_resume(tmp_path) == 2
+    assert saved_steps.find_resume(tmp_path) == 2
 
 
 def test_a_folder_without_done_is_written_anew(tmp_path):
@@ -245,7 +245,7 @@ def test_a_folder_without_done_is_written_anew(tmp_path):
 def test_a_copy_of_a_step_beside_it_is_no_step(tmp_path):
     folder = trained().save(tmp_path, 2)
     shutil.copytree(folder, folder.with_name("000002 (copy)"))
-    assert checkpoint.complete_steps(tmp_path) == [2]
+    assert saved_steps.complete_steps(tmp_path) == [2]
 
 
 def test_the_rest_of_a_broken_save_does_no_harm(tmp_path):
@@ -266,7 +266,7 @@ def test_old_steps_are_removed(tmp_path, keep, kept):
     run = Run()
     for step in (2, 4, 6, 8):
         run.save(tmp_path, step, keep=keep)
-    assert checkpoint.complete_steps(tmp_path) == kept
+    assert saved_steps.complete_steps(tmp_path) == kept
     assert sorted(int(path.name) for path in (tmp_path / "steps").iterdir()) == kept
 
 
@@ -276,7 +276,7 @@ def test_a_folder_without_done_is_neither_counted_nor_removed_as_an_old_step(tmp
         run.save(tmp_path, step, keep=2)
     (tmp_path / "steps" / "000002" / "DONE").unlink()
     run.save(tmp_path, 6, keep=2)
-    assert checkpoint.complete_steps(tmp_path) == [4, 6]
+    assert saved_steps.complete_steps(tmp_path) == [4, 6]
     assert (tmp_path / "steps" / "000002").exists()
 
 
@@ -381,7 +381,7 @@ def test_saved_steps_that_may_not_be_read_are_not_passed_over(name: str) -> None
         (Path(folder) / name).chmod(0)
         try:
             with without_root(), pytest.raises(RunError) as caught:
-                checkpoint.find_resume(Path(folder))
+                saved_steps.find_resume(Path(folder))
         finally:
             (Path(folder) / name).chmod(mode)
     assert "saved steps cannot be listed: " in str(caught.value)

@@ -24,7 +24,7 @@ from mhr_scale.config import AdaptConfig, VariantConfig, WavesConfig
 from mhr_scale.errors import RunError
 from mhr_scale.jobs import runner
 from mhr_scale.jobs.wave import Wave
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 from mhr_scale.verbs.adapt import adapt
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -215,7 +215,7 @@ def test_jobs_go_on_from_their_newest_saved_step(config, tmp_path):
         stop_at(patch, Wave, "train_step", 6)
         with pytest.raises(Stopped):
             adapt(stopped)
-    saved = {checkpoint.find_resume(f) for f in job_folders(tmp_path / "run").values()}
+    saved = {saved_steps.find_resume(f) for f in job_folders(tmp_path / "run").values()}
     assert saved == {4}
     with pytest.MonkeyPatch.context() as patch:
         steps = []

@@ -20,7 +20,7 @@ from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.jobs.job_data import JobData
 from mhr_scale.run import folders
-from mhr_scale.training import checkpoint
+from mhr_scale.training import saved_steps
 from mhr_scale.training.trainer import Trainer
 from mhr_scale.verbs.finetune import finetune
 from mhr_scale.verbs.launching import main
@@ -70,7 +70,7 @@ def test_the_save_with_the_lowest_validation_loss_is_kept(
     monkeypatch.setattr(Trainer, "validate", validate)
     every = ("run.save_every=1", "run.validate_every=1", "run.keep=1")
     pretrain(recipe(tmp_path, *every, f"run.keep_best={keep_best}"))
-    assert checkpoint.complete_steps(tmp_path) == kept
+    assert saved_steps.complete_steps(tmp_path) == kept
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def test_a_full_disk_is_one_line_and_the_last_save_is_whole(whole: Path, tmp_pat
         pytest.raises(RunError, match=r"/steps/000004: .*ulimit -f.*; step 3 "),
     ):
         pretrain(recipe(tmp_path))
-    assert checkpoint.complete_steps(tmp_path) == [3]
-    assert checkpoint.find_whole(tmp_path) == 3
+    assert saved_steps.complete_steps(tmp_path) == [3]
+    assert saved_steps.find_whole(tmp_path) == 3
     assert not any(tmp_path.rglob("*.tmp"))
     pretrain(recipe(tmp_path))
     check_same(tmp_path, whole)
@@ -156,7 +156,7 @@ def test_memory_and_files_that_are_gone_are_one_line_and_exit_code_two(
         main(PretrainConfig, pretrain, about="pretrain RECIPE")
     assert left.value.code == 2
     assert words in capsys.readouterr().err
-    assert checkpoint.find_whole(tmp_path) == 4
+    assert saved_steps.find_whole(tmp_path) == 4
 
 
 # -- what others may have written ----------------------------------------------------------------

@@ -11,8 +11,7 @@ from processes import ROOT
 from mhr_scale.backbone.hub import BUILTIN
 from mhr_scale.config import AdaptConfig, EvaluateConfig, PretrainConfig
 from mhr_scale.errors import BackboneError, ConfigError
-from mhr_scale.planning.kinds import recognise
-from mhr_scale.verbs.plan import plan
+from mhr_scale.verbs.plan import plan, recognise
 
 RECIPES = ROOT / "launch" / "recipes"
 TOY = str(RECIPES / "toy.yaml")

@@ -35,7 +35,7 @@ from mhr_scale.jobs import runner
 from mhr_scale.jobs.job_data import JobData
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.run import stopping
-from mhr_scale.training import checkpoint
+from mhr_scale.training import checkpoint, saved_steps
 from mhr_scale.training.trainer import Trainer
 from mhr_scale.verbs import evaluate as evaluate_module
 from mhr_scale.verbs import finetune as finetune_module
@@ -55,7 +55,7 @@ def test_training_stops_after_the_step_and_goes_on(whole: Path, tmp_path: Path) 
     """A step that is due for validation, not for a save."""
     said = stopped(pretrain, recipe(tmp_path), Trainer, "accumulate", 2)
     assert said.startswith("stopped by SIGTERM: step 2 is saved")
-    assert checkpoint.complete_steps(tmp_path) == [2]
+    assert saved_steps.complete_steps(tmp_path) == [2]
     pretrain(recipe(tmp_path))
     check_same(tmp_path, whole)
 
@@ -173,7 +173,7 @@ def test_fine_tuning_stops_and_goes_on(
         config = replace(config, scoring=replace(config.scoring, max_tokens=60))
     said = stopped(finetune, config, owner, name, call)
     assert "the same command goes on" in said
-    assert checkpoint.complete_steps(tmp_path / "run") == (saved or [4, 6])
+    assert saved_steps.complete_steps(tmp_path / "run") == (saved or [4, 6])
     finetune(config)
     for file in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
         mine, theirs = ((tmp_path / run / file).read_bytes() for run in ("run", "whole"))
@@ -215,7 +215,7 @@ def test_jobs_stop_at_steps_and_amid_scores_and_go_on(
     config = onto(jobs, tmp_path, waves=WavesConfig(size=4, save_every=100))
     said = stopped(adapt, config, owner, name, call)
     assert "the jobs of this rank are saved" in said
-    steps = {checkpoint.find_resume(folder) or 0 for folder in job_folders(tmp_path).values()}
+    steps = {saved_steps.find_resume(folder) or 0 for folder in job_folders(tmp_path).values()}
     assert max(steps) == saved
     adapt(config)
     whole = Path(jobs.run.folder)

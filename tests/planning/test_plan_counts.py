@@ -1,0 +1,85 @@
+"""Counts made with less work, against those of the whole way: equal to the last number."""
+
+from typing import Any
+
+import pytest
+
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.config import (
+    AdapterConfig,
+    BackboneConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    ScheduleConfig,
+    ToyTasks,
+)
+from mhr_scale.families.packed import Packed
+from mhr_scale.planning import steps
+from mhr_scale.planning.steps import Shape, trace_pretraining
+from mhr_scale.planning.tracing import Trace
+from mhr_scale.training.trainer import Trainer
+
+TINY = {
+    "vocab_size": 384,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def pretraining(recompute: Any, dtype: Any, optim: Any, **adapter: Any) -> PretrainConfig:
+    return PretrainConfig(
+        backbone=BackboneConfig(config=TINY, recompute=recompute, dtype=dtype),
+        adapter=AdapterConfig(**adapter),
+        tasks=ToyTasks(suite="toy"),
+        optim=OptimConfig(name=optim),
+        schedule=ScheduleConfig(steps=10),
+        run=RunConfig(folder="planned"),
+    )
+
+
+def trace(config: PretrainConfig, *, on_gpu: bool) -> Trace:
+    blueprint = read_blueprint(config.backbone)
+    shape = Shape(rows=4, width=16, depth=8, n_tasks=3)
+    return trace_pretraining(config, blueprint, shape, n_tasks=5, accumulates=True, on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "reentrant"])
+@pytest.mark.parametrize(
+    ("dtype", "optim", "adapter"),
+    [
+        ("bfloat16", "adafactor", {"n_skills": 4, "n_splits": 4}),
+        ("float32", "adamw", {"n_skills": 4, "policy": "noisy", "rank": 4}),
+        ("float32", "adafactor", {"kind": "ia3", "n_skills": 1}),
+        ("bfloat16", "adafactor", {"n_skills": 1, "private": True}),
+    ],
+)
+def test_a_step_after_gradients_of_zeros_counts_as_one_after_a_real_step(
+    on_gpu: bool,
+    recompute: str,
+    dtype: str,
+    optim: str,
+    adapter: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = pretraining(recompute, dtype, optim, **adapter)
+    quick = trace(config, on_gpu=on_gpu)
+
+    def accumulate(trainer: Trainer, packed: Packed) -> None:
+        trainer.accumulate([packed])
+
+    monkeypatch.setattr(steps, "leave_gradients", accumulate)
+    whole = trace(config, on_gpu=on_gpu)
+    before_blocks = {"start"}  # what the whole way counts to the end of the step before
+    assert quick.peaks.keys() - whole.peaks.keys() == before_blocks
+    for name in ("peaks", "logits"):
+        counts = getattr(quick, name)
+        assert {segment: counts[segment] for segment in whole.peaks} == getattr(whole, name)
+    assert quick.peak == whole.peak
+    for name in ("held", "passes", "update"):
+        assert getattr(quick, name) == getattr(whole, name)
