@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mhr_scale.adapters.wrapping import AdaptedModel
-from mhr_scale.backbone.of_adapter import backbone_facts, precision_of
+from mhr_scale.backbone.of_adapter import backbone_facts
 from mhr_scale.config import (
     FinetuneConfig,
     ScheduleConfig,
+    precision_of,
 )
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine

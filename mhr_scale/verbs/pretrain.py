@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mhr_scale.backbone.of_adapter import open_adapter, precision_of
-from mhr_scale.config import PretrainConfig
+from mhr_scale.backbone.of_adapter import open_adapter
+from mhr_scale.config import PretrainConfig, precision_of
 from mhr_scale.errors import AdapterError
 from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, read_metric
