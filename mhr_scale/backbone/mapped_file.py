@@ -6,6 +6,7 @@ processes of a machine. Nothing is reserved for pages that somebody might write 
 larger than memory: T0-11B is one of 44.5 GB. What is written to a view stays in this process.
 """
 
+import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from mhr_scale.run.files import as_size
 
 #: Linux: pages that are written to are not counted before that (Python has the name since 3.13).
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class MappedFile:
@@ -50,3 +52,16 @@ class MappedFile:
         if start % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).reshape(tuple(shape))
+
+
+def read_ahead(tensor: Tensor) -> None:
+    """Let the system begin to read what of a tensor's file is not in memory; returns at once.
+
+    Touching pages reads them too, but after some hundred misses the system reads a page at a time,
+    thirty times slower than it could. Does nothing for other tensors than views of mapped files.
+    """
+    if _LIBRARY is None or not tensor.numel() or tensor.device.type != "cpu":
+        return
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    last = tensor.data_ptr() + tensor.nbytes
+    _LIBRARY.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_WILLNEED)

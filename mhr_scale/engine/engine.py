@@ -26,6 +26,7 @@ from mhr_scale.engine.filling import fill, map_weights
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
 from mhr_scale.engine.host_memory import give_back_freed_blocks
 from mhr_scale.engine.meeting import meet
+from mhr_scale.engine.prefetching import read_blocks_ahead
 from mhr_scale.errors import EngineError
 from mhr_scale.families.family import Family
 from mhr_scale.families.modes import set_dropout, set_recompute
@@ -101,7 +102,7 @@ class Engine:
         each tensor only. Replicated on a CPU, weights are used where their files are mapped.
         """
         kind = quantise.kind_of(config, blueprint)
-        mapped = config.mapped and self.device.type == "cpu"
+        mapped = config.mapped and self.device.type == "cpu" and not self.is_sharded
         if self.is_sharded:
             assert kind == "none", "quantise.check comes first"
             deepspeed = import_deepspeed()
@@ -126,6 +127,8 @@ class Engine:
             blueprint.family.fill_buffers(model, blueprint.model_config)
             rank = self.rank if self.is_sharded else None
             fill(model, blueprint, kind=kind, mapped=mapped, rank=rank, device=self.device)
+        if mapped:
+            read_blocks_ahead(model, blueprint.family)
         blueprint.family.fuse(model, config)
         set_dropout(model, config.dropout)
         set_recompute(model, config.recompute)
