@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mhr_scale.backbone.mapped_file import MappedFile, read_ahead
+from mhr_scale.backbone.mapped_file import MappedFile
 from mhr_scale.backbone.shards import DTYPES, PART_DTYPES, first_cut, read_header
 from mhr_scale.errors import BackboneError, first_line, shortened
 from mhr_scale.run.files import as_size
@@ -124,10 +124,8 @@ class FileSource:
         return name
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, which begin to be read from the disk."""
-        numbers = self.view(name).reshape(-1)[start:stop]
-        read_ahead(numbers)
-        return numbers
+        """Elements [start, stop) of the flattened tensor."""
+        return self.view(name).reshape(-1)[start:stop]
 
 
 class SafetensorsSource(FileSource):

@@ -1,17 +1,26 @@
-"""Mapped weights are read ahead, one block before a pass needs them.
+"""Mapped weights are read ahead, one block before a pass needs them, and dropped block by block.
 
-Where memory does not hold all of a backbone, the system drops pages of its files, and reads them
-again when they are touched: a pass would wait for the disk at every weight. Blocks are used in one
-order forward and in the opposite one backward, so what was used last is there at the turn.
+Where memory does not hold all of a backbone, the system would drop single pages here and there, and
+read them again one by one: a pass over T0-11B on 24 GiB then takes minutes. So some blocks, spread
+over the model, are given back as a whole once they are used, and read again as a whole while those
+between them compute; all others stay.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.backbone.mapped_file import read_ahead
+from mhr_scale.backbone.mapped_file import is_mapped, read_ahead, release
 from mhr_scale.families.family import Family
+
+#: Share of a machine's memory that weights leave free beside what its processes take.
+SPARE = 0.02
+#: Weights that stay are counted in such shares of all, so that the ranks of a machine agree.
+SHARES = 16
 
 
 def read_blocks_ahead(model: Any, family: Family) -> None:
@@ -26,11 +35,18 @@ def read_blocks_ahead(model: Any, family: Family) -> None:
 
 
 class _Order:
-    """The parts of a model in the order of a forward pass, and which of them is on its way."""
+    """The parts of a model in the order of a forward pass; which one is used, which is to come."""
 
-    def __init__(self, parts: list[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         self.parts = parts
-        self._ahead = -1
+        self._views = [
+            [(weight, weight.data) for weight in part.parameters() if is_mapped(weight.data)]
+            for part in parts
+        ]
+        self._sizes = [sum(view.nbytes for _, view in views) for views in self._views]
+        self._dropped: frozenset[int] = frozenset()
+        self._n_kept, self._least_room = sum(self._sizes), math.inf
+        self._used, self._ahead = -1, -1
 
     def on_enter(self, number: int) -> Any:
         """The hook of a part that is about to run, perhaps to recompute what backward needs."""
@@ -52,11 +68,61 @@ class _Order:
         return leave
 
     def _use(self, number: int, direction: int) -> None:
+        """Drop the part used before, if it is one that is dropped, and ask for the next one."""
         following = number + direction
         if following == len(self.parts):  # backward turns here; without gradients, it starts again
             following = number if torch.is_grad_enabled() else 0
+        dropped = self._choose(is_new_pass=number == 0 and direction == 1)
+        for part in dropped - {number, following}:
+            for view in self._present(part):
+                release(view)
+        self._used = number
         for wanted in dict.fromkeys((number, following)):
             if wanted >= 0 and wanted != self._ahead:
-                for weight in self.parts[wanted].parameters():
-                    read_ahead(weight.data)
+                read_ahead(self._present(wanted))
         self._ahead = following
+
+    def _present(self, number: int) -> list[Tensor]:
+        """The views of a part that are in use: training of weights puts copies in their place."""
+        return [
+            view for weight, view in self._views[number] if weight.data_ptr() == view.data_ptr()
+        ]
+
+    def _choose(self, *, is_new_pass: bool) -> frozenset[int]:
+        """Choose the parts that do not stay, and return those that are to be dropped now.
+
+        A pass begins with as many as had no room at its predecessor's worst moment; where it is
+        short of room itself, more of them go.
+        """
+        room = room_for_weights() - 2.0 * max(self._sizes)  # a part in use, and the next one
+        self._least_room = min(self._least_room, room)
+        chosen = self._dropped
+        if is_new_pass:
+            chosen, self._least_room = choose_dropped(self._sizes, self._least_room), math.inf
+        elif room < self._n_kept:
+            chosen |= choose_dropped(self._sizes, room)
+        new, self._dropped = chosen - self._dropped, chosen
+        self._n_kept = sum(s for number, s in enumerate(self._sizes) if number not in chosen)
+        used = {self._used} & chosen
+        return frozenset(new | used)
+
+
+def room_for_weights() -> float:
+    """Bytes of mapped files that this machine's memory holds beside its processes."""
+    memory = psutil.virtual_memory()
+    return float(memory.available - SPARE * memory.total)
+
+
+def choose_dropped(sizes: Sequence[int], room: float) -> frozenset[int]:
+    """Which parts do not stay where there is `room` for some, spread evenly over all of them."""
+    total = sum(sizes)
+    if room >= total:
+        return frozenset()
+    share = 1.0 - max(0, int(SHARES * room / total)) / SHARES
+    dropped, due = set(), 0.0
+    for number, size in enumerate(sizes):
+        due += share * size
+        if due >= size / 2:
+            dropped.add(number)
+            due -= size
+    return frozenset(dropped)
