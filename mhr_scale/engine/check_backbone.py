@@ -1,5 +1,7 @@
 """The check at the start of every run: does the placed backbone reproduce its stored logits?"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mhr_scale.adapters.wrapping import adapters_off
@@ -9,7 +11,8 @@ from mhr_scale.backbone.quantise import kind_of
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
-from mhr_scale.run.runlog import log
+from mhr_scale.families.family import Family
+from mhr_scale.run.runlog import ByteProgress, log
 
 
 def check_backbone(
@@ -23,7 +26,7 @@ def check_backbone(
         return
     stored = blueprint.manifest.fingerprint
     check_questions(stored, blueprint)
-    with adapters_off(model):
+    with adapters_off(model), _shown(model, blueprint.family):
         measured = difference(stored, ask(model, blueprint.family, stored, engine.device))
     kind = kind_of(config, blueprint)
     how = config.dtype if kind == "none" else kind
@@ -38,3 +41,29 @@ def check_backbone(
             "`python launch/convert.py RECIPE verify=true`"
         )
     log.info("backbone: its stored logits to %.1e of their spread (%s)", worst, how)
+
+
+@contextmanager
+def _shown(model: Any, family: Family) -> Iterator[None]:
+    """Show how far a pass inside the block is, by the weights of the blocks that have run."""
+    stacks = family.blocks(model.config).values()
+    blocks = {name: model.get_submodule(name) for stack in stacks for name in stack.list_modules()}
+    sizes = {name: sum(map(_n_bytes, block.parameters())) for name, block in blocks.items()}
+    progress = ByteProgress(sum(sizes.values()), what="compare stored logits")
+    handles = [
+        block.register_forward_hook(
+            lambda module, inputs, output, name=name: progress.add(name, sizes[name])
+        )
+        for name, block in blocks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        progress.close()
+
+
+def _n_bytes(parameter: Any) -> int:
+    """Bytes of a whole weight; a sharded one knows its size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size())

@@ -276,7 +276,9 @@ def zero3(bench: Bench) -> dict[str, Any]:
 def nvme(bench: Bench) -> dict[str, Any]:
     """Two processes whose shards lie on a disk."""
     content = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())
-    content["zero_optimization"]["offload_param"]["nvme_path"] = bench.path("nvme")
+    largest = SIZES[bench.size]["vocab_size"] * SIZES[bench.size]["d_model"]
+    offload = {"nvme_path": bench.path("nvme"), "buffer_size": -(-largest // 2)}
+    content["zero_optimization"]["offload_param"] |= offload
     file = bench.folder / "zero3_nvme.json"
     file.write_text(json.dumps(content))
     (bench.folder / "nvme").mkdir(exist_ok=True)
