@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from mhr_scale.planning.hardware import LAUNCH_SECONDS, Machines
+from mhr_scale.planning.hardware import LAUNCH_SECONDS, PROCESS_GIB, Machines
 from mhr_scale.planning.placements import GATHERS, Load, Placement
 from mhr_scale.planning.tracing import Trace, combine
 
@@ -43,13 +43,15 @@ class Memory:
     optimizer: float
     logits: float
     activations: float
+    process: float
+    """On CPUs: interpreter and libraries, and copies of what is being saved."""
     host: float
 
     @property
     def total(self) -> float:
         """Bytes of the rank."""
         of_rank = (self.weights, self.gathered, self.adapter, self.gradients, self.optimizer)
-        return float(sum((*of_rank, self.logits, self.activations)))
+        return float(sum((*of_rank, self.logits, self.activations, self.process)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,9 +118,8 @@ class Estimate:
 
     @property
     def is_preferred(self) -> bool:
-        """Whether it keeps the recipe's precision, and all weights in the ranks' reach."""
-        in_reach = self.placement.is_resident and not self.seconds.disk
-        return self.is_same_precision and in_reach
+        """Whether it keeps the recipe's precision, and all weights on GPUs or in their files."""
+        return self.is_same_precision and self.placement.is_resident
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values; bytes and seconds."""
@@ -177,19 +178,22 @@ class Case:
         top = max(peaks, key=lambda name: peaks[name])
         logits = trace.logits[top]
         left = max(0.0, peaks[top] - logits - optimizer)
+        adapter, per_node = self.adapter_bytes + rows * self.job_bytes, self.machines.ranks_per_node
+        process = PROCESS_GIB * GIB + (adapter + optimizer if self.trains else 0.0)
+        on_gpu = self.machines.on_gpu
         memory = Memory(
             weights=self.load.weights,
             gathered=self.load.gathered,
-            adapter=self.adapter_bytes + rows * self.job_bytes,
+            adapter=adapter,
             gradients=min(gradients, left),
             optimizer=optimizer,
             logits=logits,
             activations=max(0.0, left - gradients),
+            process=0.0 if on_gpu else process,
             host=self.load.host,
         )
-        if self.machines.on_gpu:
-            return memory
-        return replace(memory, host=self.load.host + self.machines.ranks_per_node * memory.total)
+        own = process if on_gpu else memory.total
+        return replace(memory, host=self.load.host + per_node * own)
 
     def fits(self, rows: int) -> bool:
         """Whether that many rows fit in the memory of a rank, and of a machine."""
@@ -288,7 +292,7 @@ def choose(estimates: Sequence[Estimate], *, by: Callable[[Estimate], float]) ->
     """The placement to use, preferably one that `is_preferred`; None if nothing fits.
 
     `by` is the time to minimise. Among times within 2 %, replicated placements (whose ranks need
-    no lock-step) and no recomputation win.
+    no lock-step), mapped weights and no recomputation win.
     """
     fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
@@ -296,4 +300,10 @@ def choose(estimates: Sequence[Estimate], *, by: Callable[[Estimate], float]) ->
     candidates = [estimate for estimate in fitting if estimate.is_preferred] or fitting
     best = min(by(estimate) for estimate in candidates)
     near = [estimate for estimate in candidates if by(estimate) <= 1.02 * best]
-    return min(near, key=lambda e: (e.placement.is_sharded, e.recompute != "none", by(e)))
+
+    def rank(one: Estimate) -> tuple[bool, bool, bool, float]:
+        placement = one.placement
+        is_copied = placement.is_mapped is False
+        return placement.is_sharded, is_copied, one.recompute != "none", by(one)
+
+    return min(near, key=rank)

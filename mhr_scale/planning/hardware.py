@@ -21,6 +21,8 @@ MEMORY_SHARE = 0.8
 LAUNCH_SECONDS = 6e-6
 #: GPU memory of a process before its first tensor, GiB: context, libraries' workspaces.
 CONTEXT_GIB = 1.2
+#: Host memory of a process before its first tensor, GiB: interpreter, libraries (0.4 - 0.6 seen).
+PROCESS_GIB = 0.5
 #: Share of a GPU's memory that the allocator loses to fragmentation.
 FRAGMENTED = 0.04
 #: Share of a machine's memory that a run may take; the rest is the system's.

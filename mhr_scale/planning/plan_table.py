@@ -17,8 +17,17 @@ from mhr_scale.run.tables import prose, render
 #: Names of backbone settings in a recipe whose backbone comes with its adapter.
 RENAMED = {"backbone.dtype": "backbone_dtype", "backbone.quantise": "backbone_quantise"}
 #: Columns of a rank's memory, and their heads; `host` is a machine's.
-COLUMNS = ("weights", "gathered", "adapter", "gradients", "optimizer", "activations", "logits")
-HEADS = ("weights", "whole", "adapter", "grad", "optim", "activ", "logits")
+COLUMNS = (
+    "weights",
+    "gathered",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "process",
+)
+HEADS = ("weights", "whole", "adapter", "grad", "optim", "activ", "logits", "process")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

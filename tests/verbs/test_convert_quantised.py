@@ -17,10 +17,10 @@ from torch import Tensor
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.identity import identify
-from mhr_scale.backbone.of_adapter import backbone_facts, precision_of
+from mhr_scale.backbone.of_adapter import backbone_facts
 from mhr_scale.backbone.quantised_parts import keep_format
 from mhr_scale.backbone.weights import read_whole
-from mhr_scale.config import BackboneConfig
+from mhr_scale.config import BackboneConfig, precision_of
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError, EngineError, UserError
