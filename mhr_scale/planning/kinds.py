@@ -240,7 +240,8 @@ def _cases(
 ) -> list[Case]:
     """Every placement with every kind of recomputation; equal counts are made once."""
     weights = weigh(blueprint)
-    placements = list_placements(machines, frozen.dtype)
+    placements = list_placements(machines, frozen.dtype, stored=blueprint.quantise)
+    wanted = frozen.quantise if blueprint.quantise == "none" else blueprint.quantise
     recomputes = RECOMPUTES if trains else ("none",)
     n_traces = 2 * len({placement.dtype for placement in placements}) * len(recomputes)
     progress = Progress(n_traces, start=0, what="counting", unit="pass", every_seconds=5.0)
@@ -264,8 +265,7 @@ def _cases(
             adapter_bytes=4.0 * numbers,
             trains=trains,
             reduces=trains and reduces and machines.ranks > 1,
-            is_same_precision=(placement.dtype, placement.quantise)
-            == (frozen.dtype, frozen.quantise),
+            is_same_precision=(placement.dtype, placement.quantise) == (frozen.dtype, wanted),
         )
 
     cases = [case(placement, recompute) for placement in placements for recompute in recomputes]

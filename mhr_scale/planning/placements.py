@@ -71,8 +71,8 @@ class Placement:
             "backbone.dtype": self.dtype,
             "backbone.quantise": self.quantise,
         }
-        if self.is_mapped is not None:
-            settings["backbone.mapped"] = "true" if self.is_mapped else "false"
+        if self.is_mapped is False:
+            settings["backbone.mapped"] = "false"
         return settings
 
     @property
@@ -81,13 +81,22 @@ class Placement:
         return self.offload == "none"
 
 
-def list_placements(machines: Machines, dtype: str) -> list[Placement]:
+def list_placements(machines: Machines, dtype: str, *, stored: str = "none") -> list[Placement]:
     """The placements that make sense on these machines, for a recipe with this data type.
 
-    No placement is of wider numbers than the recipe's: it would take more, and more time. On CPUs
-    replicated weights may be mapped, and there is no host to offload them to: its memory is
-    the ranks' own.
+    Of a folder whose linears are `stored` quantised there is one. No placement is of wider numbers
+    than the recipe's: it would take more, and more time. On CPUs replicated weights may be mapped,
+    and there is no host to offload them to: its memory is the ranks' own.
     """
+    if stored != "none":
+        quantised = Placement(
+            name=f"replicated {stored}{'' if machines.on_gpu else ', mapped'}",
+            ds_config="ds_configs/replicated.json",
+            dtype=dtype,
+            quantise=stored,
+            is_mapped=None if machines.on_gpu else True,
+        )
+        return [quantised]
     placements = [
         Placement(
             name=f"replicated {name}{', mapped' if is_mapped else ''}",
@@ -157,9 +166,11 @@ def load_of(placement: Placement, weights: Weights, machines: Machines) -> Load:
         unpacked=0.0,
     )
     if placement.quantise != "none":
+        held = _quantised(placement.quantise, weights, size)
         return replace(
             replicated,
-            weights=_quantised(placement.quantise, weights, size),
+            weights=0.0 if placement.is_mapped else held,
+            mapped=held if placement.is_mapped else 0.0,
             gathered=size * weights.largest_in_blocks,
             unpacked=(1.0 + size) * weights.in_blocks,
         )

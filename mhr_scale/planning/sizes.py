@@ -13,13 +13,13 @@ from mhr_scale.run.runlog import log
 
 
 def read_sizes(config: BackboneConfig) -> Blueprint:
-    """A blueprint for meta-device models; no weight is read.
+    """A blueprint for meta-device models, which says how linears are stored; no weight is read.
 
     Raises `BackboneError` if the backbone is neither stored nor in the table.
     """
     if config.name is None:
         return read_blueprint(config)
-    fields = known_fields(config.name)
+    fields, kind = known_fields(config.name), "none"
     if fields is not None and not Path(config.name).is_dir():
         log.info("%s: sizes from the table of known backbones", config.name)
     else:
@@ -30,7 +30,8 @@ def read_sizes(config: BackboneConfig) -> Blueprint:
                 f"{error}; or put its configuration under backbone.config and set "
                 "backbone.name=null"
             ) from error
-        read_manifest(folder)  # raises if the other verbs would refuse it
+        manifest = read_manifest(folder)  # raises if the other verbs would refuse it
+        kind = kind if manifest is None else manifest.quantise
         family, _, raw = read_config(folder)
         fields = family.size_fields(raw)
-    return read_blueprint(replace(config, name=None, config=fields))
+    return replace(read_blueprint(replace(config, name=None, config=fields)), quantise=kind)

@@ -107,7 +107,7 @@ def imagine_model(
     always_backward: bool = False,
 ) -> ImaginedModel:
     """Build backbone and adapter as a run does, on the meta device; `make` builds the adapter."""
-    config = replace(config, quantise="none")
+    config, blueprint = replace(config, quantise="none"), replace(blueprint, quantise="none")
     adapter = None
     if make is not None:
         with torch.device("meta"):

@@ -287,6 +287,15 @@ def test_mapped_weights_take_no_memory_but_are_read_again_where_there_is_too_lit
     assert choose([copied, roomy], by=lambda one: one.step_seconds) is roomy
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_quantised_folder_has_one_placement(on_gpu: bool, xxl: Weights) -> None:
+    here = machines() if on_gpu else replace(machines(), name="cpu")
+    (placement,) = list_placements(here, "bfloat16", stored="int8")
+    load = load_of(placement, xxl, here)
+    assert placement.settings["backbone.quantise"] == "int8"
+    assert (load.weights > 1e10, load.mapped > 1e10) == (on_gpu, not on_gpu)
+
+
 def test_numbers_are_not_rounded_to_nothing() -> None:
     assert [plan_table._gib(size) for size in (0.0, 1.0, 0.005 * GIB, GIB)] == [
         *("-", "<0.01", "0.01", "1.00")
