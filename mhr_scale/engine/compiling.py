@@ -6,6 +6,7 @@ a process that is killed. Every later process would wait for its removal, for go
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,12 @@ from mhr_scale.run.runlog import as_time, log
 
 #: What is compiled for it, in this order.
 NAMES = ("pin_memory", "async_io")
+COMPILING = (
+    "compiling DeepSpeed's asynchronous I/O into %s (once; takes minutes, a processor for each of "
+    "its files)"
+)
+#: What is compiled is loaded in less.
+LOADED_SECONDS = 5.0
 #: Files of a folder in which a process compiles are written in shorter intervals than this.
 QUIET_SECONDS = 300.0
 #: The file of which a process that compiles has a lock; it dies with the process.
@@ -42,12 +49,9 @@ def load_operation(op: Any) -> None:
         for folder in folders:
             clear_lock(folder / "lock")
         is_new = not (place / f"{place.name}.so").exists()
-        if is_new:
-            log.info(
-                "compiling DeepSpeed's asynchronous I/O into %s (once; takes minutes, a processor "
-                "for each of its files)",
-                place,
-            )
+        # torch compiles anew, and says nothing, where it was compiled for another environment
+        soon = threading.Timer(0.0 if is_new else LOADED_SECONDS, log.info, (COMPILING, place))
+        soon.start()
         begun = time.monotonic()
         try:
             op.load(verbose=False)
@@ -56,8 +60,11 @@ def load_operation(op: Any) -> None:
                 f"{place}: DeepSpeed's asynchronous I/O cannot be compiled ({first_line(error)}); "
                 "install libaio-dev, g++ and ninja, or use ds_configs/zero3_offload.json"
             ) from error
-        if is_new:
-            log.info("compiled in %s", as_time(time.monotonic() - begun))
+        finally:
+            soon.cancel()
+        seconds = time.monotonic() - begun
+        if is_new or seconds > LOADED_SECONDS:
+            log.info("compiled in %s", as_time(seconds))
 
 
 def build_folder(name: str) -> Path:
