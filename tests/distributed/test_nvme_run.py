@@ -1,9 +1,10 @@
 """A run over shards on NVMe: the losses of a replicated one, bit for bit.
 
-Skipped where DeepSpeed's operation cannot be built; its first build takes minutes.
+DeepSpeed's operation is compiled for it, in minutes: only where MHR_COMPILE=1 asks for that.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def losses(folder: Path, ds_config: str, *overrides: str) -> list[float]:
 
 
 def test_losses_over_shards_on_nvme_are_those_of_a_replicated_backbone(tmp_path: Path) -> None:
+    if os.environ.get("MHR_COMPILE") != "1":
+        pytest.skip("compiles DeepSpeed's asynchronous I/O for minutes (variable MHR_COMPILE=1)")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
