@@ -6,11 +6,12 @@ The rank that failed ends before those that only noticed, so that the launcher r
 """
 
 import atexit
+import faulthandler
 import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
@@ -72,6 +73,8 @@ def _outcome_of_launch(action: Callable[[], object], settings: Collection[str]) 
         sys.stderr.write(f"error: {error}\n")  # the log asks for the rank
         return ExitCode.MISTAKE
     start_logging()
+    with suppress(RuntimeError, ValueError, OSError):  # nobody reads stderr
+        faulthandler.enable()  # a mapped file that is cut ends the process where it is read
     try:
         with stopping.listening():
             return _outcome(action, settings)
