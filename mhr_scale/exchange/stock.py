@@ -28,6 +28,7 @@ from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.backbone.quantise import kind_of
 from mhr_scale.backbone.quantised_parts import import_bitsandbytes, keep_format, settings_of
 from mhr_scale.config import BackboneConfig, FinetuneOptimConfig
+from mhr_scale.engine.prefetching import read_blocks_ahead
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.families.table import QUANTISED, read_config
@@ -110,7 +111,36 @@ def quiet() -> Iterator[None]:
 
 
 def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
-    """The frozen backbone as transformers loads it."""
+    """The frozen backbone as transformers loads it; on a CPU mapped, where its files allow."""
+    import transformers
+
+    if _can_be_mapped(config, blueprint, device):
+        model = map_backbone(config, blueprint)
+        read_blocks_ahead(model, blueprint.family)
+    else:
+        model = _load_folder(config, blueprint, device)
+    # as our own models answer: what a generation_config.json says is no part of a recipe
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
+    model.requires_grad_(False)
+    keep_format(model)
+    set_dropout(model, config.dropout)
+    set_recompute(model, config.recompute)
+    return model
+
+
+def _can_be_mapped(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> bool:
+    """Whether all weights are used as their files hold them."""
+    source = blueprint.source
+    return (
+        config.mapped
+        and device.type == "cpu"
+        and kind_of(config, blueprint) == "none"
+        and all(source.dtype(name) == getattr(torch, config.dtype) for name in source.names())
+    )
+
+
+def _load_folder(config: BackboneConfig, blueprint: Blueprint, device: torch.device) -> Any:
+    """The backbone as transformers loads its folder, in 8 or 4 bits if that is asked for."""
     import transformers
 
     kind, model_config = kind_of(config, blueprint), _config_for_transformers(blueprint)
@@ -122,14 +152,7 @@ def load_backbone(config: BackboneConfig, blueprint: Blueprint, device: torch.de
         else:
             options[QUANTISED] = how
     auto_class = getattr(transformers, blueprint.family.auto_class)
-    model = _load(auto_class, blueprint.folder, config, blueprint, options)
-    # as our own models answer: what a generation_config.json says is no part of a recipe
-    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
-    model.requires_grad_(False)
-    keep_format(model)
-    set_dropout(model, config.dropout)
-    set_recompute(model, config.recompute)
-    return model
+    return _load(auto_class, blueprint.folder, config, blueprint, options)
 
 
 class UncastTensor(Tensor):

@@ -27,7 +27,7 @@ def both(build):
     """A folder's model as our loader fills it, and as transformers loads it."""
 
     def both(folder):
-        config = BackboneConfig(name=str(folder), dtype="float32", fused_gelu=False)
+        config = BackboneConfig(name=str(folder), dtype="float32", mapped=False)
         return build(name=str(folder)), stock.load_backbone(config, read_blueprint(config), CPU)
 
     return both
@@ -173,6 +173,28 @@ def test_mapped_files_are_read_as_their_folder(tmp_path, kind, shards, what, dty
     found = fingerprint.ask_model(mapped, blueprint.family, questions, dtype=number)
     expected = fingerprint.ask(expected.float(), blueprint.family, questions, CPU)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mapped", "is_mapped"),
+    [("float32", True, True), ("float32", False, False), ("bfloat16", True, False)],
+)
+def test_a_backbone_to_fine_tune_is_mapped_where_its_files_hold_its_data_type(
+    tmp_path, dtype, mapped, is_mapped
+):
+    folder = write_folder(tmp_path / "folder", tensors_of(small_t5()), shards=3)
+    config = BackboneConfig(name=str(folder), dtype=dtype, mapped=mapped)
+    blueprint = read_blueprint(config)
+    model = stock.load_backbone(config, blueprint, CPU)
+    views = {blueprint.source.view(name).data_ptr() for name in blueprint.source.names()}
+    assert {p.data_ptr() in views for p in model.parameters()} == {is_mapped}
+    assert not model.training
+    plain = _loaded(folder, getattr(torch, dtype))
+    assert torch.equal(logits(model), logits(plain))
+
+
+def _loaded(folder, dtype):
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("change", [same_type, half, mixed])
