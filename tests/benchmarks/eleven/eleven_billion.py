@@ -233,6 +233,23 @@ def export(bench: Bench) -> dict[str, Any]:
     return {**watched.figures(), "verdict": verdict}
 
 
+def finetune(bench: Bench) -> dict[str, Any]:
+    """Two steps of the exported average on one held-out task, with stock PEFT."""
+    recipe = {
+        "adapter": bench.path("peft"),
+        "backbone": {"name": bench.path(backbone("bf16")), "dtype": "bfloat16"},
+        "tasks": held_out(),
+        "task": "rte",
+        "shots": {"seed": 42, "folder": str(SHARED / "data/tfew_few_shot")},
+        "protocol": {"steps": 2, "batch_size": 2, "max_input_tokens": 64, "max_target_tokens": 16},
+        "micro_batch_size": 2,
+        "scoring": {"metric": "accuracy", "examples": 4, "max_input_tokens": 64,
+                    "max_tokens": 1024},
+        "run": {"folder": bench.path("finetuned")},
+    }  # fmt: skip
+    return bench.verb("finetune", bench.recipe("finetune", recipe)).figures()
+
+
 def evaluate(bench: Bench, kind: str = "bf16") -> dict[str, Any]:
     """About 50 rows of T0's held-out sets."""
     folder = f"evaluated_{kind}"
@@ -312,6 +329,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "train_two": train_two,
     "average": average,
     "export": export,
+    "finetune": finetune,
     "evaluate": evaluate,
     "adapt": adapt,
     "quantise": quantise,
