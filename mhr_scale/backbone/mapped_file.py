@@ -37,7 +37,6 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         """Map the whole file; no byte is read. Raises `BackboneError` if that is refused."""
-        self.path = path
         size = path.stat().st_size
         flags, protection = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         try:

@@ -6,6 +6,7 @@ Ranks of a sharded backbone read their own range of each tensor; no rank has to 
 import pickle
 import sys
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -66,7 +67,7 @@ class StoredTensor:
     numbers: Tensor | None
 
 
-class FileSource:
+class FileSource(ABC):
     """Tensors of one or several files, each as a view of its mapped file."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -82,9 +83,9 @@ class FileSource:
                     )
                 self._tensors[name], self._files[name] = tensor, file
 
+    @abstractmethod
     def _list(self, file: Path) -> Mapping[str, StoredTensor]:
         """The tensors of one file; raises `BackboneError` if it cannot be read."""
-        raise NotImplementedError
 
     def names(self) -> frozenset[str]:
         """Names in all files."""

@@ -19,16 +19,23 @@ from mhr_scale.families.family import Family
 
 #: Share of a machine's memory that weights leave free beside what its processes take.
 SPARE = 0.02
+#: Bytes of mapped weights below which none of this is worth its time: a third of a small pass.
+LEAST = 1 << 30
 #: Weights that stay are counted in such shares of all, so that the ranks of a machine agree.
 SHARES = 16
 
 
 def read_blocks_ahead(model: Any, family: Family) -> None:
-    """Let each block of a model, and its head, begin to read the weights of the one after it."""
+    """Let each block of a model, and its head, begin to read the weights of the one after it.
+
+    Small models are left as they are: memory holds them.
+    """
     stacks = family.blocks(model.config).values()
     parts = [model.get_submodule(name) for stack in stacks for name in stack.list_modules()]
     head = model.get_output_embeddings()
     order = _Order([*parts, head] if head is not None else parts)
+    if order.n_bytes < LEAST:
+        return
     for number, part in enumerate(order.parts):
         part.register_forward_pre_hook(order.on_enter(number))
         part.register_forward_hook(order.on_leave(number))
@@ -45,8 +52,13 @@ class _Order:
         ]
         self._sizes = [sum(view.nbytes for _, view in views) for views in self._views]
         self._dropped: frozenset[int] = frozenset()
-        self._n_kept, self._least_room = sum(self._sizes), math.inf
+        self._n_kept, self._least_room = self.n_bytes, math.inf
         self._used, self._ahead = -1, -1
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all mapped weights of the parts."""
+        return sum(self._sizes)
 
     def on_enter(self, number: int) -> Any:
         """The hook of a part that is about to run, perhaps to recompute what backward needs."""

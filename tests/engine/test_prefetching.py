@@ -72,6 +72,11 @@ class Recorder:
         return output.sum()
 
 
+@pytest.fixture(autouse=True)
+def whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "LEAST", 0)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_folder(
@@ -103,6 +108,13 @@ def test_a_pass_backward_asks_in_the_opposite_order(
     recorder.asked = []
     loss.backward()
     assert recorder.asked == PARTS[-2::-1]
+
+
+def test_small_models_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    recorder = Recorder(folder, monkeypatch)
+    recorder.run(needs_gradient=True).backward()
+    assert recorder.asked == []
 
 
 def test_copied_weights_are_not_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
