@@ -12,6 +12,8 @@ from pathlib import Path
 from mhr_scale.backbone.mapped_file import MappedFile
 from mhr_scale.verbs.launching import guarded
 
+torch.set_num_threads(1)  # a second thread on the cut page would end the process unannounced
+
 def use_weights():
     file = Path(sys.argv[1])
     view = MappedFile(file).tensor(0, torch.float32, (1 << 20,))
