@@ -1,5 +1,6 @@
 """The adapter section of a recipe."""
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,9 @@ from mhr_scale.recipe.part import part
 
 #: Upper bound of ranks, skills and splits: no backbone is wide enough for more.
 LARGEST_SIZE = 1 << 20
+
+#: The setting `adapter.blocks` for all blocks.
+ALL_BLOCKS = "all"
 
 if TYPE_CHECKING:  # a type checker needs literals spelt out; recipes are checked against the table
     Policy = str
@@ -25,8 +29,12 @@ class AdapterConfig:
 
     kind: Literal["lora", "ia3"] = "lora"
     """A low-rank pair per skill, or an (IA)3 scaling vector per skill."""
-    layout: str = "full"
-    """Which linears are adapted: full, light or attention."""
+    layout: str | tuple[str, ...] = "full"
+    """Which linears are adapted: full (all of the blocks), light (keys, values and what the gate of
+    the feed-forward multiplies), attention; or a list of names or ends of names, as PEFT's
+    target_modules: [q_proj, v_proj]."""
+    blocks: str = "all"
+    """Which blocks have adapters: all, or numbers and ranges from 0, such as 8-15 or 0-3,28-31."""
     rank: int = 1
     """Low rank R of one skill; ignored by ia3, which has none."""
     alpha: float = 1.0
@@ -51,6 +59,12 @@ class AdapterConfig:
     """What a row without any skill gets under policy `random`: no adapter, or the mean."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.layout, list):  # as JSON has it
+            object.__setattr__(self, "layout", tuple(self.layout))
+        if not self.layout or not all(self.layout):
+            raise ConfigError("adapter.layout: names no linear; leave it out for all of them")
+        if self.blocks != ALL_BLOCKS:
+            block_numbers(self.blocks)
         for name in ("rank", "n_skills", "n_splits", "block_span"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"adapter.{name}: {getattr(self, name)} is not at least 1")
@@ -118,3 +132,17 @@ class AdapterConfig:
             return name
         family = "Poly" if self.n_splits == 1 else "MHR"
         return family if self.kind == "lora" else f"{family}-(IA)3"
+
+
+def block_numbers(text: str) -> tuple[int, ...]:
+    """The numbers that `adapter.blocks` names, sorted; raises `ConfigError` if it names none."""
+    numbers: set[int] = set()
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", piece)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(
+                f"adapter.blocks: '{text}' is neither '{ALL_BLOCKS}' nor numbers and ranges from "
+                "0, such as 8-15 or 0-3,28-31"
+            )
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(numbers))

@@ -314,7 +314,7 @@ def attach(
     Raises `LayoutError` if the layout does not fit the model, `AdapterError` if it has adapters.
     """
     check_bare(model)
-    sites = find_sites(model, config.layout)
+    sites = find_sites(model, config.layout, config.blocks)
     adapter = Adapter(config, sites, task_names=tasks, seed=seed)
     adapter.bind(wrap(model, sites))
     return adapter

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.adapters import artefact
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.adapters.peft_files import (
     CONFIG,
@@ -322,14 +323,14 @@ def _build(
     task_names: Sequence[str] | None = None,
     n_tasks: int | None = None,
     width: int | None = None,
-    layout: tuple[str, tuple[Site, ...]] | None = None,
+    layout: tuple[Layout, tuple[Site, ...]] | None = None,
 ) -> Adapter:
     """The adapter of a PEFT folder's tensors, under our names and in our shapes."""
     place, n_splits = str(find_tensors(folder)), fields.get("n_splits", 1)
     if layout is None:
         widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
         layout = find_layout(widths, place=place)
-    name, sites = layout
+    found, sites = layout
     given = read_note(folder).get("task_names") if task_names is None else task_names
     names = name_tasks(given, n_tasks, place=place)
-    return fill({"layout": name, **fields}, sites, tensors, task_names=names, place=place)
+    return fill({**found.settings, **fields}, sites, tensors, task_names=names, place=place)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.peft_files import (
     CONFIG,
     MERGE,
@@ -137,7 +138,7 @@ def _linear_of(name: str) -> str:
 
 def complete_pairs(
     pairs: Pairs, config: Mapping[str, Any], folder: Path, sizes: FindSizes
-) -> tuple[Pairs, tuple[str, tuple[Site, ...]]]:
+) -> tuple[Pairs, tuple[Layout, tuple[Site, ...]]]:
     """The pairs of every linear of a layout, zeros where there is none, and that layout.
 
     Raises `AdapterError` if no layout has all the linears, if one is missing that the configuration
@@ -177,7 +178,7 @@ def complete_pairs(
     for site in absent:
         tensors[f"{site.name}.A"] = torch.zeros(1, 1, site.in_features, pairs.rank)
         tensors[f"{site.name}.B"] = torch.zeros(1, 1, pairs.rank, site.out_features)
-    text = f"{len(widths)} of the {len(whole[1])} of layout {whole[0]}, zeros in the others"
+    text = f"{len(widths)} of the {len(whole[1])} of layout {whole[0].text}, zeros in the others"
     return replace(pairs, tensors=tensors, facts={**pairs.facts, "linears": text}), whole
 
 

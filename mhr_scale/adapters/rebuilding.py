@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.adapters.sites import Site, recognise_sites
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
@@ -141,7 +142,7 @@ def widths_of(
 
 def find_layout(
     widths: Mapping[str, tuple[int, int]], *, place: str
-) -> tuple[str, tuple[Site, ...]]:
+) -> tuple[Layout, tuple[Site, ...]]:
     """Layout and sites of linears; `AdapterError` names those that fit no layout."""
     try:
         return recognise_sites(widths)

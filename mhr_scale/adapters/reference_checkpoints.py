@@ -114,7 +114,7 @@ def _read(
     layout, sites = find_layout(widths, place=str(file))
     fields: dict[str, Any] = {
         "kind": kind,
-        "layout": layout,
+        **layout.settings,
         "rank": rank,
         "alpha": _alpha(settings, file) if alpha is None else alpha,
         "n_splits": n_splits,

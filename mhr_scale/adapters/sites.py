@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from mhr_scale.errors import LayoutError, did_you_mean
+from mhr_scale.adapters.config import ALL_BLOCKS
+from mhr_scale.adapters.layouts import Layout, as_text, list_names, recognisable
+from mhr_scale.errors import LayoutError
 from mhr_scale.families import table
-from mhr_scale.families.family import Blocks, Family, Position, last_part
+from mhr_scale.families.family import LAYOUTS, Family, Position, last_part
+from mhr_scale.families.linear_modules import find_widths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,73 +46,64 @@ def _make_site(name: str, position: Position, in_features: int, out_features: in
     return Site(name=name, in_features=in_features, out_features=out_features, **position._asdict())
 
 
-def find_sites(model: nn.Module, layout: str) -> tuple[Site, ...]:
-    """Return the linears of `model` that `layout` names, in the model's own order.
+def find_sites(
+    model: nn.Module, layout: str | Sequence[str] = "full", blocks: str = ALL_BLOCKS
+) -> tuple[Site, ...]:
+    """Return the linears of `model` that a layout names, in a fixed order.
 
-    Raises `LayoutError` if the layout is unknown to the model's family, matches nothing, or does
-    not match the number of linears the configuration implies.
+    `layout` is one of `LAYOUTS`, or ends of linears' names (`q_proj`, `mlp.c_proj`); `blocks` are
+    the blocks that have adapters (`adapters.layouts`). Raises `LayoutError` if they name nothing,
+    something that no adapter can be attached to, or linears that the model does not have.
     """
     config: Any = model.config
     family = table.find_family(config)
-    known = ", ".join(family.layouts)
-    if layout not in family.layouts:
-        hint = did_you_mean(layout, family.layouts)
-        raise LayoutError(
-            f"adapter.layout: '{layout}' is unknown to {family.name}; known: {known}{hint}"
-        )
-    endings = family.layouts[layout]
+    stacks = family.blocks(config)
+    names = list_names(family, stacks, layout, blocks)
+    modules = dict(model.named_modules())
     sites = []
-    for name, module in model.named_modules():
-        position = family.find_position(name)
-        if position and last_part(name) in endings and isinstance(module, nn.Linear):
-            sites.append(_make_site(name, position, module.in_features, module.out_features))
-    blocks = family.blocks(config)
-    expected = len(_list_linears(family, layout, blocks))
-    if not sites or len(sites) != expected:
+    for name in names:
+        position, module = family.find_position(name), modules.get(name)
+        widths = None if module is None else find_widths(module)
+        if position is not None and widths is not None:
+            sites.append(_make_site(name, position, *widths))
+    if len(sites) != len(names):
         counts = Counter(last_part(site.name) for site in sites)
         raise LayoutError(
-            f"layout '{layout}' matches {len(sites)} linears of a {family.name} model with "
-            f"{'+'.join(str(stack.count) for stack in blocks.values())} blocks, expected "
-            f"{expected} (found {dict(counts)}); known layouts: {known}"
+            f"layout '{as_text(layout)}' matches {len(sites)} linears of a {family.name} model "
+            f"with {'+'.join(str(stack.count) for stack in stacks.values())} blocks, expected "
+            f"{len(names)} (found {dict(counts)}); known layouts: {', '.join(LAYOUTS)}"
         )
     return tuple(sites)
 
 
-def _list_linears(family: Family, layout: str, blocks: Mapping[str, Blocks]) -> list[str]:
-    """Names of the linears of a layout in a model's own order."""
-    endings = family.layouts[layout]
-    return [name for stack in blocks.values() for name in stack.list_linears(endings)]
-
-
-def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[Site, ...]]:
-    """Layout and sites, in a model's own order, of linears known by name and (in, out) widths.
+def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[Layout, tuple[Site, ...]]:
+    """Layout and sites, in their fixed order, of linears known by name and (in, out) widths.
 
     For tensors that come without their backbone. Raises `LayoutError` if the linears are not all
-    those of one layout, naming what is missing or unknown in the nearest layout.
+    those of one layout, naming what is missing or unknown in the nearest one.
     """
-    nearest: tuple[str, list[str]] | None = None
+    nearest: tuple[Layout, list[str]] | None = None
     for family in table.FAMILIES:
-        positions = {n: position for n in widths if (position := family.find_position(n))}
-        blocks = family.blocks_of(tuple(widths))
-        for layout in family.layouts:
-            names = _list_linears(family, layout, blocks)
+        stacks = family.blocks_of(tuple(widths))
+        for layout in recognisable(family, stacks, tuple(widths)):
+            names = list_names(family, stacks, layout.linears, layout.blocks)
             faults = [f"missing {name}" for name in names if name not in widths]
             faults += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
             if not faults:
-                return layout, tuple(
-                    _make_site(name, positions[name], *widths[name]) for name in names
-                )
+                return layout, _sites_of(family, names, widths)
             if nearest is None or len(faults) < len(nearest[1]):
                 nearest = (layout, faults)
     assert nearest is not None
     layout, faults = nearest
     raise LayoutError(
-        f"the {len(widths)} linears are those of no layout; nearest is '{layout}', with "
+        f"the {len(widths)} linears are those of no layout; nearest is '{layout.text}', with "
         f"{len(faults)} odd: {'; '.join(faults[:5])}"
     )
 
 
-def sites_in(raw: Mapping[str, Any], linears: Sequence[str]) -> tuple[str, tuple[Site, ...]] | None:
+def sites_in(
+    raw: Mapping[str, Any], linears: Sequence[str]
+) -> tuple[Layout, tuple[Site, ...]] | None:
     """The smallest layout with all these linears, and its sites in a backbone of this config.json.
 
     None if no layout has all of them, or if the configuration does not tell the sizes.
@@ -118,18 +112,23 @@ def sites_in(raw: Mapping[str, Any], linears: Sequence[str]) -> tuple[str, tuple
     found = family.linears_of(raw)
     if found is None:
         return None
-    blocks, widths = found
-    listed = {layout: _list_linears(family, layout, blocks) for layout in family.layouts}
+    stacks, widths = found
+    listed = {
+        layout: list_names(family, stacks, layout.linears, layout.blocks)
+        for layout in recognisable(family, stacks, linears)
+    }
     fitting = [layout for layout, names in listed.items() if set(linears) <= set(names)]
     if not fitting:
         return None
-    layout = min(fitting, key=lambda name: len(listed[name]))
-    sites = []
-    for name in listed[layout]:
-        position = family.find_position(name)
-        assert position is not None
-        sites.append(_make_site(name, position, *widths[last_part(name)]))
-    return layout, tuple(sites)
+    layout = min(fitting, key=lambda one: len(listed[one]))
+    return layout, _sites_of(family, listed[layout], widths)
+
+
+def _sites_of(
+    family: Family, names: Sequence[str], widths: Mapping[str, tuple[int, int]]
+) -> tuple[Site, ...]:
+    positions = {name: family.find_position(name) for name in names}
+    return tuple(_make_site(n, place, *widths[n]) for n, place in positions.items() if place)
 
 
 def family_of_sites(sites: Sequence[Site]) -> Family:
@@ -137,10 +136,14 @@ def family_of_sites(sites: Sequence[Site]) -> Family:
     return table.family_of_linears(site.name for site in sites)
 
 
-def backbone_width(sites: Sequence[Site]) -> int:
-    """The width of the residual stream: the input of the first linear that reads from it."""
+def backbone_width(sites: Sequence[Site]) -> int | None:
+    """The width of the residual stream: the input of the first linear that reads from it.
+
+    None if no linear does.
+    """
     inputs = family_of_sites(sites).inputs
-    return next(site.in_features for site in sites if last_part(site.name) not in inputs)
+    widths = (site.in_features for site in sites if last_part(site.name) not in inputs)
+    return next(widths, None)
 
 
 def check_splits(sites: tuple[Site, ...], *, n_splits: int, kind: str) -> None:

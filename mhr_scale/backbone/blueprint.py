@@ -172,7 +172,7 @@ def plan_copies(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Paramete
     faults += [
         f"unknown {name}"
         for name in sorted(names - parameters.keys() - blueprint.ties.keys())
-        if not blueprint.family.is_unused(name)
+        if not blueprint.family.is_unused(name, blueprint.model_config)
     ]
     for name in sorted(parameters.keys() & names):
         parameter = parameters[name]

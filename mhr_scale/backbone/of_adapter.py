@@ -122,6 +122,6 @@ def find_sites_of(blueprint: Blueprint, config: AdapterConfig) -> tuple[Site, ..
     """
     with torch.device("meta"):
         model = make_model(blueprint)
-    sites = find_sites(model, config.layout)
+    sites = find_sites(model, config.layout, config.blocks)
     check_splits(sites, n_splits=config.n_splits, kind=config.kind)
     return sites

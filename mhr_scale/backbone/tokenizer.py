@@ -157,7 +157,7 @@ def _check_tokenizer(tokenizer: Any, blueprint: Blueprint, *, place: str, way_ou
     Also if ids exceed the embeddings.
     """
     config, verb = blueprint.model_config, " has" if place.endswith("tokenizer") else ""
-    for token in ("pad_token", "eos_token"):
+    for token in blueprint.family.special_tokens:
         if getattr(tokenizer, token) is None:
             raise BackboneError(f"{place} has no {token}; {way_out}")
     n_pieces = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
@@ -166,9 +166,9 @@ def _check_tokenizer(tokenizer: Any, blueprint: Blueprint, *, place: str, way_ou
             f"{place}{verb} {n_pieces} pieces, the backbone embeds only {config.vocab_size}; "
             f"{way_out}"
         )
-    for name in ("pad_token_id", "eos_token_id"):
+    for name in (f"{token}_id" for token in blueprint.family.special_tokens):
         own, wanted = getattr(tokenizer, name), getattr(config, name)
-        if own != wanted:
+        if own not in (wanted if isinstance(wanted, list) else [wanted]):
             file = f"{blueprint.folder}/config.json" if blueprint.folder else "backbone.config"
             raise BackboneError(
                 f"{place}{verb} {name} {own}, {file} says {wanted}; correct the one that is wrong, "

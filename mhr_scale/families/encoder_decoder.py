@@ -8,87 +8,24 @@ cross-attention run once per row.
 Shape letters: B rows, L input tokens, D target positions, V vocabulary, H width.
 """
 
-import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mhr_scale.families.family import Blocks, Family, Position, Side
+from mhr_scale.families.family import Family, Side
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, lay_answers, pad_ids
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockPattern:
-    """The blocks of a stack; `depth` is what the configuration calls their number."""
-
-    name: str
-    depth: str
-    sublayers: tuple[tuple[str, ...], ...]
-
-    def at(self, count: int) -> Blocks:
-        """So many of these blocks."""
-        return Blocks(name=self.name, count=count, sublayers=self.sublayers)
-
-
-def below(module: str, linears: Sequence[str]) -> tuple[str, ...]:
-    """Names of the linears of a module, as a pattern lists them."""
-    return tuple(f"{module}.{linear}" for linear in linears)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoder(Family):
-    """A family of encoder-decoders whose blocks are known by name."""
-
-    patterns: Mapping[str, BlockPattern]
-    """By stack, in the model's own order."""
+    """A family of encoder-decoders."""
 
     peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
-
-    # -- blocks and linears ----------------------------------------------------------------------
-
-    def blocks(self, config: Any) -> dict[str, Blocks]:
-        """The blocks of encoder and decoder."""
-        return {
-            stack: pattern.at(getattr(config, pattern.depth))
-            for stack, pattern in self.patterns.items()
-        }
-
-    def blocks_of(self, names: Sequence[str]) -> dict[str, Blocks]:
-        """As many blocks as leave fewest of the named ones missing or too many."""
-        seen: dict[str, set[int]] = {stack: set() for stack in self.patterns}
-        for position in map(self.find_position, names):
-            if position is not None:
-                seen[position.stack].add(position.block)
-        return {
-            stack: self.patterns[stack].at(_likeliest_depth(numbers))
-            for stack, numbers in seen.items()
-        }
-
-    def find_position(self, name: str) -> Position | None:
-        """Where the linear of this name sits, if it is one of the family's."""
-        for stack, pattern in self.patterns.items():
-            number, _, linear = name.removeprefix(f"{pattern.name}.").partition(".")
-            for sublayer, linears in enumerate(pattern.sublayers):
-                if linear in linears and name == f"{pattern.name}.{number}.{linear}":
-                    return Position(stack, int(number), sublayer) if number.isdecimal() else None
-        return None
-
-    def find_prefix(self, name: str) -> int | None:
-        """Where the name of a block begins in a longer name; None if there is none in it."""
-        places = (name.find(f"{pattern.name}.") for pattern in self.patterns.values())
-        return min((place for place in places if place >= 0), default=None)
-
-    def resize(self, config: Any, depths: Mapping[str, int]) -> Any:
-        """The configuration with so many blocks per stack."""
-        resized = copy.deepcopy(config)
-        for stack, count in depths.items():
-            setattr(resized, self.patterns[stack].depth, count)
-        return resized
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -196,9 +133,3 @@ def shut_between(choices_BD: Tensor, dtype: torch.dtype) -> Tensor:
     is_open_BDD = (choices_BD[:, :, None] == choices_BD[:, None, :]).tril()
     shut = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=choices_BD.device)
     return torch.where(is_open_BDD, torch.zeros_like(shut), shut)[:, None]
-
-
-def _likeliest_depth(numbers: set[int]) -> int:
-    """Number of blocks of a stack for which fewest of the blocks seen are missing or too many."""
-    depths = (number + 1 for number in sorted(numbers, reverse=True))
-    return min(depths, key=lambda n: n - 2 * sum(seen < n for seen in numbers), default=1)

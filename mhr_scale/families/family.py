@@ -1,13 +1,13 @@
 """What differs between backbones: the questions that one object per family answers.
 
 Nothing outside this room names a model type, a class or a module of one architecture, or asks
-whether a backbone has an encoder. Two forms cover all: encoder-decoder (`encoder_decoder`), and
-decoder-only, which answers the same questions. A family is stateless; a model's configuration is
-handed to it.
+whether a backbone has an encoder. Two forms cover all: encoder-decoder (`encoder_decoder`) and
+decoder-only (`causal`). Blocks are known by name (`t5`) or found in the module (`discovered`). A
+family is stateless; a model's configuration is handed to it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 
 Side = Literal["input", "target"]
+#: Layouts that every family has: all linears of the blocks; keys, values and what is multiplied by
+#: the feed-forward's gate; all of attention.
+LAYOUTS = ("full", "light", "attention")
 
 
 class Settings(Protocol):
@@ -47,22 +50,33 @@ class Position(NamedTuple):
 class Blocks:
     """The blocks of one stack: the module that lists them, their number, and what lies in each.
 
-    `sublayers` are the linears of each sub-layer by their names below the block, in the model's own
-    order.
+    `sublayers` are the linears of each sub-layer by their names below the block, in the order in
+    which adapters list them. `frozen` are names of linears, or of modules with weights of linears,
+    that no adapter can be attached to: experts.
     """
 
     name: str
     count: int
     sublayers: tuple[tuple[str, ...], ...]
+    frozen: tuple[str, ...] = ()
+    is_whole: bool = True
+    """Whether the blocks have no other linears; linears that come by name are those that are named.
+    """
 
-    def list_linears(self, endings: Sequence[str]) -> list[str]:
-        """Names of the linears whose last part is one of `endings`, in the model's own order."""
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names below the block of all linears that adapters can be attached to."""
+        return tuple(linear for linears in self.sublayers for linear in linears)
+
+    def list_linears(
+        self, linears: Collection[str] | None = None, numbers: Collection[int] | None = None
+    ) -> list[str]:
+        """Whole names of these linears (all) in the blocks of these numbers (all), in order."""
         return [
             f"{self.name}.{number}.{linear}"
             for number in range(self.count)
-            for linears in self.sublayers
-            for linear in linears
-            if last_part(linear) in endings
+            for linear in self.linears
+            if (linears is None or linear in linears) and (numbers is None or number in numbers)
         ]
 
     def list_modules(self) -> list[str]:
@@ -79,14 +93,12 @@ def last_part(name: str) -> str:
 class Family(ABC):
     """Everything in which backbones of one family differ from others.
 
-    `layouts` maps a layout to the last name parts of the linears it wraps, `inputs` those linears
-    that do not read the backbone's width to the one whose outputs they read. `abbreviations` are
-    patterns of names with what stands for them in pictures.
+    `inputs` maps the last name parts of those linears that do not read the backbone's width to the
+    one whose outputs they read. `abbreviations` are patterns of names with what stands for them in
+    pictures.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    layouts: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, str] = field(default_factory=dict)
     abbreviations: tuple[tuple[str, str], ...] = ()
 
@@ -100,14 +112,24 @@ class Family(ABC):
     """Fields of a configuration that a recipe may leave out."""
     default_tokenizer: ClassVar[str] = "byt5"
     """The tokenizer of random weights."""
+    special_tokens: ClassVar[tuple[str, ...]] = ("pad_token", "eos_token")
+    """Tokens that a tokenizer has to have, the same as its backbone."""
     cut_side: ClassVar[Literal["left", "right"]] = "right"
     """Where an input that is too long loses tokens."""
 
     # -- configuration ---------------------------------------------------------------------------
 
+    @abstractmethod
+    def knows(self, model_type: str) -> bool:
+        """Whether models of this type are of the family, or of a sibling that reads them too."""
+
+    @abstractmethod
+    def list_types(self) -> Sequence[str]:
+        """The model types of the family that users know, for messages."""
+
     def matches(self, config: Any) -> bool:
         """Whether a configuration is one of this family."""
-        return config.model_type in self.model_types
+        return self.knows(config.model_type)
 
     @abstractmethod
     def make_config(self, fields: Mapping[str, Any]) -> Any:
@@ -140,13 +162,17 @@ class Family(ABC):
     def linears_of(
         self, raw: Mapping[str, Any]
     ) -> tuple[Mapping[str, Blocks], Mapping[str, tuple[int, int]]] | None:
-        """Blocks by stack, and (in, out) widths by the last part of a linear's name.
+        """Blocks by stack, and the (in, out) widths of their linears by whole name.
 
         As a config.json has them; None if it does not say.
         """
         return None
 
     # -- blocks and linears ----------------------------------------------------------------------
+
+    @abstractmethod
+    def in_layout(self, layout: str, blocks: Blocks) -> tuple[str, ...]:
+        """The linears of a stack's blocks that a layout of `LAYOUTS` adapts, by name below them."""
 
     def writer_of(
         self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
@@ -220,7 +246,7 @@ class Family(ABC):
             module, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(module), parameter, model.get_parameter(target))
 
-    def is_unused(self, name: str) -> bool:
+    def is_unused(self, name: str, config: Any) -> bool:
         """Whether a checkpoint may hold a tensor of this name that no model has any use for."""
         return False
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
-from mhr_scale.families.encoder_decoder import BlockPattern, EncoderDecoder, below
-from mhr_scale.families.family import Blocks, Settings
+from mhr_scale.families.encoder_decoder import EncoderDecoder
+from mhr_scale.families.family import Blocks, Settings, last_part
+from mhr_scale.families.named import BlockPattern, Named, below
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 #: Names that are the embedding by definition of the architecture.
@@ -41,7 +42,7 @@ SIZE_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5(EncoderDecoder):
+class T5(Named, EncoderDecoder):
     """A family of T5s whose feed-forward is gated, or is not."""
 
     is_gated: bool
@@ -145,7 +146,8 @@ class T5(EncoderDecoder):
         }
         inner = n_heads * d_kv
         widths = dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width), "wo": (d_ff, width)}
-        return blocks, {**dict.fromkeys(self.layouts["full"], (width, d_ff)), **widths}
+        linears = [name for stack in blocks.values() for name in stack.list_linears()]
+        return blocks, {name: widths.get(last_part(name), (width, d_ff)) for name in linears}
 
     def writer_of(
         self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
@@ -195,7 +197,7 @@ class T5(EncoderDecoder):
         super().tie(model, ties)
         model.config.tie_word_embeddings = HEAD in ties
 
-    def is_unused(self, name: str) -> bool:
+    def is_unused(self, name: str, config: Any) -> bool:
         """Old checkpoints have a position bias in cross-attention, which none is computed from."""
         return "EncDecAttention" in name and name.endswith(".relative_attention_bias.weight")
 

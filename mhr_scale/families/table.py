@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import BackboneError, LayoutError, first_line, shortened
+from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.family import Family
 from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
 from mhr_scale.run.files import read_object
 
-FAMILIES: tuple[Family, ...] = (GATED, UNGATED)
+FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL)
 #: Tokenizers that need no files, by what a recipe calls them.
 TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
 #: Settings of a config.json: the classes of code beside it, and how its weights were quantised.
@@ -31,7 +32,7 @@ DEFAULT_TYPE = "t5"
 
 
 def _known_types() -> str:
-    return ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.model_types))
+    return ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.list_types()))
 
 
 def find_family(config: Any) -> Family:
@@ -40,8 +41,9 @@ def find_family(config: Any) -> Family:
         if family.matches(config):
             return family
     raise LayoutError(
-        f"no layout for backbones of type '{config.model_type}'; known types: {_known_types()} "
-        "(a new family is one object in mhr_scale/families/table.py)"
+        f"no layout for backbones of type '{config.model_type}'; known types: {_known_types()} and "
+        "other causal language models of transformers (a new family is one object in "
+        "mhr_scale/families/table.py)"
     )
 
 
@@ -50,7 +52,12 @@ def make_config(given: Mapping[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
 
     Raises `BackboneError` if no model has them.
     """
-    family = _of_type(DEFAULT_TYPE)
+    model_type = given.get("model_type", DEFAULT_TYPE)
+    if not _is_known(model_type):
+        raise BackboneError(
+            f"backbone.config: model_type '{model_type}' is of no family; known: {_known_types()}"
+        )
+    family = _of_type(model_type)
     fields = {**family.default_fields, **given}
     _check_tie(fields, "backbone.config")
     config = family.make_config(fields)
@@ -70,10 +77,11 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     if not file.is_file():
         raise BackboneError(f"{folder}: not a backbone folder (no {file.name} here)")
     raw: dict[str, Any] = read_object(file, BackboneError)
-    if not any(raw.get("model_type") in family.model_types for family in FAMILIES):
+    if not _is_known(raw.get("model_type")):
         raise BackboneError(
             f"{folder}: a backbone of type '{raw.get('model_type')}'; use one of type "
-            f"{_known_types()}, or add its family (one object in mhr_scale/families/table.py)"
+            f"{_known_types()}, another causal language model of transformers, or add its family "
+            "(one object in mhr_scale/families/table.py)"
         )
     refuse_code(raw, file, "AutoConfig", "AutoModel")
     _check_tie(raw, str(file))
@@ -114,9 +122,13 @@ def complete(config: Any, family: Family) -> None:
         setattr(config, name, value)
 
 
+def _is_known(model_type: Any) -> bool:
+    return isinstance(model_type, str) and any(family.knows(model_type) for family in FAMILIES)
+
+
 def _of_type(model_type: str) -> Family:
     """The first family of a model type: what it says of configurations holds for all of them."""
-    return next(family for family in FAMILIES if model_type in family.model_types)
+    return next(family for family in FAMILIES if family.knows(model_type))
 
 
 def known_fields(name: str) -> dict[str, Any] | None:

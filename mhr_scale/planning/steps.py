@@ -126,7 +126,10 @@ def fresh(
     """A function that makes a fresh adapter of these settings for a bare model."""
     names = [str(number) for number in range(n_tasks)]
     return lambda model: Adapter(
-        config, find_sites(model, config.layout), task_names=names, row_gradients=row_gradients
+        config,
+        find_sites(model, config.layout, config.blocks),
+        task_names=names,
+        row_gradients=row_gradients,
     )
 
 

@@ -15,7 +15,7 @@ from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import AdapterError, some
 
 #: Settings that have to be those of the adapter: what its tensors are, and what they compute.
-OF_TENSORS = ("kind", "layout", "rank", "alpha", "n_skills", "n_splits", "private")
+OF_TENSORS = ("kind", "layout", "blocks", "rank", "alpha", "n_skills", "n_splits", "private")
 #: These too where both are routed: what a row of the routing tensor is.
 OF_ROUTING = ("granularity", "block_span")
 #: How many names of tasks are listed at most.

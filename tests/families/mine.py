@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhr_scale.families.encoder_decoder import BlockPattern, EncoderDecoder, below
+from mhr_scale.families.encoder_decoder import EncoderDecoder
+from mhr_scale.families.named import BlockPattern, Named, below
 
 
 @dataclass
@@ -143,7 +144,7 @@ def make_mine(**changes: Any) -> Mine:
         return Mine(MineConfig(**changes))
 
 
-class MineFamily(EncoderDecoder):
+class MineFamily(Named, EncoderDecoder):
     """What the package asks about it."""
 
     def make_config(self, fields: Mapping[str, Any]) -> MineConfig:
