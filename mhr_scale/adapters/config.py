@@ -1,6 +1,7 @@
 """The adapter section of a recipe."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -146,3 +147,14 @@ def block_numbers(text: str) -> tuple[int, ...]:
             )
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(numbers))
+
+
+def block_ranges(numbers: Iterable[int]) -> str:
+    """Numbers of blocks as `adapter.blocks` says them."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)

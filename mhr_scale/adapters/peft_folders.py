@@ -175,6 +175,7 @@ def _write(
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
         "width": backbone_width(adapter.sites),
+        "blocks": adapter.config.blocks,
     }
     config = {
         **settings,
@@ -329,7 +330,8 @@ def _build(
     place, n_splits = str(find_tensors(folder)), fields.get("n_splits", 1)
     if layout is None:
         widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
-        layout = find_layout(widths, place=place)
+        blocks = read_note(folder).get("blocks")
+        layout = find_layout(widths, place=place, blocks=blocks)
     found, sites = layout
     given = read_note(folder).get("task_names") if task_names is None else task_names
     names = name_tasks(given, n_tasks, place=place)

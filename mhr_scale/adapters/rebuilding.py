@@ -141,11 +141,14 @@ def widths_of(
 
 
 def find_layout(
-    widths: Mapping[str, tuple[int, int]], *, place: str
+    widths: Mapping[str, tuple[int, int]], *, place: str, blocks: str | None = None
 ) -> tuple[Layout, tuple[Site, ...]]:
-    """Layout and sites of linears; `AdapterError` names those that fit no layout."""
+    """Layout and sites of linears, in `blocks` if it says so.
+
+    `AdapterError` names linears that fit no layout.
+    """
     try:
-        return recognise_sites(widths)
+        return recognise_sites(widths, blocks=blocks)
     except LayoutError as error:
         raise AdapterError(f"{place}: {error}") from error
 

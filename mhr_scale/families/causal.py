@@ -49,6 +49,10 @@ class Causal(Discovered):
 
         return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    def matches(self, config: Any) -> bool:
+        """By model type; a type may name an encoder-decoder too, whose decoder alone is known."""
+        return self.knows(config.model_type) and not getattr(config, "is_encoder_decoder", False)
+
     def list_types(self) -> Sequence[str]:
         """Those that are tested."""
         return KNOWN_TYPES

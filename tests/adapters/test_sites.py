@@ -65,8 +65,8 @@ def test_an_unknown_layout_lists_the_known_ones_and_suggests_one():
 
 def test_an_unknown_backbone_lists_the_known_types():
     model = make_t5()
-    model.config.model_type = "bart"
-    with pytest.raises(LayoutError, match=r"type 'bart'; known types: t5, mt5 "):
+    model.config.model_type = "bart"  # which also is what a decoder alone is called
+    with pytest.raises(LayoutError, match=r"type 'bart'; known types: t5, mt5, "):
         find_sites(model, "full")
 
 
