@@ -94,11 +94,9 @@ def _unmatched(end: str, stacks: Mapping[str, Blocks]) -> LayoutError:
     for blocks in stacks.values():
         for name in blocks.frozen:
             if _is_named(name, end) or _is_named(name, f"{end}.weight"):
-                owner = (
-                    "experts" if is_of_experts(name) else "some blocks, or stands beside experts"
-                )
+                where = "of experts" if is_of_experts(name) else "of some blocks, or beside experts"
                 return LayoutError(
-                    f"adapter.layout: '{end}' is of {owner} ({blocks.name}.*.{name}) and stays "
+                    f"adapter.layout: '{end}' is {where} ({name} in {blocks.name}) and stays "
                     "frozen; adapt linears that every block has, as `layout: attention` does"
                 )
     known = dict.fromkeys(last_part(n) for blocks in stacks.values() for n in blocks.linears)
@@ -146,7 +144,7 @@ def _ends_of(stacks: Mapping[str, Blocks], names: Sequence[str]) -> tuple[str, .
     pairs = [(linear, blocks) for blocks in stacks.values() for linear in blocks.linears]
     chosen = [n for n, blocks in pairs if not given.isdisjoint(blocks.list_linears((n,)))]
     others = [n for n, _ in pairs if n not in chosen]
-    ends = {}
+    ends: dict[str, None] = {}
     for linear in chosen:
         parts = linear.split(".")
         tails = [".".join(parts[n:]) for n in reversed(range(len(parts)))]

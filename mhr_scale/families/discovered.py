@@ -102,6 +102,7 @@ def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
         frozen |= dict.fromkeys(n for n in [*linears, *experts] if n not in own)
         adaptable.append(set(own))
     shared = in_order(set.intersection(*adaptable))
+    frozen |= dict.fromkeys(n for own in adaptable for n in sorted(own) if n not in shared)
     sublayers = tuple(tuple(n for n in shared if part_of(n) == part) for part in PARTS)
     return Blocks(name=name, count=len(blocks), sublayers=sublayers, frozen=tuple(frozen))
 
@@ -123,6 +124,8 @@ def find(family: "Discovered", config: Any) -> Found:
 class Discovered(Family):
     """A family of all models of one form, whatever their linears are called."""
 
+    stacks: ClassVar[tuple[str, ...]] = (DECODER,)
+    """Stacks whose blocks the family has."""
     peft_feed_forward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "fc_out")
     default_fields: ClassVar[Mapping[str, Any]] = {
         "pad_token_id": 0,
@@ -158,6 +161,10 @@ class Discovered(Family):
         """The width of the residual stream."""
         config = self._read(raw)
         return None if config is None else int(config.hidden_size)
+
+    def is_of(self, raw: Mapping[str, Any]) -> bool:
+        """By model type."""
+        return self.knows(str(raw.get("model_type")))
 
     def linears_of(
         self, raw: Mapping[str, Any]
@@ -202,16 +209,16 @@ class Discovered(Family):
         lists: dict[str, str] = {}
         for name in names:
             match = BLOCKS.match(name)
-            if match is not None:
-                stack = match["stack"] or DECODER
+            stack = (match["stack"] or DECODER) if match else ""
+            if match is not None and stack in self.stacks:
                 lists[stack] = match["list"]
                 numbers.setdefault(stack, set()).add(int(match["block"]))
                 linears.setdefault(stack, set()).add(name[match.end() :])
         found = {}
-        for stack, name in lists.items():
+        for stack in (one for one in self.stacks if one in lists):
             ordered = in_order(linears[stack])
             found[stack] = Blocks(
-                name=name,
+                name=lists[stack],
                 count=likeliest_depth(numbers[stack]),
                 sublayers=tuple(tuple(n for n in ordered if part_of(n) == part) for part in PARTS),
                 is_whole=False,
@@ -221,10 +228,11 @@ class Discovered(Family):
     def find_position(self, name: str) -> Position | None:
         """Where a linear sits, by its name."""
         match = BLOCKS.match(name)
-        if match is None:
+        stack = (match["stack"] or DECODER) if match else ""
+        if match is None or stack not in self.stacks:
             return None
         part = PARTS.index(part_of(name[match.end() :]))
-        return Position(match["stack"] or DECODER, int(match["block"]), part)
+        return Position(stack, int(match["block"]), part)
 
     def find_prefix(self, name: str) -> int | None:
         """Where the name of a block begins in a longer name; None if there is none in it."""

@@ -1,4 +1,4 @@
-"""T5 and mT5: names of their linears, their configuration, ties, weights and start token."""
+"""T5, mT5 and umT5: names of their linears, their configuration, ties, weights and start token."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
+from mhr_scale.families.discovered import config_class
 from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
 from mhr_scale.families.named import BlockPattern, Named, below
@@ -58,16 +59,19 @@ class T5(Named, EncoderDecoder):
         return config.model_type in self.model_types and is_gated == self.is_gated
 
     def make_config(self, fields: Mapping[str, Any]) -> Any:
-        """transformers' T5Config of a recipe's fields; raises `BackboneError` if no T5 has them."""
-        from transformers import T5Config
+        """transformers' configuration of a recipe's fields, and of their type if they say one.
 
-        known = {field.name for field in dataclasses.fields(T5Config)}
+        Raises `BackboneError` if no T5 has them.
+        """
+        kind = config_class(fields.get("model_type", self.model_types[0]))
+        given = {name: value for name, value in fields.items() if name != "model_type"}
+        known = {field.name for field in dataclasses.fields(kind)}
         known |= {"tie_word_embeddings", "decoder_start_token_id"}
-        for name in sorted(set(fields) - known):
+        for name in sorted(set(given) - known):
             hint = did_you_mean(name, known)
             raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
         try:
-            return T5Config(**fields)
+            return kind(**given)
         except Exception as error:
             raise BackboneError(f"backbone.config: {first_line(error)}") from error
 
@@ -168,11 +172,10 @@ class T5(Named, EncoderDecoder):
     # -- the module ------------------------------------------------------------------------------
 
     def model_class(self, config: Any) -> Any:
-        """The class of T5, or of mT5."""
-        from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+        """transformers' class for the type of the configuration."""
+        from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-        is_mt5 = config.model_type == "mt5"
-        return MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
     def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
         """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone."""
@@ -193,9 +196,13 @@ class T5(Named, EncoderDecoder):
         return dict.fromkeys((*EMBEDDING_ALIASES, *((HEAD,) if is_tied else ())), EMBEDDING)
 
     def tie(self, model: Any, ties: Mapping[str, str]) -> None:
-        """Make the tied parameters one, and let the configuration say so."""
+        """Make the tied parameters one, and let the configuration say so.
+
+        That of umT5 says of itself whether states are scaled before the head, whatever is tied.
+        """
         super().tie(model, ties)
-        model.config.tie_word_embeddings = HEAD in ties
+        if model.config.model_type != "umt5":
+            model.config.tie_word_embeddings = HEAD in ties
 
     def is_unused(self, name: str, config: Any) -> bool:
         """Old checkpoints have a position bias in cross-attention, which none is computed from."""
@@ -322,8 +329,8 @@ ABBREVIATIONS = (
 )
 
 GATED = _make_family(
-    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
-    model_types=("t5", "mt5"),
+    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, umT5)",
+    model_types=("t5", "mt5", "umt5"),
     wide=("wi_0", "wi_1"),
 )
 UNGATED = _make_family(name="T5 v1.0 (ungated)", model_types=("t5",), wide=("wi",))

@@ -28,6 +28,8 @@ def install(model: nn.Module, settings: Settings) -> None:
     """
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("M")
+        if kind != "UMT5Attention":  # which has a position bias in every layer, and hands none on
+            kind = kind.removeprefix("UM")
         part: Any = None
         if kind == "T5Attention" and settings.fused_attention:
             part = CrossAttention if name.endswith("EncDecAttention") else SelfAttention

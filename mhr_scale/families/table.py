@@ -13,9 +13,10 @@ from mhr_scale.errors import BackboneError, LayoutError, first_line, shortened
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.family import Family
 from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
+from mhr_scale.families.t5gemma import T5GEMMA
 from mhr_scale.run.files import read_object
 
-FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL)
+FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL, T5GEMMA)
 #: Tokenizers that need no files, by what a recipe calls them.
 TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
 #: Settings of a config.json: the classes of code beside it, and how its weights were quantised.

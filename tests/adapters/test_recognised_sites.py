@@ -23,7 +23,7 @@ def test_sites_are_recognised_by_name_in_the_order_of_the_model(layout, backbone
     [
         ("encoder.block.1.", 3),
         ("decoder.block.0", 5),
-        ("encoder.block.1.layer.0.SelfAttention.v", 1),
+        (".block.1.layer.1.EncDecAttention.v", 1),
     ],
 )
 def test_sites_that_are_not_all_there_are_named(drop, count):
