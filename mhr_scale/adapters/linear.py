@@ -40,10 +40,14 @@ class RowMap:
             slot for slot in range(self.n_slots) for _ in range(count)
         )
 
-    def fits(self, n_rows: int) -> bool:
-        """Whether a pass of so many rows is one of these examples."""
-        n = len(self.slot_of_row)
-        return n_rows in (n, n * self.rows_per_example) or n == 1
+    def fits(self, x: Tensor) -> bool:
+        """Whether an input (rows, ..., I) is one of these examples.
+
+        Some blocks flatten rows and tokens into one dimension: then x has a multiple of the rows.
+        """
+        n, n_rows = len(self.slot_of_row), x.shape[0]
+        is_flat = x.dim() == 2 and n_rows % n == 0
+        return n_rows in (n, n * self.rows_per_example) or n == 1 or is_flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +111,7 @@ class _Adapted(nn.Module):
                 f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
                 "or inside `with adapter.off()` for the bare backbone"
             )
-        if not slots.rows.fits(x.shape[0]):
+        if not slots.rows.fits(x):
             raise AdapterError(
                 f"{self.name} got {x.shape[0]} rows under slots made for "
                 f"{len(slots.rows.slot_of_row)} examples; give one task id per example, or "

@@ -126,10 +126,14 @@ def read_note(folder: Path) -> dict[str, Any]:
         "temperature": float,
         "width": int,
         "blocks": str,
+        "reads": dict,
     }
     for name, kind in kinds.items():
         if not isinstance(note.get(name, kind()), kind):
             raise AdapterError(f"{folder / NOTE}: {name} is {note[name]!r}")
+    for linear, size in note.get("reads", {}).items():
+        if type(size) is not int or size < 1:
+            raise AdapterError(f"{folder / NOTE}: reads.{linear} is {size!r}")
     return note
 
 

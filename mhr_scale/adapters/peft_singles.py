@@ -223,6 +223,8 @@ def to_outputs(
             writer = family.writer_of(linear, raw, has_negative=has_negative)
             if writer is None:
                 what = f"feedforward_modules {inputs}, which scales the inputs of {linear}"
+                if raw is None:
+                    what += f" in a backbone that is not found ({SET_BACKBONE})"
                 raise refusal(folder, what)
             name = f"{writer}.l"
         if tensor.ndim == 2 and tensor.shape[0 if is_input else 1] == 1:

@@ -31,6 +31,9 @@ KNOWN_TYPES = (
 #: Kinds of layers whose masks are made here; all others keep a state of the whole text.
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
 
+#: What of a packed row's inputs is for masks and logits, and no argument of the model.
+OUR_OWN = frozenset({"branches", "sources"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Discovered):
@@ -213,7 +216,8 @@ class Causal(Discovered):
 
 
 def _tokens(packed: Packed) -> dict[str, Tensor]:
-    return {name: packed.inputs[name] for name in ("input_ids", "position_ids")}
+    """What the model is called with, masks apart; others may have put more there than `pack`."""
+    return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
 
 
 def _masks(model: Any, packed: Packed) -> Any:
@@ -241,7 +245,15 @@ def pad_of(config: Any) -> int:
 
 CAUSAL = Causal(
     name="causal language models",
-    inputs={"o_proj": "v_proj", "down_proj": "up_proj"},
+    inputs={
+        "o_proj": "q_proj",
+        "out_proj": "q_proj",
+        "down_proj": "up_proj",
+        "fc2": "fc1",
+        "fc_out": "fc_in",
+        "dense_4h_to_h": "dense_h_to_4h",
+        "c_proj": "c_fc",
+    },
     abbreviations=(
         (r"\b(?:model|transformer|gpt_neox)\.(?:decoder\.)?(?:layers|h|blocks)\.", "dec."),
         (r"\bself_attn\.|\battn\.|\bself_attention\.|\battention\.", ""),

@@ -26,6 +26,7 @@ from mhr_scale.families.linear_names import (
     is_complete,
     is_of_experts,
     part_of,
+    role_of,
 )
 from mhr_scale.families.named import likeliest_depth
 
@@ -38,6 +39,9 @@ BLOCKS = re.compile(
 DECODER = "decoder"
 #: Fields of a configuration that say nothing of the model's computation.
 OUTSIDE = frozenset({"architectures", "transformers_version", "torch_dtype", "dtype", "model_type"})
+
+#: What configurations call the activation of feed-forwards.
+ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")
 
 
 class Found:
@@ -107,6 +111,12 @@ def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
     return Blocks(name=name, count=len(blocks), sublayers=sublayers, frozen=tuple(frozen))
 
 
+def _role(name: str) -> str | None:
+    """What a linear of this whole name computes."""
+    match = BLOCKS.match(name)
+    return None if match is None else role_of(name[match.end() :])
+
+
 _FOUND: dict[tuple[str, str], Found] = {}
 
 
@@ -126,7 +136,9 @@ class Discovered(Family):
 
     stacks: ClassVar[tuple[str, ...]] = (DECODER,)
     """Stacks whose blocks the family has."""
-    peft_feed_forward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "fc_out")
+    peft_feed_forward: ClassVar[tuple[str, ...]] = (
+        *("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj"),
+    )
     default_fields: ClassVar[Mapping[str, Any]] = {
         "pad_token_id": 0,
         "bos_token_id": None,
@@ -197,6 +209,29 @@ class Discovered(Family):
                 f"{' or '.join(other for other in LAYOUTS if other != layout)}"
             )
         return names
+
+    def writer_of(
+        self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
+    ) -> str | None:
+        """What the gate of a feed-forward multiplies; without a gate ReLU lets factors from 0 pass.
+
+        Values before attention, which sums over tokens, unless several queries share them. None
+        where the module is not known, or holds several in one linear.
+        """
+        config = None if raw is None else self._read(raw)
+        if config is None:
+            return None
+        widths = find(self, config).widths
+        place = linear.rpartition(".")[0]
+        roles = {_role(name): name for name in widths if name.rpartition(".")[0] == place}
+        if linear == roles.get("output") and "value" in roles:
+            is_alone = widths[linear][0] == widths[roles["value"]][1]
+            return roles["value"] if is_alone else None
+        if linear != roles.get("down") or "up" not in roles:
+            return None
+        names = (getattr(config, name, None) for name in ACTIVATIONS)
+        passes = "relu" in names and not has_negative
+        return roles["up"] if "gate" in roles or passes else None
 
     def blocks(self, config: Any) -> dict[str, Blocks]:
         """As the module has them."""

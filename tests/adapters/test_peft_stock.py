@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_folders import GATED, LORA, MHR, UNGATED, WITHOUT_OTHERS, edit, make, write
 from processes import run_code
 from safetensors.torch import load_file, save_file
-from stock_peft import TASK_IDS, load_stock, make_stock, native_logits, stock_logits
+from stock_peft import TASK_IDS, assert_close, load_stock, make_stock, native_logits, stock_logits
 from tiny import TASKS, attach_copy, make_batch, make_t5
 
 from mhr_scale.adapters import artefact, find_sites, peft_folders
@@ -18,11 +18,6 @@ from mhr_scale.errors import AdapterError
 from mhr_scale.training.optim import Adafactor
 
 pytestmark = WITHOUT_OTHERS
-
-
-def assert_close(found, expected, relative):
-    largest = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=relative * largest)
 
 
 # --- what stock PEFT makes of our folders

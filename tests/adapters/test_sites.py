@@ -93,8 +93,8 @@ def test_linears_that_are_missing_name_the_family_and_both_counts(change, found)
     with pytest.raises(LayoutError) as caught:
         find_sites(model, "full")
     assert (
-        f"layout 'full' matches {found} linears of a T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, umT5) "
-        "model with 2+2 blocks, expected 36"
+        f"layout 'full' matches {found} linears of a T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, "
+        "umT5) model with 2+2 blocks, expected 36"
     ) in str(caught.value)
 
 
