@@ -93,7 +93,7 @@ def _unmatched(end: str, stacks: Mapping[str, Blocks]) -> LayoutError:
     """The error for an end of a name that no linear of every block has."""
     for blocks in stacks.values():
         for name in blocks.frozen:
-            if _is_named(name, end) or _is_named(name, f"{end}.weight"):
+            if f".{end}." in f".{name}.":
                 where = "of experts" if is_of_experts(name) else "of some blocks, or beside experts"
                 return LayoutError(
                     f"adapter.layout: '{end}' is {where} ({name} in {blocks.name}) and stays "
