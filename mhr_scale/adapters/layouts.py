@@ -7,7 +7,7 @@ and ranges from 0: `8-15`, `0-3,28-31`; in a backbone with two stacks, those of 
 
 A linear that holds several projections (`qkv_proj`, `query_key_value`, `gate_up_proj`) is one
 linear of the whole width here: it has one pair per skill, and `light`, which asks for keys and
-values, adapts the one that holds them among others as a whole (docs/method.md 5).
+values, adapts the one that holds them among others as a whole (docs/method.md 1).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
