@@ -30,7 +30,7 @@ from mhr_scale.backbone.weights import SafetensorsSource, read_whole
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.table import QUANTISED
-from mhr_scale.run.files import read_object, write_json
+from mhr_scale.run.files import write_json
 from mhr_scale.run.runlog import ByteProgress
 
 #: Files of a backbone folder that belong to a merged one too.
@@ -130,12 +130,7 @@ def write_companions(
     says of quantised linears.
     """
     family, model_config = blueprint.family, blueprint.model_config
-    raw: dict[str, Any] = {
-        "model_type": model_config.model_type,
-        **blueprint.facts.get("config", {}),
-    }
-    if blueprint.folder is not None:
-        raw = read_object(blueprint.folder / "config.json", BackboneError)
+    raw = family.own_fields(blueprint.raw)
     raw["architectures"] = [family.model_class(model_config).__name__]
     for name, value in family.required_fields(model_config).items():
         if raw.get(name) is None:
