@@ -59,7 +59,7 @@ def convert(config: ConvertConfig) -> Path:
             f"backbone.name: {config.backbone.name} holds {blueprint.quantise} weights; convert "
             "what they were made from"
         )
-    quantise.check_widths(config.quantise, blueprint, "quantise")
+    quantise.check_linears(config.quantise, blueprint, "quantise")
     weights, left_out = conversion.plan(blueprint, config.dtype)
     laid_out = conversion.lay_out(blueprint, weights, config.quantise)
     questions = make_questions(config, settings, blueprint)
