@@ -54,12 +54,15 @@ def check_linears(kind: str, blueprint: Blueprint, place: str) -> None:
         return
     with torch.device("meta"):
         model = make_model(blueprint)
-    odd = next((name for name, module in model.named_modules() if is_transposed(module)), None)
-    if odd is not None:
-        raise BackboneError(
-            f"{place}: {odd} is a {type(model.get_submodule(odd)).__name__}, whose weight lies "
-            "transposed, and is not quantised; set it to none"
+    for name, module in model.named_modules():
+        is_odd = is_transposed(module) or (
+            isinstance(module, nn.Linear) and type(module) is not nn.Linear
         )
+        if is_odd and blueprint.family.is_in_block(name, blueprint.model_config):
+            raise BackboneError(
+                f"{place}: {name} is a {type(module).__name__}, and only plain linears are "
+                "quantised; set it to none"
+            )
     if kind != "nf4":
         return
     linears = list_linears(model, blueprint).items()

@@ -5,17 +5,18 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from small_causal import (
+from causal_folders import (
     FAMILIES,
+    SEEING,
     SIZES,
-    enlarge,
     furthest,
     packed_logits,
     plain_logits,
     small_causal,
+    small_seeing,
     write_causal,
 )
+from safetensors.torch import load_file, save_file
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
@@ -135,37 +136,11 @@ def test_an_expert_is_read_without_the_others(tmp_path):
 
 # -- models that see ------------------------------------------------------------------------------
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-SEEING = {
-    "gemma3": {"mm_tokens_per_image": 4},
-    "mistral3": {"vision_feature_layer": -1, "tie_word_embeddings": False},
-}
-TEXT = {"gemma3": "gemma3", "mistral3": "mistral"}
-
-
-@pytest.fixture(params=SEEING)
-def seeing(request):
-    """A vision-language model whose parts are small."""
-    kind, text = request.param, FAMILIES[TEXT[request.param]][1]
-    text = {**text, "model_type": {"gemma3": "gemma3_text"}.get(kind, "mistral")}
-    vision = {**VISION, "model_type": {"gemma3": "siglip_vision_model"}.get(kind, "pixtral")}
-    config = transformers.AutoConfig.for_model(
-        kind, text_config=text, vision_config=vision, **SEEING[kind]
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return enlarge(transformers.AutoModelForImageTextToText.from_config(config))
-
 
 @pytest.mark.parametrize("is_old", [True, False])
-def test_the_text_model_of_one_that_sees_is_used(tmp_path, build, seeing, is_old):
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_text_model_of_one_that_sees_is_used(tmp_path, build, kind, is_old):
+    seeing = small_seeing(kind)
     seeing.save_pretrained(tmp_path, save_original_format=is_old)
     blueprint = read_blueprint(BackboneConfig(name=str(tmp_path)))
     assert any("vision" in name for name in blueprint.arrangement.unused)

@@ -56,7 +56,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("MixtralConfig", {**GROUPED, **EXPERTS, "num_local_experts": 4}),
 }
-#: What one of each other way of storing does to a folder, by the name of the family it is done to.
+#: Vision-language models: the family of their text model, its type, and the rest of the fields.
+SEEING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("gemma3", "gemma3_text", {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", "mistral", {"vision_feature_layer": -1, "tie_word_embeddings": False}),
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+#: Tokens of prompts and of their answers.
 PROMPTS = ((11, (3, 1, 4)), (7, (2,)), (13, (1, 2)))
 
 
@@ -67,6 +80,21 @@ def small_causal(family: str, **changes: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return enlarge(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def small_seeing(kind: str) -> Any:
+    """A vision-language model whose parts are small."""
+    family, text, fields = SEEING[kind]
+    vision = {"gemma3": "siglip_vision_model"}.get(kind, "pixtral")
+    config = transformers.AutoConfig.for_model(
+        kind,
+        text_config={**FAMILIES[family][1], "model_type": text},
+        vision_config={**VISION, "model_type": vision},
+        **fields,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return enlarge(transformers.AutoModelForImageTextToText.from_config(config))
 
 
 def enlarge(model: Any) -> Any:
@@ -103,11 +131,11 @@ def plain_logits(model: nn.Module) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
-def packed_logits(model: Any, family: Any) -> list[Tensor]:
+def packed_logits(model: Any, family: Any, *, gradient: bool = False) -> list[Tensor]:
     """The same of one pass over all rows, answers side by side."""
     packed = family.pack(make_rows(), model.config)
-    logits = family.logits(model, packed).float()
+    with torch.set_grad_enabled(gradient):
+        logits = family.logits(model, packed).float()
     return [
         logits[number, start : start + len(answer)]
         for number, row in enumerate(packed.rows)
