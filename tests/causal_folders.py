@@ -8,6 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mhr_scale.adapters import Adapter, AdapterConfig
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.backbone.of_adapter import find_sites_of
+from mhr_scale.config import BackboneConfig
+from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import place
 from mhr_scale.families.packed import EncodedRow
 
 SIZES = {
@@ -141,6 +147,28 @@ def packed_logits(model: Any, family: Any, *, gradient: bool = False) -> list[Te
         for number, row in enumerate(packed.rows)
         for start, answer in zip(packed.starts[number], row.answers, strict=True)
     ]
+
+
+def adapter_gradients(engine: Engine, folder: Path, recompute: Any) -> tuple[list[Tensor], int]:
+    """Of the tensors of an MHR adapter on attention, and how often the first linear ran."""
+    config = BackboneConfig(name=str(folder), dtype="float32", recompute=recompute)
+    blueprint = read_blueprint(config)
+    settings = AdapterConfig(n_skills=2, n_splits=2, layout="attention")
+    sites = find_sites_of(blueprint, settings)
+    adapter = Adapter(settings, sites, task_names=("a", "b", "c"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    placed = place(engine, config, blueprint, sites)
+    adapter.bind(placed.adapted)
+    placed.model.train()
+    calls: list[None] = []
+    placed.model.get_submodule(sites[0].name).register_forward_hook(lambda *_: calls.append(None))
+    with adapter.slots([0, 1, 2]) as slots:
+        logits = packed_logits(placed.model, placed.family, gradient=True)
+        slots.backward(torch.stack([one.logsumexp(-1).sum() for one in logits]).sum())
+    engine.after_backward()
+    return [p.grad for p in adapter.parameters() if p.grad is not None], len(calls)
 
 
 def furthest(ours: list[Tensor], theirs: list[Tensor]) -> float:

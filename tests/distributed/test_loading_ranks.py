@@ -91,6 +91,13 @@ def test_logits_of_every_causal_family_over_two_sharded_ranks_are_those_of_a_pla
         assert {name: size for name, size in differences.items() if not size < 1e-5} == {}
 
 
+def test_sharded_and_recomputed_gradients_are_the_replicated_ones_bit_for_bit(
+    causal_ranks: list[dict[str, Any]],
+) -> None:
+    for found in causal_ranks:
+        assert set(found["same gradients"].values()) == {True}
+
+
 def test_rotary_frequencies_are_not_rounded_where_weights_are(
     causal_ranks: list[dict[str, Any]],
 ) -> None:

@@ -1,6 +1,5 @@
 """Decoder-only backbones are converted, quantised, merged and fine-tuned as T5s are."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import pytest
 import torch
 import transformers
 from causal_folders import (
+    adapter_gradients,
     furthest,
-    packed_logits,
     plain_logits,
     small_causal,
     small_seeing,
@@ -24,7 +23,6 @@ from mhr_scale.adapters import Adapter, AdapterConfig, artefact, attach, find_si
 from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.peft_folders import write_peft_lora
 from mhr_scale.backbone.blueprint import make_model, read_blueprint
-from mhr_scale.backbone.of_adapter import find_sites_of
 from mhr_scale.backbone.quantised_parts import keep_format
 from mhr_scale.config import BackboneConfig, ConvertConfig, OriginConfig
 from mhr_scale.engine.engine import Engine
@@ -86,7 +84,7 @@ def test_a_converted_folder_is_what_transformers_reads_of_it(
     theirs = stock_logits(tmp_path / "out", getattr(torch, dtype))
     assert furthest(plain_logits(placed.model), theirs) == 0.0
     exact = plain_logits(small_causal(family, **changes))
-    assert furthest(theirs, exact) < {"int8": 0.1, "nf4": 0.5}.get(quantise, 0.05)
+    assert furthest(theirs, exact) < {"int8": 0.1, "nf4": 1.0}.get(quantise, 0.05)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
@@ -147,35 +145,15 @@ def test_a_merged_folder_is_the_adapter_on_its_backbone(
 # -- recompute and fine-tune -----------------------------------------------------------------------
 
 
-def gradients(folder: Path, recompute: Any) -> list[Tensor]:
-    """Of all adapter tensors, and how often the first linear ran."""
-    config = BackboneConfig(name=str(folder), dtype="float32", recompute=recompute)
-    blueprint = read_blueprint(config)
-    settings = AdapterConfig(n_skills=2, n_splits=2, layout="attention")
-    sites = find_sites_of(blueprint, settings)
-    adapter = Adapter(settings, sites, task_names=("a", "b", "c"))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapter.parameters():
-        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    placed = place(Engine({}, timeout_seconds=60), config, blueprint, sites)
-    adapter.bind(placed.adapted)
-    placed.model.train()
-    calls: list[Sequence[Any]] = []
-    placed.model.get_submodule(sites[0].name).register_forward_hook(lambda *seen: calls.append(()))
-    with adapter.slots([0, 1, 2]) as slots:
-        logits = packed_logits(placed.model, placed.family, gradient=True)
-        slots.backward(sum(one.logsumexp(-1).sum() for one in logits))
-    assert len(calls) == (1 if recompute == "none" else 2)
-    return [p.grad for p in adapter.parameters() if p.grad is not None]
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3 moe", "gpt2", "falcon new", "opt"])
 def test_recomputation_changes_no_bit(tmp_path: Path, family: str) -> None:
     folder = write_causal(tmp_path, family)
-    plain = gradients(folder, "none")
-    assert plain
+    engine = Engine({}, timeout_seconds=60)
+    plain, n_calls = adapter_gradients(engine, folder, "none")
+    assert (len(plain) > 2, n_calls) == (True, 1)
     for mode in ("reentrant", "non_reentrant"):
-        again = gradients(folder, mode)
+        again, n_calls = adapter_gradients(engine, folder, mode)
+        assert n_calls == 2
         assert all(map(torch.equal, plain, again))
 
 

@@ -21,9 +21,12 @@ from mhr_scale.verbs.launching import guarded
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from causal_folders import furthest, packed_logits, plain_logits  # noqa: E402
+from causal_folders import adapter_gradients, furthest, packed_logits, plain_logits  # noqa: E402
 
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+#: Families whose gradients are compared bit for bit.
+SAME = ("llama", "qwen3", "qwen3 moe", "mixtral", "gpt2")
 
 
 def measure(engine: Engine, folder: Path, dtype: str) -> dict[str, Any]:
@@ -46,7 +49,15 @@ def main() -> None:
     folders, out = map(Path, sys.argv[-2:])
     transformers.utils.logging.disable_progress_bar()
     engine = Engine(SHARDED, timeout_seconds=60)
+    replicated = Engine({}, timeout_seconds=60)
+
+    def has_same_gradients(name: str) -> bool:
+        ours, _ = adapter_gradients(engine, folders / name, "reentrant")
+        theirs, _ = adapter_gradients(replicated, folders / name, "none")
+        return len(ours) > 2 and all(map(torch.equal, ours, theirs))
+
     found = {
+        "same gradients": {name: has_same_gradients(name) for name in SAME},
         "float32": {
             path.name: measure(engine, path, "float32") for path in sorted(folders.iterdir())
         },
