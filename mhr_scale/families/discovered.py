@@ -6,19 +6,19 @@ is left alone, as is the feed-forward of a mixture of experts.
 """
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.errors import BackboneError, LayoutError, did_you_mean, first_line
-from mhr_scale.families import composed
+from mhr_scale.errors import BackboneError, LayoutError, first_line
+from mhr_scale.families import composed, model_configs
 from mhr_scale.families.family import LAYOUTS, Blocks, Family, Position, last_part
+from mhr_scale.families.first_weights import make_weight
 from mhr_scale.families.linear_modules import find_widths
 from mhr_scale.families.linear_names import (
     PARTS,
@@ -38,8 +38,6 @@ BLOCKS = re.compile(
 )
 #: The stack of blocks that is not called encoder.
 DECODER = "decoder"
-#: Fields of a configuration that say nothing of the model's computation.
-OUTSIDE = frozenset({"architectures", "transformers_version", "torch_dtype", "dtype", "model_type"})
 
 
 class Found:
@@ -159,23 +157,7 @@ class Discovered(Family):
 
     def make_config(self, fields: Mapping[str, Any]) -> Any:
         """transformers' configuration of a recipe's fields and their `model_type`."""
-        kind = config_class(fields["model_type"])
-        if composed.is_composed(kind):
-            raise BackboneError(
-                f"backbone.config: a {fields['model_type']} is a text model with others; give the "
-                "model_type and the settings of its text model"
-            )
-        given = {name: value for name, value in fields.items() if name not in OUTSIDE}
-        known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-        for name in sorted(set(given) - known):
-            hint = did_you_mean(name, known)
-            raise BackboneError(
-                f"backbone.config: {fields['model_type']} has no setting '{name}'{hint}"
-            )
-        try:
-            return kind(**given)
-        except Exception as error:
-            raise BackboneError(f"backbone.config: {first_line(error)}") from error
+        return model_configs.make_config(fields)
 
     def check_module(self, config: Any, place: str) -> None:
         """Raise `BackboneError` if nothing in the module of a configuration can be adapted."""
@@ -192,11 +174,7 @@ class Discovered(Family):
 
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that the type has and that are set."""
-        raw = self.own_fields(raw)
-        kind = config_class(raw["model_type"])
-        known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-        known = (known - OUTSIDE) | {"model_type"}
-        return {name: value for name, value in raw.items() if name in known}
+        return model_configs.size_fields(self.own_fields(raw))
 
     def width_of(self, raw: Mapping[str, Any]) -> int | None:
         """The width of the residual stream."""
@@ -238,12 +216,7 @@ class Discovered(Family):
             return None
 
     def _read_whole(self, raw: Mapping[str, Any]) -> Any:
-        if not self.knows(str(raw.get("model_type"))):
-            return None
-        try:
-            return config_class(raw["model_type"]).from_dict(dict(raw))
-        except Exception:
-            return None
+        return model_configs.read_config(raw) if self.knows(str(raw.get("model_type"))) else None
 
     # -- blocks and linears ----------------------------------------------------------------------
 
@@ -304,7 +277,8 @@ class Discovered(Family):
         (count,) = depths.values()
         old = config.num_hidden_layers
         for name, value in list(vars(resized).items()):
-            if isinstance(value, list | tuple) and len(value) == old:
+            is_list = isinstance(value, list | tuple) and not name.endswith("_token_id")
+            if is_list and len(value) == old:
                 setattr(resized, name, type(value)(value[n % old] for n in range(count)))
         resized.num_hidden_layers = count
         return resized
@@ -351,25 +325,4 @@ class Discovered(Family):
         self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
     ) -> Tensor:
         """A weight as the architecture's own rules initialise it."""
-        model = find(self, config).model
-        place, _, last = name.rpartition(".")
-        shell = copy.copy(model.get_submodule(place))
-        parameter = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
-        shell._parameters = {**shell._parameters, last: parameter}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(generator.initial_seed())
-            model._init_weights(shell)
-        if parameter.isnan().any():
-            raise BackboneError(
-                f"backbone.config: transformers does not say how {name} of a {config.model_type} "
-                "begins; name a folder with weights"
-            )
-        return parameter.data
-
-
-@lru_cache
-def config_class(model_type: str) -> Any:
-    """transformers' class of configurations of a model type."""
-    from transformers import AutoConfig
-
-    return type(AutoConfig.for_model(model_type))
+        return make_weight(find(self, config).model, name, shape, generator.initial_seed())
