@@ -27,7 +27,7 @@ from mhr_scale.backbone.quantised_parts import keep_format
 from mhr_scale.config import BackboneConfig, ConvertConfig, OriginConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import place
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import AdapterError, BackboneError
 from mhr_scale.verbs.convert import convert
 from mhr_scale.verbs.finetune import finetune
 
@@ -91,10 +91,33 @@ def test_a_converted_folder_is_what_transformers_reads_of_it(
 def test_what_is_converted_of_a_model_that_sees_is_a_text_model(tmp_path: Path, kind: str) -> None:
     seeing = small_seeing(kind)
     seeing.save_pretrained(tmp_path / "original")
+    companions = ("chat_template.jinja", "vocab.json", "merges.txt")
+    for name in companions:
+        (tmp_path / "original" / name).write_text(f'"{name}"')
     origin = OriginConfig(name=str(tmp_path / "original"))
     convert(ConvertConfig(backbone=origin, dtype="float32", folder=str(tmp_path / "out")))
     assert furthest(stock_logits(tmp_path / "out"), plain_logits(seeing)) < 1e-5
     place_folder(tmp_path / "out", dtype="float32")
+    for name in companions:
+        assert (tmp_path / "out" / name).read_text() == f'"{name}"'
+
+
+def test_an_adapter_over_a_text_model_of_another_goes_to_peft_once_that_is_converted(
+    tmp_path: Path,
+) -> None:
+    small_seeing("mistral3").save_pretrained(tmp_path / "original")
+    facts = {"name": str(tmp_path / "original"), "dtype": "float32"}
+    adapter = make_single(tmp_path / "original", "lora")
+    artefact.save(adapter, tmp_path / "run" / "adapter", backbone=facts)
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    with pytest.raises(AdapterError, match="holds other models beside the text model") as caught:
+        run_export(run, tmp_path / "exported", format="peft")
+    assert len(str(caught.value).splitlines()) == 1
+    origin = OriginConfig(name=facts["name"])
+    convert(ConvertConfig(backbone=origin, dtype="float32", folder=out))
+    run_export(run, tmp_path / "exported", format="peft", backbone_moved_to=out)
+    run_export(run, tmp_path / "merged", format="merged", dtype="float32")
+    assert stock_logits(tmp_path / "merged")
 
 
 @pytest.mark.parametrize(("family", "kind"), [("gpt2", "Conv1D"), ("falcon", "FalconLinear")])
