@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import reduce
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 
@@ -70,8 +70,8 @@ class ArrangedSource:
     def _pieces(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
         parts, dtype = self._parts(name), self.dtype(name)
         sizes = [prod(self._source.shape(part)) for part in parts]
-        ends = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
-        for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
+        borders = pairwise(accumulate(sizes, initial=0))
+        for part, (begin, end) in zip(parts, borders, strict=True):
             first, last = max(start, begin), min(stop, end)
             if first < last or len(parts) == 1:
                 yield self._source.read(part, first - begin, last - begin).to(dtype)

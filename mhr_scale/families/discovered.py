@@ -306,12 +306,13 @@ class Discovered(Family):
         if composed.is_composed(whole):
             stored, unused, is_part = composed.arrange(whole, found.model, names)
         else:
-            stored, is_part = map_names(found.model, names), False
-            unused = frozenset(name for name in stored if found.ignores(name))
+            stored, unused, is_part = map_names(found.model, names), frozenset[str](), False
+        ignored = [name for name in stored if found.ignores(name)]
+        unused |= {part for name in ignored for part in stored.pop(name).names}
         for name, target in found.ties.items():
             if target not in stored and name in stored:
                 stored[target] = stored.pop(name)
-        moved = {n: parts for n, parts in stored.items() if n not in unused and parts.names != (n,)}
+        moved = {name: parts for name, parts in stored.items() if parts.names != (name,)}
         return Arrangement(moved, unused, is_part)
 
     def find_ties(

@@ -14,7 +14,7 @@ OUTSIDE = frozenset({"architectures", "transformers_version", "torch_dtype", "dt
 UNLISTED = frozenset(
     {
         *("head_dim", "rope_theta", "rope_scaling", "partial_rotary_factor"),
-        *("rotary_pct", "rotary_emb_base"),
+        *("rotary_pct", "rotary_emb_base", "pad_token_id", "bos_token_id", "eos_token_id"),
     }
 )
 
