@@ -15,14 +15,15 @@ def check_dropout(rate: float | None) -> None:
 
 @part
 class BackboneConfig:
-    """The frozen encoder-decoder."""
+    """The frozen backbone."""
 
     name: str | None = None
     """Hub id, local folder, or `builtin:toy`. Without it, `config` gives random weights."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     config: dict[str, Any] | None = None
-    """Fields of transformers' T5Config for random weights; used only where `name` is absent."""
+    """Fields of transformers' configuration for random weights, its `model_type` among them
+    (default: t5); used only where `name` is absent."""
     config_seed: int = 0
     """Seed of the random weights."""
     tokenizer: str | None = None

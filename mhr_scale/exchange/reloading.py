@@ -17,7 +17,7 @@ from torch import Tensor
 from mhr_scale.adapters import Adapter, artefact, detach, peft_folders
 from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.backbone.blueprint import Blueprint
-from mhr_scale.backbone.merging import merge
+from mhr_scale.backbone.merging import merging_of
 from mhr_scale.backbone.on_demand import (
     Demanded,
     Weights,
@@ -136,11 +136,8 @@ class LogitsCheck:
 
     def merged(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
         """Logits with a single adapter merged into the weights, before and after rounding them."""
-        pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
+        summed = merging_of(adapter, self._blueprint)
         dtypes = {weight.name: weight.dtype for weight in weights}
-
-        def summed(name: str, weight: Tensor) -> Tensor:
-            return merge(name, weight, pairs, scale=scale)
 
         def rounded(name: str, weight: Tensor) -> Tensor:
             return summed(name, weight).to(dtypes[name]).float()

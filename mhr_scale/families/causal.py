@@ -9,7 +9,7 @@ families take rows for one text where they are told by positions alone.
 Shape letters: B rows, L positions of a row, D target positions, V vocabulary, H width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.errors import BackboneError
+from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import make_masks
 from mhr_scale.families.discovered import Discovered
 from mhr_scale.families.family import Side
@@ -47,10 +48,12 @@ class Causal(Discovered):
     # -- configuration ---------------------------------------------------------------------------
 
     def knows(self, model_type: str) -> bool:
-        """Whether transformers has a causal language model of this type."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        """Whether transformers has a causal language model of this type, or one that sees too."""
+        return _is_causal(model_type) or composed.knows(model_type)
 
-        return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    def matches(self, config: Any) -> bool:
+        """Whether it has a causal language model of this very configuration."""
+        return _is_causal(config.model_type)
 
     def matches(self, config: Any) -> bool:
         """By model type; a type may name an encoder-decoder too, whose decoder alone is known."""
@@ -62,26 +65,41 @@ class Causal(Discovered):
 
     def check_config(self, config: Any, place: str) -> None:
         """Raise `BackboneError` for sizes that no model has, and for what is not exact here."""
+        kind = config.model_type
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            size = getattr(config, name, None)
+            if not hasattr(config, name):
+                raise BackboneError(
+                    f"{place}: a {kind} has no {name}; use a backbone whose blocks are of "
+                    "attention and feed-forwards, such as llama"
+                )
+            size = getattr(config, name)
             if type(size) is not int or size < 1:
                 raise BackboneError(f"{place}: {name} {size} is not a whole number from 1")
+        if getattr(config, "is_encoder_decoder", False):
+            raise BackboneError(f"{place}: a {kind} is an encoder-decoder of no family known here")
         kinds = {
             *(getattr(config, "layer_types", None) or ()),
             *(kind for kind in getattr(config, "attention_layers", ()) if kind != "global"),
         }
-        if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
             raise BackboneError(
-                f"{place}: {config.model_type} tells positions by ALiBi, which counts the tokens "
+                f"{place}: {kind} tells positions by ALiBi, which counts the tokens "
                 "between two and not their positions: answers side by side would be wrong; use a "
                 "backbone with rotary or learned positions"
             )
         if kinds - LAYER_KINDS:
             raise BackboneError(
-                f"{place}: {config.model_type} has layers of kind "
+                f"{place}: {kind} has layers of kind "
                 f"{', '.join(sorted(kinds - LAYER_KINDS))}; only {', '.join(sorted(LAYER_KINDS))} "
                 "see a row's answers apart"
             )
+        self.check_module(config, place)
+
+    def set_ends(self, config: Any, generation: Mapping[str, Any]) -> None:
+        """One id where all say the same, else a list: the configuration's own first."""
+        ends = [*as_list(config.eos_token_id), *as_list(generation.get("eos_token_id"))]
+        found = [end for end in dict.fromkeys(ends) if type(end) is int]
+        config.eos_token_id = found if len(found) > 1 else next(iter(found), None)
 
     # -- the module ------------------------------------------------------------------------------
 
@@ -215,6 +233,12 @@ class Causal(Discovered):
             inputs = {"input_ids": new, "position_ids": new * (length + step)}
 
 
+def _is_causal(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _tokens(packed: Packed) -> dict[str, Tensor]:
     """What the model is called with, masks apart; others may have put more there than `pack`."""
     return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
@@ -235,11 +259,14 @@ def begin_of(tokenizer: Any) -> list[int]:
     return [begin] if begin is not None and tokenizer("").input_ids[:1] == [begin] else []
 
 
+def as_list(ids: Any) -> list[Any]:
+    """One id or several as a list."""
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
 def pad_of(config: Any) -> int:
     """The id that stands where no token is; masks and labels tell padding, never its id."""
-    end = config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    known = (token for token in (config.pad_token_id, *ends) if token is not None)
+    known = [*as_list(config.pad_token_id), *as_list(config.eos_token_id)]
     return next((token for token in known if 0 <= token < config.vocab_size), 0)
 
 

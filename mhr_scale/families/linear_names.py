@@ -96,5 +96,5 @@ def is_complete(layout: str, names: Sequence[str]) -> bool:
         {"query", "key", "value", "output"},
         {"query_key_value", "output"},
     )
-    wide = {"gate", "up", "gate_up"} & feed_forward
+    wide = {"up", "gate_up"} & feed_forward
     return has_attention and (layout == "attention" or bool(wide and "down" in feed_forward))

@@ -13,6 +13,7 @@ from mhr_scale.families.discovered import config_class
 from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
 from mhr_scale.families.named import BlockPattern, Named, below
+from mhr_scale.families.stored_names import Arrangement, Stored
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 #: Names that are the embedding by definition of the architecture.
@@ -177,11 +178,17 @@ class T5(Named, EncoderDecoder):
 
         return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
-    def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
-        """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone."""
+    def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
+        """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone.
+
+        Old checkpoints have a position bias in cross-attention, which none is computed from.
+        """
         copies = (*EMBEDDING_ALIASES, *((HEAD,) if _says_tied(raw) else ()))
         stored = next((name for name in (EMBEDDING, *copies) if name in names), EMBEDDING)
-        return {} if stored == EMBEDDING else {EMBEDDING: stored}
+        renamed = {} if stored == EMBEDDING else {EMBEDDING: Stored((stored,))}
+        end = ".relative_attention_bias.weight"
+        unused = {name for name in names if "EncDecAttention" in name and name.endswith(end)}
+        return Arrangement(renamed, frozenset(unused))
 
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
@@ -203,10 +210,6 @@ class T5(Named, EncoderDecoder):
         super().tie(model, ties)
         if model.config.model_type != "umt5":
             model.config.tie_word_embeddings = HEAD in ties
-
-    def is_unused(self, name: str, config: Any) -> bool:
-        """Old checkpoints have a position bias in cross-attention, which none is computed from."""
-        return "EncDecAttention" in name and name.endswith(".relative_attention_bias.weight")
 
     def random_weight(
         self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
