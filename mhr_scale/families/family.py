@@ -143,10 +143,6 @@ class Family(ABC):
         """Settings that a model cannot do without and that folders may leave out, with values."""
         return {}
 
-    def known_fields(self, name: str) -> dict[str, Any] | None:
-        """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
-        return None
-
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What of a config.json a model without weights is made from."""
         return dict(raw)
