@@ -161,7 +161,7 @@ class Encoder:
             place = example.place or f"task {self._name}, example {example.id}"
             raise DataError(
                 f"{place}: max_input_tokens {self._limit} is below the {self._limit - most} tokens "
-                "of its chat template and system text; raise it, or set too_long: drop"
+                "of its chat template and system text; raise it or leave the row out"
             )
         first, stop = _cut_out(n_body, most, self._cut)
         short: list[int] = []
