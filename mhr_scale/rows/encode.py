@@ -161,7 +161,8 @@ class Encoder:
             place = example.place or f"task {self._name}, example {example.id}"
             raise DataError(
                 f"{place}: max_input_tokens {self._limit} is below the {self._limit - most} tokens "
-                "of its chat template and system text; raise it or leave the row out"
+                "of its chat template and system text; raise it or leave the row out "
+                "(batch.too_long: drop)"
             )
         first, stop = _cut_out(n_body, most, self._cut)
         short: list[int] = []
