@@ -14,6 +14,9 @@ from mhr_scale.tasks.task import Chat, Example
 
 #: Stands for what a turn says; no text has it, and no template changes it.
 MARK = "mArKoFtUrN{}eNd"
+#: What templates call to write today's date, and what answers here: rows are the same tomorrow.
+TODAY = "strftime_now"
+A_DAY = f"{{%- macro {TODAY}(format) -%}}26 Jul 2024{{%- endmacro -%}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class ChatTemplate:
                 "or name a tokenizer with one under backbone.tokenizer"
             )
         self._tokenizer, self._chat = tokenizer, chat
+        template: str = tokenizer.get_chat_template()
+        self._template = A_DAY + template if TODAY in template else template
         question = Example(id="", input=MARK.format(0), targets=())
         turns = self._turns(question)
         try:
@@ -103,7 +108,10 @@ class ChatTemplate:
 
     def _render(self, turns: Sequence[dict[str, str]]) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=True
+            list(turns),
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         return text
 

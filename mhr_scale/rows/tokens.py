@@ -172,7 +172,6 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
         "code": code.hexdigest(),
         "tokenizer": hash_tokenizer(tokenizer),
         "closing": [family.close([TEXT], side, tokenizer) for side in SIDES],
-        "chat_template": tokenizer.chat_template if suite.chat else None,
         "cut": batch.cut or family.cut_side,
         "max_input_tokens": batch.max_input_tokens,
         "max_target_tokens": batch.max_target_tokens,

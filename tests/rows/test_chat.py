@@ -70,6 +70,12 @@ def test_the_template_begins_the_text_and_nothing_else_does() -> None:
     )
 
 
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+    dated = "{%- set day = strftime_now('%d %b %Y') -%}On {{ day }}: " + TEMPLATE
+    made = text(ASKED, tokenizer=make_tokenizer(chat_template=dated))
+    assert made == "On 26 Jul 2024: <bos><user>What? Out:<eos>\n<assistant>"
+
+
 def test_a_conversations_own_system_text_is_stronger() -> None:
     own = Example(id="x", input="a", targets=("b",), history=(Turn(role="system", content="O"),))
     assert text(own, system="S").startswith("<bos><system>O<eos>\n<user>a")
