@@ -115,7 +115,7 @@ class Family(ABC):
     special_tokens: ClassVar[tuple[str, ...]] = ("pad_token", "eos_token")
     """Tokens that a tokenizer has to have, the same as its backbone."""
     cut_side: ClassVar[Literal["left", "right"]] = "right"
-    """Where an input that is too long loses tokens."""
+    """Where an input that is too long loses tokens, if a recipe does not say."""
 
     # -- configuration ---------------------------------------------------------------------------
 

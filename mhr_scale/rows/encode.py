@@ -185,8 +185,9 @@ class Encoder:
         (*texts, last), (*pieces, end) = framed.texts, framed.pieces
         # a template may have stripped the end of the input
         suffix = next((s for s in (self._suffix, self._suffix.rstrip()) if last.endswith(s)), "")
-        kept = self._ids([*pieces, suffix + end])
-        return kept, self._ids([*texts, last.removesuffix(suffix)])
+        pieces = [*pieces, suffix + end]
+        apart = self._ids([*pieces, *texts, last.removesuffix(suffix)])
+        return apart[: len(pieces)], apart[len(pieces) :]
 
     def _target(self, ids: list[int]) -> Ids:
         cut = ids[: self._most_target]
