@@ -254,9 +254,15 @@ def _masks(model: Any, packed: Packed) -> Any:
 
 
 def begin_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts in front of a text: a beginning of sequence, or nothing."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer("").input_ids[:1] == [begin] else []
+    """The tokens that a tokenizer puts in front of a text: a beginning of sequence, or nothing.
+
+    Told from what it puts behind: one token may be the beginning and the end of a sequence.
+    """
+    text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    starts = range(len(whole) - len(text) + 1)
+    start = next((n for n in starts if whole[n : n + len(text)] == text), 0)
+    return whole[:start]
 
 
 def as_list(ids: Any) -> list[Any]:

@@ -116,7 +116,7 @@ class Family(ABC):
     special_tokens: ClassVar[tuple[str, ...]] = ("pad_token", "eos_token")
     """Tokens that a tokenizer has to have, the same as its backbone."""
     cut_side: ClassVar[Literal["left", "right"]] = "right"
-    """Where an input that is too long loses tokens."""
+    """Where an input that is too long loses tokens, if a recipe does not say."""
 
     # -- configuration ---------------------------------------------------------------------------
 
@@ -157,10 +157,6 @@ class Family(ABC):
     def required_fields(self, config: Any) -> dict[str, Any]:
         """Settings that a model cannot do without and that folders may leave out, with values."""
         return {}
-
-    def known_fields(self, name: str) -> dict[str, Any] | None:
-        """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
-        return None
 
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What of a config.json a model without weights is made from."""

@@ -112,10 +112,6 @@ class T5(Named, EncoderDecoder):
             "decoder_start_token_id": pad if start is None else start,
         }
 
-    def known_fields(self, name: str) -> dict[str, Any] | None:
-        """T5 v1.1, LM-adapt, T0 and FLAN, by hub id."""
-        return KNOWN.get(name)
-
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are set, of those that a model's shapes follow from."""
         return {name: raw[name] for name in SIZE_FIELDS if raw.get(name) is not None}
@@ -337,37 +333,3 @@ GATED = _make_family(
     wide=("wi_0", "wi_1"),
 )
 UNGATED = _make_family(name="T5 v1.0 (ungated)", model_types=("t5",), wide=("wi",))
-
-
-# -- known sizes -----------------------------------------------------------------------------------
-
-
-def _sizes(d_model: int, d_ff: int, heads: int, layers: int) -> dict[str, Any]:
-    return {
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "vocab_size": 32128,
-        "d_kv": 64,
-        "d_model": d_model,
-        "d_ff": d_ff,
-        "num_heads": heads,
-        "num_layers": layers,
-    }
-
-
-#: T5 v1.1 by size: what LM-adapt, T0 and FLAN are too.
-_V1_1 = {
-    "small": _sizes(512, 1024, 6, 8),
-    "base": _sizes(768, 2048, 12, 12),
-    "large": _sizes(1024, 2816, 16, 24),
-    "xl": _sizes(2048, 5120, 32, 24),
-    "xxl": _sizes(4096, 10240, 64, 24),
-}
-#: Fields of T5Config by hub id: known ones need no hub.
-KNOWN = {
-    **{f"google/t5-v1_1-{size}": fields for size, fields in _V1_1.items()},
-    **{f"google/t5-{size}-lm-adapt": fields for size, fields in _V1_1.items()},
-    **{f"google/flan-t5-{size}": fields for size, fields in _V1_1.items()},
-    **{f"bigscience/{name}": _V1_1["xxl"] for name in ("T0", "T0p", "T0pp")},
-    "bigscience/T0_3B": _V1_1["xl"],
-}

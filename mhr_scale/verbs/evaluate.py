@@ -277,7 +277,7 @@ def soup_of_every_task(
     embedder = TaskEmbedder(
         placed=placed,
         tokenizer=tokenizer,
-        max_input_tokens=config.scoring.max_input_tokens,
+        lengths=config.scoring.lengths,
     )
     by_input = {task.name: replace(task, train=task.test) for task in tasks}
     similar = gather_similar(

@@ -20,6 +20,7 @@ from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdapterConfig,
     BackboneConfig,
+    BatchConfig,
     JsonlTasks,
     PretrainConfig,
     SoupConfig,
@@ -54,7 +55,7 @@ def embedder() -> TaskEmbedder:
     return TaskEmbedder(
         placed=place_bare(find_sites_of(blueprint, AdapterConfig(layout="attention"))),
         tokenizer=load_tokenizer(BARE, blueprint),
-        max_input_tokens=64,
+        lengths=BatchConfig(max_input_tokens=64),
     )
 
 
