@@ -11,14 +11,15 @@ Shape letters: B rows, L positions of a row, D target positions, V vocabulary, H
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families.causal_masks import make_masks
-from mhr_scale.families.discovered import Discovered
+from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
 
@@ -76,6 +77,10 @@ class Causal(Discovered):
                 "see a row's answers apart"
             )
 
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """What the configuration says; learned positions have no more than that."""
+        return getattr(config, "max_position_embeddings", None), find(self, config).learns_positions
+
     # -- the module ------------------------------------------------------------------------------
 
     def model_class(self, config: Any) -> Any:
@@ -114,6 +119,7 @@ class Causal(Discovered):
         tail = max(depth - 1, 0)
         length = -(-(width + tail) // pad_multiple) * pad_multiple
         width = length - tail
+        self._check_length(rows, length, config)
         ids = np.full((len(rows), length), pad_of(config), dtype=np.int64)
         positions = np.zeros((len(rows), length), dtype=np.int64)
         branches = np.full((len(rows), length), -1, dtype=np.int64)
@@ -141,8 +147,7 @@ class Causal(Discovered):
                 at, place = end, read.stop
             starts.append(tuple(begins))
         arrays = {"input_ids": ids, "position_ids": positions, "branches": branches}
-        if any(len(row.answers) > 1 for row in rows):
-            arrays["sources"] = sources
+        has_branches = any(len(row.answers) > 1 for row in rows)
         return Packed(
             rows=tuple(rows),
             inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -150,11 +155,27 @@ class Causal(Discovered):
             choices_BD=torch.from_numpy(choices),
             starts=tuple(starts),
             n_positions=ids.size,
+            # several answers begin behind the same token
+            sources_BD=torch.from_numpy(sources) if has_branches else None,
         )
+
+    def _check_length(self, rows: Sequence[EncodedRow], length: int, config: Any) -> None:
+        """Raise `DataError` for a row that learned positions have no end of."""
+        if length <= getattr(config, "max_position_embeddings", length):
+            return
+        most, is_all = self.most_positions(config)
+        assert most is not None
+        for row in rows if is_all else ():
+            n_tokens = len(row.input_ids) + max((len(a) - 1 for a in row.answers), default=0)
+            if n_tokens > most:
+                raise DataError(
+                    f"row {row.number}: a prompt and its longest answer are {n_tokens} tokens; the "
+                    f"backbone has learned {most} positions; lower the lengths they are cut to"
+                )
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logits(self, model: Any, packed: Packed) -> Tensor:
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
         output = model(
             **_tokens(packed),
@@ -163,17 +184,12 @@ class Causal(Discovered):
             use_cache=False,
         )
         logits_BDV: Tensor = output.logits
-        sources = packed.inputs.get("sources")
-        if sources is not None:  # several answers begin behind the same token
-            logits_BDV = logits_BDV.gather(
-                1, sources[..., None].expand(-1, -1, logits_BDV.shape[-1])
-            )
         return logits_BDV
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
     ) -> list[list[int]]:
-        """What the model writes behind each prompt, padded on its left."""
+        """What the model writes behind each prompt, padded on its left, up to its end."""
         prompts = [EncodedRow(row.input_ids) for row in rows]
         packed = self.pack(prompts, model.config, pad_multiple=1).to(device)
         mask = (packed.inputs["branches"] >= 0).long()
@@ -185,7 +201,8 @@ class Causal(Discovered):
             **options,
         )
         written: list[list[int]] = ids[:, mask.shape[1] :].tolist()
-        return written
+        ends = ends_of(model.config)
+        return [list(takewhile(lambda token: token not in ends, new)) for new in written]
 
     def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
         """The last hidden states of prompts (B, L, H), and their mask (B, L)."""
@@ -229,10 +246,14 @@ def begin_of(tokenizer: Any) -> list[int]:
 
 def pad_of(config: Any) -> int:
     """The id that stands where no token is; masks and labels tell padding, never its id."""
+    known = (config.pad_token_id, *ends_of(config))
+    return next((id for id in known if id is not None and 0 <= id < config.vocab_size), 0)
+
+
+def ends_of(config: Any) -> list[int]:
+    """The ids that end an answer: a configuration has none, one or several."""
     end = config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    known = (token for token in (config.pad_token_id, *ends) if token is not None)
-    return next((token for token in known if 0 <= token < config.vocab_size), 0)
+    return end if isinstance(end, list) else [end] * (end is not None)
 
 
 CAUSAL = Causal(

@@ -81,6 +81,13 @@ class Found:
         widths = {name: find_widths(self.model.get_submodule(name)) for name in names}
         return {name: pair for name, pair in widths.items() if pair is not None}
 
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are looked up in a table, as tokens are."""
+        words = self.model.get_input_embeddings()
+        tables = (part for part in self.model.modules() if isinstance(part, nn.Embedding))
+        return any(table is not words for table in tables)
+
     def name_of(self, module: nn.Module | None) -> str:
         """The name of a module's weight; empty if there is none."""
         names = (name for name, other in self.model.named_modules() if other is module)
