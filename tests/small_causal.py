@@ -1,6 +1,5 @@
-"""Causal language models of a few thousand weights, one for each family, in the hub's layout."""
+"""Causal language models of a few thousand weights, one for each family."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +48,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconConfig",
         {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     ),
+    "gptj": (
+        "GPTJConfig",
+        {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    ),
     "gpt2": ("GPT2Config", {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "qwen3 moe": (
         "Qwen3MoeConfig",
@@ -76,12 +79,6 @@ def enlarge(model: Any) -> Any:
     return model.eval()
 
 
-def write_causal(folder: Path, family: str, **changes: Any) -> Path:
-    """A model's folder, as transformers writes it: by the names that the hub has."""
-    small_causal(family, **changes).save_pretrained(folder)
-    return folder
-
-
 def make_rows() -> list[EncodedRow]:
     """Prompts with one answer or several."""
     draw = np.random.default_rng(0)
@@ -103,11 +100,11 @@ def plain_logits(model: nn.Module) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
-def packed_logits(model: Any, family: Any) -> list[Tensor]:
+def packed_logits(model: Any, family: Any, *, gradient: bool = False) -> list[Tensor]:
     """The same of one pass over all rows, answers side by side."""
     packed = family.pack(make_rows(), model.config)
-    logits = family.logits(model, packed).float()
+    with torch.set_grad_enabled(gradient):
+        logits = family.logits(model, packed).float()
     return [
         logits[number, start : start + len(answer)]
         for number, row in enumerate(packed.rows)

@@ -113,6 +113,13 @@ class Found:
             patterns.add(r"(^|\.)position_ids$")
         return any(re.search(pattern, name) for pattern in patterns)
 
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are looked up in a table, as tokens are."""
+        words = self.model.get_input_embeddings()
+        tables = (part for part in self.model.modules() if isinstance(part, nn.Embedding))
+        return any(table is not words for table in tables)
+
 
 def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
     """The linears that every block of a list has, and those that are frozen for good."""

@@ -65,7 +65,7 @@ class EncoderDecoder(Family):
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logits(self, model: Any, packed: Packed) -> Tensor:
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of the decoder; of several answers a row each sees itself alone."""
         output = model(**packed.inputs, **self.decoder_inputs(model, packed), use_cache=False)
         logits_BDV: Tensor = output.logits

@@ -179,6 +179,13 @@ class Family(ABC):
         """
         return None
 
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """The positions of the longest text that a model was made for, None if it has no end.
+
+        And whether a longer one cannot be read at all.
+        """
+        return None, False
+
     # -- blocks and linears ----------------------------------------------------------------------
 
     @abstractmethod
@@ -299,11 +306,19 @@ class Family(ABC):
     # -- passes ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def logits(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it.
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V), of which `sources_BD` tells where a target position finds its own.
 
         The model is called as a whole, never a part of it: PEFT may be wrapped around it.
         """
+
+    def logits(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
+        logits_BDV = self.predictions(model, packed)
+        if packed.sources_BD is None:
+            return logits_BDV
+        index_BDV = packed.sources_BD[..., None].expand(-1, -1, logits_BDV.shape[-1])
+        return logits_BDV.gather(1, index_BDV)
 
     @abstractmethod
     def generate(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
-from mhr_scale.families.discovered import config_class
 from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
+from mhr_scale.families.model_configs import config_class
 from mhr_scale.families.named import BlockPattern, Named, below
 from mhr_scale.families.stored_names import Arrangement, Stored
 

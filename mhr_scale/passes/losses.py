@@ -73,7 +73,9 @@ def tfew(
     is_choice_BDC = choices_BD.unsqueeze(-1) == torch.arange(n_choices, device=choices_BD.device)
     lengths_BC = is_choice_BDC.sum(1)
     nll_BC = (nll_BD.unsqueeze(-1) * is_choice_BDC).sum(1)
-    scores_BC = nll_BC / lengths_BC.clamp(min=1).to(nll_BC.dtype) ** length_norm
+    # in double: a power in float32 rounds by its place in the tensor, that is, by who is beside it
+    divisors_BC = lengths_BC.clamp(min=1).double() ** length_norm
+    scores_BC = nll_BC / divisors_BC.to(nll_BC.dtype)
     scores_BC = scores_BC.masked_fill(lengths_BC == 0, torch.inf)
     ranked_B = F.cross_entropy(-scores_BC, right_B, reduction="none")
     is_right_BD = choices_BD == right_B.unsqueeze(-1)

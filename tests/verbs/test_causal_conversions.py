@@ -7,14 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from causal_folders import (
-    adapter_gradients,
-    furthest,
-    plain_logits,
-    small_causal,
-    small_seeing,
-    write_causal,
-)
+from causal_folders import adapter_gradients, small_seeing, write_causal
+from small_causal import furthest, plain_logits, small_causal
 from torch import Tensor
 from toy_exports import run_export
 from toy_finetunes import losses, make_adapter, toy
