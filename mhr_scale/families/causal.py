@@ -19,7 +19,7 @@ from torch import Tensor
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.causal_masks import make_masks
 from mhr_scale.families.discovered import Discovered
-from mhr_scale.families.family import Side
+from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
 
 #: Model types that are named where another one is refused.
@@ -83,6 +83,12 @@ class Causal(Discovered):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    def fuse(self, model: Any, settings: Settings) -> None:
+        """Faster attention, feed-forwards and norms (`causal_fused`)."""
+        from mhr_scale.families import causal_fused
+
+        causal_fused.install(model, self.blocks(model.config), self.norms(model), settings)
 
     # -- rows ------------------------------------------------------------------------------------
 

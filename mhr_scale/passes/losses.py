@@ -4,13 +4,19 @@ Shape letters: B batch rows, C answer choices, D target positions with choices s
 vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mhr_scale.families.packed import IGNORE
+
+#: Logits that are had in float32 at a time: 16 MiB of them.
+CHUNK = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +27,75 @@ class Loss:
     count: Tensor
 
 
+def token_losses(logits_BDV: Tensor, labels_BD: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy (B, D) in float32, 0 where a label is -100; in float64 if the logits are.
+
+    Where the vocabulary is large, a step's largest tensors are these logits. They are kept as they
+    are, for backward too, and had in float32 some rows at a time: the numbers are those of torch's
+    function over all of them.
+    """
+    losses_N: Tensor = _TokenLosses.apply(
+        logits_BDV.flatten(0, -2), labels_BD.flatten(), label_smoothing
+    )
+    return losses_N.view_as(labels_BD)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of rows (N, V); their softmax is computed anew in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
+        ctx.save_for_backward(logits_NV, labels_N)
+        ctx.smoothing = smoothing
+        parts = [
+            F.cross_entropy(
+                _wide(logits),
+                labels,
+                ignore_index=IGNORE,
+                reduction="none",
+                label_smoothing=smoothing,
+            )
+            for logits, labels in _chunks(logits_NV, labels_N)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, labels_N = ctx.saved_tensors
+        smoothing = ctx.smoothing
+        d_logits_NV = torch.empty_like(logits_NV)
+        chunks = _chunks(logits_NV, labels_N, gradient_N, d_logits_NV)
+        for logits, labels, gradient, d_logits in chunks:
+            is_counted = labels != IGNORE
+            g = torch.where(is_counted, gradient, 0.0)[:, None]
+            # a smoothed target has probabilities that sum to one, too
+            d = torch.log_softmax(_wide(logits), -1).exp_().mul_(g)
+            if smoothing:
+                d.sub_(g * (smoothing / d.shape[-1]))
+            d.scatter_add_(-1, labels.clamp(min=0)[:, None], g * (smoothing - 1.0))
+            d_logits.copy_(d)
+        return d_logits_NV, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all tensors, so many that logits (the first tensor) fill a chunk."""
+    n_rows, width = tensors[0].shape
+    size = max(1, CHUNK // width)
+    for start in range(0, max(n_rows, 1), size):
+        yield tuple(tensor[start : start + size] for tensor in tensors)
+
+
 def language_model(logits_BDV: Tensor, labels_BD: Tensor, *, label_smoothing: float = 0.0) -> Loss:
     """Cross-entropy of the target tokens in float32, per row: sums (B,) and token counts (B,).
 
     Labels equal to -100 do not count. Label smoothing spreads its share over the vocabulary.
     """
-    token_losses_BD = F.cross_entropy(
-        logits_BDV.float().transpose(1, 2),
-        labels_BD,
-        ignore_index=IGNORE,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
+    token_losses_BD = token_losses(logits_BDV, labels_BD, label_smoothing=label_smoothing)
     return Loss(token_losses_BD.sum(1), (labels_BD != IGNORE).sum(1))
 
 
@@ -66,10 +129,7 @@ def tfew(
 
     `n_choices` is the most that a row has. Likelihoods are float32, or float64 if the logits are.
     """
-    logits_BDV = logits_BDV if logits_BDV.dtype == torch.float64 else logits_BDV.float()
-    nll_BD = F.cross_entropy(
-        logits_BDV.flatten(0, 1), labels_BD.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view_as(labels_BD)
+    nll_BD = token_losses(logits_BDV, labels_BD)
     is_choice_BDC = choices_BD.unsqueeze(-1) == torch.arange(n_choices, device=choices_BD.device)
     lengths_BC = is_choice_BDC.sum(1)
     nll_BC = (nll_BD.unsqueeze(-1) * is_choice_BDC).sum(1)

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError, DivergenceError
-from mhr_scale.families.packed import IGNORE, EncodedRow, Packed
+from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.passes import losses
 from mhr_scale.rows.batching import Batch, cut_batches, deal
 from mhr_scale.run import stopping
 
@@ -113,11 +113,8 @@ def choice_losses(
     with _evaluation(placed.model, adapter, batch):
         packed = placed.pack(batch)
         logits_BDV = placed.logits(packed)
-    labels = packed.labels_BD.flatten()
-    nll_BD = F.cross_entropy(
-        logits_BDV.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none"
-    )
-    return nll_BD, packed
+        nll_BD = losses.token_losses(logits_BDV, packed.labels_BD)
+    return nll_BD.flatten(), packed
 
 
 def generate_answers(

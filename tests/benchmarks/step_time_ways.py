@@ -22,7 +22,7 @@ from mhr_scale.families import t5_fused
 from mhr_scale.families.modes import set_recompute
 
 LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-SWITCHES = ("attention", "gelu", "norm")
+SWITCHES = ("attention", "gate", "norm")
 N_TASKS = 313
 CPU = torch.device("cpu")
 SMALL = {

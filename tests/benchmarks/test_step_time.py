@@ -73,7 +73,7 @@ def test_attention_alone_changes_no_logit_in_either_type(found: Row) -> None:
     apart = {(row["dtype"], row["switches"]): row["to_stock"] for row in found["logits"]}
     assert apart["float32", "attention"] == apart["bfloat16", "attention"] == 0.0
     assert apart["float32", "norm"] == 0.0
-    assert apart["float32", "gelu"] < 1e-6
+    assert apart["float32", "gate"] < 1e-6
 
 
 def test_parts_are_kept_beside_those_of_other_runs(tmp_path: Path) -> None:
