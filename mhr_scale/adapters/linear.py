@@ -3,9 +3,10 @@
 Shape letters: B batch rows, L tokens, I in features, O out features, R rank, U slots, X = n * R
 hidden columns of n siblings. With one slot the leading U is left out.
 
-Siblings are linears that read the same input (q, k and v; wi_0 and wi_1). Called together they
-project x down once and sum its gradient in place. Rows point at slots through a `RowMap` made once
-per step on the host; the layers only ever see equally many consecutive rows per slot.
+Siblings are linears that read the same input (q, k and v; gate and up), of whatever widths. Called
+together they project x down once and sum its gradient in place. Rows point at slots through a
+`RowMap` made once per step on the host; the layers only ever see equally many consecutive rows per
+slot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,10 +65,10 @@ class LowRankSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
-        weights: list[Any] = [base.weight for base in bases]
-        is_plain = all(type(base) is nn.Linear and base.bias is None for base in bases)
-        if is_plain and not any(weight.requires_grad for weight in weights):
-            return products(x, self.a_UIX, self.b_URO, weights, cut=self.cut)
+        frozen: list[Any] = [(base.weight, base.bias) for base in bases]
+        is_plain = all(type(base) is nn.Linear for base in bases)
+        if is_plain and not any(p is not None and p.requires_grad for pair in frozen for p in pair):
+            return products(x, self.a_UIX, self.b_URO, frozen, cut=self.cut)
         ys = [base(x) for base in bases]
         return update(x, self.a_UIX, self.b_URO, ys, cut=self.cut)
 

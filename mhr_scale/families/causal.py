@@ -21,7 +21,7 @@ from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import make_masks
 from mhr_scale.families.discovered import Discovered, find
-from mhr_scale.families.family import Side
+from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
 
 #: Model types that are named where another one is refused.
@@ -111,6 +111,12 @@ class Causal(Discovered):
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
+    def fuse(self, model: Any, settings: Settings) -> None:
+        """Faster attention, feed-forwards and norms (`causal_fused`)."""
+        from mhr_scale.families import causal_fused
+
+        causal_fused.install(model, self.blocks(model.config), self.norms(model), settings)
+
     # -- rows ------------------------------------------------------------------------------------
 
     def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
@@ -199,10 +205,13 @@ class Causal(Discovered):
 
     def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
+        tokens = _tokens(packed)
+        length, depth = tokens["input_ids"].shape[1], packed.labels_BD.shape[1]
         output = model(
-            **_tokens(packed),
+            **tokens,
             attention_mask=_masks(model, packed),
-            logits_to_keep=packed.labels_BD.shape[1],
+            # not their number: of a slice of the states a frozen head makes one product a row
+            logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
             use_cache=False,
         )
         logits_BDV: Tensor = output.logits

@@ -28,15 +28,15 @@ class Settings(Protocol):
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention runs its parts together."""
+        """Whether attention runs q, k and v together and copies less."""
 
     @property
-    def fused_gelu(self) -> bool:
-        """Whether a gated activation is one operation."""
+    def fused_gate(self) -> bool:
+        """Whether a gated activation is one operation that keeps less."""
 
     @property
     def fused_norm(self) -> bool:
-        """Whether a norm is one operation."""
+        """Whether an RMS norm is one operation that keeps less."""
 
 
 class Position(NamedTuple):

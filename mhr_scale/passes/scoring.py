@@ -16,7 +16,8 @@ from mhr_scale.adapters import Adapter
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError, DivergenceError
-from mhr_scale.families.packed import IGNORE, EncodedRow, Packed
+from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.passes import losses
 from mhr_scale.rows.batching import Batch, cut_batches, deal
 from mhr_scale.run import stopping
 
@@ -123,7 +124,8 @@ def choice_losses(
     with _evaluation(placed.model, adapter, parts):
         packed = placed.pack(parts)
         logits_BDV = placed.predictions(packed)
-        return token_losses(logits_BDV, packed.labels_BD, packed.sources_BD), packed
+        nll_BD = losses.token_losses(logits_BDV, packed.labels_BD, packed.sources_BD)
+    return nll_BD, packed
 
 
 def split(row: EncodedRow) -> list[EncodedRow]:
@@ -142,26 +144,6 @@ def split(row: EncodedRow) -> list[EncodedRow]:
         groups[-1].append(answer)
         size += len(answer)
     return [replace(row, answers=tuple(group), label=0) for group in groups]
-
-
-def token_losses(logits_BDV: Tensor, labels_BD: Tensor, sources_BD: Tensor | None) -> Tensor:
-    """Negative log-likelihood of the labels (B, D), float32, 0 where padded; for no gradient.
-
-    `sources_BD` as in `Packed`. Rows as wide as the vocabulary are copied a few at a time only.
-    """
-    n_rows, depth, n_words = logits_BDV.shape
-    flat_NV = logits_BDV.flatten(0, 1)
-    at_once = max(1, MOST_LOGITS // n_words)
-    tops, totals = [], []
-    for some_NV in flat_NV.split(at_once):
-        top_N1 = some_NV.amax(-1, keepdim=True).float()
-        tops.append(top_N1[:, 0])
-        totals.append((some_NV.float() - top_N1).exp_().sum(-1).log_())
-    columns_BD = torch.arange(depth, device=labels_BD.device) if sources_BD is None else sources_BD
-    places_BD = columns_BD + depth * torch.arange(n_rows, device=labels_BD.device)[:, None]
-    own_BD = flat_NV[places_BD, labels_BD.clamp(min=0)].float()
-    nll_BD = torch.cat(totals)[places_BD] - (own_BD - torch.cat(tops)[places_BD])
-    return nll_BD.masked_fill(labels_BD == IGNORE, 0.0)
 
 
 def generate_answers(

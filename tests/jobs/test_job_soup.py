@@ -129,7 +129,9 @@ def test_an_embedding_does_not_depend_on_the_tasks_beside_it(embedder, tasks):
 def test_a_decoder_only_backbone_gives_its_last_states_of_the_prompt(tasks):
     model = small_causal("llama", vocab_size=384, eos_token_id=1)
     decoder = TaskEmbedder(
-        placed=place_model(model), tokenizer=make_byte_tokenizer(), max_input_tokens=64
+        placed=place_model(model),
+        tokenizer=make_byte_tokenizer(),
+        lengths=BatchConfig(max_input_tokens=64),
     )
     found = gather_embeddings(tasks, SETTINGS, decoder)
     for name, task in tasks.items():

@@ -127,11 +127,11 @@ def test_any_of_several_ends_of_sequence_stops_an_answer_and_none_is_in_it() -> 
 @pytest.mark.parametrize("name", ["llama", *LEARNED])
 def test_rows_beyond_learned_positions_are_refused_others_are_not(name: str) -> None:
     placed = place_model(untied(name))
-    assert placed.family.most_positions(placed.model.config) == (96, name in LEARNED)
-    fits, too_long = make_rows([(90, (7, 3)), (90, (3, 8))])
+    assert placed.family.most_positions(placed.model.config) == (64, name in LEARNED)
+    fits, too_long = make_rows([(58, (7, 3)), (58, (3, 8))])
     rank_choices(placed, None, [fits], length_norm=1.0)
     if name in LEARNED:
-        with pytest.raises(DataError, match="row 1: a prompt and its longest answer are 97 tokens"):
+        with pytest.raises(DataError, match="row 1: a prompt and its longest answer are 65 tokens"):
             rank_choices(placed, None, [too_long], length_norm=1.0)
     else:
         rank_choices(placed, None, [too_long], length_norm=1.0)
