@@ -23,7 +23,7 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 EXPERTS = {"num_experts_per_tok": 2}
-FALCON = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+PLAIN = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 #: By name, the class of the configuration and its fields.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
@@ -42,11 +42,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4": ("Phi3Config", {**GROUPED, "partial_rotary_factor": 0.5}),
     "smollm3": ("SmolLM3Config", {**GROUPED, "no_rope_layers": [1, 0]}),
     "neox": ("GPTNeoXConfig", SIZES),
-    "opt": ("OPTConfig", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "falcon": ("FalconConfig", {**FALCON, "multi_query": True, "alibi": False}),
+    "opt": (
+        "OPTConfig",
+        {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    ),
+    "falcon": ("FalconConfig", {**PLAIN, "multi_query": True, "alibi": False}),
     "falcon new": (
         "FalconConfig",
-        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+        {**PLAIN, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     ),
     "gptj": (
         "GPTJConfig",

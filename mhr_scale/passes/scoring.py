@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 #: Tokens of choices behind one input at most, if the input is not half as long.
 MOST_BEHIND = 1024
-#: Logits that are normalised at a time.
-MOST_LOGITS = 2**24
 
 
 def score(

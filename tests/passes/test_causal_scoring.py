@@ -144,10 +144,11 @@ def test_the_losses_of_t_few_equal_one_text_at_a_time() -> None:
     right = torch.tensor([2, 0, 1])
     packed = placed.pack(rows, at_least=(37, 21))
     parts = tfew(
-        placed.logits(packed),
+        placed.predictions(packed),
         packed.labels_BD,
         packed.choices_BD,
         right,
+        packed.sources_BD,
         n_choices=packed.n_choices,
     )
     for number, row in enumerate(rows):

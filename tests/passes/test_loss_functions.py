@@ -121,6 +121,25 @@ def test_losses_in_chunks_are_those_of_all_logits_at_once(monkeypatch, dtype, sm
     torch.testing.assert_close(found[0][1], gradient.to(dtype), **rounding)
 
 
+def test_labels_that_read_the_same_logits_are_those_of_copies(monkeypatch):
+    """Answers behind one prompt begin behind the same token."""
+    monkeypatch.setattr(losses, "CHUNK", 60)  # two labels at a time
+    draw = torch.Generator().manual_seed(4)
+    shared = torch.randn(2, 5, 30, generator=draw, dtype=torch.float64, requires_grad=True)
+    copied = shared.detach().clone().requires_grad_()
+    labels = torch.randint(30, (2, 7), generator=draw)
+    labels[1, 5:] = IGNORE
+    sources = torch.tensor([[0, 1, 0, 2, 3, 0, 4], [0, 1, 2, 0, 3, 0, 0]])
+    found = losses.token_losses(shared, labels, sources, label_smoothing=0.1)
+    gathered = copied.gather(1, sources[..., None].expand(-1, -1, 30))
+    expected = losses.token_losses(gathered, labels, label_smoothing=0.1)
+    weights = torch.randn(2, 7, generator=draw, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(shared.grad, copied.grad)
+
+
 def test_logits_are_kept_as_they_are_and_nothing_beside_them():
     logits = torch.randn(3, 7, 50).bfloat16().requires_grad_()
     kept = []
