@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mhr_scale.backbone.arranged import ArrangedSource
 from mhr_scale.backbone.hub import find_folder
 from mhr_scale.backbone.manifest import (
     WAY_OUT,
@@ -24,10 +25,11 @@ from mhr_scale.backbone.manifest import (
 )
 from mhr_scale.backbone.quantised_parts import QuantisedSource, stored_kind
 from mhr_scale.backbone.weight_files import open_weights
-from mhr_scale.backbone.weights import RandomSource, RenamedSource, WeightSource, is_equal
+from mhr_scale.backbone.weights import RandomSource, WeightSource, is_equal
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.family import Family
+from mhr_scale.families.stored_names import AS_NAMED, Arrangement
 from mhr_scale.families.table import QUANTISED, make_config, read_config
 from mhr_scale.run.runlog import log
 
@@ -36,7 +38,8 @@ from mhr_scale.run.runlog import log
 class Blueprint:
     """Everything needed to build one backbone: configuration, weights and their provenance.
 
-    `ties` maps names to the tensor that they are tied to; `quantise` says how linears are stored.
+    `ties` maps names to the tensor that they are tied to; `raw` is what config.json or the recipe
+    says; `arrangement` is how the model's tensors are stored; `quantise` says how linears are.
     """
 
     family: Family
@@ -45,6 +48,8 @@ class Blueprint:
     ties: dict[str, str]
     folder: Path | None
     facts: dict[str, Any]
+    raw: dict[str, Any]
+    arrangement: Arrangement = AS_NAMED
     manifest: Manifest | None = None
     quantise: str = "none"
 
@@ -59,8 +64,9 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     if manifest is not None:
         check_files(folder, manifest)
     source: WeightSource = open_weights(folder)
-    renamed = family.find_renamed(raw, source.names())
-    source = RenamedSource(source, renamed) if renamed else source
+    arrangement = _arrange(family, raw, source, folder)
+    if any(arrangement):
+        source = ArrangedSource(source, arrangement)
     kind = stored_kind(raw.get(QUANTISED), source.names())
     if kind != "none":
         source = QuantisedSource(source, kind, way_out=WAY_OUT if manifest else "fetch it again")
@@ -73,7 +79,7 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     for name, target in ties.items():
         if name in source.names() and not are_equal(name, target):
             raise BackboneError(
-                f"{source.file(name)}: {name} differs from {renamed.get(target, target)}, and the "
+                f"{source.file(name)}: {name} differs from {min(source.views(target))}, and the "
                 "model has one tensor for both; leave out the one that was not trained"
             )
     _say(raw, family, model_config, folder / "config.json", kind)
@@ -91,9 +97,21 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         ties=ties,
         folder=folder,
         facts=facts,
+        raw=raw,
+        arrangement=arrangement,
         manifest=manifest,
         quantise=kind,
     )
+
+
+def _arrange(
+    family: Family, raw: Mapping[str, Any], source: WeightSource, folder: Path
+) -> Arrangement:
+    """How the tensors of a folder become the model's; errors name the folder."""
+    try:
+        return family.arrange(raw, source.names())
+    except BackboneError as error:
+        raise BackboneError(f"{folder}: {error}") from error
 
 
 def _say(
@@ -128,6 +146,7 @@ def _random_blueprint(config: BackboneConfig) -> Blueprint:
         ties=ties,
         folder=None,
         facts={"name": None, "config": fields, "config_seed": config.config_seed},
+        raw={"model_type": model_config.model_type, **fields},
     )
 
 
@@ -170,9 +189,7 @@ def plan_copies(model: nn.Module, blueprint: Blueprint) -> dict[str, nn.Paramete
     _check_prefix(parameters.keys() - names, names - parameters.keys(), source)
     faults = [f"missing {name}" for name in sorted(parameters.keys() - names)]
     faults += [
-        f"unknown {name}"
-        for name in sorted(names - parameters.keys() - blueprint.ties.keys())
-        if not blueprint.family.is_unused(name, blueprint.model_config)
+        f"unknown {name}" for name in sorted(names - parameters.keys() - blueprint.ties.keys())
     ]
     for name in sorted(parameters.keys() & names):
         parameter = parameters[name]

@@ -33,9 +33,7 @@ def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
 
     No weight is read. Raises `BackboneError` if the weights do not fit their configuration.
     """
-    weights = plan_weights(blueprint, dtype)
-    written = {weight.name for weight in weights}
-    return weights, sorted(blueprint.source.names() - written - blueprint.ties.keys())
+    return plan_weights(blueprint, dtype), sorted(blueprint.arrangement.unused)
 
 
 def lay_out(blueprint: Blueprint, weights: Sequence[Weight], kind: str) -> dict[Weight, Weight]:

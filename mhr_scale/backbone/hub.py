@@ -9,7 +9,7 @@ from mhr_scale.backbone.weight_files import SUFFIXES, choose_weights
 from mhr_scale.errors import BackboneError, first_line
 
 BUILTIN = {"builtin:toy": Path(__file__).parents[1] / "tasks" / "toy_backbone"}
-TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
 
 

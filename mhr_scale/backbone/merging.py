@@ -7,7 +7,7 @@ trained in; memory holds one at a time, in float32 where it is added to.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +29,9 @@ from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.backbone.weights import SafetensorsSource, read_whole
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.linear_modules import is_transposed
 from mhr_scale.families.table import QUANTISED
-from mhr_scale.run.files import read_object, write_json
+from mhr_scale.run.files import write_json
 from mhr_scale.run.runlog import ByteProgress
 
 #: Files of a backbone folder that belong to a merged one too.
@@ -40,6 +41,10 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
     "*.model",
 )
 
@@ -64,15 +69,34 @@ def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
 def merge(name: str, weight_OI: Tensor, pairs: Mapping[str, Tensor], *, scale: float) -> Tensor:
     """The weight `name` with what a single adapter stores for it added in, in float32.
 
-    W + scale * (A B)^T, or the rows of W scaled by an (IA)3 vector; other weights as they are.
+    W + scale * (A B)^T, or the rows of W scaled by an (IA)3 vector, and so its bias (O,); other
+    weights as they are.
     """
-    linear = name.removesuffix(".weight")
+    linear, _, part = name.rpartition(".")
     if f"{linear}.l" in pairs:
-        return weight_OI.float() * pairs[f"{linear}.l"].float().flatten()[:, None]
+        factors_O = pairs[f"{linear}.l"].float().flatten()
+        return weight_OI.float() * (factors_O if part == "bias" else factors_O[:, None])
+    if part != "weight":
+        return weight_OI
     if f"{linear}.A" in pairs:
         a_IR, b_RO = (pairs[f"{linear}.{side}"][0, 0].float() for side in "AB")
         return weight_OI.float() + (a_IR @ (b_RO * scale)).T
     return weight_OI
+
+
+def merging_of(adapter: Adapter, blueprint: Blueprint) -> Callable[[str, Tensor], Tensor]:
+    """What a weight becomes with a single adapter merged in; a transposed one stays so."""
+    pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
+    with torch.device("meta"):
+        modules = make_model(blueprint).named_modules()
+    transposed = {f"{name}.weight" for name, module in modules if is_transposed(module)}
+
+    def merged(name: str, weight: Tensor) -> Tensor:
+        if name in transposed:
+            return merge(name, weight.T, pairs, scale=scale).T
+        return merge(name, weight, pairs, scale=scale)
+
+    return merged
 
 
 @torch.no_grad()
@@ -88,15 +112,14 @@ def write_merged(
 
     Memory holds one tensor at a time. Raises `OSError` if a file cannot be written.
     """
-    pairs, scale = artefact.named_tensors(adapter), adapter.config.scale
+    sum_of = merging_of(adapter, blueprint)
     shards = plan_shards(weights, max_shard_bytes)
     progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="merge")
 
     @lru_cache(maxsize=1)
     def merged(weight: Weight) -> Tensor:
         stored = read_whole(blueprint.source, weight.name)
-        summed = merge(weight.name, stored, pairs, scale=scale)
-        return summed.to(weight.dtype).contiguous().view(-1)
+        return sum_of(weight.name, stored).to(weight.dtype).contiguous().view(-1)
 
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
@@ -130,12 +153,7 @@ def write_companions(
     says of quantised linears.
     """
     family, model_config = blueprint.family, blueprint.model_config
-    raw: dict[str, Any] = {
-        "model_type": model_config.model_type,
-        **blueprint.facts.get("config", {}),
-    }
-    if blueprint.folder is not None:
-        raw = read_object(blueprint.folder / "config.json", BackboneError)
+    raw = family.own_fields(blueprint.raw)
     raw["architectures"] = [family.model_class(model_config).__name__]
     for name, value in family.required_fields(model_config).items():
         if raw.get(name) is None:

@@ -17,6 +17,7 @@ from mhr_scale.backbone.quantised_parts import BLOCK, QuantisedSource, make_line
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError, EngineError
 from mhr_scale.families.family import last_part
+from mhr_scale.families.linear_modules import is_transposed
 
 
 def kind_of(config: BackboneConfig, blueprint: Blueprint) -> str:
@@ -44,15 +45,26 @@ def check(config: BackboneConfig, blueprint: Blueprint, *, ds_config: str | None
             f"them; leave run.ds_config out, name a file of stage 0, or {way_out}"
         )
     if not is_stored:
-        check_widths(kind, blueprint, "backbone.quantise")
+        check_linears(kind, blueprint, "backbone.quantise")
 
 
-def check_widths(kind: str, blueprint: Blueprint, place: str) -> None:
-    """Raise `BackboneError` if the linears are of a width that cannot be quantised to `kind`."""
-    if kind != "nf4":
+def check_linears(kind: str, blueprint: Blueprint, place: str) -> None:
+    """Raise `BackboneError` if there are linears that cannot be quantised to `kind`."""
+    if kind == "none":
         return
     with torch.device("meta"):
         model = make_model(blueprint)
+    for name, module in model.named_modules():
+        is_odd = is_transposed(module) or (
+            isinstance(module, nn.Linear) and type(module) is not nn.Linear
+        )
+        if is_odd and blueprint.family.is_in_block(name, blueprint.model_config):
+            raise BackboneError(
+                f"{place}: {name} is a {type(module).__name__}, and only plain linears are "
+                "quantised; set it to none"
+            )
+    if kind != "nf4":
+        return
     linears = list_linears(model, blueprint).items()
     uneven = {last_part(name): m.in_features for name, m in linears if m.in_features % BLOCK}
     if uneven:
@@ -104,11 +116,14 @@ def allocate(model: nn.Module, blueprint: Blueprint, kind: str, device: torch.de
     for name, module in model.named_modules():
         if name not in quantised:
             module._apply(give_memory, recurse=False)
+        elif module.bias is not None:
+            module.bias = nn.Parameter(give_memory(module.bias), requires_grad=False)
 
 
 def put(model: nn.Module, name: str, parts: Mapping[str, Tensor], kind: str) -> None:
-    """Replace the linear whose weight is called `name` by one of these parts."""
+    """Replace the linear whose weight is called `name` by one of these parts, with its bias."""
     place = name.removesuffix(".weight")
     weight = model.get_parameter(name)
     linear = make_linear(parts, kind=kind, shape=tuple(weight.shape), dtype=weight.dtype)
+    linear.register_parameter("bias", model.get_submodule(place)._parameters.get("bias"))
     model.set_submodule(place, linear)

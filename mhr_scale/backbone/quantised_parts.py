@@ -284,9 +284,9 @@ class QuantisedSource:
         assert found is not None, "quantised weights are in files"
         return found
 
-    def stored_name(self, name: str) -> str:
-        """What the file calls a weight, or the first of its parts."""
-        return self._source.stored_name(name)
+    def views(self, name: str) -> dict[str, Tensor]:
+        """What the files hold of a weight, or the first of its parts."""
+        return self._source.views(name)
 
     def is_quantised(self, name: str) -> bool:
         """Whether a weight is stored as parts."""

@@ -51,8 +51,8 @@ class WeightSource(Protocol):
     def view(self, name: str) -> Tensor | None:
         """The tensor as it lies in its mapped file; None if no file holds it."""
 
-    def stored_name(self, name: str) -> str:
-        """What the file calls a tensor."""
+    def views(self, name: str) -> dict[str, Tensor]:
+        """What the files hold of a tensor, by its names there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,9 @@ class FileSource(ABC):
         assert numbers is not None, "`dtype` comes first"
         return numbers
 
-    def stored_name(self, name: str) -> str:
-        """The name in the file, which is the one here."""
-        return name
+    def views(self, name: str) -> dict[str, Tensor]:
+        """The tensor, whose name is the one in the file."""
+        return {name: self.view(name)}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -237,9 +237,9 @@ class RandomSource:
     def view(self, name: str) -> None:
         """No file holds it."""
 
-    def stored_name(self, name: str) -> str:
-        """The only name it has."""
-        return name
+    def views(self, name: str) -> dict[str, Tensor]:
+        """No file holds it."""
+        return {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -247,42 +247,6 @@ class RandomSource:
             generator = torch.Generator().manual_seed(seed_from("backbone", self._seed, name))
             self._last = (name, self._make(name, self._shapes[name], generator))
         return self._last[1].reshape(-1)[start:stop]
-
-
-class RenamedSource:
-    """Another source, of which some tensors go by other names: those of the model."""
-
-    def __init__(self, source: WeightSource, stored: Mapping[str, str]) -> None:
-        """`stored` maps a name to the one that the source has for it."""
-        self._source, self._stored = source, stored
-
-    def names(self) -> frozenset[str]:
-        """Names in the source, the renamed ones by their new name."""
-        return (self._source.names() - set(self._stored.values())) | self._stored.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return self._source.shape(self.stored_name(name))
-
-    def file(self, name: str) -> Path | None:
-        """The file that holds a tensor; None if there is no file."""
-        return self._source.file(self.stored_name(name))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Data type of one tensor."""
-        return self._source.dtype(self.stored_name(name))
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor."""
-        return self._source.read(self.stored_name(name), start, stop)
-
-    def view(self, name: str) -> Tensor | None:
-        """The tensor as it lies in its file."""
-        return self._source.view(self.stored_name(name))
-
-    def stored_name(self, name: str) -> str:
-        """What the file calls a tensor."""
-        return self._stored.get(name, name)
 
 
 def read_whole(source: WeightSource, name: str) -> Tensor:

@@ -26,7 +26,7 @@ class PretrainConfig:
     """Everything `pretrain` reads."""
 
     backbone: BackboneConfig
-    """The frozen encoder-decoder."""
+    """The frozen backbone."""
     adapter: AdapterConfig
     """The adapter trained on it."""
     source: str | None = None

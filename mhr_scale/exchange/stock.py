@@ -143,6 +143,11 @@ def _load_folder(config: BackboneConfig, blueprint: Blueprint, device: torch.dev
     """The backbone as transformers loads its folder, in 8 or 4 bits if that is asked for."""
     import transformers
 
+    if blueprint.arrangement.is_part:
+        raise BackboneError(
+            f"backbone.name: {config.name} holds other models beside the text model, which "
+            "transformers does not load alone; convert it first: python launch/convert.py"
+        )
     kind, model_config = kind_of(config, blueprint), _config_for_transformers(blueprint)
     options: dict[str, Any] = {"config": model_config, "device_map": {"": device}}
     if kind != "none":
@@ -171,12 +176,11 @@ def map_backbone(config: BackboneConfig, blueprint: Blueprint) -> Any:
     """
     import transformers
 
-    source, model_config = blueprint.source, _config_for_transformers(blueprint)
+    model_config = _config_for_transformers(blueprint)
     with torch.device("meta"):  # the auto class itself takes a folder only
         auto_class = getattr(transformers, blueprint.family.auto_class)
         kind = type(auto_class.from_config(model_config))
-    views = {source.stored_name(name): source.view(name) for name in source.names()}
-    uncast = {name: v.as_subclass(UncastTensor) for name, v in views.items() if v is not None}
+    uncast = {n: view.as_subclass(UncastTensor) for n, view in _views(blueprint).items()}
     model = _load(kind, None, config, blueprint, {"config": model_config, "state_dict": uncast})
     plain: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -188,6 +192,17 @@ def map_backbone(config: BackboneConfig, blueprint: Blueprint) -> Any:
                 plain[parameter] = nn.Parameter(numbers, requires_grad=False)
             module._parameters[name] = plain[parameter]
     return model
+
+
+def _views(blueprint: Blueprint) -> dict[str, Tensor]:
+    """Weights by their names in the files; of a part of a greater model by its own names."""
+    source = blueprint.source
+    found: dict[str, Tensor] = {}
+    for name in sorted(source.names()):
+        view = source.view(name)
+        is_own = blueprint.arrangement.is_part and view is not None
+        found |= {name: view} if is_own and view is not None else source.views(name)
+    return found
 
 
 def _load(

@@ -9,17 +9,19 @@ families take rows for one text where they are told by positions alone.
 Shape letters: B rows, L positions of a row, D target positions, V vocabulary, H width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import BackboneError, DataError
+from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import make_masks
-from mhr_scale.families.discovered import Discovered
-from mhr_scale.families.family import Side
+from mhr_scale.families.discovered import Discovered, find
+from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
 
 #: Model types that are named where another one is refused.
@@ -30,6 +32,9 @@ KNOWN_TYPES = (
 )
 #: Kinds of layers whose masks are made here; all others keep a state of the whole text.
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+#: What of a packed row's inputs is for masks and logits, and no argument of the model.
+OUR_OWN = frozenset({"branches", "sources"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +49,13 @@ class Causal(Discovered):
     # -- configuration ---------------------------------------------------------------------------
 
     def knows(self, model_type: str) -> bool:
-        """Whether transformers has a causal language model of this type."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        """Whether transformers has a causal language model of this type, or one that sees too."""
+        return _is_causal(model_type) or composed.knows(model_type)
 
-        return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    def matches(self, config: Any) -> bool:
+        """By model type; a type may name an encoder-decoder too, whose decoder alone is known."""
+        is_decoder = not getattr(config, "is_encoder_decoder", False)
+        return _is_causal(config.model_type) and is_decoder
 
     def list_types(self) -> Sequence[str]:
         """Those that are tested."""
@@ -55,26 +63,45 @@ class Causal(Discovered):
 
     def check_config(self, config: Any, place: str) -> None:
         """Raise `BackboneError` for sizes that no model has, and for what is not exact here."""
+        kind = config.model_type
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            size = getattr(config, name, None)
+            if not hasattr(config, name):
+                raise BackboneError(
+                    f"{place}: a {kind} has no {name}; use a backbone whose blocks are of "
+                    "attention and feed-forwards, such as llama"
+                )
+            size = getattr(config, name)
             if type(size) is not int or size < 1:
                 raise BackboneError(f"{place}: {name} {size} is not a whole number from 1")
+        if getattr(config, "is_encoder_decoder", False):
+            raise BackboneError(f"{place}: a {kind} is an encoder-decoder of no family known here")
         kinds = {
             *(getattr(config, "layer_types", None) or ()),
             *(kind for kind in getattr(config, "attention_layers", ()) if kind != "global"),
         }
-        if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
             raise BackboneError(
-                f"{place}: {config.model_type} tells positions by ALiBi, which counts the tokens "
+                f"{place}: {kind} tells positions by ALiBi, which counts the tokens "
                 "between two and not their positions: answers side by side would be wrong; use a "
                 "backbone with rotary or learned positions"
             )
         if kinds - LAYER_KINDS:
             raise BackboneError(
-                f"{place}: {config.model_type} has layers of kind "
+                f"{place}: {kind} has layers of kind "
                 f"{', '.join(sorted(kinds - LAYER_KINDS))}; only {', '.join(sorted(LAYER_KINDS))} "
                 "see a row's answers apart"
             )
+        self.check_module(config, place)
+
+    def set_ends(self, config: Any, generation: Mapping[str, Any]) -> None:
+        """One id where all say the same, else a list: the configuration's own first."""
+        ends = [*as_list(config.eos_token_id), *as_list(generation.get("eos_token_id"))]
+        found = [end for end in dict.fromkeys(ends) if type(end) is int]
+        config.eos_token_id = found if len(found) > 1 else next(iter(found), None)
+
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """What the configuration says; learned positions have no more than that."""
+        return getattr(config, "max_position_embeddings", None), find(self, config).learns_positions
 
     # -- the module ------------------------------------------------------------------------------
 
@@ -83,6 +110,12 @@ class Causal(Discovered):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    def fuse(self, model: Any, settings: Settings) -> None:
+        """Faster attention, feed-forwards and norms (`causal_fused`)."""
+        from mhr_scale.families import causal_fused
+
+        causal_fused.install(model, self.blocks(model.config), self.norms(model), settings)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -114,6 +147,7 @@ class Causal(Discovered):
         tail = max(depth - 1, 0)
         length = -(-(width + tail) // pad_multiple) * pad_multiple
         width = length - tail
+        self._check_length(rows, length, config)
         ids = np.full((len(rows), length), pad_of(config), dtype=np.int64)
         positions = np.zeros((len(rows), length), dtype=np.int64)
         branches = np.full((len(rows), length), -1, dtype=np.int64)
@@ -141,8 +175,7 @@ class Causal(Discovered):
                 at, place = end, read.stop
             starts.append(tuple(begins))
         arrays = {"input_ids": ids, "position_ids": positions, "branches": branches}
-        if any(len(row.answers) > 1 for row in rows):
-            arrays["sources"] = sources
+        has_branches = any(len(row.answers) > 1 for row in rows)
         return Packed(
             rows=tuple(rows),
             inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -150,30 +183,44 @@ class Causal(Discovered):
             choices_BD=torch.from_numpy(choices),
             starts=tuple(starts),
             n_positions=ids.size,
+            # several answers begin behind the same token
+            sources_BD=torch.from_numpy(sources) if has_branches else None,
         )
+
+    def _check_length(self, rows: Sequence[EncodedRow], length: int, config: Any) -> None:
+        """Raise `DataError` for a row that learned positions have no end of."""
+        if length <= getattr(config, "max_position_embeddings", length):
+            return
+        most, is_all = self.most_positions(config)
+        assert most is not None
+        for row in rows if is_all else ():
+            n_tokens = len(row.input_ids) + max((len(a) - 1 for a in row.answers), default=0)
+            if n_tokens > most:
+                raise DataError(
+                    f"row {row.number}: a prompt and its longest answer are {n_tokens} tokens; the "
+                    f"backbone has learned {most} positions; lower the lengths they are cut to"
+                )
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logits(self, model: Any, packed: Packed) -> Tensor:
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
+        tokens = _tokens(packed)
+        length, depth = tokens["input_ids"].shape[1], packed.labels_BD.shape[1]
         output = model(
-            **_tokens(packed),
+            **tokens,
             attention_mask=_masks(model, packed),
-            logits_to_keep=packed.labels_BD.shape[1],
+            # not their number: of a slice of the states a frozen head makes one product a row
+            logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
             use_cache=False,
         )
         logits_BDV: Tensor = output.logits
-        sources = packed.inputs.get("sources")
-        if sources is not None:  # several answers begin behind the same token
-            logits_BDV = logits_BDV.gather(
-                1, sources[..., None].expand(-1, -1, logits_BDV.shape[-1])
-            )
         return logits_BDV
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
     ) -> list[list[int]]:
-        """What the model writes behind each prompt, padded on its left."""
+        """What the model writes behind each prompt, padded on its left, up to its end."""
         prompts = [EncodedRow(row.input_ids) for row in rows]
         packed = self.pack(prompts, model.config, pad_multiple=1).to(device)
         mask = (packed.inputs["branches"] >= 0).long()
@@ -185,7 +232,8 @@ class Causal(Discovered):
             **options,
         )
         written: list[list[int]] = ids[:, mask.shape[1] :].tolist()
-        return written
+        ends = as_list(model.config.eos_token_id)
+        return [list(takewhile(lambda token: token not in ends, new)) for new in written]
 
     def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
         """The last hidden states of prompts (B, L, H), and their mask (B, L)."""
@@ -208,8 +256,15 @@ class Causal(Discovered):
             inputs = {"input_ids": new, "position_ids": new * (length + step)}
 
 
+def _is_causal(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _tokens(packed: Packed) -> dict[str, Tensor]:
-    return {name: packed.inputs[name] for name in ("input_ids", "position_ids")}
+    """What the model is called with, masks apart; others may have put more there than `pack`."""
+    return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
 
 
 def _masks(model: Any, packed: Packed) -> Any:
@@ -233,17 +288,28 @@ def begin_of(tokenizer: Any) -> list[int]:
     return whole[:start]
 
 
+def as_list(ids: Any) -> list[Any]:
+    """One id or several as a list."""
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
 def pad_of(config: Any) -> int:
     """The id that stands where no token is; masks and labels tell padding, never its id."""
-    end = config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    known = (token for token in (config.pad_token_id, *ends) if token is not None)
+    known = [*as_list(config.pad_token_id), *as_list(config.eos_token_id)]
     return next((token for token in known if 0 <= token < config.vocab_size), 0)
 
 
 CAUSAL = Causal(
     name="causal language models",
-    inputs={"o_proj": "v_proj", "down_proj": "up_proj"},
+    inputs={
+        "o_proj": "q_proj",
+        "out_proj": "q_proj",
+        "down_proj": "up_proj",
+        "fc2": "fc1",
+        "fc_out": "fc_in",
+        "dense_4h_to_h": "dense_h_to_4h",
+        "c_proj": "c_fc",
+    },
     abbreviations=(
         (r"\b(?:model|transformer|gpt_neox)\.(?:decoder\.)?(?:layers|h|blocks)\.", "dec."),
         (r"\bself_attn\.|\battn\.|\bself_attention\.|\battention\.", ""),

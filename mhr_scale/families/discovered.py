@@ -6,18 +6,19 @@ is left alone, as is the feed-forward of a mixture of experts.
 """
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.errors import BackboneError, LayoutError, did_you_mean, first_line
-from mhr_scale.families.family import LAYOUTS, Blocks, Family, Position
+from mhr_scale.errors import BackboneError, LayoutError, first_line
+from mhr_scale.families import composed, model_configs
+from mhr_scale.families.family import LAYOUTS, Blocks, Family, Position, last_part
+from mhr_scale.families.first_weights import make_weight
 from mhr_scale.families.linear_modules import find_widths
 from mhr_scale.families.linear_names import (
     PARTS,
@@ -26,8 +27,10 @@ from mhr_scale.families.linear_names import (
     is_complete,
     is_of_experts,
     part_of,
+    role_of,
 )
 from mhr_scale.families.named import likeliest_depth
+from mhr_scale.families.stored_names import Arrangement, map_names
 
 #: Where transformers keeps the blocks of a language model, and the number of one.
 BLOCKS = re.compile(
@@ -36,8 +39,9 @@ BLOCKS = re.compile(
 )
 #: The stack of blocks that is not called encoder.
 DECODER = "decoder"
-#: Fields of a configuration that say nothing of the model's computation.
-OUTSIDE = frozenset({"architectures", "transformers_version", "torch_dtype", "dtype", "model_type"})
+
+#: What configurations call the activation of feed-forwards.
+ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")
 
 
 class Found:
@@ -81,10 +85,40 @@ class Found:
         widths = {name: find_widths(self.model.get_submodule(name)) for name in names}
         return {name: pair for name, pair in widths.items() if pair is not None}
 
-    def name_of(self, module: nn.Module | None) -> str:
-        """The name of a module's weight; empty if there is none."""
-        names = (name for name, other in self.model.named_modules() if other is module)
-        return f"{next(names)}.weight" if module is not None else ""
+    @cached_property
+    def stored_names(self) -> frozenset[str]:
+        """Names of what a checkpoint holds."""
+        return frozenset(self.model.state_dict())
+
+    @property
+    def stored_buffers(self) -> list[str]:
+        """Those of them that are no weights."""
+        return [name for name, _ in self.model.named_buffers() if name in self.stored_names]
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Parameters that transformers ties as the configuration says, and to what."""
+        found: dict[str, str] = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        return found
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is one that older versions had: masks, frequencies, positions."""
+        if name in self.stored_names:
+            return False
+        buffers = [last_part(name) for name, _ in self.model.named_buffers()]
+        patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())
+        if "inv_freq" in buffers:
+            patterns.add(r"rotary_emb\.inv_freq")
+        if "position_ids" in buffers:
+            patterns.add(r"(^|\.)position_ids$")
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are looked up in a table, as tokens are."""
+        words = self.model.get_input_embeddings()
+        tables = (part for part in self.model.modules() if isinstance(part, nn.Embedding))
+        return any(table is not words for table in tables)
 
 
 def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
@@ -102,8 +136,15 @@ def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
         frozen |= dict.fromkeys(n for n in [*linears, *experts] if n not in own)
         adaptable.append(set(own))
     shared = in_order(set.intersection(*adaptable))
+    frozen |= dict.fromkeys(n for own in adaptable for n in sorted(own) if n not in shared)
     sublayers = tuple(tuple(n for n in shared if part_of(n) == part) for part in PARTS)
     return Blocks(name=name, count=len(blocks), sublayers=sublayers, frozen=tuple(frozen))
+
+
+def _role(name: str) -> str | None:
+    """What a linear of this whole name computes."""
+    match = BLOCKS.match(name)
+    return None if match is None else role_of(name[match.end() :])
 
 
 _FOUND: dict[tuple[str, str], Found] = {}
@@ -123,7 +164,11 @@ def find(family: "Discovered", config: Any) -> Found:
 class Discovered(Family):
     """A family of all models of one form, whatever their linears are called."""
 
-    peft_feed_forward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "fc_out")
+    stacks: ClassVar[tuple[str, ...]] = (DECODER,)
+    """Stacks whose blocks the family has."""
+    peft_feed_forward: ClassVar[tuple[str, ...]] = (
+        *("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj"),
+    )
     default_fields: ClassVar[Mapping[str, Any]] = {
         "pad_token_id": 0,
         "bos_token_id": None,
@@ -134,30 +179,33 @@ class Discovered(Family):
 
     def make_config(self, fields: Mapping[str, Any]) -> Any:
         """transformers' configuration of a recipe's fields and their `model_type`."""
-        kind = config_class(fields["model_type"])
-        given = {name: value for name, value in fields.items() if name not in OUTSIDE}
-        known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-        for name in sorted(set(given) - known):
-            hint = did_you_mean(name, known)
-            raise BackboneError(
-                f"backbone.config: {fields['model_type']} has no setting '{name}'{hint}"
-            )
+        return model_configs.make_config(fields)
+
+    def check_module(self, config: Any, place: str) -> None:
+        """Raise `BackboneError` if nothing in the module of a configuration can be adapted."""
         try:
-            return kind(**given)
-        except Exception as error:
-            raise BackboneError(f"backbone.config: {first_line(error)}") from error
+            found = find(self, config)
+            _ = found.blocks
+        except (LayoutError, ValueError, RuntimeError) as error:
+            raise BackboneError(f"{place}: {first_line(error)}") from error
+        if found.stored_buffers:
+            raise BackboneError(
+                f"{place}: checkpoints of a {config.model_type} hold {found.stored_buffers[0]}, "
+                "which is no weight and is not read here; use a backbone without it"
+            )
 
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that the type has and that are set."""
-        kind = config_class(raw["model_type"])
-        known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-        known = (known - OUTSIDE) | {"model_type"}
-        return {name: value for name, value in raw.items() if name in known}
+        return model_configs.size_fields(self.own_fields(raw))
 
     def width_of(self, raw: Mapping[str, Any]) -> int | None:
         """The width of the residual stream."""
         config = self._read(raw)
         return None if config is None else int(config.hidden_size)
+
+    def is_of(self, raw: Mapping[str, Any]) -> bool:
+        """By model type."""
+        return self.knows(str(raw.get("model_type")))
 
     def linears_of(
         self, raw: Mapping[str, Any]
@@ -169,14 +217,32 @@ class Discovered(Family):
         found = find(self, config)
         return found.blocks, found.widths
 
+    def own_config(self, config: Any, place: str) -> Any:
+        """Of a model that reads pictures too the configuration of its text model."""
+        own = composed.text_config(config, place) if composed.is_composed(config) else config
+        if not self.matches(own):
+            raise BackboneError(
+                f"{place}: the text model of this {config.model_type} is of type "
+                f"'{own.model_type}', which is no backbone here; use one of type "
+                f"{', '.join(self.list_types())}"
+            )
+        return own
+
+    def own_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The same of a config.json."""
+        whole, own = self._read_whole(raw), self._read(raw)
+        return dict(raw) if own is None or own is whole else own.to_dict()
+
     def _read(self, raw: Mapping[str, Any]) -> Any:
-        """The configuration that a config.json says; None if it says none of this family."""
-        if not self.knows(str(raw.get("model_type"))):
-            return None
+        """The own configuration that a config.json says; None if it says none of this family."""
+        whole = self._read_whole(raw)
         try:
-            return config_class(raw["model_type"]).from_dict(dict(raw))
-        except Exception:
+            return None if whole is None else self.own_config(whole, "config.json")
+        except BackboneError:
             return None
+
+    def _read_whole(self, raw: Mapping[str, Any]) -> Any:
+        return model_configs.read_config(raw) if self.knows(str(raw.get("model_type"))) else None
 
     # -- blocks and linears ----------------------------------------------------------------------
 
@@ -191,6 +257,29 @@ class Discovered(Family):
             )
         return names
 
+    def writer_of(
+        self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
+    ) -> str | None:
+        """What the gate of a feed-forward multiplies; without a gate ReLU lets factors from 0 pass.
+
+        Values before attention, which sums over tokens, unless several queries share them. None
+        where the module is not known, or holds several in one linear.
+        """
+        config = None if raw is None else self._read(raw)
+        if config is None:
+            return None
+        widths = find(self, config).widths
+        place = linear.rpartition(".")[0]
+        roles = {_role(name): name for name in widths if name.rpartition(".")[0] == place}
+        if linear == roles.get("output") and "value" in roles:
+            is_alone = widths[linear][0] == widths[roles["value"]][1]
+            return roles["value"] if is_alone else None
+        if linear != roles.get("down") or "up" not in roles:
+            return None
+        names = (getattr(config, name, None) for name in ACTIVATIONS)
+        passes = "relu" in names and not has_negative
+        return roles["up"] if "gate" in roles or passes else None
+
     def blocks(self, config: Any) -> dict[str, Blocks]:
         """As the module has them."""
         return find(self, config).blocks
@@ -202,16 +291,16 @@ class Discovered(Family):
         lists: dict[str, str] = {}
         for name in names:
             match = BLOCKS.match(name)
-            if match is not None:
-                stack = match["stack"] or DECODER
+            stack = (match["stack"] or DECODER) if match else ""
+            if match is not None and stack in self.stacks:
                 lists[stack] = match["list"]
                 numbers.setdefault(stack, set()).add(int(match["block"]))
                 linears.setdefault(stack, set()).add(name[match.end() :])
         found = {}
-        for stack, name in lists.items():
+        for stack in (one for one in self.stacks if one in lists):
             ordered = in_order(linears[stack])
             found[stack] = Blocks(
-                name=name,
+                name=lists[stack],
                 count=likeliest_depth(numbers[stack]),
                 sublayers=tuple(tuple(n for n in ordered if part_of(n) == part) for part in PARTS),
                 is_whole=False,
@@ -221,10 +310,11 @@ class Discovered(Family):
     def find_position(self, name: str) -> Position | None:
         """Where a linear sits, by its name."""
         match = BLOCKS.match(name)
-        if match is None:
+        stack = (match["stack"] or DECODER) if match else ""
+        if match is None or stack not in self.stacks:
             return None
         part = PARTS.index(part_of(name[match.end() :]))
-        return Position(match["stack"] or DECODER, int(match["block"]), part)
+        return Position(stack, int(match["block"]), part)
 
     def find_prefix(self, name: str) -> int | None:
         """Where the name of a block begins in a longer name; None if there is none in it."""
@@ -237,7 +327,8 @@ class Discovered(Family):
         (count,) = depths.values()
         old = config.num_hidden_layers
         for name, value in list(vars(resized).items()):
-            if isinstance(value, list | tuple) and len(value) == old:
+            is_list = isinstance(value, list | tuple) and not name.endswith("_token_id")
+            if is_list and len(value) == old:
                 setattr(resized, name, type(value)(value[n % old] for n in range(count)))
         resized.num_hidden_layers = count
         return resized
@@ -258,42 +349,31 @@ class Discovered(Family):
             module = model.get_submodule(place)
             setattr(module, last, buffer.to(module._buffers[last].device))  # type: ignore[union-attr]
 
+    def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
+        """As transformers maps names and ignores some; a tied tensor may stand for the other."""
+        whole, config = self._read_whole(raw), self._read(raw)
+        found = find(self, config)
+        if composed.is_composed(whole):
+            stored, unused, is_part = composed.arrange(whole, found.model, names)
+        else:
+            stored, unused, is_part = map_names(found.model, names), frozenset[str](), False
+        ignored = [name for name in stored if found.ignores(name)]
+        unused |= {part for name in ignored for part in stored.pop(name).names}
+        for name, target in found.ties.items():
+            if target not in stored and name in stored:
+                stored[target] = stored.pop(name)
+        moved = {name: parts for name, parts in stored.items() if parts.names != (name,)}
+        return Arrangement(moved, unused, is_part)
+
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
     ) -> dict[str, str]:
-        """The head, where the configuration ties it and it is absent, or found to be equal."""
-        config = self._read(raw)
-        assert config is not None
-        found = find(self, config)
-        embedding = found.name_of(found.model.get_input_embeddings())
-        head = found.name_of(found.model.get_output_embeddings())
-        if not config.tie_word_embeddings or (head in names and not are_equal(head, embedding)):
-            return {}
-        return {head: embedding}
-
-    def is_unused(self, name: str, config: Any) -> bool:
-        """What transformers ignores: masks and frequencies that older versions stored."""
-        patterns = find(self, config).model._keys_to_ignore_on_load_unexpected or ()
-        return any(re.search(pattern, name) for pattern in patterns)
+        """What the configuration ties, where it is absent or found to be equal, as transformers."""
+        found = find(self, self._read(raw)).ties.items()
+        return {n: other for n, other in found if n not in names or are_equal(n, other)}
 
     def random_weight(
         self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
     ) -> Tensor:
         """A weight as the architecture's own rules initialise it."""
-        model = find(self, config).model
-        place, _, last = name.rpartition(".")
-        shell = copy.copy(model.get_submodule(place))
-        parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
-        shell._parameters = {**shell._parameters, last: parameter}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(generator.initial_seed())
-            model._init_weights(shell)
-        return parameter.data
-
-
-@lru_cache
-def config_class(model_type: str) -> Any:
-    """transformers' class of configurations of a model type."""
-    from transformers import AutoConfig
-
-    return type(AutoConfig.for_model(model_type))
+        return make_weight(find(self, config).model, name, shape, generator.initial_seed())

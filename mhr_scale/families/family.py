@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
+from mhr_scale.families.stored_names import AS_NAMED, Arrangement
 
 Side = Literal["input", "target"]
 #: Layouts that every family has: all linears of the blocks; keys, values and what is multiplied by
@@ -27,15 +28,15 @@ class Settings(Protocol):
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention runs its parts together."""
+        """Whether attention runs q, k and v together and copies less."""
 
     @property
-    def fused_gelu(self) -> bool:
-        """Whether a gated activation is one operation."""
+    def fused_gate(self) -> bool:
+        """Whether a gated activation is one operation that keeps less."""
 
     @property
     def fused_norm(self) -> bool:
-        """Whether a norm is one operation."""
+        """Whether an RMS norm is one operation that keeps less."""
 
 
 class Position(NamedTuple):
@@ -139,6 +140,20 @@ class Family(ABC):
     def check_config(self, config: Any, place: str) -> None:
         """Raise `BackboneError` for sizes and settings that no model can have."""
 
+    def own_config(self, config: Any, place: str) -> Any:
+        """What of a folder's configuration the backbone is made from: of several models its own.
+
+        Raises `BackboneError` if that is of no known type.
+        """
+        return config
+
+    def own_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The same of a config.json."""
+        return dict(raw)
+
+    def set_ends(self, config: Any, generation: Mapping[str, Any]) -> None:  # noqa: B027
+        """Add the ends of sequence that a generation_config.json says to the configuration."""
+
     def required_fields(self, config: Any) -> dict[str, Any]:
         """Settings that a model cannot do without and that folders may leave out, with values."""
         return {}
@@ -163,6 +178,13 @@ class Family(ABC):
         As a config.json has them; None if it does not say.
         """
         return None
+
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """The positions of the longest text that a model was made for, None if it has no end.
+
+        And whether a longer one cannot be read at all.
+        """
+        return None, False
 
     # -- blocks and linears ----------------------------------------------------------------------
 
@@ -220,12 +242,13 @@ class Family(ABC):
     def fill_buffers(self, model: nn.Module, config: Any) -> None:  # noqa: B027
         """Compute the buffers that no checkpoint holds, on the device where they lie."""
 
-    def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
-        """Names of tensors that a checkpoint holds by another name only, and that name.
+    def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
+        """What a checkpoint with these names holds otherwise than the model has it.
 
-        By a config.json and the names in the checkpoint.
+        By a config.json and the names in the checkpoint. Raises `BackboneError` for what cannot be
+        read as it lies.
         """
-        return {}
+        return AS_NAMED
 
     @abstractmethod
     def find_ties(
@@ -241,10 +264,6 @@ class Family(ABC):
         for name, target in ties.items():
             module, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(module), parameter, model.get_parameter(target))
-
-    def is_unused(self, name: str, config: Any) -> bool:
-        """Whether a checkpoint may hold a tensor of this name that no model has any use for."""
-        return False
 
     @abstractmethod
     def random_weight(
@@ -287,11 +306,19 @@ class Family(ABC):
     # -- passes ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def logits(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it.
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V), of which `sources_BD` tells where a target position finds its own.
 
         The model is called as a whole, never a part of it: PEFT may be wrapped around it.
         """
+
+    def logits(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
+        logits_BDV = self.predictions(model, packed)
+        if packed.sources_BD is None:
+            return logits_BDV
+        index_BDV = packed.sources_BD[..., None].expand(-1, -1, logits_BDV.shape[-1])
+        return logits_BDV.gather(1, index_BDV)
 
     @abstractmethod
     def generate(

@@ -1,4 +1,4 @@
-"""T5 and mT5: names of their linears, their configuration, ties, weights and start token."""
+"""T5, mT5 and umT5: names of their linears, their configuration, ties, weights and start token."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
 from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
+from mhr_scale.families.model_configs import config_class
 from mhr_scale.families.named import BlockPattern, Named, below
+from mhr_scale.families.stored_names import Arrangement, Stored
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 #: Names that are the embedding by definition of the architecture.
@@ -58,16 +60,19 @@ class T5(Named, EncoderDecoder):
         return config.model_type in self.model_types and is_gated == self.is_gated
 
     def make_config(self, fields: Mapping[str, Any]) -> Any:
-        """transformers' T5Config of a recipe's fields; raises `BackboneError` if no T5 has them."""
-        from transformers import T5Config
+        """transformers' configuration of a recipe's fields, and of their type if they say one.
 
-        known = {field.name for field in dataclasses.fields(T5Config)}
+        Raises `BackboneError` if no T5 has them.
+        """
+        kind = config_class(fields.get("model_type", self.model_types[0]))
+        given = {name: value for name, value in fields.items() if name != "model_type"}
+        known = {field.name for field in dataclasses.fields(kind)}
         known |= {"tie_word_embeddings", "decoder_start_token_id"}
-        for name in sorted(set(fields) - known):
+        for name in sorted(set(given) - known):
             hint = did_you_mean(name, known)
             raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
         try:
-            return T5Config(**fields)
+            return kind(**given)
         except Exception as error:
             raise BackboneError(f"backbone.config: {first_line(error)}") from error
 
@@ -164,17 +169,22 @@ class T5(Named, EncoderDecoder):
     # -- the module ------------------------------------------------------------------------------
 
     def model_class(self, config: Any) -> Any:
-        """The class of T5, or of mT5."""
-        from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+        """transformers' class for the type of the configuration."""
+        from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-        is_mt5 = config.model_type == "mt5"
-        return MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
-    def find_renamed(self, raw: Mapping[str, Any], names: frozenset[str]) -> dict[str, str]:
-        """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone."""
+    def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
+        """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone.
+
+        Old checkpoints have a position bias in cross-attention, which none is computed from.
+        """
         copies = (*EMBEDDING_ALIASES, *((HEAD,) if _says_tied(raw) else ()))
         stored = next((name for name in (EMBEDDING, *copies) if name in names), EMBEDDING)
-        return {} if stored == EMBEDDING else {EMBEDDING: stored}
+        renamed = {} if stored == EMBEDDING else {EMBEDDING: Stored((stored,))}
+        end = ".relative_attention_bias.weight"
+        unused = {name for name in names if "EncDecAttention" in name and name.endswith(end)}
+        return Arrangement(renamed, frozenset(unused))
 
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
@@ -189,13 +199,13 @@ class T5(Named, EncoderDecoder):
         return dict.fromkeys((*EMBEDDING_ALIASES, *((HEAD,) if is_tied else ())), EMBEDDING)
 
     def tie(self, model: Any, ties: Mapping[str, str]) -> None:
-        """Make the tied parameters one, and let the configuration say so."""
-        super().tie(model, ties)
-        model.config.tie_word_embeddings = HEAD in ties
+        """Make the tied parameters one, and let the configuration say so.
 
-    def is_unused(self, name: str, config: Any) -> bool:
-        """Old checkpoints have a position bias in cross-attention, which none is computed from."""
-        return "EncDecAttention" in name and name.endswith(".relative_attention_bias.weight")
+        That of umT5 says of itself whether states are scaled before the head, whatever is tied.
+        """
+        super().tie(model, ties)
+        if model.config.model_type != "umt5":
+            model.config.tie_word_embeddings = HEAD in ties
 
     def random_weight(
         self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
@@ -318,8 +328,8 @@ ABBREVIATIONS = (
 )
 
 GATED = _make_family(
-    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
-    model_types=("t5", "mt5"),
+    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, umT5)",
+    model_types=("t5", "mt5", "umt5"),
     wide=("wi_0", "wi_1"),
 )
 UNGATED = _make_family(name="T5 v1.0 (ungated)", model_types=("t5",), wide=("wi",))

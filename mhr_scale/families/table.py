@@ -14,13 +14,16 @@ from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.family import Family
 from mhr_scale.families.known_sizes import KNOWN
 from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
+from mhr_scale.families.t5gemma import T5GEMMA
 from mhr_scale.run.files import read_object
 
-FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL)
+FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL, T5GEMMA)
 #: Tokenizers that need no files, by what a recipe calls them.
 TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
 #: Settings of a config.json: the classes of code beside it, and how its weights were quantised.
 CODE, QUANTISED = "auto_map", "quantization_config"
+#: What a folder says of generation, of which the ends of sequence are read.
+GENERATION = "generation_config.json"
 #: Settings that change what a model returns or by which kernels, not what it computes.
 PLAIN: dict[str, Any] = {
     "return_dict": True,
@@ -91,8 +94,12 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     except Exception as error:
         raise BackboneError(f"{file}: {first_line(error)}") from error
     family = _of_type(raw["model_type"])
+    config = family.own_config(config, str(file))
     family.check_config(config, str(file))
     complete(config, family)
+    generation = folder / GENERATION
+    if generation.is_file():
+        family.set_ends(config, read_object(generation, BackboneError))
     if hasattr(config, QUANTISED):  # of no use: weights are floats, or refused when they are read
         delattr(config, QUANTISED)
     for name, value in PLAIN.items():

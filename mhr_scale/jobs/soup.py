@@ -171,6 +171,8 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
             f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "
             "folder or a hub id"
         ) from error
+    if tokenizer.pad_token is None:  # masks tell padding, whatever it is
+        tokenizer.pad_token = tokenizer.eos_token
     encoder = encoder_of(model)
 
     @torch.no_grad()
@@ -178,7 +180,9 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
         vectors = []
         for start in range(0, len(texts), 32):
             batch = texts[start : start + 32]
-            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
+            inputs = tokenizer(
+                batch, padding=True, padding_side="right", truncation=True, return_tensors="pt"
+            ).to(device)
             names = ("input_ids", "attention_mask")
             states = encoder(**{name: inputs[name] for name in names}).last_hidden_state
             vectors.append(mean_states(states, inputs["attention_mask"]).cpu())

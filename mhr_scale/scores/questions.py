@@ -119,6 +119,19 @@ def encode(
     return rows
 
 
+#: The settings that cut the texts that `longest` counts.
+LENGTHS = "scoring.max_input_tokens, max_choice_tokens and max_new_tokens"
+
+
+def longest(rows: Sequence[EncodedRow], config: ScoringConfig) -> tuple[int, int]:
+    """The longest row: tokens of its input, and of its longest choice or of what it may write."""
+    lengths = (
+        (len(row.input_ids), max(map(len, row.answers), default=config.max_new_tokens))
+        for row in rows
+    )
+    return max(lengths, key=sum, default=(0, 0))
+
+
 def answerers(
     rows: Sequence[EncodedRow],
     placed: PlacedBackbone,

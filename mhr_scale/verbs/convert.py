@@ -26,7 +26,7 @@ from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.backbone.tokenizer import load_tokenizer, write_fast
 from mhr_scale.config import BackboneConfig, ConvertConfig
 from mhr_scale.engine.engine import Engine
-from mhr_scale.errors import BackboneError, RunError
+from mhr_scale.errors import BackboneError, RunError, some
 from mhr_scale.exchange import stock
 from mhr_scale.run.files import as_size
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
@@ -59,7 +59,7 @@ def convert(config: ConvertConfig) -> Path:
             f"backbone.name: {config.backbone.name} holds {blueprint.quantise} weights; convert "
             "what they were made from"
         )
-    quantise.check_widths(config.quantise, blueprint, "quantise")
+    quantise.check_linears(config.quantise, blueprint, "quantise")
     weights, left_out = conversion.plan(blueprint, config.dtype)
     laid_out = conversion.lay_out(blueprint, weights, config.quantise)
     questions = make_questions(config, settings, blueprint)
@@ -220,5 +220,5 @@ def closing(
         f"use: backbone.name={config.folder}",
     ]
     if left_out:
-        lines.insert(1, f"left out, of no use to the model: {', '.join(left_out)}")
+        lines.insert(1, f"left out, of no use to the model: {some(left_out)}")
     return "\n  ".join(lines)

@@ -91,6 +91,12 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
         settings = open_backbone(config, card)
         blueprint = blueprint_of(config.adapter, settings)
         check_fit(config.adapter, card, blueprint)
+        if blueprint.arrangement.is_part and config.format in ("peft", "peft_poly"):
+            raise AdapterError(
+                f"{config.adapter}: its backbone {settings.name} holds other models beside the "
+                "text model, and transformers calls its linears otherwise there; convert the "
+                "backbone (python launch/convert.py) and set backbone_moved_to to that folder"
+            )
         facts |= blueprint.facts
     if config.format == "merged":
         assert blueprint is not None

@@ -8,14 +8,16 @@ from small_t5 import CARD, SIZES, WO, small_t5
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
+from mhr_scale.backbone.arranged import ArrangedSource
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.fingerprint import make as fingerprint_of
 from mhr_scale.backbone.fingerprint import make_questions
 from mhr_scale.backbone.hub import BUILTIN
-from mhr_scale.backbone.weights import PickledSource, RenamedSource, SafetensorsSource
+from mhr_scale.backbone.weights import PickledSource, SafetensorsSource
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.gradients import order_gradients
 from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.stored_names import Arrangement, Stored
 from mhr_scale.families.t5 import GATED
 
 # -- weights from a folder ------------------------------------------------------------------------
@@ -69,14 +71,20 @@ def test_the_builtin_backbone_builds(build):
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "bin", "bin in the old format", "random", "renamed"]
+    "kind", ["safetensors", "bin", "bin in the old format", "random", "renamed", "joined"]
 )
 def test_a_range_of_a_tensor_is_a_slice_of_the_whole(tmp_path, kind):
     tensors = {"a.weight": torch.randn(7, 5), "b.weight": torch.randn(7, 5)}
     write_weights(tmp_path, tensors, kind)
-    if kind in ("random", "renamed"):
+    if kind in ("random", "renamed", "joined"):
         source = random_source({name: (7, 5) for name in ("copy", *tensors)})
-        source = RenamedSource(source, {"a.weight": "copy"}) if kind == "renamed" else source
+        if kind == "renamed":
+            source = ArrangedSource(source, Arrangement({"a.weight": Stored(("copy",))}))
+        if kind == "joined":
+            source = random_source({"x": (2, 5), "y": (5, 5), "b.weight": (7, 5)})
+            source = ArrangedSource(source, Arrangement({"a.weight": Stored(("x", "y"))}))
+            assert source.names() == tensors.keys()
+            assert source.shape("a.weight") == (7, 5)
     else:
         reader = SafetensorsSource if kind == "safetensors" else PickledSource
         source = reader(list(tmp_path.iterdir()))

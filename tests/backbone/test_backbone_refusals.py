@@ -130,7 +130,14 @@ def test_a_bin_file_of_something_else_is_named(make, content, expected):
         ('{\n"d_model": ', "config.json:2: "),
         (b"\xff\xfe", "config.json: not UTF-8"),
         ("[]", "config.json: "),
-        ('{"model_type": "bert"}', ": a backbone of type 'bert'; use one of type t5, mt5, or add"),
+        ('{"model_type": "vit"}', ": a backbone of type 'vit'; use one of type t5, mt5, llama"),
+        (
+            '{"model_type": "bert"}',
+            ": backbones of type 'bert' (BertLMHeadModel) cannot be adapted",
+        ),
+        ('{"model_type": "mamba"}', ": a mamba has no num_attention_heads; use a backbone whose"),
+        ('{"model_type": "bloom"}', ": bloom tells positions by ALiBi"),
+        ('{"model_type": "bart"}', ": a bart is an encoder-decoder of no family known here"),
         (
             {**CARD, "auto_map": {"AutoModelForSeq2SeqLM": "modeling.Own"}},
             "config.json: auto_map asks for code of its own",

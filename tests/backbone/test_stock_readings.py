@@ -230,8 +230,9 @@ def test_a_tensor_that_is_missing_for_transformers_is_refused(folder, monkeypatc
     """Its own names decide, not ours."""
     config = BackboneConfig(name=str(folder))
     blueprint = read_blueprint(config)
-    source = type(blueprint.source)
-    monkeypatch.setattr(source, "stored_name", lambda self, name: name.replace(WO, "elsewhere"))
+    source = blueprint.source
+    views = {n.replace(WO, "elsewhere"): source.view(n) for n in source.names()}
+    monkeypatch.setattr(type(source), "views", lambda self, name: views)
     with pytest.raises(BackboneError, match=f"does not fill the model: {WO}; fetch it again"):
         stock.map_backbone(config, blueprint)
 

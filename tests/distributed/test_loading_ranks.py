@@ -1,4 +1,4 @@
-"""A converted backbone over two ranks: who reads what, and that a wrong one is noticed."""
+"""A backbone over two ranks: who reads what, and that a wrong one is noticed."""
 
 import json
 from collections import Counter
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from causal_folders import write_causal
 from processes import succeed, succeed_together
 from safetensors.torch import load_file
+from small_causal import FAMILIES
 from small_t5 import small_t5, tensors_of, write_folder
 
 from mhr_scale.backbone.blueprint import read_blueprint
@@ -18,6 +20,7 @@ from mhr_scale.verbs.convert import convert
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 RIGHT = ("float32", "bfloat16", "replicated")
+CONVERTED = "converted"
 WRONG = ("tied", "tied bfloat16", "tied on one rank")
 
 
@@ -65,6 +68,42 @@ def test_a_wrongly_tied_head_is_refused_by_both_ranks(
 ) -> None:
     assert ranks[0][what] == ranks[1][what]
     assert "does not give the logits it was stored with" in ranks[0][what]
+
+
+@pytest.fixture(scope="module")
+def causal_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folders, out = (tmp_path_factory.mktemp(name) for name in ("causal", "causal_out"))
+    for family in FAMILIES:
+        write_causal(folders / family, family)
+    origin = OriginConfig(name=str(folders / "mixtral"))
+    config = ConvertConfig(backbone=origin, dtype="float32", folder=str(folders / CONVERTED))
+    convert(config)
+    succeed("tests/distributed/programs/causal_loading.py", str(folders), str(out), ranks=2)
+    return [json.loads((out / f"causal{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_logits_of_every_causal_family_over_two_sharded_ranks_are_those_of_a_plain_load(
+    causal_ranks: list[dict[str, Any]],
+) -> None:
+    """Also of one that was converted, whose stored logits both ranks have compared."""
+    for found in causal_ranks:
+        differences = {name: measured["difference"] for name, measured in found["float32"].items()}
+        assert differences.keys() == {*FAMILIES, CONVERTED}
+        assert {name: size for name, size in differences.items() if not size < 1e-5} == {}
+
+
+def test_sharded_and_recomputed_gradients_are_the_replicated_ones_bit_for_bit(
+    causal_ranks: list[dict[str, Any]],
+) -> None:
+    for found in causal_ranks:
+        assert set(found["same gradients"].values()) == {True}
+
+
+def test_rotary_frequencies_are_not_rounded_where_weights_are(
+    causal_ranks: list[dict[str, Any]],
+) -> None:
+    for found in causal_ranks:
+        assert found["bfloat16"]["llama"]["buffers"] == ["torch.float32"]
 
 
 def test_a_run_over_a_converted_and_sharded_backbone_is_the_run_over_the_original(

@@ -73,7 +73,6 @@ def test_a_wrong_sum_is_noticed_though_rounding_hides_it(
         return merge(name, weight, pairs, scale=1.1 * scale)
 
     monkeypatch.setattr(merging, "merge", merge_wrongly)
-    monkeypatch.setattr("mhr_scale.exchange.reloading.merge", merge_wrongly)
     with pytest.raises(AdapterError, match="the logits of the merged weights differ"):
         run_export(run, tmp_path / "out", format="merged")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
