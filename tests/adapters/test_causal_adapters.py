@@ -249,3 +249,16 @@ def test_gradients_are_those_of_the_update_added_to_the_weights(name):
             found[tensor_name], tensor.grad, rtol=0, atol=1e-5 * largest, msg=tensor_name
         )
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_the_blocks_of_a_lora_are_told_without_its_backbone(tmp_path):
+    config = copy.deepcopy(PUBLISHED["the second block"])
+    get_peft_model(small_causal("llama"), config).save_pretrained(tmp_path / "stock")
+    found = peft_folders.open_adapter(tmp_path / "stock")[1]
+    assert (found.config.layout, found.config.blocks) == (("k_proj", "down_proj"), "1")
+    config = replace(LORA, layout=("q_proj",), blocks="0")  # which as names alone may be a whole
+    model, adapter = adapted("llama", config)
+    again = peft_folders.open_adapter(write(adapter, tmp_path / "ours"))[1]
+    assert again.config == config
+    fresh = small_causal("llama")
+    assert torch.equal(native(fresh, attach_copy(fresh, again)), native(model, adapter))

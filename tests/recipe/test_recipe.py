@@ -7,6 +7,7 @@ from recipe_parts import GOOD
 
 from mhr_scale import config
 from mhr_scale.config import OptimConfig, SuperNITasks
+from mhr_scale.recipe import reading
 
 
 def test_a_setting_nobody_mentions_has_its_default(load):
@@ -64,6 +65,24 @@ def test_a_whole_number_is_a_rate_too(load):
 
 def test_null_switches_an_optional_setting_off(load):
     assert load(GOOD, "optim.clip_norm=null").optim.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "blocks"),
+    [
+        (["adapter.layout=[q_proj, mlp.c_proj]"], ("q_proj", "mlp.c_proj"), "all"),
+        (["adapter.layout=light", "adapter.blocks=8-15"], "light", "8-15"),
+        (["adapter.layout=[v_proj]", "adapter.blocks=0"], ("v_proj",), "0"),
+        (["adapter.blocks=0-3,28-31"], "full", "0-3,28-31"),
+    ],
+)
+def test_linears_and_blocks_may_be_listed_and_are_written_as_they_are_read(
+    load, tmp_path, overrides, layout, blocks
+):
+    loaded = load(GOOD, *overrides)
+    assert (loaded.adapter.layout, loaded.adapter.blocks) == (layout, blocks)
+    (tmp_path / "written.yaml").write_text(reading.to_yaml(loaded))
+    assert reading.load(type(loaded), tmp_path / "written.yaml") == loaded
 
 
 def test_a_loaded_recipe_cannot_be_changed(load):
