@@ -34,7 +34,7 @@ KNOWN_TYPES = (
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 #: What of a packed row's inputs is for masks and logits, and no argument of the model.
-OUR_OWN = frozenset({"branches", "sources"})
+OUR_OWN = frozenset({"branches"})
 
 
 @dataclass(frozen=True, kw_only=True)

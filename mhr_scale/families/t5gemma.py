@@ -7,7 +7,7 @@ Shape letters: B rows, D target positions.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,6 @@ from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Side
 from mhr_scale.families.packed import EncodedRow, Packed
 
-EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.out_proj.weight"
 #: Sizes of either stack that have to be at least 1.
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -98,14 +97,6 @@ class T5Gemma(Discovered, EncoderDecoder):
         from transformers import T5GemmaForConditionalGeneration
 
         return T5GemmaForConditionalGeneration
-
-    def find_ties(
-        self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]
-    ) -> dict[str, str]:
-        """The head and the decoder's embedding; the encoder has one of its own."""
-        is_said = raw.get("tie_word_embeddings") is not False
-        is_tied = is_said and (HEAD not in names or are_equal(HEAD, EMBEDDING))
-        return {HEAD: EMBEDDING} if is_tied else {}
 
     def embeddings(self, model: Any) -> list[nn.Module]:
         """Those of encoder and decoder."""

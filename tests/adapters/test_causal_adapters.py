@@ -30,7 +30,8 @@ EXPERTS = ("qwen3 moe", "mixtral")
 #: Of each family, what the layouts adapt in a block; the usual seven and three of them otherwise.
 FUSED = {"phi3": 4, "phi4": 4, "neox": 4, "falcon": 4, "falcon new": 4, "gpt2": 4}
 COUNTS = {**dict.fromkeys(FAMILIES, (7, 3, 4)), **{name: (4, 2, 2) for name in FUSED}}
-COUNTS |= {"phi": (6, 3, 4), "opt": (6, 3, 4), **dict.fromkeys(EXPERTS, (4, 2, 4))}
+UNGATED = ("phi", "opt", "gptj")
+COUNTS |= {**dict.fromkeys(UNGATED, (6, 3, 4)), **dict.fromkeys(EXPERTS, (4, 2, 4))}
 TASK_IDS = (2, 0, 1)
 
 
