@@ -17,7 +17,7 @@ from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import AdaptConfig, AdapterConfig, BackboneConfig, PretrainConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, place
-from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
@@ -61,12 +61,6 @@ def open_model(backbone: BackboneConfig, make: Any) -> tuple[PlacedBackbone, Any
     return placed, adapter
 
 
-def with_padding(packed: Packed) -> Packed:
-    """The same rows, the last one token shorter: real masks shut something out."""
-    packed.inputs["attention_mask"][-1, -1] = 0
-    return packed
-
-
 def pretraining_peak(config: PretrainConfig, shape: Shape, *, n_tasks: int) -> float:
     row_gradients = optim.has_row_gradients(config.optim)
     make = steps.fresh(config.adapter, n_tasks, row_gradients=row_gradients)
@@ -79,7 +73,8 @@ def pretraining_peak(config: PretrainConfig, shape: Shape, *, n_tasks: int) -> f
         batches=NOTHING,
         backbone_facts={},
     )
-    packed = with_padding(placed.pack(steps.make_rows(shape)))
+    *rows, last = steps.make_rows(shape)
+    packed = placed.pack([*rows, shorter(last)])
 
     def step() -> None:
         trainer.accumulate([packed])

@@ -3,7 +3,7 @@
 Adapters need torch alone; reading and writing files also needs safetensors. Settings and policies
 need neither: a recipe is read before torch is imported.
 
-Other rooms import: artefact, collapse, config, linear, peft_files, peft_folders, policies,
+Other rooms import: artefact, collapse, config, layouts, linear, peft_files, peft_folders, policies,
 rebuilding, routing, sites, wrapping.
 """
 

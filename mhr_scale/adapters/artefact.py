@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import CARD
 from mhr_scale.adapters.config import AdapterConfig
-from mhr_scale.adapters.layouts import as_text
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter, attach
 from mhr_scale.adapters.sites import Site, find_sites
 from mhr_scale.adapters.wrapping import check_bare, detach
-from mhr_scale.errors import AdapterError, UserError
+from mhr_scale.errors import AdapterError, LayoutError, UserError
 from mhr_scale.recipe import typed
 from mhr_scale.run.files import as_json, flush, hash_file, hash_parts, read_object
 from mhr_scale.run.tensors import save_tensors
@@ -312,7 +312,10 @@ def _read_tensors(folder: Path, card: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
     """Raise `AdapterError` if the model's linears are not those the adapter was made for."""
-    sites = find_sites(model, card.adapter.layout, card.adapter.blocks)
+    try:
+        sites = find_sites(model, card.adapter.layout, card.adapter.blocks)
+    except LayoutError as error:
+        raise AdapterError(f"{folder}: made for another backbone: {error}") from error
     if sites == card.sites:
         return
     widths = {site.name: (site.in_features, site.out_features) for site in sites}
@@ -326,6 +329,6 @@ def check_backbone(folder: Path, card: Card, model: nn.Module) -> None:
                 f"{card.backbone.get('name') or 'random weights'}"
             )
     raise AdapterError(
-        f"{folder}: made for another backbone: layout '{as_text(card.adapter.layout)}' has "
+        f"{folder}: made for another backbone: layout '{Layout.of(card.adapter).text}' has "
         f"{len(card.sites)} linears there, {len(sites)} here"
     )

@@ -1,6 +1,7 @@
 """The adapter section of a recipe."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +17,10 @@ ALL_BLOCKS = "all"
 
 if TYPE_CHECKING:  # a type checker needs literals spelt out; recipes are checked against the table
     Policy = str
+    Ranges = str
 else:
     Policy = Literal[tuple(POLICIES)]
+    Ranges = str | int  # YAML reads the number of a single block as one
 
 
 @part
@@ -31,10 +34,11 @@ class AdapterConfig:
     """A low-rank pair per skill, or an (IA)3 scaling vector per skill."""
     layout: str | tuple[str, ...] = "full"
     """Which linears are adapted: full (all of the blocks), light (keys, values and what the gate of
-    the feed-forward multiplies), attention; or a list of names or ends of names, as PEFT's
-    target_modules: [q_proj, v_proj]."""
-    blocks: str = "all"
-    """Which blocks have adapters: all, or numbers and ranges from 0, such as 8-15 or 0-3,28-31."""
+    the feed-forward multiplies; where one linear holds them among others, all of it), attention; or
+    a list of names or ends of names, as PEFT's target_modules: [q_proj, v_proj]."""
+    blocks: Ranges = ALL_BLOCKS
+    """Which blocks have adapters: all, or numbers and ranges from 0, such as 8-15 or 0-3,28-31; of
+    two stacks, those of both."""
     rank: int = 1
     """Low rank R of one skill; ignored by ia3, which has none."""
     alpha: float = 1.0
@@ -61,6 +65,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layout, list):  # as JSON has it
             object.__setattr__(self, "layout", tuple(self.layout))
+        object.__setattr__(self, "blocks", str(self.blocks))
         if not self.layout or not all(self.layout):
             raise ConfigError("adapter.layout: names no linear; leave it out for all of them")
         if self.blocks != ALL_BLOCKS:
@@ -146,3 +151,14 @@ def block_numbers(text: str) -> tuple[int, ...]:
             )
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(numbers))
+
+
+def block_ranges(numbers: Iterable[int]) -> str:
+    """Numbers of blocks as `adapter.blocks` says them."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)

@@ -4,14 +4,20 @@ A layout is a word that means the same for every backbone (`families.family.LAYO
 ends of linears' names, as PEFT's `target_modules` are: `q_proj` stands for every linear that is
 called so, `mlp.c_proj` for that of the feed-forward alone. The blocks are all of them, or numbers
 and ranges from 0: `8-15`, `0-3,28-31`; in a backbone with two stacks, those of both.
+
+A linear that holds several projections (`qkv_proj`, `query_key_value`, `gate_up_proj`) is one
+linear of the whole width here: it has one pair per skill, and `light`, which asks for keys and
+values, adapts the one that holds them among others as a whole (docs/method.md 1).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from mhr_scale.adapters.config import ALL_BLOCKS, block_numbers
-from mhr_scale.errors import LayoutError, did_you_mean, some
-from mhr_scale.families.family import LAYOUTS, Blocks, Family
+from mhr_scale.adapters.config import ALL_BLOCKS, AdapterConfig, block_numbers, block_ranges
+from mhr_scale.errors import ConfigError, LayoutError, did_you_mean, some
+from mhr_scale.families.family import LAYOUTS, Blocks, Family, last_part
+from mhr_scale.families.linear_names import is_of_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +27,15 @@ class Layout:
     linears: str | tuple[str, ...]
     blocks: str = ALL_BLOCKS
 
+    @classmethod
+    def of(cls, config: AdapterConfig) -> "Layout":
+        """The layout that a recipe sets."""
+        return cls(config.layout, config.blocks)
+
     @property
     def text(self) -> str:
         """The layout in words."""
-        words = as_text(self.linears)
+        words = self.linears if isinstance(self.linears, str) else ", ".join(self.linears)
         return words if self.blocks == ALL_BLOCKS else f"{words} of blocks {self.blocks}"
 
     @property
@@ -33,45 +44,45 @@ class Layout:
         return {"layout": self.linears, "blocks": self.blocks}
 
 
-def as_text(linears: str | Sequence[str]) -> str:
-    """A layout's linears in words."""
-    return linears if isinstance(linears, str) else ", ".join(linears)
-
-
-def list_names(
-    family: Family, stacks: Mapping[str, Blocks], linears: str | Sequence[str], blocks: str
-) -> list[str]:
+def list_names(family: Family, stacks: Mapping[str, Blocks], layout: Layout) -> list[str]:
     """Whole names of the linears of a layout, stack by stack and block by block.
 
     Raises `LayoutError` for linears and blocks that are not there, or that cannot have adapters.
     """
-    numbers = None if blocks == ALL_BLOCKS else block_numbers(blocks)
-    for blocks_of_stack in stacks.values():
-        beyond = [n for n in numbers or () if n >= blocks_of_stack.count]
+    numbers = None if layout.blocks == ALL_BLOCKS else block_numbers(layout.blocks)
+    for of_stack in stacks.values():
+        beyond = [number for number in numbers or () if number >= of_stack.count]
         if beyond:
             raise LayoutError(
-                f"adapter.blocks: '{blocks}' names block {beyond[0]}, and {blocks_of_stack.name} "
-                f"has {blocks_of_stack.count} blocks, from 0 to {blocks_of_stack.count - 1}"
+                f"adapter.blocks: '{layout.blocks}' names block {beyond[0]}, and {of_stack.name} "
+                f"has {of_stack.count} blocks, from 0 to {of_stack.count - 1}"
             )
-    chosen = {stack: _choose(family, of_stack, linears) for stack, of_stack in stacks.items()}
-    if not isinstance(linears, str):
-        for end in linears:
+    if isinstance(layout.linears, str):
+        chosen = {s: _in_word(family, of, layout.linears) for s, of in stacks.items()}
+    else:
+        chosen = {s: _in_list(of.linears, layout.linears) for s, of in stacks.items()}
+        for end in layout.linears:
             if not any(_is_named(name, end) for names in chosen.values() for name in names):
                 raise _unmatched(end, stacks)
     return [n for stack, of in stacks.items() for n in of.list_linears(chosen[stack], numbers)]
 
 
-def _choose(family: Family, blocks: Blocks, linears: str | Sequence[str]) -> tuple[str, ...]:
-    """Names below the block of a layout's linears."""
-    if not isinstance(linears, str):
-        return tuple(n for n in blocks.linears if any(_is_named(n, end) for end in linears))
-    if linears not in LAYOUTS:
-        hint = did_you_mean(linears, LAYOUTS)
-        raise LayoutError(
-            f"adapter.layout: '{linears}' is unknown to {family.name}; known: "
-            f"{', '.join(LAYOUTS)}{hint}; or give a list of linears' names"
-        )
-    return family.in_layout(linears, blocks)
+def _in_word(family: Family, blocks: Blocks, word: str) -> tuple[str, ...]:
+    """Names below the block of the linears of a layout that is a word."""
+    if word in LAYOUTS:
+        return family.in_layout(word, blocks)
+    hint = did_you_mean(word, LAYOUTS)
+    if _in_list(blocks.linears, (word,)):
+        hint = f"; did you mean the list [{word}]?"
+    raise LayoutError(
+        f"adapter.layout: '{word}' is unknown to {family.name}; known: {', '.join(LAYOUTS)}"
+        f"{hint or ', or a list of names of linears'}"
+    )
+
+
+def _in_list(linears: Sequence[str], ends: Sequence[str]) -> tuple[str, ...]:
+    """Those of a block's linears whose names have one of these ends."""
+    return tuple(name for name in linears if any(_is_named(name, end) for end in ends))
 
 
 def _is_named(name: str, end: str) -> bool:
@@ -80,19 +91,18 @@ def _is_named(name: str, end: str) -> bool:
 
 def _unmatched(end: str, stacks: Mapping[str, Blocks]) -> LayoutError:
     """The error for an end of a name that no linear of every block has."""
-    frozen = [name for blocks in stacks.values() for name in blocks.frozen]
-    if any(_is_named(name, end) or _is_named(name, f"{end}.weight") for name in frozen):
-        return LayoutError(
-            f"adapter.layout: '{end}' is of a mixture of experts, or of some blocks only, and "
-            "stays frozen; adapt attention, as `layout: attention` does"
-        )
-    known = dict.fromkeys(
-        name.rpartition(".")[2] for blocks in stacks.values() for name in blocks.linears
-    )
-    hint = did_you_mean(end, known)
+    for blocks in stacks.values():
+        for name in blocks.frozen:
+            if f".{end}." in f".{name}.":
+                where = "of experts" if is_of_experts(name) else "of some blocks, or beside experts"
+                return LayoutError(
+                    f"adapter.layout: '{end}' is {where} ({name} in {blocks.name}) and stays "
+                    "frozen; adapt linears that every block has, as `layout: attention` does"
+                )
+    known = dict.fromkeys(last_part(n) for blocks in stacks.values() for n in blocks.linears)
     return LayoutError(
         f"adapter.layout: no linear of the blocks is called '{end}'; they have "
-        f"{some(list(known))}{hint}"
+        f"{some(known)}{did_you_mean(end, known)}"
     )
 
 
@@ -100,53 +110,43 @@ def _unmatched(end: str, stacks: Mapping[str, Blocks]) -> LayoutError:
 
 
 def recognisable(
-    family: Family, stacks: Mapping[str, Blocks], names: Sequence[str]
-) -> Iterator[Layout]:
-    """The layouts that linears of these names may be all of, the plainest first."""
-    blocks = _blocks_named(family, stacks, names)
-    places = dict.fromkeys((ALL_BLOCKS, blocks))
-    for place in places:
-        for layout in LAYOUTS:
-            try:
-                if any(family.in_layout(layout, of_stack) for of_stack in stacks.values()):
-                    yield Layout(layout, place)
-            except LayoutError:  # the family does not know which of its linears are of it
-                continue
-    ends = _ends_of(stacks, names)
-    for place in places if ends else ():
-        yield Layout(ends, place)
+    family: Family, stacks: Mapping[str, Blocks], names: Sequence[str], *, blocks: str | None = None
+) -> Iterator[tuple[Layout, list[str]]]:
+    """The layouts that linears of these names may be all of, the plainest first, and their linears.
+
+    `blocks` are those that the layout has, where that is known; else it has all, or those named.
+    """
+    places = dict.fromkeys((ALL_BLOCKS, _blocks_named(family, stacks, names)))
+    for linears in (*LAYOUTS, _ends_of(stacks, names)):
+        for place in places if blocks is None else (blocks,):
+            layout = Layout(linears, place)
+            with suppress(LayoutError, ConfigError):  # none of this family, or not in both stacks
+                if listed := list_names(family, stacks, layout):
+                    yield layout, listed
 
 
 def _blocks_named(family: Family, stacks: Mapping[str, Blocks], names: Sequence[str]) -> str:
     """The blocks in which linears lie, as `adapter.blocks` says them; all if they are."""
     positions = [position for position in map(family.find_position, names) if position]
-    numbers = sorted({position.block for position in positions})
-    counts = {stacks[p.stack].count for p in positions if p.stack in stacks}
-    if not numbers or (counts and numbers == list(range(max(counts)))):
+    numbers = {position.block for position in positions}
+    counts = [stacks[p.stack].count for p in positions if p.stack in stacks]
+    if not numbers or numbers == set(range(max(counts, default=0))):
         return ALL_BLOCKS
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    return block_ranges(numbers)
 
 
 def _ends_of(stacks: Mapping[str, Blocks], names: Sequence[str]) -> tuple[str, ...]:
-    """The shortest ends of names that tell these linears from the others of their blocks."""
+    """The shortest ends of names that tell these linears from all others of the blocks.
+
+    Linears of two stacks that have the same name below the block are told apart by none.
+    """
     given = set(names)
-    ends = []
-    for of_stack in stacks.values():
-        chosen = {
-            linear
-            for linear in of_stack.linears
-            if not given.isdisjoint(of_stack.list_linears((linear,)))
-        }
-        others = [linear for linear in of_stack.linears if linear not in chosen]
-        for linear in sorted(chosen, key=of_stack.linears.index):
-            parts = linear.split(".")
-            tails = [".".join(parts[n:]) for n in reversed(range(len(parts)))]
-            shortest = (t for t in tails if not any(_is_named(name, t) for name in others))
-            ends.append(next(shortest, linear))
-    return tuple(dict.fromkeys(ends))
+    pairs = [(linear, blocks) for blocks in stacks.values() for linear in blocks.linears]
+    chosen = [n for n, blocks in pairs if not given.isdisjoint(blocks.list_linears((n,)))]
+    others = [n for n, _ in pairs if n not in chosen]
+    ends: dict[str, None] = {}
+    for linear in chosen:
+        parts = linear.split(".")
+        tails = [".".join(parts[n:]) for n in reversed(range(len(parts)))]
+        ends[next((t for t in tails if not _in_list(others, (t,))), linear)] = None
+    return tuple(ends)

@@ -3,9 +3,10 @@
 Shape letters: B batch rows, L tokens, I in features, O out features, R rank, U slots, X = n * R
 hidden columns of n siblings. With one slot the leading U is left out.
 
-Siblings are linears that read the same input (q, k and v; wi_0 and wi_1). Called together they
-project x down once and sum its gradient in place. Rows point at slots through a `RowMap` made once
-per step on the host; the layers only ever see equally many consecutive rows per slot.
+Siblings are linears that read the same input (q, k and v; gate and up), of whatever widths. Called
+together they project x down once and sum its gradient in place. Rows point at slots through a
+`RowMap` made once per step on the host; the layers only ever see equally many consecutive rows per
+slot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,14 @@ class RowMap:
             slot for slot in range(self.n_slots) for _ in range(count)
         )
 
-    def fits(self, n_rows: int) -> bool:
-        """Whether a pass of so many rows is one of these examples."""
-        n = len(self.slot_of_row)
-        return n_rows in (n, n * self.rows_per_example) or n == 1
+    def fits(self, x: Tensor) -> bool:
+        """Whether an input (rows, ..., I) is one of these examples.
+
+        Some blocks flatten rows and tokens into one dimension: then x has a multiple of the rows.
+        """
+        n, n_rows = len(self.slot_of_row), x.shape[0]
+        is_flat = x.dim() == 2 and n_rows % n == 0
+        return n_rows in (n, n * self.rows_per_example) or n == 1 or is_flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +65,10 @@ class LowRankSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
-        weights: list[Any] = [base.weight for base in bases]
-        is_plain = all(type(base) is nn.Linear and base.bias is None for base in bases)
-        if is_plain and not any(weight.requires_grad for weight in weights):
-            return products(x, self.a_UIX, self.b_URO, weights, cut=self.cut)
+        frozen: list[Any] = [(base.weight, base.bias) for base in bases]
+        is_plain = all(type(base) is nn.Linear for base in bases)
+        if is_plain and not any(p is not None and p.requires_grad for pair in frozen for p in pair):
+            return products(x, self.a_UIX, self.b_URO, frozen, cut=self.cut)
         ys = [base(x) for base in bases]
         return update(x, self.a_UIX, self.b_URO, ys, cut=self.cut)
 
@@ -107,7 +112,7 @@ class _Adapted(nn.Module):
                 f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
                 "or inside `with adapter.off()` for the bare backbone"
             )
-        if not slots.rows.fits(x.shape[0]):
+        if not slots.rows.fits(x):
             raise AdapterError(
                 f"{self.name} got {x.shape[0]} rows under slots made for "
                 f"{len(slots.rows.slot_of_row)} examples; give one task id per example, or "

@@ -65,7 +65,7 @@ class Adapter(nn.Module):
         self.is_wave = is_wave
         self.linears: list[AdaptedLinear] = []
         self._adapted: AdaptedModel | None = None
-        self._users: list[Users] = []
+        self._users: Users | None = None
         self.inventory = Inventory(config, sites, n_tasks=len(task_names), seed=seed)
         groups = [site.routing_group(config.granularity, config.block_span) for site in sites]
         self.groups = tuple(dict.fromkeys(groups))
@@ -270,7 +270,7 @@ class Adapter(nn.Module):
         """
         self._adapted = adapted
         self.linears = [adapted[site.name] for site in self.sites]
-        self._users = []
+        self._users = None
         names = {site.name for site in self.sites}
         for name, linear in adapted.items():
             linear.is_off = name not in names
@@ -280,18 +280,18 @@ class Adapter(nn.Module):
 
     def release(self) -> None:
         """Detach from the model."""
-        self._adapted, self.linears, self._users = None, [], []
+        self._adapted, self.linears, self._users = None, [], None
 
-    def users(self) -> list[Users]:
-        """The modules that use the slots of each stack's linears, one entry per stack.
+    def users(self) -> Users:
+        """The modules that use the slots of the linears.
 
         Raises `AdapterError` if the adapter is attached to no model.
         """
         if not self.linears or not self.linears[0].is_attached:
             raise AdapterError("this adapter sits in no model; make it with attach(model, ...)")
-        if not self._users:
+        if self._users is None:
             stacks = ([self.linears[m] for m in stack.members] for stack in self.inventory.stacks)
-            self._users = [find_users(linears) for linears in stacks]
+            self._users = find_users(list(stacks))
         return self._users
 
     @contextmanager

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mhr_scale.adapters.config import AdapterConfig, block_ranges
 from mhr_scale.adapters.rebuilding import check_tensors, read_pickled, read_safetensors
-from mhr_scale.errors import AdapterError
+from mhr_scale.errors import AdapterError, ConfigError, shortened
 from mhr_scale.run.files import read_object
 
 CONFIG = "adapter_config.json"
@@ -32,7 +33,7 @@ UNDERSTOOD = frozenset(
     runtime_config target_modules exclude_modules layers_to_transform layers_pattern
     r lora_alpha rank_pattern alpha_pattern lora_dropout use_rslora init_lora_weights eva_config
     megatron_core qalora_group_size feedforward_modules init_ia3_weights
-    n_tasks n_skills n_splits poly_type init_weights
+    n_tasks n_skills n_splits poly_type init_weights fan_in_fan_out
     """.split()  # noqa: SIM905
 )
 #: What a setting makes of a LoRA, where its name alone does not say it.
@@ -119,10 +120,20 @@ def rename(stored: Mapping[str, Tensor], pattern: str, file: Path) -> dict[str, 
 def read_note(folder: Path) -> dict[str, Any]:
     """Our note, empty if there is none; raises `AdapterError` if it is broken."""
     note = read_object(folder / NOTE, AdapterError) if (folder / NOTE).is_file() else {}
-    kinds = {"task_names": list, "policy": str, "temperature": float, "width": int}
+    kinds = {
+        "task_names": list,
+        "policy": str,
+        "temperature": float,
+        "width": int,
+        "blocks": str,
+        "reads": dict,
+    }
     for name, kind in kinds.items():
         if not isinstance(note.get(name, kind()), kind):
             raise AdapterError(f"{folder / NOTE}: {name} is {note[name]!r}")
+    for linear, size in note.get("reads", {}).items():
+        if type(size) is not int or size < 1:
+            raise AdapterError(f"{folder / NOTE}: reads.{linear} is {size!r}")
     return note
 
 
@@ -145,3 +156,22 @@ def _is_named(linear: str, names: Any) -> bool:
     if isinstance(names, str):
         return names == "all-linear" or re.fullmatch(names, linear) is not None
     return any(linear == name or linear.endswith(f".{name}") for name in names or ())
+
+
+def blocks_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The blocks that have adapters, as a folder says: our note, or PEFT's own field.
+
+    None where neither does. Raises `AdapterError` if it says none.
+    """
+    said = read_note(folder).get("blocks")
+    layers = config.get("layers_to_transform")
+    if said is not None:
+        try:
+            AdapterConfig(blocks=said)
+        except ConfigError as error:
+            raise AdapterError(f"{folder / NOTE}: {error}") from error
+        return str(said)
+    numbers = [layers] if type(layers) is int else layers or []
+    if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+        raise refusal(folder, f"layers_to_transform {shortened(str(layers))}")
+    return block_ranges(numbers) or None

@@ -43,6 +43,7 @@ from mhr_scale.adapters.rebuilding import (
 from mhr_scale.adapters.reference_checkpoints import PICKLED, open_published
 from mhr_scale.adapters.sites import Site, backbone_width, family_of_sites
 from mhr_scale.errors import AdapterError
+from mhr_scale.families.linear_names import are_transposed
 from mhr_scale.families.table import family_of_linears
 from mhr_scale.run.files import put_in_place, read_object, write_json
 from mhr_scale.run.tensors import save_tensors
@@ -73,6 +74,7 @@ def write_peft_lora(adapter: Adapter, folder: Path | str, *, base_model: str | N
         "base_model_name_or_path": base_model,
         "r": adapter.config.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "fan_in_fan_out": are_transposed(site.name for site in adapter.sites),
     }
     return _write(adapter, folder, tensors, settings)
 
@@ -91,6 +93,7 @@ def write_peft_ia3(adapter: Adapter, folder: Path | str, *, base_model: str | No
         "task_type": family_of_sites(adapter.sites).peft_task_type,
         "base_model_name_or_path": base_model,
         "feedforward_modules": [],
+        "fan_in_fan_out": are_transposed(site.name for site in adapter.sites),
     }
     return _write(adapter, folder, tensors, settings)
 
@@ -110,6 +113,7 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
         "there is nothing to route": not config.is_routed,
         f"PEFT has no policy '{config.policy}'": config.policy not in PEFT_POLICIES,
         shared: config.granularity != "linear",
+        "PEFT adapts usual linears only, no Conv1D": are_transposed(s.name for s in adapter.sites),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -175,6 +179,8 @@ def _write(
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
         "width": backbone_width(adapter.sites),
+        "blocks": adapter.config.blocks,
+        **_reads(adapter),
     }
     config = {
         **settings,
@@ -184,6 +190,13 @@ def _write(
     write_json(folder / NOTE, note)
     write_json(folder / CONFIG, config)
     return folder
+
+
+def _reads(adapter: Adapter) -> dict[str, dict[str, int]]:
+    """How much linears read that have a vector, which tells how much they write alone."""
+    if adapter.config.kind == "lora":
+        return {}
+    return {"reads": {site.name: site.in_features for site in adapter.sites}}
 
 
 # --- reading
@@ -223,12 +236,18 @@ def read_peft_ia3(
 def _read_ia3(folder: Path, width: int | None, sizes: FindSizes) -> tuple[Adapter, dict[str, Any]]:
     config = read_config(folder, "IA3")
     stored, file = read_stored(folder), find_tensors(folder)
-    width = width or read_note(folder).get("width")
+    note = read_note(folder)
+    width = width or note.get("width")
     raw = sizes(config.get("base_model_name_or_path"), is_needed=width is None)
     tensors = to_outputs(rename(stored, r"ia3_(?P<side>l)", file), config, folder, raw)
-    if width is None and raw is not None:
-        width = family_of_linears((n.removesuffix(".l") for n in tensors), raw).width_of(raw)
-    adapter = _build(folder, tensors, {"kind": "ia3", "n_skills": 1}, width=width)
+    reads = note.get("reads", {})
+    if raw is not None:
+        family = family_of_linears((n.removesuffix(".l") for n in tensors), raw)
+        width = width or family.width_of(raw)
+        found = family.linears_of(raw)
+        reads = reads or {name: pair[0] for name, pair in (found[1] if found else {}).items()}
+    fields = {"kind": "ia3", "n_skills": 1}
+    adapter = _build(folder, tensors, fields, width=width, reads=reads)
     return adapter, {"dtype": precision_of(stored)}
 
 
@@ -323,13 +342,15 @@ def _build(
     task_names: Sequence[str] | None = None,
     n_tasks: int | None = None,
     width: int | None = None,
+    reads: Mapping[str, int] | None = None,
     layout: tuple[Layout, tuple[Site, ...]] | None = None,
 ) -> Adapter:
     """The adapter of a PEFT folder's tensors, under our names and in our shapes."""
     place, n_splits = str(find_tensors(folder)), fields.get("n_splits", 1)
     if layout is None:
-        widths = widths_of(tensors, n_splits=n_splits, width=width, place=place)
-        layout = find_layout(widths, place=place)
+        widths = widths_of(tensors, n_splits=n_splits, place=place, width=width, reads=reads)
+        blocks = read_note(folder).get("blocks")
+        layout = find_layout(widths, place=place, blocks=blocks)
     found, sites = layout
     given = read_note(folder).get("task_names") if task_names is None else task_names
     names = name_tasks(given, n_tasks, place=place)

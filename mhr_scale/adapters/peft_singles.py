@@ -3,10 +3,11 @@
 Shape letters: I in features, O out features, R rank.
 
 A LoRA of ours has a pair of one rank in every linear of a layout, and one scale. PEFT's may differ
-from linear to linear and leave linears out. What is missing is filled with zeros in A and in B:
-it adds nothing, and as neither side has a gradient, no training changes that. What it costs is the
-memory and time of the whole layout; in a tensor padded to a larger rank the zeros count in its RMS,
-which Adafactor reads. Another scale than most linears have goes into B.
+from linear to linear, and have other linears in one block than in the next. What is missing of the
+smallest layout with all of them is filled with zeros in A and in B: it adds nothing, and as neither
+side has a gradient, no training changes that. What it costs is the memory and time of that layout;
+in a tensor padded to a larger rank the zeros count in its RMS, which Adafactor reads. Another scale
+than most linears have goes into B.
 """
 
 import math
@@ -27,6 +28,7 @@ from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.peft_files import (
     CONFIG,
     MERGE,
+    blocks_of,
     check_number,
     find_tensors,
     is_target,
@@ -148,11 +150,10 @@ def complete_pairs(
     widths = widths_of(pairs.tensors, n_splits=1, place=place)
     layout, fault = None, ""
     try:
-        layout = recognise_sites(widths)
+        layout = recognise_sites(widths, blocks=blocks_of(folder, config))
     except LayoutError as error:
         fault = str(error)
-    is_cut = config.get("layers_to_transform") is not None
-    raw = sizes(name, is_needed=layout is None or is_cut)
+    raw = sizes(name, is_needed=layout is None)
     whole = sites_in(raw, list(widths)) if raw else None
     if whole is not None and not _have(whole[1], widths):
         whole = None  # the backbone is another one, which the check of both together says
@@ -222,6 +223,8 @@ def to_outputs(
             writer = family.writer_of(linear, raw, has_negative=has_negative)
             if writer is None:
                 what = f"feedforward_modules {inputs}, which scales the inputs of {linear}"
+                if raw is None:
+                    what += f" in a backbone that is not found ({SET_BACKBONE})"
                 raise refusal(folder, what)
             name = f"{writer}.l"
         if tensor.ndim == 2 and tensor.shape[0 if is_input else 1] == 1:

@@ -12,7 +12,7 @@ they would lack the terms through h.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mhr_scale.errors import AdapterError
+
+#: Weight (O, I) and bias (O,) of a frozen linear.
+Frozen: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -46,22 +49,25 @@ def products(
     x: Tensor,
     a_UIX: Tensor,
     b_URO: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    frozen: Sequence[Frozen],
     *,
     cut: Cut,
 ) -> tuple[Tensor, ...]:
-    """W x + (x A[slot]) B[slot] of linears that share x; the frozen W (O, I) get no gradient.
+    """W x + (x A[slot]) B[slot] of linears that share x, and their bias where they have one.
+
+    The frozen weights (O, I) and biases (O,) get no gradient.
 
     x (..., I) holds equally many consecutive rows for each slot. Without U in A and B there is one.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, a_UIX, weights = x.to(dtype), a_UIX.to(dtype), [w.to(dtype) for w in weights]
+        x, a_UIX = x.to(dtype), a_UIX.to(dtype)
+        frozen = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen]
         with torch.autocast(device, enabled=False):
             pairs = [None if b is None else b.to(dtype) for b in b_URO]
-            return _Products.apply(x, a_UIX, tuple(weights), cut, *pairs)
-    return _Products.apply(x, a_UIX, tuple(weights), cut, *b_URO)
+            return _Products.apply(x, a_UIX, tuple(frozen), cut, *pairs)
+    return _Products.apply(x, a_UIX, tuple(frozen), cut, *b_URO)
 
 
 def update(
@@ -185,13 +191,13 @@ class _Products(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         a_UIX: Tensor,
-        weights: tuple[Tensor, ...],
+        frozen: tuple[Frozen, ...],
         cut: Cut,
         *pairs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ys = [F.linear(x, weight) for weight in weights]
+        ys = [F.linear(x, weight, bias) for weight, bias in frozen]
         _forward(ctx, x, a_UIX, pairs, ys)
-        ctx.weights, ctx.cut = weights, cut
+        ctx.frozen, ctx.cut = frozen, cut
         return tuple(ys)
 
     @staticmethod
@@ -199,7 +205,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dx = None
         if ctx.needs_input_grad[0]:
-            for g, weight in zip(gradients, ctx.weights, strict=True):
+            for g, (weight, _) in zip(gradients, ctx.frozen, strict=True):
                 if g is not None:
                     g_rows = g.reshape(-1, g.shape[-1])
                     if dx is None:

@@ -3,6 +3,7 @@
 Shape letters: Q splits, S skills, I and O features of one split, R rank.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,11 +22,14 @@ from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.adapters.sites import Site, recognise_sites
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
+from mhr_scale.families.family import last_part
 from mhr_scale.families.table import family_of_linears, known_fields
 from mhr_scale.run.files import read_object
 
 #: Dimensions of A (Q, S, I, R), B (Q, S, R, O) and l (Q, S, O) that hold the features of a split.
 FEATURES = {"A": ("in", 2), "B": ("out", 3), "l": ("out", 2)}
+#: The number of a block, or of a sub-layer, in a name.
+NUMBERS = re.compile(r"\.\d+\.")
 #: The way out where an adapter's files do not lead to their backbone.
 SET_BACKBONE = "set backbone_moved_to (finetune: backbone.name) to a folder or hub id"
 #: Data types that adapters are stored in; all are held as float32.
@@ -106,46 +110,76 @@ def precision_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def widths_of(
-    tensors: Mapping[str, Tensor], *, n_splits: int, place: str, width: int | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    n_splits: int,
+    place: str,
+    width: int | None = None,
+    reads: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Full (in, out) widths of each linear: the most common ones of the linears of its kind.
+    """Full (in, out) widths of each linear: the most common ones of the same linear of all blocks.
 
-    (IA)3 vectors tell the output width alone: a linear then reads `width` features, or the output
-    of the linear that the family's `inputs` name for it.
+    (IA)3 vectors tell the output width alone: a linear then reads as much as `reads` says by name,
+    else `width` features, or the output of the linear that the family's `inputs` name for it.
     """
     votes: dict[tuple[str, str], Counter[int]] = {}
+    all_votes: dict[tuple[str, str], Counter[int]] = {}  # of linears of one name, for a tie
     linears: dict[str, str] = {}
     for name, tensor in tensors.items():
         linear, _, side = name.rpartition(".")
         if side not in FEATURES:
             continue
-        linears[linear] = kind = linear.rpartition(".")[2]
+        linears[linear] = kind = NUMBERS.sub(".", linear)
         way, dim = FEATURES[side]
         if tensor.ndim == (3 if side == "l" else 4):
-            votes.setdefault((kind, way), Counter())[tensor.shape[dim] * n_splits] += 1
-    common = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+            found = tensor.shape[dim] * n_splits
+            votes.setdefault((kind, way), Counter())[found] += 1
+            all_votes.setdefault((last_part(kind), way), Counter())[found] += 1
+    common = {
+        (kind, way): max(n, key=lambda size: (n[size], all_votes[last_part(kind), way][size]))
+        for (kind, way), n in votes.items()
+    }
     if any(name.endswith(".l") for name in tensors):
-        inputs = family_of_linears(linears).inputs
-        width = next((common[r, "out"] for r in inputs if (r, "out") in common), width)
-        if width is None:
-            raise AdapterError(
-                f"{place}: (IA)3 vectors do not tell the width of the backbone, and the backbone "
-                f"is not known; {SET_BACKBONE}, or pass width"
-            )
-        reads = {reader: common.get((writer, "out"), width) for reader, writer in inputs.items()}
-        common |= {(kind, "in"): reads.get(kind, width) for kind in linears.values()}
+        inputs = _inputs_of(linears, common, width, place=place, known=reads or {})
+        common |= {(kind, "in"): inputs[linear] for linear, kind in linears.items()}
     return {
         linear: (common.get((kind, "in"), n_splits), common.get((kind, "out"), n_splits))
         for linear, kind in linears.items()
     }
 
 
+def _inputs_of(
+    linears: Mapping[str, str],
+    common: Mapping[tuple[str, str], int],
+    width: int | None,
+    *,
+    place: str,
+    known: Mapping[str, int],
+) -> dict[str, int]:
+    """How many features each linear reads, by what others write; `linears` are kinds by name."""
+    inputs = family_of_linears(linears).inputs
+    writes = {last_part(kind): n for (kind, way), n in common.items() if way == "out"}
+    width = next((writes[reader] for reader in inputs if reader in writes), width)
+    if width is None and not known:
+        raise AdapterError(
+            f"{place}: (IA)3 vectors do not tell the width of the backbone, and the backbone is "
+            f"not known; {SET_BACKBONE}, or pass width"
+        )
+    return {
+        linear: known.get(linear, writes.get(inputs.get(last_part(linear), ""), width or 1))
+        for linear in linears
+    }
+
+
 def find_layout(
-    widths: Mapping[str, tuple[int, int]], *, place: str
+    widths: Mapping[str, tuple[int, int]], *, place: str, blocks: str | None = None
 ) -> tuple[Layout, tuple[Site, ...]]:
-    """Layout and sites of linears; `AdapterError` names those that fit no layout."""
+    """Layout and sites of linears, in `blocks` if it says so.
+
+    `AdapterError` names linears that fit no layout.
+    """
     try:
-        return recognise_sites(widths)
+        return recognise_sites(widths, blocks=blocks)
     except LayoutError as error:
         raise AdapterError(f"{place}: {error}") from error
 

@@ -6,7 +6,8 @@ The reference stores per adapted linear `<linear>.lora_a` (Q, S, I, R) and `<lin
 (Q, S, R, O), later releases (S, Q, I, R) and (S, R, Q, O); a plain LoRA without Q and S; (IA)3 as
 `<linear>.multi_lora_b` (O); and routing as `<linear>.selector.module_logits` (T, Q * S) under the
 first of the linears that share a table, or under each of them (docs/method.md 1 to 5). Alpha is in
-no tensor. T-Few's files have the same names, multi_lora_b (O, 1), and a LoRA as (R, I) and (O, R).
+no tensor. Linears are called as in the backbone, a T5 or a causal language model. Files of T-Few
+have the same names, multi_lora_b (O, 1), and a LoRA as (R, I) and (O, R).
 """
 
 import re
@@ -47,6 +48,20 @@ UNSUPPORTED = (
     "poly_average_correction",
     "poly_use_shared_skill",
 )
+
+
+def _expert_config(info: Any) -> Any:
+    """The settings of an expert, as a later release's library describes it."""
+    return info.get("expert_config") if isinstance(info, dict) else info
+
+
+#: What a checkpoint holds its tensors under, and where their settings then stand: a file of
+#: Lightning, one of Lightning under DeepSpeed, an expert of a later release's library.
+HELD: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "state_dict": lambda content: content.get("hyper_parameters"),
+    "module": lambda content: content.get("hyper_parameters"),
+    "expert_weights": lambda content: _expert_config(content.get("expert_info")),
+}
 #: What comes first in the tensors of an inventory.
 First: TypeAlias = Literal["splits", "skills"]
 
@@ -146,13 +161,17 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if file.suffix == ".safetensors":
         return read_safetensors(file), {}
     content = read_pickled(file)
-    settings: dict[str, Any] = {}
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        settings = content.get("hyper_parameters") or {}
-        if not isinstance(settings, dict):
-            kind = type(settings).__name__
-            raise AdapterError(f"{file}: its hyper_parameters are a {kind}, not settings by name")
-        content = content["state_dict"]
+    settings: Any = {}
+    for name, find_settings in HELD.items():
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            settings = find_settings(content) or {}
+            if not isinstance(settings, dict):
+                kind = type(settings).__name__
+                raise AdapterError(
+                    f"{file}: its hyper_parameters are a {kind}, not settings by name"
+                )
+            content = content[name]
+            break
     content = check_tensors(content, file)
     unsupported = [name for name in UNSUPPORTED if settings.get(name)]
     unsupported += ["router_selector: private"] * (settings.get("router_selector") == "private")

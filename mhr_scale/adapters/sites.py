@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from mhr_scale.adapters.config import ALL_BLOCKS
-from mhr_scale.adapters.layouts import Layout, as_text, list_names, recognisable
+from mhr_scale.adapters.layouts import Layout, list_names, recognisable
 from mhr_scale.errors import LayoutError
 from mhr_scale.families import table
 from mhr_scale.families.family import LAYOUTS, Family, Position, last_part
@@ -58,7 +58,8 @@ def find_sites(
     config: Any = model.config
     family = table.find_family(config)
     stacks = family.blocks(config)
-    names = list_names(family, stacks, layout, blocks)
+    wanted = Layout(layout if isinstance(layout, str) else tuple(layout), blocks)
+    names = list_names(family, stacks, wanted)
     modules = dict(model.named_modules())
     sites = []
     for name in names:
@@ -69,36 +70,36 @@ def find_sites(
     if len(sites) != len(names):
         counts = Counter(last_part(site.name) for site in sites)
         raise LayoutError(
-            f"layout '{as_text(layout)}' matches {len(sites)} linears of a {family.name} model "
+            f"layout '{wanted.text}' matches {len(sites)} linears of a {family.name} model "
             f"with {'+'.join(str(stack.count) for stack in stacks.values())} blocks, expected "
             f"{len(names)} (found {dict(counts)}); known layouts: {', '.join(LAYOUTS)}"
         )
     return tuple(sites)
 
 
-def recognise_sites(widths: Mapping[str, tuple[int, int]]) -> tuple[Layout, tuple[Site, ...]]:
+def recognise_sites(
+    widths: Mapping[str, tuple[int, int]], *, blocks: str | None = None
+) -> tuple[Layout, tuple[Site, ...]]:
     """Layout and sites, in their fixed order, of linears known by name and (in, out) widths.
 
-    For tensors that come without their backbone. Raises `LayoutError` if the linears are not all
-    those of one layout, naming what is missing or unknown in the nearest one.
+    For tensors that come without their backbone; `blocks` are those that have adapters, where that
+    is known. Raises `LayoutError` if the linears are not all those of one layout, naming what is
+    missing or unknown in the nearest one.
     """
-    nearest: tuple[Layout, list[str]] | None = None
+    names = tuple(widths)
+    nearest: tuple[int, str] | None = None
     for family in table.FAMILIES:
-        stacks = family.blocks_of(tuple(widths))
-        for layout in recognisable(family, stacks, tuple(widths)):
-            names = list_names(family, stacks, layout.linears, layout.blocks)
-            faults = [f"missing {name}" for name in names if name not in widths]
-            faults += [f"unknown {name}" for name in sorted(widths.keys() - set(names))]
+        stacks = family.blocks_of(names)
+        for layout, listed in recognisable(family, stacks, names, blocks=blocks):
+            faults = [f"missing {name}" for name in listed if name not in widths]
+            faults += [f"unknown {name}" for name in sorted(widths.keys() - set(listed))]
             if not faults:
-                return layout, _sites_of(family, names, widths)
-            if nearest is None or len(faults) < len(nearest[1]):
-                nearest = (layout, faults)
-    assert nearest is not None
-    layout, faults = nearest
-    raise LayoutError(
-        f"the {len(widths)} linears are those of no layout; nearest is '{layout.text}', with "
-        f"{len(faults)} odd: {'; '.join(faults[:5])}"
-    )
+                return layout, _sites_of(family, listed, widths)
+            if nearest is None or len(faults) < nearest[0]:
+                words = f"nearest is '{layout.text}', with {len(faults)} odd"
+                nearest = len(faults), f"{words}: {'; '.join(faults[:5])}"
+    why = nearest[1] if nearest else f"such as {', '.join(names[:3])}"
+    raise LayoutError(f"the {len(names)} linears are those of no layout; {why}")
 
 
 def sites_in(
@@ -113,15 +114,12 @@ def sites_in(
     if found is None:
         return None
     stacks, widths = found
-    listed = {
-        layout: list_names(family, stacks, layout.linears, layout.blocks)
-        for layout in recognisable(family, stacks, linears)
-    }
-    fitting = [layout for layout, names in listed.items() if set(linears) <= set(names)]
+    possible = recognisable(family, stacks, linears)
+    fitting = [(layout, names) for layout, names in possible if set(linears) <= set(names)]
     if not fitting:
         return None
-    layout = min(fitting, key=lambda one: len(listed[one]))
-    return layout, _sites_of(family, listed[layout], widths)
+    layout, names = min(fitting, key=lambda one: len(one[1]))
+    return layout, _sites_of(family, names, widths)
 
 
 def _sites_of(

@@ -11,8 +11,9 @@ recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatev
 backward pass that would leave gradients in the leaves is refused where it meets them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
 
@@ -55,17 +56,21 @@ def mix_vectors(l_NKQSO: Tensor, w_UNQS: Tensor | None) -> Tensor:
     return torch.einsum("nuqs,nuqso->nuqo", w_NUQS, l_NKQSO).flatten(2, 3)
 
 
+#: A module that uses slots.
+User: TypeAlias = AdaptedLinear | Siblings
+
+
 class Slots(AbstractContextManager["Slots"]):
     """The filled slots of one step. Inside the `with` block the model uses them.
 
-    `users` and `mixed` have one entry per shape: who uses its slots, and the mixed sides. `routing`
-    is the leaf copy of the routing rows in use, and the function that takes its gradient. The
-    backward pass belongs inside the block too, through `backward`.
+    `mixed` are the mixed sides, one entry per shape; `users` are who uses them. `routing` is the
+    leaf copy of the routing rows in use, and the function that takes its gradient. The backward
+    pass belongs inside the block too, through `backward`.
     """
 
     def __init__(
         self,
-        users: Sequence["Users"],
+        users: "Users",
         rows: RowMap,
         mixed: Sequence[tuple[Tensor, ...]],
         *,
@@ -78,47 +83,44 @@ class Slots(AbstractContextManager["Slots"]):
         self._kind = kind
         self._routing = routing
         self._parts: list[tuple[Tensor, list[Tensor]]] = []
-        self._in_use: list[AdaptedLinear | Siblings] = []
+        self._in_use: list[User] = []
         self._cut = Cut()
 
     def __enter__(self) -> "Slots":
-        in_model = (
-            user for users in self._users for members, _ in users.values() for user, _ in members
-        )
-        if any(user.slots is not None for user in in_model):
+        if any(user.slots is not None for group in self._users for user, _ in group.members):
             raise AdapterError("slots are in use already; leave the outer `with` block first")
-        rows, index = self._rows, None
+        rows, mixed = self._rows, self._mixed
         if not rows.is_even:
-            index = torch.tensor(rows.slot_of_row, device=self._mixed[0][0].device)
-        for users, sides in zip(self._users, self._mixed, strict=True):
-            if index is not None:
-                sides = tuple(side.index_select(1, index) for side in sides)
-            if self._kind == "ia3":
-                self._fill_scaling(users, *sides)
-            else:
-                self._fill_low_rank(users, *sides)
+            index = torch.tensor(rows.slot_of_row, device=mixed[0][0].device)
+            mixed = [tuple(side.index_select(1, index) for side in sides) for sides in mixed]
+        if self._kind == "ia3":
+            self._fill_scaling(mixed)
+        else:
+            self._fill_low_rank(mixed)
         return self
 
-    def _fill_low_rank(self, users: "Users", a_NUIR: Tensor, b_NURO: Tensor) -> None:
+    def _fill_low_rank(self, mixed: Sequence[tuple[Tensor, ...]]) -> None:
         """Hand each linear, or group of siblings, its A and Bs."""
-        bs = self._leaves(b_NURO)
-        for size, (members, index) in users.items():
-            a_GUIX = a_NUIR if index is None else a_NUIR.index_select(0, index)
-            if size > 1:
+        bs = [self._leaves(b_NURO) for _, b_NURO in mixed]
+        for group in self._users:
+            sides = [mixed[stack][0] for stack in group.stacks]
+            a_NUIR = sides[0] if len(sides) == 1 else torch.cat(sides)
+            a_GUIX = a_NUIR if group.index is None else a_NUIR.index_select(0, group.index)
+            if group.size > 1:
                 # contiguous: at rank 1 every gradient would else be copied into a view's layout
-                a_GUIX = a_GUIX.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(3)
+                a_GUIX = a_GUIX.unflatten(0, (-1, group.size)).permute(0, 2, 3, 1, 4).flatten(3)
                 a_GUIX = a_GUIX.contiguous()
-            for (user, positions), a_UIX in zip(members, self._leaves(a_GUIX), strict=True):
-                pairs = tuple(None if n is None else bs[n] for n in positions)
+            for (user, places), a_UIX in zip(group.members, self._leaves(a_GUIX), strict=True):
+                pairs = tuple(None if at is None else bs[at[0]][at[1]] for at in places)
                 slots = LowRankSlots(a_UIX=a_UIX, b_URO=pairs, rows=self._rows, cut=self._cut)
                 self._use(user, slots)
 
-    def _fill_scaling(self, users: "Users", l_NUO: Tensor) -> None:
+    def _fill_scaling(self, mixed: Sequence[tuple[Tensor, ...]]) -> None:
         """Hand each linear, or group of siblings, its vectors."""
-        ls = self._leaves(l_NUO)
-        for members, _ in users.values():
-            for user, positions in members:
-                vectors = tuple(None if n is None else ls[n] for n in positions)
+        ls = [self._leaves(l_NUO) for (l_NUO,) in mixed]
+        for group in self._users:
+            for user, places in group.members:
+                vectors = tuple(None if at is None else ls[at[0]][at[1]] for at in places)
                 self._use(user, ScalingSlots(l_UO=vectors, rows=self._rows, cut=self._cut))
 
     def _leaves(self, side: Tensor) -> list[Tensor]:
@@ -129,7 +131,7 @@ class Slots(AbstractContextManager["Slots"]):
         self._parts.append((side, leaves))
         return leaves
 
-    def _use(self, user: AdaptedLinear | Siblings, slots: LowRankSlots | ScalingSlots) -> None:
+    def _use(self, user: User, slots: LowRankSlots | ScalingSlots) -> None:
         user.slots = slots
         self._in_use.append(user)
 
@@ -176,26 +178,51 @@ class Slots(AbstractContextManager["Slots"]):
                 deliver(leaf.grad)
 
 
-#: Who uses the slots of some linears, by the number of adapted linears in a user: the users, each
-#: with the positions of its members' slots (None: a member that is not adapted), and one index of
-#: all those positions (None: it would select all slots in order).
-User: TypeAlias = AdaptedLinear | Siblings
-Users: TypeAlias = dict[int, tuple[list[tuple[User, list[int | None]]], Tensor | None]]
+#: Where the slots of a linear are: the number of its stack, and its own within that.
+Place: TypeAlias = tuple[int, int]
 
 
-def find_users(linears: list[AdaptedLinear]) -> Users:
-    """Group linears by who uses their slots: siblings together, other linears on their own."""
-    position_of: dict[nn.Module, int] = {linear: number for number, linear in enumerate(linears)}
-    by_size: dict[int, list[tuple[User, list[int | None]]]] = {}
-    for user in dict.fromkeys(linear.siblings or linear for linear in linears):
-        members = user.members if isinstance(user, Siblings) else [user]
-        positions = [position_of.get(member) for member in members]
-        size = sum(position is not None for position in positions)
-        by_size.setdefault(size, []).append((user, positions))
-    users: Users = {}
-    for size, members_of_size in by_size.items():
-        order = [n for _, positions in members_of_size for n in positions if n is not None]
-        in_order = order == list(range(len(linears)))
-        index = None if in_order else torch.tensor(order, device=linears[0].weight.device)
-        users[size] = (members_of_size, index)
+@dataclass(frozen=True, kw_only=True)
+class UserGroup:
+    """Users that take their A's out of the same stacks, equally many each.
+
+    `members` are the users, each with the places of its members' slots (None: a member that is not
+    adapted); `size` is the number of adapted linears in each. `index` is where their A's lie in
+    those of the stacks, one behind the other (None: they are all of them, in order).
+    """
+
+    stacks: tuple[int, ...]
+    size: int
+    members: list[tuple[User, list[Place | None]]]
+    index: Tensor | None
+
+
+#: Who uses the slots of an adapter.
+Users: TypeAlias = list[UserGroup]
+
+
+def find_users(stacks: Sequence[Sequence[AdaptedLinear]]) -> Users:
+    """Group the linears of all stacks by who uses their slots: siblings together, others alone."""
+    place_of: dict[nn.Module, Place] = {
+        linear: (number, n)
+        for number, linears in enumerate(stacks)
+        for n, linear in enumerate(linears)
+    }
+    grouped: dict[tuple[tuple[int, ...], int], list[tuple[User, list[Place | None]]]] = {}
+    linears_of_all = (linear for linears in stacks for linear in linears)
+    for user in dict.fromkeys(linear.siblings or linear for linear in linears_of_all):
+        members: Iterable[nn.Module] = user.members if isinstance(user, Siblings) else (user,)
+        places = [place_of.get(member) for member in members]
+        known = [place for place in places if place is not None]
+        key = tuple(sorted({stack for stack, _ in known})), len(known)
+        grouped.setdefault(key, []).append((user, places))
+    users: Users = []
+    for (numbers, size), members_of_group in grouped.items():
+        every = [(number, n) for number in numbers for n in range(len(stacks[number]))]
+        offsets = {place: offset for offset, place in enumerate(every)}
+        order = [offsets[at] for _, places in members_of_group for at in places if at is not None]
+        index = None
+        if order != list(range(len(every))):
+            index = torch.tensor(order, device=stacks[0][0].weight.device)
+        users.append(UserGroup(stacks=numbers, size=size, members=members_of_group, index=index))
     return users

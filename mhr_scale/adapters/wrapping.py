@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mhr_scale.adapters.linear import AdaptedLinear, Siblings, base_of
+from mhr_scale.adapters.linear import AdaptedLinear, Siblings
 from mhr_scale.adapters.sites import Site
 from mhr_scale.errors import AdapterError
 from mhr_scale.families.siblings import siblings_name
@@ -58,10 +58,9 @@ def wrap(model: nn.Module, sites: Sequence[Site]) -> AdaptedModel:
 
 
 def _join_siblings(parent: nn.Module, name: str, children: tuple[str, ...]) -> None:
-    """Join children that read the same input, if any is adapted and all have the same shape."""
+    """Join children that read the same input, if any is adapted."""
     members = [parent.get_submodule(child) for child in children]
-    shapes = {(base.in_features, base.out_features) for base in map(base_of, members)}
-    if len(shapes) == 1 and any(isinstance(member, AdaptedLinear) for member in members):
+    if any(isinstance(member, AdaptedLinear) for member in members):
         siblings = Siblings(members, f"{name}.{'+'.join(children)}")
         setattr(parent, siblings_name(children), siblings.train(parent.training))
 

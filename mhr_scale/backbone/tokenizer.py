@@ -189,4 +189,6 @@ def hash_tokenizer(tokenizer: Any) -> str:
         text = backend.to_str()
     else:
         text = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()
+    template = getattr(tokenizer, "chat_template", None)
+    chat = "" if template is None else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}{chat}".encode()).hexdigest()

@@ -32,6 +32,7 @@ from mhr_scale.config.model import BackboneConfig, SoupConfig, precision_of
 from mhr_scale.config.plan import HardwareConfig, PlanConfig, WorkloadConfig
 from mhr_scale.config.training import (
     BatchConfig,
+    Cut,
     LossConfig,
     OptimConfig,
     PlainRunConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "BackboneConfig",
     "BatchConfig",
     "ConvertConfig",
+    "Cut",
     "EvalTasksConfig",
     "EvaluateConfig",
     "ExportConfig",

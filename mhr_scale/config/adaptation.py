@@ -5,7 +5,7 @@ from typing import Literal
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.model import BackboneConfig, SoupConfig
-from mhr_scale.config.training import OptimConfig, check_timeout
+from mhr_scale.config.training import BatchConfig, Cut, OptimConfig, check_timeout
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part, recipe
@@ -102,6 +102,8 @@ class ProtocolConfig:
     """t_few: scores inside the ranking loss are divided by length ** length_norm."""
     max_input_tokens: int = 256
     """Training inputs are cut here."""
+    cut: Cut | None = None
+    """Where over-long inputs lose tokens, as `batch.cut` in pre-training."""
     max_target_tokens: int = 256
     """Training targets and choices are cut here, the end-of-sequence token kept."""
 
@@ -113,6 +115,15 @@ class ProtocolConfig:
             raise ConfigError(f"protocol.warmup_fraction: {self.warmup_fraction} is not in [0, 1]")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError(f"protocol.label_smoothing: {self.label_smoothing} is not in [0, 1)")
+
+    @property
+    def lengths(self) -> BatchConfig:
+        """How training rows are cut."""
+        return BatchConfig(
+            max_input_tokens=self.max_input_tokens,
+            max_target_tokens=self.max_target_tokens,
+            cut=self.cut,
+        )
 
 
 @part

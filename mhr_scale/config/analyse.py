@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
-from mhr_scale.config.training import PlainRunConfig
+from mhr_scale.config.training import Cut, PlainRunConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suites import TasksConfig
@@ -49,6 +49,8 @@ class AlignmentConfig:
     """Inputs are cut here; null: as in the run the tasks come from, else 256."""
     max_target_tokens: int | None = None
     """Targets are cut here; null: as in the run the tasks come from, else 256."""
+    cut: Cut | None = None
+    """Where over-long inputs lose tokens; null: as in the run the tasks come from."""
     seed: int = 42
     """Seed of the sample of tasks."""
     token_cache: str | None = None

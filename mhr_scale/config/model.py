@@ -42,11 +42,11 @@ class BackboneConfig:
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"
     """Activation checkpointing; `reentrant` gathers less under ZeRO-3, and keeps less with int8."""
     fused_attention: bool = True
-    """Merge attention bias and mask once per stack, and run q, k and v together."""
-    fused_gelu: bool = True
-    """Gated tanh-gelu as one operation that keeps less."""
+    """Run q, k and v together, and attention's parts with less copied (masks, shared heads)."""
+    fused_gate: bool = True
+    """A feed-forward's gated activation (silu, gelu) as one operation that keeps less."""
     fused_norm: bool = True
-    """T5's norm as one operation; in bfloat16 it rounds once instead of twice."""
+    """RMS norms as one operation that keeps less; in bfloat16 it rounds once instead of twice."""
 
     def __post_init__(self) -> None:
         if self.name is None and self.config is None:

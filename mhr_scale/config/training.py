@@ -8,6 +8,9 @@ from mhr_scale.recipe.part import part
 #: Services that can get the lines of metrics.jsonl; each needs the package extra of its name.
 TrackerName = Literal["tensorboard", "wandb"]
 
+#: Where an input that is too long loses tokens.
+Cut = Literal["left", "right", "middle"]
+
 #: A month; longer values overflow the timers, which then do not wait at all.
 LONGEST_TIMEOUT_SECONDS = 30 * 86400.0
 
@@ -120,6 +123,9 @@ class BatchConfig:
     """Rows per rank and forward pass; the rest is accumulated."""
     max_input_tokens: int = 256
     """Inputs are cut here; the share of cut rows is logged."""
+    cut: Cut | None = None
+    """Where over-long inputs lose tokens, but for a task's suffix and a chat template: on the left,
+    on the right or in the middle; null: on the right for encoder-decoders, else on the left."""
     max_target_tokens: int = 256
     """Targets are cut here, the end-of-sequence token kept."""
     too_long: Literal["cut", "drop"] = "cut"

@@ -8,6 +8,7 @@ from mhr_scale.config.analyse import MonitorConfig
 from mhr_scale.config.model import BackboneConfig, SoupConfig
 from mhr_scale.config.training import (
     BatchConfig,
+    Cut,
     LossConfig,
     OptimConfig,
     PlainRunConfig,
@@ -100,6 +101,8 @@ class ScoringConfig:
     """Tokens generated at most."""
     max_input_tokens: int = 256
     """Inputs are cut here."""
+    cut: Cut | None = None
+    """Where over-long inputs lose tokens, as `batch.cut` in pre-training."""
     max_choice_tokens: int = 256
     """Choices are cut here, the end-of-sequence token kept."""
     max_tokens: int = 4096
@@ -116,6 +119,15 @@ class ScoringConfig:
                 raise ConfigError(f"scoring.{name}: {getattr(self, name)} is not at least 1")
         if self.examples is not None and self.examples < 1:
             raise ConfigError(f"scoring.examples: {self.examples} is not at least 1")
+
+    @property
+    def lengths(self) -> BatchConfig:
+        """How rows are cut."""
+        return BatchConfig(
+            max_input_tokens=self.max_input_tokens,
+            max_target_tokens=self.max_choice_tokens,
+            cut=self.cut,
+        )
 
 
 @recipe

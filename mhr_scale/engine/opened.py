@@ -19,9 +19,11 @@ from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.ds_config import is_sharded, read_ds_config
 from mhr_scale.engine.engine import Engine
+from mhr_scale.errors import BackboneError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run.runlog import log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,10 @@ class PlacedBackbone:
         """Logits (B, D, V) at the target positions, with the slots in use."""
         return self.family.logits(self.model, packed)
 
+    def predictions(self, packed: Packed) -> Tensor:
+        """The same before target positions have found their own (`Packed.sources_BD`)."""
+        return self.family.predictions(self.model, packed)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedBackbone:
@@ -80,6 +86,20 @@ class OpenedBackbone:
     def inputs(self) -> dict[str, str]:
         """What a run reads of it, by content (`RunFolder.check_inputs`)."""
         return inputs_of(self.blueprint, self.tokenizer)
+
+    def check_length(self, n_input: int, n_behind: int, settings: str) -> None:
+        """Raise `BackboneError` for inputs and answers that are too long to be read together.
+
+        Warn where they can be read, but by a backbone that was made for shorter ones. `settings`
+        are those that cut them to so many tokens.
+        """
+        most, is_all = self.family.most_positions(self.blueprint.model_config)
+        if most is None or n_input + n_behind - 1 <= most:  # the last token is never read
+            return
+        which = f"{settings}: texts of up to {n_input} + {n_behind} tokens, but the backbone"
+        if is_all:
+            raise BackboneError(f"{which} has learned {most} positions; cut them shorter")
+        log.warning("%s was made for %d positions and may fail beyond", which, most)
 
     @contextmanager
     def placed(

@@ -115,7 +115,7 @@ class LogitsCheck:
     def peft(self, folder: Path, task_ids: Sequence[int]) -> Tensor:
         """Logits of a PEFT folder under stock PEFT, with one task per row for Poly.
 
-        Raises `AdapterError` if PEFT does not load it.
+        Raises `AdapterError` if PEFT does not load it, or cannot run it with this backbone.
         """
         import_bitsandbytes()  # before PEFT does, which prints remarks
         from peft import PeftModel
@@ -127,9 +127,12 @@ class LogitsCheck:
             raise AdapterError(f"stock PEFT does not load it: {first_line(error)}") from error
         is_poly = stock.peft_config["default"].peft_type == "POLY"
         extra = {"task_ids": torch.tensor(list(task_ids))} if is_poly else {}
-        logits = self._logits(stock, self._weights, extra=extra)
-        stock.unload()
-        return logits
+        try:
+            return self._logits(stock, self._weights, extra=extra)
+        except RuntimeError as error:
+            raise AdapterError(f"stock PEFT does not run it: {first_line(error)}") from error
+        finally:
+            stock.unload()
 
     def merged(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
         """Logits with a single adapter merged into the weights, before and after rounding them."""

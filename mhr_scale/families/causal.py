@@ -11,16 +11,17 @@ Shape letters: B rows, L positions of a row, D target positions, V vocabulary, H
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mhr_scale.errors import BackboneError
+from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import make_masks
-from mhr_scale.families.discovered import Discovered
-from mhr_scale.families.family import Side
+from mhr_scale.families.discovered import Discovered, find
+from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
 
 #: Model types that are named where another one is refused.
@@ -31,6 +32,9 @@ KNOWN_TYPES = (
 )
 #: Kinds of layers whose masks are made here; all others keep a state of the whole text.
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+#: What of a packed row's inputs is for masks and logits, and no argument of the model.
+OUR_OWN = frozenset({"branches", "sources"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,9 @@ class Causal(Discovered):
         return _is_causal(model_type) or composed.knows(model_type)
 
     def matches(self, config: Any) -> bool:
-        """Whether it has a causal language model of this very configuration."""
-        return _is_causal(config.model_type)
+        """By model type; a type may name an encoder-decoder too, whose decoder alone is known."""
+        is_decoder = not getattr(config, "is_encoder_decoder", False)
+        return _is_causal(config.model_type) and is_decoder
 
     def list_types(self) -> Sequence[str]:
         """Those that are tested."""
@@ -94,6 +99,10 @@ class Causal(Discovered):
         found = [end for end in dict.fromkeys(ends) if type(end) is int]
         config.eos_token_id = found if len(found) > 1 else next(iter(found), None)
 
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """What the configuration says; learned positions have no more than that."""
+        return getattr(config, "max_position_embeddings", None), find(self, config).learns_positions
+
     # -- the module ------------------------------------------------------------------------------
 
     def model_class(self, config: Any) -> Any:
@@ -101,6 +110,12 @@ class Causal(Discovered):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    def fuse(self, model: Any, settings: Settings) -> None:
+        """Faster attention, feed-forwards and norms (`causal_fused`)."""
+        from mhr_scale.families import causal_fused
+
+        causal_fused.install(model, self.blocks(model.config), self.norms(model), settings)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -132,6 +147,7 @@ class Causal(Discovered):
         tail = max(depth - 1, 0)
         length = -(-(width + tail) // pad_multiple) * pad_multiple
         width = length - tail
+        self._check_length(rows, length, config)
         ids = np.full((len(rows), length), pad_of(config), dtype=np.int64)
         positions = np.zeros((len(rows), length), dtype=np.int64)
         branches = np.full((len(rows), length), -1, dtype=np.int64)
@@ -159,8 +175,7 @@ class Causal(Discovered):
                 at, place = end, read.stop
             starts.append(tuple(begins))
         arrays = {"input_ids": ids, "position_ids": positions, "branches": branches}
-        if any(len(row.answers) > 1 for row in rows):
-            arrays["sources"] = sources
+        has_branches = any(len(row.answers) > 1 for row in rows)
         return Packed(
             rows=tuple(rows),
             inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -168,30 +183,44 @@ class Causal(Discovered):
             choices_BD=torch.from_numpy(choices),
             starts=tuple(starts),
             n_positions=ids.size,
+            # several answers begin behind the same token
+            sources_BD=torch.from_numpy(sources) if has_branches else None,
         )
+
+    def _check_length(self, rows: Sequence[EncodedRow], length: int, config: Any) -> None:
+        """Raise `DataError` for a row that learned positions have no end of."""
+        if length <= getattr(config, "max_position_embeddings", length):
+            return
+        most, is_all = self.most_positions(config)
+        assert most is not None
+        for row in rows if is_all else ():
+            n_tokens = len(row.input_ids) + max((len(a) - 1 for a in row.answers), default=0)
+            if n_tokens > most:
+                raise DataError(
+                    f"row {row.number}: a prompt and its longest answer are {n_tokens} tokens; the "
+                    f"backbone has learned {most} positions; lower the lengths they are cut to"
+                )
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logits(self, model: Any, packed: Packed) -> Tensor:
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
+        tokens = _tokens(packed)
+        length, depth = tokens["input_ids"].shape[1], packed.labels_BD.shape[1]
         output = model(
-            **_tokens(packed),
+            **tokens,
             attention_mask=_masks(model, packed),
-            logits_to_keep=packed.labels_BD.shape[1],
+            # not their number: of a slice of the states a frozen head makes one product a row
+            logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
             use_cache=False,
         )
         logits_BDV: Tensor = output.logits
-        sources = packed.inputs.get("sources")
-        if sources is not None:  # several answers begin behind the same token
-            logits_BDV = logits_BDV.gather(
-                1, sources[..., None].expand(-1, -1, logits_BDV.shape[-1])
-            )
         return logits_BDV
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
     ) -> list[list[int]]:
-        """What the model writes behind each prompt, padded on its left."""
+        """What the model writes behind each prompt, padded on its left, up to its end."""
         prompts = [EncodedRow(row.input_ids) for row in rows]
         packed = self.pack(prompts, model.config, pad_multiple=1).to(device)
         mask = (packed.inputs["branches"] >= 0).long()
@@ -203,7 +232,8 @@ class Causal(Discovered):
             **options,
         )
         written: list[list[int]] = ids[:, mask.shape[1] :].tolist()
-        return written
+        ends = as_list(model.config.eos_token_id)
+        return [list(takewhile(lambda token: token not in ends, new)) for new in written]
 
     def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
         """The last hidden states of prompts (B, L, H), and their mask (B, L)."""
@@ -233,7 +263,8 @@ def _is_causal(model_type: str) -> bool:
 
 
 def _tokens(packed: Packed) -> dict[str, Tensor]:
-    return {name: packed.inputs[name] for name in ("input_ids", "position_ids")}
+    """What the model is called with, masks apart; others may have put more there than `pack`."""
+    return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
 
 
 def _masks(model: Any, packed: Packed) -> Any:
@@ -246,9 +277,15 @@ def _masks(model: Any, packed: Packed) -> Any:
 
 
 def begin_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts in front of a text: a beginning of sequence, or nothing."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer("").input_ids[:1] == [begin] else []
+    """The tokens that a tokenizer puts in front of a text: a beginning of sequence, or nothing.
+
+    Told from what it puts behind: one token may be the beginning and the end of a sequence.
+    """
+    text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    starts = range(len(whole) - len(text) + 1)
+    start = next((n for n in starts if whole[n : n + len(text)] == text), 0)
+    return whole[:start]
 
 
 def as_list(ids: Any) -> list[Any]:
@@ -264,7 +301,15 @@ def pad_of(config: Any) -> int:
 
 CAUSAL = Causal(
     name="causal language models",
-    inputs={"o_proj": "v_proj", "down_proj": "up_proj"},
+    inputs={
+        "o_proj": "q_proj",
+        "out_proj": "q_proj",
+        "down_proj": "up_proj",
+        "fc2": "fc1",
+        "fc_out": "fc_in",
+        "dense_4h_to_h": "dense_h_to_4h",
+        "c_proj": "c_fc",
+    },
     abbreviations=(
         (r"\b(?:model|transformer|gpt_neox)\.(?:decoder\.)?(?:layers|h|blocks)\.", "dec."),
         (r"\bself_attn\.|\battn\.|\bself_attention\.|\battention\.", ""),

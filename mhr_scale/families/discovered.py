@@ -27,6 +27,7 @@ from mhr_scale.families.linear_names import (
     is_complete,
     is_of_experts,
     part_of,
+    role_of,
 )
 from mhr_scale.families.named import likeliest_depth
 from mhr_scale.families.stored_names import Arrangement, map_names
@@ -38,6 +39,9 @@ BLOCKS = re.compile(
 )
 #: The stack of blocks that is not called encoder.
 DECODER = "decoder"
+
+#: What configurations call the activation of feed-forwards.
+ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")
 
 
 class Found:
@@ -109,6 +113,13 @@ class Found:
             patterns.add(r"(^|\.)position_ids$")
         return any(re.search(pattern, name) for pattern in patterns)
 
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are looked up in a table, as tokens are."""
+        words = self.model.get_input_embeddings()
+        tables = (part for part in self.model.modules() if isinstance(part, nn.Embedding))
+        return any(table is not words for table in tables)
+
 
 def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
     """The linears that every block of a list has, and those that are frozen for good."""
@@ -125,8 +136,15 @@ def _blocks_in(name: str, blocks: Sequence[nn.Module]) -> Blocks:
         frozen |= dict.fromkeys(n for n in [*linears, *experts] if n not in own)
         adaptable.append(set(own))
     shared = in_order(set.intersection(*adaptable))
+    frozen |= dict.fromkeys(n for own in adaptable for n in sorted(own) if n not in shared)
     sublayers = tuple(tuple(n for n in shared if part_of(n) == part) for part in PARTS)
     return Blocks(name=name, count=len(blocks), sublayers=sublayers, frozen=tuple(frozen))
+
+
+def _role(name: str) -> str | None:
+    """What a linear of this whole name computes."""
+    match = BLOCKS.match(name)
+    return None if match is None else role_of(name[match.end() :])
 
 
 _FOUND: dict[tuple[str, str], Found] = {}
@@ -146,7 +164,11 @@ def find(family: "Discovered", config: Any) -> Found:
 class Discovered(Family):
     """A family of all models of one form, whatever their linears are called."""
 
-    peft_feed_forward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "fc_out")
+    stacks: ClassVar[tuple[str, ...]] = (DECODER,)
+    """Stacks whose blocks the family has."""
+    peft_feed_forward: ClassVar[tuple[str, ...]] = (
+        *("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj"),
+    )
     default_fields: ClassVar[Mapping[str, Any]] = {
         "pad_token_id": 0,
         "bos_token_id": None,
@@ -180,6 +202,10 @@ class Discovered(Family):
         """The width of the residual stream."""
         config = self._read(raw)
         return None if config is None else int(config.hidden_size)
+
+    def is_of(self, raw: Mapping[str, Any]) -> bool:
+        """By model type."""
+        return self.knows(str(raw.get("model_type")))
 
     def linears_of(
         self, raw: Mapping[str, Any]
@@ -231,6 +257,29 @@ class Discovered(Family):
             )
         return names
 
+    def writer_of(
+        self, linear: str, raw: Mapping[str, Any] | None, *, has_negative: bool
+    ) -> str | None:
+        """What the gate of a feed-forward multiplies; without a gate ReLU lets factors from 0 pass.
+
+        Values before attention, which sums over tokens, unless several queries share them. None
+        where the module is not known, or holds several in one linear.
+        """
+        config = None if raw is None else self._read(raw)
+        if config is None:
+            return None
+        widths = find(self, config).widths
+        place = linear.rpartition(".")[0]
+        roles = {_role(name): name for name in widths if name.rpartition(".")[0] == place}
+        if linear == roles.get("output") and "value" in roles:
+            is_alone = widths[linear][0] == widths[roles["value"]][1]
+            return roles["value"] if is_alone else None
+        if linear != roles.get("down") or "up" not in roles:
+            return None
+        names = (getattr(config, name, None) for name in ACTIVATIONS)
+        passes = "relu" in names and not has_negative
+        return roles["up"] if "gate" in roles or passes else None
+
     def blocks(self, config: Any) -> dict[str, Blocks]:
         """As the module has them."""
         return find(self, config).blocks
@@ -242,16 +291,16 @@ class Discovered(Family):
         lists: dict[str, str] = {}
         for name in names:
             match = BLOCKS.match(name)
-            if match is not None:
-                stack = match["stack"] or DECODER
+            stack = (match["stack"] or DECODER) if match else ""
+            if match is not None and stack in self.stacks:
                 lists[stack] = match["list"]
                 numbers.setdefault(stack, set()).add(int(match["block"]))
                 linears.setdefault(stack, set()).add(name[match.end() :])
         found = {}
-        for stack, name in lists.items():
+        for stack in (one for one in self.stacks if one in lists):
             ordered = in_order(linears[stack])
             found[stack] = Blocks(
-                name=name,
+                name=lists[stack],
                 count=likeliest_depth(numbers[stack]),
                 sublayers=tuple(tuple(n for n in ordered if part_of(n) == part) for part in PARTS),
                 is_whole=False,
@@ -261,10 +310,11 @@ class Discovered(Family):
     def find_position(self, name: str) -> Position | None:
         """Where a linear sits, by its name."""
         match = BLOCKS.match(name)
-        if match is None:
+        stack = (match["stack"] or DECODER) if match else ""
+        if match is None or stack not in self.stacks:
             return None
         part = PARTS.index(part_of(name[match.end() :]))
-        return Position(match["stack"] or DECODER, int(match["block"]), part)
+        return Position(stack, int(match["block"]), part)
 
     def find_prefix(self, name: str) -> int | None:
         """Where the name of a block begins in a longer name; None if there is none in it."""

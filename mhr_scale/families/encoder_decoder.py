@@ -65,14 +65,21 @@ class EncoderDecoder(Family):
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logits(self, model: Any, packed: Packed) -> Tensor:
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of the decoder; of several answers a row each sees itself alone."""
+        output = model(**packed.inputs, **self.decoder_inputs(model, packed), use_cache=False)
+        logits_BDV: Tensor = output.logits
+        return logits_BDV
+
+    def decoder_inputs(self, model: Any, packed: Packed) -> dict[str, Any]:
+        """What lets each answer see itself alone: a mask, where there are several in a row.
+
+        A mask is enough where positions count by the distance of two tokens.
+        """
         mask = None
         if packed.n_choices > 1:
             mask = shut_between(packed.choices_BD, model.get_input_embeddings().weight.dtype)
-        output = model(**packed.inputs, decoder_attention_mask=mask, use_cache=False)
-        logits_BDV: Tensor = output.logits
-        return logits_BDV
+        return {"decoder_attention_mask": mask}
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any

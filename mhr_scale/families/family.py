@@ -28,15 +28,15 @@ class Settings(Protocol):
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention runs its parts together."""
+        """Whether attention runs q, k and v together and copies less."""
 
     @property
-    def fused_gelu(self) -> bool:
-        """Whether a gated activation is one operation."""
+    def fused_gate(self) -> bool:
+        """Whether a gated activation is one operation that keeps less."""
 
     @property
     def fused_norm(self) -> bool:
-        """Whether a norm is one operation."""
+        """Whether an RMS norm is one operation that keeps less."""
 
 
 class Position(NamedTuple):
@@ -116,7 +116,7 @@ class Family(ABC):
     special_tokens: ClassVar[tuple[str, ...]] = ("pad_token", "eos_token")
     """Tokens that a tokenizer has to have, the same as its backbone."""
     cut_side: ClassVar[Literal["left", "right"]] = "right"
-    """Where an input that is too long loses tokens."""
+    """Where an input that is too long loses tokens, if a recipe does not say."""
 
     # -- configuration ---------------------------------------------------------------------------
 
@@ -158,10 +158,6 @@ class Family(ABC):
         """Settings that a model cannot do without and that folders may leave out, with values."""
         return {}
 
-    def known_fields(self, name: str) -> dict[str, Any] | None:
-        """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
-        return None
-
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What of a config.json a model without weights is made from."""
         return dict(raw)
@@ -182,6 +178,13 @@ class Family(ABC):
         As a config.json has them; None if it does not say.
         """
         return None
+
+    def most_positions(self, config: Any) -> tuple[int | None, bool]:
+        """The positions of the longest text that a model was made for, None if it has no end.
+
+        And whether a longer one cannot be read at all.
+        """
+        return None, False
 
     # -- blocks and linears ----------------------------------------------------------------------
 
@@ -303,11 +306,19 @@ class Family(ABC):
     # -- passes ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def logits(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it.
+    def predictions(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V), of which `sources_BD` tells where a target position finds its own.
 
         The model is called as a whole, never a part of it: PEFT may be wrapped around it.
         """
+
+    def logits(self, model: Any, packed: Packed) -> Tensor:
+        """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
+        logits_BDV = self.predictions(model, packed)
+        if packed.sources_BD is None:
+            return logits_BDV
+        index_BDV = packed.sources_BD[..., None].expand(-1, -1, logits_BDV.shape[-1])
+        return logits_BDV.gather(1, index_BDV)
 
     @abstractmethod
     def generate(

@@ -28,6 +28,8 @@ FEED_FORWARD_ROLES: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_up_proj",),
     "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out"),
 }
+#: Whole names of linears that GPT-2 holds with weights as (in, out).
+TRANSPOSED = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 #: The roles that a `light` layout adapts: keys, values, and what is multiplied by the gate. A
 #: linear that holds one of them among others is adapted as a whole.
 LIGHT = frozenset({"key", "value", "query_key_value", "up", "gate_up"})
@@ -53,6 +55,15 @@ def role_of(name: str) -> str | None:
 def is_of_experts(name: str) -> bool:
     """Whether a name is that of a mixture of experts, or of something in one."""
     return _EXPERTS in name.lower()
+
+
+def are_transposed(names: Iterable[str]) -> bool:
+    """Whether linears of these whole names are likely to hold weights as (in, out).
+
+    For programs that want to be told and that look for themselves, as PEFT does: GPT-BigCode has
+    the same names for usual ones.
+    """
+    return any(TRANSPOSED.fullmatch(name) for name in names)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:

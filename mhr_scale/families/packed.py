@@ -68,6 +68,8 @@ class Packed:
     starts: tuple[tuple[int, ...], ...]
     n_positions: int
     """Positions that the model computes, padding included."""
+    sources_BD: Tensor | None = None
+    """The column of the model's predictions that a target position reads; None: its own."""
 
     @cached_property
     def tasks(self) -> tuple[int, ...]:
@@ -100,6 +102,7 @@ class Packed:
             inputs={name: move(tensor) for name, tensor in self.inputs.items()},
             labels_BD=move(self.labels_BD),
             choices_BD=move(self.choices_BD),
+            sources_BD=None if self.sources_BD is None else move(self.sources_BD),
         )
 
 

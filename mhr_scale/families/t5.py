@@ -1,4 +1,4 @@
-"""T5 and mT5: names of their linears, their configuration, ties, weights and start token."""
+"""T5, mT5 and umT5: names of their linears, their configuration, ties, weights and start token."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mhr_scale.errors import BackboneError, did_you_mean, first_line
 from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
+from mhr_scale.families.model_configs import config_class
 from mhr_scale.families.named import BlockPattern, Named, below
 from mhr_scale.families.stored_names import Arrangement, Stored
 
@@ -59,16 +60,19 @@ class T5(Named, EncoderDecoder):
         return config.model_type in self.model_types and is_gated == self.is_gated
 
     def make_config(self, fields: Mapping[str, Any]) -> Any:
-        """transformers' T5Config of a recipe's fields; raises `BackboneError` if no T5 has them."""
-        from transformers import T5Config
+        """transformers' configuration of a recipe's fields, and of their type if they say one.
 
-        known = {field.name for field in dataclasses.fields(T5Config)}
+        Raises `BackboneError` if no T5 has them.
+        """
+        kind = config_class(fields.get("model_type", self.model_types[0]))
+        given = {name: value for name, value in fields.items() if name != "model_type"}
+        known = {field.name for field in dataclasses.fields(kind)}
         known |= {"tie_word_embeddings", "decoder_start_token_id"}
-        for name in sorted(set(fields) - known):
+        for name in sorted(set(given) - known):
             hint = did_you_mean(name, known)
             raise BackboneError(f"backbone.config: T5 has no setting '{name}'{hint}")
         try:
-            return T5Config(**fields)
+            return kind(**given)
         except Exception as error:
             raise BackboneError(f"backbone.config: {first_line(error)}") from error
 
@@ -107,10 +111,6 @@ class T5(Named, EncoderDecoder):
             "eos_token_id": END if end is None else end,
             "decoder_start_token_id": pad if start is None else start,
         }
-
-    def known_fields(self, name: str) -> dict[str, Any] | None:
-        """T5 v1.1, LM-adapt, T0 and FLAN, by hub id."""
-        return KNOWN.get(name)
 
     def size_fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are set, of those that a model's shapes follow from."""
@@ -169,11 +169,10 @@ class T5(Named, EncoderDecoder):
     # -- the module ------------------------------------------------------------------------------
 
     def model_class(self, config: Any) -> Any:
-        """The class of T5, or of mT5."""
-        from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+        """transformers' class for the type of the configuration."""
+        from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-        is_mt5 = config.model_type == "mt5"
-        return MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
 
     def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
         """The embedding, where a copy (MADLAD) or the head that is said to be tied stands alone.
@@ -200,9 +199,13 @@ class T5(Named, EncoderDecoder):
         return dict.fromkeys((*EMBEDDING_ALIASES, *((HEAD,) if is_tied else ())), EMBEDDING)
 
     def tie(self, model: Any, ties: Mapping[str, str]) -> None:
-        """Make the tied parameters one, and let the configuration say so."""
+        """Make the tied parameters one, and let the configuration say so.
+
+        That of umT5 says of itself whether states are scaled before the head, whatever is tied.
+        """
         super().tie(model, ties)
-        model.config.tie_word_embeddings = HEAD in ties
+        if model.config.model_type != "umt5":
+            model.config.tie_word_embeddings = HEAD in ties
 
     def random_weight(
         self, config: Any, name: str, shape: tuple[int, ...], generator: torch.Generator
@@ -325,42 +328,8 @@ ABBREVIATIONS = (
 )
 
 GATED = _make_family(
-    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5)",
-    model_types=("t5", "mt5"),
+    name="T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, umT5)",
+    model_types=("t5", "mt5", "umt5"),
     wide=("wi_0", "wi_1"),
 )
 UNGATED = _make_family(name="T5 v1.0 (ungated)", model_types=("t5",), wide=("wi",))
-
-
-# -- known sizes -----------------------------------------------------------------------------------
-
-
-def _sizes(d_model: int, d_ff: int, heads: int, layers: int) -> dict[str, Any]:
-    return {
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "vocab_size": 32128,
-        "d_kv": 64,
-        "d_model": d_model,
-        "d_ff": d_ff,
-        "num_heads": heads,
-        "num_layers": layers,
-    }
-
-
-#: T5 v1.1 by size: what LM-adapt, T0 and FLAN are too.
-_V1_1 = {
-    "small": _sizes(512, 1024, 6, 8),
-    "base": _sizes(768, 2048, 12, 12),
-    "large": _sizes(1024, 2816, 16, 24),
-    "xl": _sizes(2048, 5120, 32, 24),
-    "xxl": _sizes(4096, 10240, 64, 24),
-}
-#: Fields of T5Config by hub id: known ones need no hub.
-KNOWN = {
-    **{f"google/t5-v1_1-{size}": fields for size, fields in _V1_1.items()},
-    **{f"google/t5-{size}-lm-adapt": fields for size, fields in _V1_1.items()},
-    **{f"google/flan-t5-{size}": fields for size, fields in _V1_1.items()},
-    **{f"bigscience/{name}": _V1_1["xxl"] for name in ("T0", "T0p", "T0pp")},
-    "bigscience/T0_3B": _V1_1["xl"],
-}

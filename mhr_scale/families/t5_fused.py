@@ -4,8 +4,8 @@ Three switches of a backbone's settings; tests/benchmarks/README.md says what ea
 changes in the logits:
 
 fused_attention   bias and mask merged once per stack, not once per layer; q, k and v together
-fused_gelu        gelu's tanh form as one operation; backward computes it anew and keeps less
-fused_norm        T5's norm as one operation (a single kernel on GPUs)
+fused_gate        gelu's tanh form as one operation; backward computes it anew and keeps less
+fused_norm        T5's norm as one operation, which keeps less (a single kernel on GPUs)
 
 Shape letters: B rows, L tokens, H heads, K keys, D width of a head.
 """
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 
 from mhr_scale.families.family import Settings
+from mhr_scale.families.fused import fused_class, gated, rms_norm
 from mhr_scale.families.siblings import call_together
 
 
@@ -28,30 +29,23 @@ def install(model: nn.Module, settings: Settings) -> None:
     """
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("M")
+        if kind != "UMT5Attention":  # which has a position bias in every layer, and hands none on
+            kind = kind.removeprefix("UM")
         part: Any = None
         if kind == "T5Attention" and settings.fused_attention:
             part = CrossAttention if name.endswith("EncDecAttention") else SelfAttention
         elif kind == "T5DenseGatedActDense":
             part = GatedFeedForward
             is_tanh = type(module.act).__name__ in TANH_GELUS
-            module.is_fused_gelu = settings.fused_gelu and is_tanh
+            module.is_fused_gate = settings.fused_gate and is_tanh
         elif kind == "T5LayerNorm" and settings.fused_norm:
             part = Norm
         if part is not None:
             module.__class__ = fused_class(part, type(module))
 
 
-#: Classes made so far: one for each part and class of transformers'.
-FUSED: dict[tuple[Any, Any], Any] = {}
 #: transformers' classes of the activation that T5 v1.1 calls gelu_new.
 TANH_GELUS = ("NewGELUActivation", "GELUTanh")
-
-
-def fused_class(part: Any, original: Any) -> Any:
-    """The original class with the methods of `part` in front of its own."""
-    if (part, original) not in FUSED:
-        FUSED[part, original] = type(f"Fused{original.__name__}", (part, original), {})
-    return FUSED[part, original]
 
 
 class Attention:
@@ -144,7 +138,7 @@ class GatedFeedForward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Feed-forward of hidden_states (B, L, d_model)."""
         gate, linear = call_together(self, ("wi_0", "wi_1"), hidden_states)
-        hidden = gated_gelu(gate, linear) if self.is_fused_gelu else self.act(gate) * linear
+        hidden = gated(gate, linear, "tanh_gelu") if self.is_fused_gate else self.act(gate) * linear
         hidden = self.dropout(hidden)
         weight = self.wo.weight
         if isinstance(weight, Tensor) and weight.dtype not in (hidden.dtype, torch.int8):
@@ -152,30 +146,9 @@ class GatedFeedForward:
         return self.wo(hidden)
 
 
-def gated_gelu(gate: Tensor, linear: Tensor) -> Tensor:
-    """gelu(gate) * linear, in gelu's tanh form."""
-    return _GatedGelu.apply(gate, linear)
-
-
-class _GatedGelu(torch.autograd.Function):
-    """Keeps its two inputs and computes the gelu anew in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, linear: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, linear)
-        return F.gelu(gate, approximate="tanh").mul_(linear)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gate, linear = ctx.saved_tensors
-        d_linear = F.gelu(gate, approximate="tanh").mul_(gradient)
-        d_gate = torch.ops.aten.gelu_backward(gradient * linear, gate, approximate="tanh")
-        return d_gate, d_linear
-
-
 class Norm:
     """T5's norm: scaled by the root mean square, in float32 inside, no mean and no bias."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Normalised hidden_states (..., d_model)."""
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)

@@ -12,10 +12,12 @@ from typing import Any
 from mhr_scale.errors import BackboneError, LayoutError, first_line, shortened
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.family import Family
+from mhr_scale.families.known_sizes import KNOWN
 from mhr_scale.families.t5 import GATED, UNGATED, make_byte_tokenizer
+from mhr_scale.families.t5gemma import T5GEMMA
 from mhr_scale.run.files import read_object
 
-FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL)
+FAMILIES: tuple[Family, ...] = (GATED, UNGATED, CAUSAL, T5GEMMA)
 #: Tokenizers that need no files, by what a recipe calls them.
 TOKENIZERS: dict[str | None, Callable[[], Any]] = {"byt5": make_byte_tokenizer}
 #: Settings of a config.json: the classes of code beside it, and how its weights were quantised.
@@ -139,8 +141,7 @@ def _of_type(model_type: str) -> Family:
 
 def known_fields(name: str) -> dict[str, Any] | None:
     """Fields of the configuration of a hub id whose sizes are known; None if they are not."""
-    known = (family.known_fields(name) for family in FAMILIES)
-    return next((fields for fields in known if fields is not None), None)
+    return KNOWN.get(name)
 
 
 def family_of_linears(names: Iterable[str], raw: Mapping[str, Any] | None = None) -> Family:

@@ -20,6 +20,7 @@ from mhr_scale.jobs.job import Job, check_folders
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.scheduling import JobEstimate
 from mhr_scale.jobs.start import check_variant
+from mhr_scale.scores.questions import LENGTHS, longest
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
@@ -94,6 +95,11 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         adapter=None if config.backbone is not None or not paths else paths[0],
     )
     check_backbone_jobs(config, backbone)
+    backbone.check_length(
+        config.protocol.max_input_tokens,
+        config.protocol.max_target_tokens,
+        "protocol.max_input_tokens and max_target_tokens",
+    )
     for path, (card, _) in opened.items():
         check_fit(path, card, backbone.blueprint)
     sites = {}
@@ -112,6 +118,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         for task in few_shot:
             rows = open_data(task, config, backbone.tokenizer, backbone.family)
             data[task.task.name, seed] = rows
+            backbone.check_length(*longest(rows.test.rows, config.scoring), LENGTHS)
     check_folders(dict.fromkeys(task for task, _ in data), what="tasks")
     check_folders(config.variants, what="variants")
     jobs = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mhr_scale.config import AdaptConfig, BatchConfig
+from mhr_scale.config import AdaptConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
@@ -43,7 +43,7 @@ class JobData:
     selection: ScoredSet | None
     selects_on: str
     _encoder: Encoder
-    _rows: dict[tuple[str, tuple[str, ...]], EncodedRow] = field(default_factory=dict)
+    _rows: dict[tuple[Any, ...], EncodedRow] = field(default_factory=dict)
     _epoch: tuple[int, tuple[EncodedRow, ...]] = (-1, ())
 
     @property
@@ -113,7 +113,7 @@ class JobData:
         return replace(self._encode(example, chosen), label=label)
 
     def _encode(self, example: Example, choices: tuple[str, ...]) -> EncodedRow:
-        key = (example.input, choices)
+        key = (example.history, example.input, choices)
         if key not in self._rows:
             (input_ids,) = self._encoder.inputs([example])
             self._rows[key] = EncodedRow(input_ids, self._encoder.answers(choices))
@@ -140,9 +140,6 @@ def open_data(
                 n_unranked,
                 len(task.train),
             )
-    lengths = BatchConfig(
-        max_input_tokens=protocol.max_input_tokens, max_target_tokens=protocol.max_target_tokens
-    )
     selects_on, selection = _select(few_shot, str(config.selection.on))
 
     def make_set(examples: tuple[Example, ...]) -> ScoredSet:
@@ -157,7 +154,7 @@ def open_data(
         test=make_set(task.test),
         selection=make_set(selection) if selection else None,
         selects_on=selects_on,
-        _encoder=Encoder(task, tokenizer, lengths, family),
+        _encoder=Encoder(task, tokenizer, protocol.lengths, family),
     )
 
 

@@ -28,7 +28,7 @@ def gather_soups(
     embedder = soup.TaskEmbedder(
         placed=placed,
         tokenizer=inputs.backbone.tokenizer,
-        max_input_tokens=inputs.config.protocol.max_input_tokens,
+        lengths=inputs.config.protocol.lengths,
     )
     new = {key: data.few_shot.task for key, data in inputs.data.items()}
     soups = {}

@@ -5,7 +5,7 @@ encoder is the frozen backbone's, its states averaged over the tokens, or a sent
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ class TaskEmbedder:
 
     placed: PlacedBackbone
     tokenizer: Any
-    max_input_tokens: int
+    lengths: BatchConfig
 
 
 def gather_similar(
@@ -94,12 +94,7 @@ def find_recipe(adapter: str) -> Path:
 
 
 def _first(task: Task, rows: Sequence[Example], count: int) -> Task:
-    return Task(
-        name=task.name,
-        train=tuple(rows[:count]),
-        suffix=task.suffix,
-        max_input_tokens=task.max_input_tokens,
-    )
+    return replace(task, train=tuple(rows[:count]), validation=(), test=())
 
 
 def gather_embeddings(
@@ -116,11 +111,10 @@ def gather_embeddings(
             key: _unit(encode([example.input for example in task.train]))
             for key, task in tasks.items()
         }
-    lengths = BatchConfig(max_input_tokens=embedder.max_input_tokens)
     rows: list[EncodedRow] = []
     counts = []
     for task in tasks.values():
-        encoder = Encoder(task, embedder.tokenizer, lengths, placed.family)
+        encoder = Encoder(task, embedder.tokenizer, embedder.lengths, placed.family)
         inputs = encoder.inputs(task.train)
         rows += [EncodedRow(ids, number=len(rows) + n) for n, ids in enumerate(inputs)]
         counts.append(len(inputs))
@@ -177,6 +171,8 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
             f"soup.encoder: {name}: not a readable encoder ({first_line(error)}); give a "
             "folder or a hub id"
         ) from error
+    if tokenizer.pad_token is None:  # masks tell padding, whatever it is
+        tokenizer.pad_token = tokenizer.eos_token
     encoder = encoder_of(model)
 
     @torch.no_grad()
@@ -184,7 +180,9 @@ def load_sentence_encoder(name: str, device: torch.device) -> Callable[[list[str
         vectors = []
         for start in range(0, len(texts), 32):
             batch = texts[start : start + 32]
-            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
+            inputs = tokenizer(
+                batch, padding=True, padding_side="right", truncation=True, return_tensors="pt"
+            ).to(device)
             names = ("input_ids", "attention_mask")
             states = encoder(**{name: inputs[name] for name in names}).last_hidden_state
             vectors.append(mean_states(states, inputs["attention_mask"]).cpu())

@@ -30,10 +30,13 @@ def forward(
     lengths `at_least`, or more.
     """
     packed = placed.pack(rows, at_least=at_least)
-    logits_BDV = placed.logits(packed)
+    logits_BDV = placed.predictions(packed)
     if protocol.loss == "language_model":
         loss = losses.language_model(
-            logits_BDV, packed.labels_BD, label_smoothing=protocol.label_smoothing
+            logits_BDV,
+            packed.labels_BD,
+            packed.sources_BD,
+            label_smoothing=protocol.label_smoothing,
         )
         if protocol.normalise == "examples":
             loss = Loss(loss.sum, torch.ones_like(loss.count))
@@ -43,6 +46,7 @@ def forward(
         packed.labels_BD,
         packed.choices_BD,
         torch.tensor([row.label for row in rows], device=logits_BDV.device),
+        packed.sources_BD,
         n_choices=packed.n_choices,
         length_norm=protocol.length_norm,
     )

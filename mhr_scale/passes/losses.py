@@ -4,13 +4,19 @@ Shape letters: B batch rows, C answer choices, D target positions with choices s
 vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mhr_scale.families.packed import IGNORE
+
+#: Logits that are had in float32 at a time: 16 MiB of them.
+CHUNK = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +27,100 @@ class Loss:
     count: Tensor
 
 
-def language_model(logits_BDV: Tensor, labels_BD: Tensor, *, label_smoothing: float = 0.0) -> Loss:
+def token_losses(
+    logits_BDV: Tensor,
+    labels_BD: Tensor,
+    sources_BD: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy (B, D) in float32, 0 where a label is -100; in float64 if the logits are.
+
+    `sources_BD` tells which of a row's logits a label is of, where it is not its own (`Packed`).
+    Where the vocabulary is large, a step's largest tensors are these logits. They are kept as they
+    are, for backward too, and had in float32 some rows at a time: the numbers are those of torch's
+    function over all of them.
+    """
+    places_N = None
+    if sources_BD is not None:
+        first_B1 = torch.arange(len(sources_BD), device=sources_BD.device)[:, None]
+        places_N = (sources_BD + first_B1 * logits_BDV.shape[1]).flatten()
+    losses_N: Tensor = _TokenLosses.apply(
+        logits_BDV.flatten(0, -2), labels_BD.flatten(), places_N, label_smoothing
+    )
+    return losses_N.view_as(labels_BD)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of rows of logits (N, V); their softmax is computed anew in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, labels_N: Tensor, places_N: Tensor | None, smoothing: float
+    ) -> Tensor:
+        ctx.save_for_backward(logits_NV, labels_N, places_N)
+        ctx.smoothing = smoothing
+        parts = [
+            F.cross_entropy(
+                _wide(logits_NV[rows]),
+                labels_N[chunk],
+                ignore_index=IGNORE,
+                reduction="none",
+                label_smoothing=smoothing,
+            )
+            for chunk, rows in _chunks(labels_N, places_N, width=logits_NV.shape[1])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, labels_N, places_N = ctx.saved_tensors
+        smoothing = ctx.smoothing
+        make = torch.empty_like if places_N is None else torch.zeros_like
+        d_logits_NV = make(logits_NV)
+        for chunk, rows in _chunks(labels_N, places_N, width=logits_NV.shape[1]):
+            labels = labels_N[chunk]
+            g = torch.where(labels != IGNORE, gradient_N[chunk], 0.0)[:, None]
+            # a smoothed target has probabilities that sum to one, too
+            d = torch.log_softmax(_wide(logits_NV[rows]), -1).exp_().mul_(g)
+            if smoothing:
+                d.sub_(g * (smoothing / d.shape[-1]))
+            d.scatter_add_(-1, labels.clamp(min=0)[:, None], g * (smoothing - 1.0))
+            if places_N is None:
+                d_logits_NV[rows].copy_(d)
+            else:
+                d_logits_NV.index_add_(0, rows, d.to(d_logits_NV.dtype))
+        return d_logits_NV, None, None, None
+
+
+def _chunks(
+    labels_N: Tensor, places_N: Tensor | None, *, width: int
+) -> Iterator[tuple[slice, Any]]:
+    """So many labels at a time that their logits fill a chunk, and which rows those are."""
+    size = max(1, CHUNK // width)
+    for start in range(0, max(len(labels_N), 1), size):
+        chunk = slice(start, start + size)
+        yield chunk, chunk if places_N is None else places_N[chunk]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def language_model(
+    logits_BDV: Tensor,
+    labels_BD: Tensor,
+    sources_BD: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Loss:
     """Cross-entropy of the target tokens in float32, per row: sums (B,) and token counts (B,).
 
     Labels equal to -100 do not count. Label smoothing spreads its share over the vocabulary.
     """
-    token_losses_BD = F.cross_entropy(
-        logits_BDV.float().transpose(1, 2),
-        labels_BD,
-        ignore_index=IGNORE,
-        reduction="none",
-        label_smoothing=label_smoothing,
+    token_losses_BD = token_losses(
+        logits_BDV, labels_BD, sources_BD, label_smoothing=label_smoothing
     )
     return Loss(token_losses_BD.sum(1), (labels_BD != IGNORE).sum(1))
 
@@ -51,6 +140,7 @@ def tfew(
     labels_BD: Tensor,
     choices_BD: Tensor,
     right_B: Tensor,
+    sources_BD: Tensor | None = None,
     *,
     n_choices: int,
     length_norm: float = 1.0,
@@ -66,14 +156,13 @@ def tfew(
 
     `n_choices` is the most that a row has. Likelihoods are float32, or float64 if the logits are.
     """
-    logits_BDV = logits_BDV if logits_BDV.dtype == torch.float64 else logits_BDV.float()
-    nll_BD = F.cross_entropy(
-        logits_BDV.flatten(0, 1), labels_BD.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view_as(labels_BD)
+    nll_BD = token_losses(logits_BDV, labels_BD, sources_BD)
     is_choice_BDC = choices_BD.unsqueeze(-1) == torch.arange(n_choices, device=choices_BD.device)
     lengths_BC = is_choice_BDC.sum(1)
     nll_BC = (nll_BD.unsqueeze(-1) * is_choice_BDC).sum(1)
-    scores_BC = nll_BC / lengths_BC.clamp(min=1).to(nll_BC.dtype) ** length_norm
+    # in double: a power in float32 rounds by its place in the tensor, that is, by who is beside it
+    divisors_BC = lengths_BC.clamp(min=1).double() ** length_norm
+    scores_BC = nll_BC / divisors_BC.to(nll_BC.dtype)
     scores_BC = scores_BC.masked_fill(lengths_BC == 0, torch.inf)
     ranked_B = F.cross_entropy(-scores_BC, right_B, reduction="none")
     is_right_BD = choices_BD == right_B.unsqueeze(-1)

@@ -5,22 +5,26 @@ Shape letters: B batch rows (examples), D target positions with choices side by 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError, DivergenceError
-from mhr_scale.families.packed import IGNORE, EncodedRow, Packed
+from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.passes import losses
 from mhr_scale.rows.batching import Batch, cut_batches, deal
 from mhr_scale.run import stopping
 
 T = TypeVar("T")
+
+#: Tokens of choices behind one input at most, if the input is not half as long.
+MOST_BEHIND = 1024
 
 
 def score(
@@ -83,12 +87,15 @@ def rank_choices(
     """
     nll_BD, packed = choice_losses(placed, adapter, batch)
     # the only device sync; sums on the host do not depend on the order of threads
-    nll = nll_BD.cpu().numpy().reshape(len(batch), -1)
+    parts = zip(packed.rows, packed.starts, nll_BD.cpu().numpy(), strict=True)
     scores = []
-    for row, starts, nll_D in zip(batch, packed.starts, nll, strict=True):
-        sums = np.add.reduceat(nll_D[: row.n_answer_tokens], starts)
-        lengths = np.array([len(choice) for choice in row.answers], dtype=np.float32)
-        values = (sums / lengths**length_norm).tolist()
+    for row in batch:
+        values: list[float] = []
+        while len(values) < len(row.answers):
+            part, starts, nll_D = next(parts)
+            sums = np.add.reduceat(nll_D[: part.n_answer_tokens], starts)
+            lengths = np.array([len(choice) for choice in part.answers], dtype=np.float32)
+            values += (sums / lengths**length_norm).tolist()
         if not np.isfinite(values).all():
             is_exact = placed.model.get_input_embeddings().weight.dtype == torch.float32
             way_out = "train the adapter with a lower optim.lr, or check the backbone's weights"
@@ -103,21 +110,38 @@ def rank_choices(
 def choice_losses(
     placed: PlacedBackbone, adapter: Adapter | None, batch: Batch
 ) -> tuple[Tensor, Packed]:
-    """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B * D,).
+    """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B, D).
 
-    In float32, on the device; the packed rows tell which positions belong to which choice.
+    In float32, on the device, 0 where padded; the packed rows tell which positions belong to which
+    choice. A row of very many tokens to choose from is several of them (`split`).
     """
     for row in batch:
         if not row.answers:
             raise DataError(f"row {row.number}: no choices to rank")
-    with _evaluation(placed.model, adapter, batch):
-        packed = placed.pack(batch)
-        logits_BDV = placed.logits(packed)
-    labels = packed.labels_BD.flatten()
-    nll_BD = F.cross_entropy(
-        logits_BDV.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none"
-    )
+    parts = [part for row in batch for part in split(row)]
+    with _evaluation(placed.model, adapter, parts):
+        packed = placed.pack(parts)
+        logits_BDV = placed.predictions(packed)
+        nll_BD = losses.token_losses(logits_BDV, packed.labels_BD, packed.sources_BD)
     return nll_BD, packed
+
+
+def split(row: EncodedRow) -> list[EncodedRow]:
+    """A row with its choices, or several with some of them each, in order.
+
+    Attention is quadratic in what stands behind one input: there are at most `MOST_BEHIND` tokens
+    of choices, or twice the input's, which then costs half as much again as it would once.
+    """
+    most = max(MOST_BEHIND, 2 * len(row.input_ids))
+    groups: list[list[Any]] = [[]]
+    size = 0
+    for answer in row.answers:
+        if groups[-1] and size + len(answer) > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(answer)
+        size += len(answer)
+    return [replace(row, answers=tuple(group), label=0) for group in groups]
 
 
 def generate_answers(

@@ -45,6 +45,9 @@ def _is_a(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, member) for member in typing.get_args(hint))
+    if origin is tuple:  # of any length, which JSON has as a list
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, list) and all(_is_a(part, inner) for part in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is float:

@@ -6,11 +6,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mhr_scale.config import BatchConfig
+from mhr_scale.config import BatchConfig, Cut
 from mhr_scale.errors import DataError
-from mhr_scale.families.family import Family
+from mhr_scale.families.family import Family, Side
 from mhr_scale.families.packed import EncodedRow, Ids
+from mhr_scale.rows.chat import ChatTemplate, Framed
 from mhr_scale.tasks.task import Example, Task
+
+SIDES: tuple[Side, ...] = ("input", "target")
+#: An id that stands for any text.
+TEXT = -1
+#: Rows of a task of which `data` can show where they were cut.
+SHOWN_ROWS = 3
 
 
 class RowList(Protocol):
@@ -50,24 +57,38 @@ class Cuts:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Behind how many tokens of a row's input, and of its first target, some were cut; -1: none."""
+
+    input: int = -1
+    target: int = -1
+
+
 class Encoder:
     """Tokenises the rows of one task, closes them as the family does, and counts what it cut.
 
-    Over-long inputs lose tokens on the family's side, in front of the task's `suffix`; over-long
+    An input is tokenised as a whole if it is short enough. An over-long one loses tokens where the
+    settings or the family say, in front of the task's `suffix`, and of what stands in a chat
+    template only what others than the system say, as if their turns were one text. Over-long
     targets lose their end but for the end-of-sequence token.
     """
 
     def __init__(self, task: Task, tokenizer: Any, config: BatchConfig, family: Family) -> None:
         self.cuts = Cuts()
+        self.first_gaps: list[Gaps] = []
+        """What was cut of the first rows."""
         self._tokenizer, self._config, self._family = tokenizer, config, family
-        closing = [family.close([], side, tokenizer) for side in ("input", "target")]
-        self._most_input = (task.max_input_tokens or config.max_input_tokens) - len(closing[0])
-        self._most_target = config.max_target_tokens - len(closing[1])
-        self._suffix_text = task.suffix
-        self._suffix = self._ids([task.suffix])[0] if task.suffix else []
-        if len(self._suffix) + 1 > self._most_input:
-            limit = self._most_input + len(closing[0])
-            raise DataError(f"task {task.name}: max_input_tokens {limit} is below its suffix")
+        self._chat = None if task.chat is None else ChatTemplate(tokenizer, task.chat)
+        closing = {side: len(family.close([TEXT], side, tokenizer)) - 1 for side in SIDES}
+        self._n_begin = family.close([TEXT], "input", tokenizer).index(TEXT)
+        self._limit = task.max_input_tokens or config.max_input_tokens
+        self._most_input = self._limit - (closing["input"] if self._chat is None else 0)
+        self._most_target = config.max_target_tokens - closing["target"]
+        self._cut = config.cut or family.cut_side
+        self._name, self._suffix = task.name, task.suffix
+        if task.suffix and len(self._ids([task.suffix])[0]) + 1 > self._most_input:
+            raise DataError(f"task {task.name}: max_input_tokens {self._limit} is below its suffix")
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -76,9 +97,15 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def _input_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Whole inputs, in their chat template if there is one."""
+        if self._chat is None:
+            return self._ids([example.input for example in examples])
+        return self._ids([self._chat.text(example) for example in examples])
+
     def rows(self, examples: Sequence[Example]) -> list[EncodedRow]:
         """Tokenise examples, their targets as answers, in one call per side."""
-        inputs = self._ids([example.input for example in examples])
+        inputs = self._input_ids(examples)
         texts = iter(self._ids([text for example in examples for text in example.targets]))
         rows = []
         for example, input_ids in zip(examples, inputs, strict=True):
@@ -91,8 +118,8 @@ class Encoder:
     def inputs(self, examples: Sequence[Example]) -> list[Ids]:
         """The inputs of examples alone; none of them is dropped."""
         self.cuts.rows += len(examples)
-        inputs = self._ids([example.input for example in examples])
-        return [self._input(example, ids) for example, ids in zip(examples, inputs, strict=True)]
+        inputs = self._input_ids(examples)
+        return [self._input(example, ids)[0] for example, ids in zip(examples, inputs, strict=True)]
 
     def answers(self, texts: Sequence[str]) -> tuple[Ids, ...]:
         """Texts as answers: cut and closed like targets."""
@@ -104,27 +131,73 @@ class Encoder:
         cuts = self.cuts
         cuts.rows += 1
         is_long = len(input_ids) > self._most_input
-        is_long_target = any(len(target) > self._most_target for target in targets)
-        if self._config.too_long == "drop" and (is_long or is_long_target):
+        are_long = [len(target) > self._most_target for target in targets]
+        if self._config.too_long == "drop" and (is_long or any(are_long)):
             cuts.dropped += 1
             return None
-        cuts.targets += is_long_target
-        return EncodedRow(self._input(example, input_ids), tuple(map(self._target, targets)))
+        cuts.targets += any(are_long)
+        closed, gap = self._input(example, input_ids)
+        if len(self.first_gaps) < SHOWN_ROWS:
+            target_gap = self._most_target if are_long[0] else -1
+            self.first_gaps.append(Gaps(gap, target_gap))
+        return EncodedRow(closed, tuple(map(self._target, targets)))
 
-    def _input(self, example: Example, ids: list[int]) -> Ids:
-        """An input closed, and cut where it is too long."""
+    def _input(self, example: Example, ids: list[int]) -> tuple[Ids, int]:
+        """An input closed, and cut where it is too long; and where, or -1."""
+        gap = -1
         if len(ids) > self._most_input:
             self.cuts.inputs += 1
-            if self._suffix:
-                (ids,) = self._ids([example.input.removesuffix(self._suffix_text)])
-            most = self._most_input - len(self._suffix)
-            kept = ids[:most] if self._family.cut_side == "right" else ids[-most:]
-            ids = kept + self._suffix
-        return np.asarray(self._family.close(ids, "input", self._tokenizer), dtype=np.int32)
+            ids, gap = self._shorten(example, ids)
+        if self._chat is None:
+            ids = self._family.close(ids, "input", self._tokenizer)
+            gap += self._n_begin if gap >= 0 else 0
+        return np.asarray(ids, dtype=np.int32), gap
+
+    def _shorten(self, example: Example, ids: list[int]) -> tuple[list[int], int]:
+        """What is left of an over-long input, and behind how many tokens some are missing."""
+        kept, bodies = self._parts(example, ids)
+        most, n_body = self._most_input - sum(map(len, kept)), sum(map(len, bodies))
+        if most < 0:
+            place = example.place or f"task {self._name}, example {example.id}"
+            raise DataError(
+                f"{place}: max_input_tokens {self._limit} is below the {self._limit - most} tokens "
+                "of its chat template and system text; raise it or leave the row out "
+                "(batch.too_long: drop)"
+            )
+        first, stop = _cut_out(n_body, most, self._cut)
+        short: list[int] = []
+        gap, at = -1, 0
+        for piece, body in zip(kept, (*bodies, []), strict=True):
+            short += piece
+            if at <= first < min(stop, at + len(body)):
+                gap = len(short) + first - at
+            short += body[: max(0, first - at)] + body[max(0, stop - at) :]
+            at += len(body)
+        return short, gap
+
+    def _parts(self, example: Example, ids: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """An input apart: pieces that stay, and what stands between them, of which some is cut."""
+        if self._chat is None and not self._suffix:
+            return [[], []], [ids]
+        framed = Framed(("", ""), (example.input,))
+        if self._chat is not None:
+            framed = self._chat.frame(example)
+        (*texts, last), (*pieces, end) = framed.texts, framed.pieces
+        # a template may have stripped the end of the input
+        suffix = next((s for s in (self._suffix, self._suffix.rstrip()) if last.endswith(s)), "")
+        pieces = [*pieces, suffix + end]
+        apart = self._ids([*pieces, *texts, last.removesuffix(suffix)])
+        return apart[: len(pieces)], apart[len(pieces) :]
 
     def _target(self, ids: list[int]) -> Ids:
         cut = ids[: self._most_target]
         return np.asarray(self._family.close(cut, "target", self._tokenizer), dtype=np.int32)
+
+
+def _cut_out(length: int, most: int, side: Cut) -> tuple[int, int]:
+    """The tokens [first, stop) that a text of so many loses so that at most `most` are left."""
+    first = {"left": 0, "right": most, "middle": most - most // 2}[side]
+    return first, first + max(0, length - most)
 
 
 def check_rows_left(task: Task, rows: Sequence[EncodedRow], config: BatchConfig) -> None:

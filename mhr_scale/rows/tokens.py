@@ -32,14 +32,15 @@ from mhr_scale.config import BatchConfig
 from mhr_scale.errors import DataError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
-from mhr_scale.rows.encode import Cuts, Encoder, check_rows_left
+from mhr_scale.rows.chat import ChatTemplate
+from mhr_scale.rows.encode import SIDES, TEXT, Cuts, Encoder, Gaps, check_rows_left
 from mhr_scale.run.files import hash_file, hash_parts, named, write_json
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.suites import open_suite, source_files
-from mhr_scale.tasks.task import Task
+from mhr_scale.tasks.task import Chat, Task
 
-FORMAT = 2
+FORMAT = 3
 BATCH_ROWS = 8192
 HASHED_WHOLE = 32 * 2**20
 FOLDS = ("train", "validation")
@@ -90,6 +91,8 @@ class TaskCard:
     mean_input_tokens: float
     mean_target_tokens: float
     digest: str
+    first_gaps: tuple[Gaps, ...] = ()
+    """What was cut of the first training rows."""
     """A hash of its token ids."""
 
 
@@ -128,6 +131,8 @@ def open_tokens(
     Without `cache` it is kept in memory. `on_bad` overrides the policy for unusable rows. Raises
     `DataError` for sources that cannot be used and for a damaged cache.
     """
+    if suite.chat:  # before a cache is begun
+        ChatTemplate(tokenizer, Chat(system=suite.system))
     manifest = describe(suite, tokenizer, batch, family)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if cache is None:
@@ -156,7 +161,8 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
     code = hashlib.sha256()
     tasks = Path(__file__).parents[1] / "tasks"
     readers = [*tasks.glob("*.py"), *tasks.glob("t0/*.py"), *tasks.glob("t0/*.json")]
-    for file in sorted([*readers, Path(__file__).with_name("encode.py")]):
+    encoders = [Path(__file__).with_name(name) for name in ("encode.py", "chat.py")]
+    for file in sorted([*readers, *encoders]):
         code.update(file.read_bytes())
     settings: dict[str, Any] = json.loads(json.dumps(asdict(suite)))
     return {
@@ -165,8 +171,8 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
         "sources": [_fingerprint(path) for path in source_files(suite)],
         "code": code.hexdigest(),
         "tokenizer": hash_tokenizer(tokenizer),
-        "closing": [family.close([], side, tokenizer) for side in ("input", "target")],
-        "cut_side": family.cut_side,
+        "closing": [family.close([TEXT], side, tokenizer) for side in SIDES],
+        "cut": batch.cut or family.cut_side,
         "max_input_tokens": batch.max_input_tokens,
         "max_target_tokens": batch.max_target_tokens,
         "too_long": batch.too_long,
@@ -202,6 +208,7 @@ def _tokenise(
         mean_input_tokens=sum(len(row.input_ids) for row in rows["train"]) / n_train,
         mean_target_tokens=sum(len(row.answers[0]) for row in rows["train"]) / n_train,
         digest=_hash(batches),
+        first_gaps=tuple(encoder.first_gaps[: len(rows["train"])]),
     )
     return card, batches
 
@@ -305,7 +312,7 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
     way_out = f"delete {folder} to have it made anew"
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        cards = [TaskCard(**{**card, "cuts": Cuts(**card["cuts"])}) for card in stored["cards"]]
+        cards = [_read_card(card) for card in stored["cards"]]
         # lines end at "\n" alone: a refused text may hold another separator, such as U+2028
         lines = (folder / "rejects.jsonl").read_bytes().split(b"\n")
         rejects = [json.loads(line) for line in lines if line]
@@ -330,6 +337,11 @@ def _load(folder: Path, manifest: dict[str, Any], key: str) -> TokenSet:
         rejects=rejects,
         fingerprint=key,
     )
+
+
+def _read_card(stored: dict[str, Any]) -> TaskCard:
+    gaps = tuple(Gaps(**gaps) for gaps in stored["first_gaps"])
+    return TaskCard(**{**stored, "cuts": Cuts(**stored["cuts"]), "first_gaps": gaps})
 
 
 def _map(path: Path) -> TaskTokens:

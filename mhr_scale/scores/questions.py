@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.config import BatchConfig, ScoringConfig
+from mhr_scale.config import ScoringConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError
 from mhr_scale.families.family import Family
@@ -95,14 +95,10 @@ def encode(
     config: ScoringConfig,
 ) -> list[EncodedRow]:
     """Token ids of the questions, in their order; answers only where choices are ranked."""
-    lengths = BatchConfig(
-        max_input_tokens=config.max_input_tokens,
-        max_target_tokens=config.max_choice_tokens,
-    )
     rows: list[EncodedRow] = []
     for task in tasks:
         n_alike = 0
-        encoder = Encoder(task, tokenizer, lengths, family)
+        encoder = Encoder(task, tokenizer, config.lengths, family)
         for input_ids in encoder.inputs(task.test):
             number = len(rows)
             is_ranked = questions[number].metric == "accuracy"
@@ -121,6 +117,19 @@ def encode(
                 config.max_choice_tokens,
             )
     return rows
+
+
+#: The settings that cut the texts that `longest` counts.
+LENGTHS = "scoring.max_input_tokens, max_choice_tokens and max_new_tokens"
+
+
+def longest(rows: Sequence[EncodedRow], config: ScoringConfig) -> tuple[int, int]:
+    """The longest row: tokens of its input, and of its longest choice or of what it may write."""
+    lengths = (
+        (len(row.input_ids), max(map(len, row.answers), default=config.max_new_tokens))
+        for row in rows
+    )
+    return max(lengths, key=sum, default=(0, 0))
 
 
 def answerers(

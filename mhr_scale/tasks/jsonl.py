@@ -16,13 +16,19 @@ READMEs and licences. Fold names cannot be task names.
 Fields of a row: `input` and `target` (strings, required); `task`, `id`, `prompt` (strings),
 `targets` (all accepted references; `target` comes first whether it is listed or not), `choices`
 (strings, at least two different ones, the target among them), `label` (index of the target in
-`choices`; derived where absent) and `meta` (an object, not read). In CSV and TSV, cells of
-`targets`, `choices`, `label` and `meta` hold JSON. An optional field that is null, or an empty
-cell, counts as absent. Texts are kept as they are, white space included; nothing is converted to a
-string. A row without an `id` gets `<file stem>:<line>`, or `<path below the folder, no
-suffix>:<line>` where the folder does not name its task, so that ids are unique in a task over all
-its folds. Rows of one `id` and several `prompt`s are one raw row under several prompts: where
-few-shot examples are drawn or rows are set aside, they count once and stay together.
+`choices`; derived where absent) and `meta` (an object, not read). `tasks.fields` gives the names of
+fields in the files where they are others, such as FLAN's `inputs`, `targets` and `task_name`. In
+CSV and TSV, cells of `targets`, `choices`, `label`, `meta` and `messages` hold JSON. An optional
+field that is null, or an empty cell, counts as absent. Texts are kept as they are, white space
+included; nothing is converted to a string. A row without an `id` gets `<file stem>:<line>`, or
+`<path below the folder, no suffix>:<line>` where the folder does not name its task, so that ids are
+unique in a task over all its folds. Rows of one `id` and several `prompt`s are one raw row under
+several prompts: where few-shot examples are drawn or rows are set aside, they count once and stay
+together.
+
+Under `tasks.chat: true` a row may have `messages` in place of `input` and `target`: a list of turns
+with a `role` (system, first or not at all; user; assistant; tool) and a `content`. Every turn of
+the assistant becomes an example, conditioned on all turns before it (`messages`).
 
 A task without a single validation row sets some of its training rows aside.
 `<folder>/tasks.yaml` may give `cap`, `weight`, `metric` and `max_input_tokens` by task. The default
@@ -37,10 +43,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale.errors import DataError, did_you_mean, shortened, some, suggest
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, some, suggest
 from mhr_scale.recipe import strict_yaml
 from mhr_scale.recipe.part import part
-from mhr_scale.tasks.json_lines import JsonLine, kind_of
+from mhr_scale.tasks.jsonl_rows import (
+    FIELDS,
+    REQUIRED,
+    STRUCTURED,
+    find_problem,
+    make_examples,
+    rename,
+    warn_unknown,
+)
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.tabular import ENDINGS, iter_file
@@ -49,20 +63,6 @@ from mhr_scale.tasks.task import Example, Intake, IntakeConfig, Place, Task, hol
 log = logging.getLogger("mhr_scale")
 
 FOLDS = {"train": "train", "validation": "validation", "dev": "validation", "test": "test"}
-FIELDS: dict[str, type] = {
-    "input": str,
-    "target": str,
-    "task": str,
-    "id": str,
-    "prompt": str,
-    "targets": list,
-    "choices": list,
-    "label": int,
-    "meta": dict,
-}
-REQUIRED = ("input", "target")
-#: Fields that cells of text hold as JSON.
-STRUCTURED = tuple(name for name, kind in FIELDS.items() if kind is not str)
 LAYOUTS = (
     "expected <task>/train.jsonl, or train.jsonl or train/*.jsonl with a 'task' field in every row "
     "(or .csv, .tsv, .parquet)"
@@ -91,6 +91,9 @@ class JsonlTasks(Suite):
     """Chooses this part."""
     folder: str
     """Folder with the files, and optionally `tasks.yaml` (cap, weight, metric per task)."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """What the files call a field, where it is another name: {input: inputs, target: targets, task:
+    task_name} reads FLAN's rows."""
     tasks: tuple[str, ...] = ()
     """Only these tasks; empty = all."""
     validation_examples: int = 100
@@ -99,6 +102,15 @@ class JsonlTasks(Suite):
     """Seed of that choice."""
     intake: IntakeConfig = field(default_factory=IntakeConfig)
     """Policy for unusable rows."""
+
+    def __post_init__(self) -> None:
+        Suite.__post_init__(self)
+        for ours, theirs in self.fields.items():
+            if ours not in FIELDS:
+                known = f"{did_you_mean(ours, FIELDS)}; known: {', '.join(FIELDS)}"
+                raise ConfigError(f"tasks.fields: a row has no field '{ours}'{known}")
+            if list(self.fields.values()).count(theirs) > 1:
+                raise ConfigError(f"tasks.fields: '{theirs}' stands for two fields; name one")
 
     lends_validation = True
     selects_on = "held_out"
@@ -207,30 +219,35 @@ def _read_rows(
             file.path,
             task=file.task or "?",
             intake=intake,
-            structured=STRUCTURED,
-            texts=REQUIRED,
+            structured=[config.fields.get(name, name) for name in STRUCTURED],
+            texts=[config.fields.get(name, name) for name in REQUIRED],
         )
-        for line in lines:
-            _warn_unknown(line, warned)
+        for line in (rename(line, config.fields) for line in lines):
+            warn_unknown(line, warned)
             named = line.row.get("task")
             task = named if isinstance(named, str) else file.task or "?"
             if config.tasks and task not in ("?", *config.tasks):
                 left_out.add(task)
                 n_left_out += 1
                 continue
-            problem = (
-                _type_problem(line.row)
-                or _text_problem(line.row, has_task=file.task is not None, policy=config.intake)
-                or _choice_problem(line.row, fold=file.fold)
+            problem = find_problem(
+                line.row,
+                names=config.fields,
+                fold=file.fold,
+                has_task=file.task is not None,
+                in_chat=config.chat,
+                policy=config.intake,
             )
+            examples = []
             if problem is None:
                 prefix = file.path.stem if task == file.task else inner
-                example = _make_example(line, default_id=f"{prefix}:{line.place.line}")
+                examples = make_examples(line, default_id=f"{prefix}:{line.place.line}")
+            for example in examples:
                 first = places[task].setdefault(example.id, line.place)
                 if first is not line.place:
                     problem = f"duplicate id {example.id!a}, first at {first}"
             if problem is None:
-                rows[task][file.fold].append(example)
+                rows[task][file.fold] += examples
                 intake.take()
             else:
                 intake.refuse(place=line.place, task=task, reason=problem, text=line.text)
@@ -239,79 +256,6 @@ def _read_rows(
             why = f" (line {bad[0].place.line}: {bad[0].reason})" if bad else ""
             raise DataError(f"{file.path}: no usable row{why}; mend the file or remove it")
     return dict(rows), left_out
-
-
-def _warn_unknown(line: JsonLine, seen: set[str]) -> None:
-    for key in line.row.keys() - FIELDS.keys() - seen:
-        seen.add(key)
-        log.warning("%s: unknown key %a is not read%s", line.place, key, did_you_mean(key, FIELDS))
-
-
-def _type_problem(row: dict[str, Any]) -> str | None:
-    for key, kind in FIELDS.items():
-        value = row.get(key)
-        if key in REQUIRED and key not in row:
-            return f"missing field '{key}'"
-        if value is None and key not in REQUIRED:
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            wanted = "an integer" if kind is int else kind_of(kind())
-            return f"'{key}' is {kind_of(value)}, expected {wanted}"
-    for key in ("targets", "choices"):
-        for entry in row.get(key) or ():
-            if not isinstance(entry, str):
-                return f"'{key}' holds {kind_of(entry)}, expected strings only"
-    return None
-
-
-def _text_problem(row: dict[str, Any], *, has_task: bool, policy: IntakeConfig) -> str | None:
-    if row.get("task") is None and not has_task:
-        return "missing field 'task' (the file lies in no task's folder)"
-    if row.get("task") == "":
-        return "empty task"
-    for key in ("task", "prompt"):
-        if not (row.get(key) or "").isprintable():
-            return f"{key} {row[key]!a} has a character that cannot be printed"
-    if row.get("prompt") is not None and row.get("id") is None:
-        return "a 'prompt' without the 'id' of its raw row"
-    return policy.find_empty(row["input"], [row["target"], *(row.get("targets") or ())])
-
-
-def _choice_problem(row: dict[str, Any], *, fold: str) -> str | None:
-    label, target = row.get("label"), row["target"]
-    choices = row.get("choices") or []
-    if label == -1 and fold == "test":
-        return "label -1 (hidden test label) cannot be scored"
-    if not choices:
-        return None if label is None else "label without choices"
-    if len(set(choices)) < 2:
-        return "fewer than two different choices"
-    if label is not None and not 0 <= label < len(choices):
-        return f"label {label} is out of range for {len(choices)} choices"
-    if target not in choices:
-        return f"target {shortened(target)} is not among the choices"
-    if label is not None and choices[label] != target:
-        return f"label {label} is {shortened(choices[label])} but the target is {shortened(target)}"
-    return None
-
-
-def _make_example(line: JsonLine, *, default_id: str) -> Example:
-    row = line.row
-    target, label = row["target"], row.get("label")
-    choices = tuple(row.get("choices") or ())
-    if choices and label is None:
-        label = choices.index(target)
-    others = (text for text in row.get("targets") or () if text != target)
-    id, prompt = default_id if row.get("id") is None else row["id"], row.get("prompt") or ""
-    return Example(
-        id=f"{id}/{prompt}" if prompt else id,
-        prompt=prompt,
-        input=row["input"],
-        targets=(target, *others),
-        choices=choices,
-        label=label,
-        place=line.place,
-    )
 
 
 def _make_task(

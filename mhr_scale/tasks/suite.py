@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from mhr_scale.errors import ConfigError, DataError
 from mhr_scale.recipe.part import part
 from mhr_scale.seeds import seed_from
 from mhr_scale.tasks.task import (
+    Chat,
     Example,
     Intake,
     IntakeConfig,
@@ -68,14 +69,22 @@ class FewShotTask:
     selection: tuple[Example, ...]
 
 
+@part
 class Suite(ABC):
     """The `tasks` part of a recipe, of one suite."""
 
-    __slots__ = ()
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # every suite is a part
     suite: str
-    intake: IntakeConfig = IntakeConfig()
+    """Chooses this part."""
+    chat: bool = False
+    """Put every input into the tokenizer's chat template, where the user says it; the targets are
+    what the assistant answers."""
+    system: str | None = None
+    """Text of the system in front of it; null: none but what the template itself says."""
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not (self.chat and self.system.strip()):
+            wrong = "empty; leave it out" if self.chat else "only tasks.chat: true has a system"
+            raise ConfigError(f"tasks.system: {wrong}")
 
     trains: ClassVar[bool] = True
     """Whether it has tasks to train on."""
@@ -86,9 +95,18 @@ class Suite(ABC):
     selects_on: ClassVar[Literal["test", "held_out"]] = "test"
     """The default of `selection.on` for its tasks."""
 
+    @property
+    def intake(self) -> IntakeConfig:
+        """The policy for unusable rows; a setting where rows can be unusable."""
+        return IntakeConfig()
+
     @abstractmethod
     def read_tasks(self, intake: Intake) -> Sequence[Task] | TaskStream:
         """The tasks in the order of their numbers; refused rows go to `intake`."""
+
+    def in_chat(self, task: Task) -> Task:
+        """A task with what the suite says of chat templates."""
+        return replace(task, chat=Chat(system=self.system) if self.chat else None)
 
     def folders(self) -> tuple[str, ...]:
         """Names of the local folders that it may be read from: its `folder`, if it has one."""

@@ -59,13 +59,13 @@ def open_suite(suite: Suite, *, on_bad: str | None = None) -> Reading:
     """
     intake = Intake(on_bad=on_bad or suite.intake.on_bad)
     tasks = suite.read_tasks(intake)
-    return Reading(_checked(tasks, intake), len(tasks), intake)
+    return Reading(_checked(suite, tasks, intake), len(tasks), intake)
 
 
-def _checked(tasks: Iterable[Task], intake: Intake) -> Iterator[Task]:
+def _checked(suite: Suite, tasks: Iterable[Task], intake: Intake) -> Iterator[Task]:
     for task in tasks:
         check_not_empty(task, refused=intake.describe_refused(task.name))
-        yield task
+        yield suite.in_chat(task)
 
 
 def read_evaluation(
@@ -88,7 +88,7 @@ def read_evaluation(
                 f"task {task.name}: no {wanted} to evaluate on"
                 f"{intake.describe_refused(task.name)}; {suite.more_test_rows()}"
             )
-        tasks.append(replace(task, test=task.test[:examples]))
+        tasks.append(suite.in_chat(replace(task, test=task.test[:examples])))
     intake.check()
     return tasks, intake
 

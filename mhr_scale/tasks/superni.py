@@ -94,6 +94,7 @@ class SuperNITasks(Suite):
     """Policy for unusable rows."""
 
     def __post_init__(self) -> None:
+        Suite.__post_init__(self)
         if not 0 <= self.positive_examples <= 2:
             raise ConfigError(f"tasks.positive_examples: {self.positive_examples} is not in 0..2")
 

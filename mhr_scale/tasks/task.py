@@ -28,12 +28,23 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What one side of a conversation says: system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """One text-to-text example.
 
     `targets` holds every accepted reference, the first one being the default training target.
     `choices` and `label` (an index into `choices`) are there where answers are ranked. `prompt`
     names the prompt of a raw row that has several; then the id is `<raw row>/<prompt>`.
+
+    In a conversation `history` are the turns before the input, which is what `role` says, and the
+    targets are what the assistant answers.
     """
 
     id: str
@@ -43,6 +54,8 @@ class Example:
     label: int | None = None
     place: Place | None = None
     prompt: str = ""
+    history: tuple[Turn, ...] = ()
+    role: str = "user"
 
     @property
     def raw_id(self) -> str:
@@ -51,12 +64,20 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """Inputs stand in the tokenizer's chat template, behind this system text if there is one."""
+
+    system: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """A named list of training examples, with held-out examples of the same task.
 
     `suffix` is an ending every input shares and that must survive a cut (SuperNI's `Output:`): an
     input that is too long loses tokens in front of it. `max_input_tokens` overrides the batch's.
-    `metric` names what evaluation reports; `cap` and `weight` steer the mixture.
+    `metric` names what evaluation reports; `cap` and `weight` steer the mixture. `chat` is the
+    suite's to say.
     """
 
     name: str
@@ -68,6 +89,7 @@ class Task:
     weight: float | None = None
     max_input_tokens: int | None = None
     suffix: str = ""
+    chat: Chat | None = None
 
 
 @part
@@ -195,7 +217,10 @@ def group_raw(rows: Iterable[Example]) -> list[tuple[Example, ...]]:
 def digest(examples: Iterable[Example]) -> str:
     """What tells rows apart by content: a hash of all that a model or a metric sees of them."""
     rows = (
-        [example.id, example.input, example.targets, example.choices, example.label]
+        [
+            *(example.id, example.input, example.targets, example.choices, example.label),
+            *([example.role, list(map(asdict, example.history))] if example.history else ()),
+        ]
         for example in examples
     )
     return hash_parts(json.dumps(row) for row in rows)[:16]

@@ -111,6 +111,7 @@ class ToyTasks(Suite):
     """Seed of the task split and of the examples."""
 
     def __post_init__(self) -> None:
+        Suite.__post_init__(self)
         for name in ("train_examples", "validation_examples"):
             if not 0 <= getattr(self, name) <= MOST_EXAMPLES:
                 raise ConfigError(

@@ -51,6 +51,11 @@ def opened_training(
         timeout_seconds=config.run.timeout_seconds,
         recipe=config,
     )
+    opened.check_length(
+        config.batch.max_input_tokens,
+        config.batch.max_target_tokens,
+        "batch.max_input_tokens and max_target_tokens",
+    )
     sites = find_sites_of(opened.blueprint, config.adapter)
     tokens = open_tokens(
         config.tasks,

@@ -90,6 +90,7 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | Non
         micro_batch_size=settings.micro_batch_size,
         max_input_tokens=settings.max_input_tokens or base.max_input_tokens,
         max_target_tokens=settings.max_target_tokens or base.max_target_tokens,
+        cut=settings.cut or base.cut,
     )
     return AlignmentData(tasks=tasks, batch=batch, token_cache=cache)
 

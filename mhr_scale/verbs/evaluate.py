@@ -29,7 +29,16 @@ from mhr_scale.run.run_folder import RECIPE, REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log
 from mhr_scale.run.streams import write_result
 from mhr_scale.scores import summary
-from mhr_scale.scores.questions import Question, answerers, ask, encode, judge, keeps_texts
+from mhr_scale.scores.questions import (
+    LENGTHS,
+    Question,
+    answerers,
+    ask,
+    encode,
+    judge,
+    keeps_texts,
+    longest,
+)
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.tasks.task import Intake, Task, digest
 
@@ -148,6 +157,7 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
         intake=intake,
         inputs=opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks},
     )
+    opened.check_length(*longest(asked.rows, config.scoring), LENGTHS)
     for subject in subjects:
         inputs = asked.inputs | subject.inputs
         subject.folder.check_inputs(inputs, is_begun=subject.is_begun, holds="scores")
@@ -277,7 +287,7 @@ def soup_of_every_task(
     embedder = TaskEmbedder(
         placed=placed,
         tokenizer=tokenizer,
-        max_input_tokens=config.scoring.max_input_tokens,
+        lengths=config.scoring.lengths,
     )
     by_input = {task.name: replace(task, train=task.test) for task in tasks}
     similar = gather_similar(

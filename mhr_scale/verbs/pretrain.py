@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mhr_scale.adapters.layouts import as_text
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.config import PretrainConfig, precision_of
 from mhr_scale.errors import AdapterError
@@ -68,7 +68,7 @@ def announce(trainer: Trainer) -> None:
         "%s, layout %s: %d linears, %s trainable numbers, %d tasks; backbone %s frozen in %s, "
         "%s on %d rank(s); %d steps of %d rows into %s",
         adapter.config.method,
-        as_text(adapter.config.layout),
+        Layout.of(adapter.config).text,
         len(adapter.sites),
         f"{trainable:,}",
         len(adapter.task_names),

@@ -10,6 +10,12 @@ from tiny import attach_copy, logits, make_batch, make_t5
 TASK_IDS = (2, 0, 2, 1, 3, 3)
 
 
+def assert_close(found, expected, relative):
+    """Equal to so much of the largest number."""
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=relative * largest)
+
+
 def native_logits(adapter, dtype=torch.float32, **backbone):
     model = make_t5(**backbone).to(dtype).eval()
     ids = TASK_IDS if adapter.config.is_routed else [0] * len(TASK_IDS)

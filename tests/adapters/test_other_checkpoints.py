@@ -3,8 +3,10 @@
 import pytest
 import torch
 from published import assert_same, make, publish, store
+from small_causal import small_causal
+from tiny import TASKS, randomise
 
-from mhr_scale.adapters import AdapterConfig, peft_folders
+from mhr_scale.adapters import AdapterConfig, attach, peft_folders
 from mhr_scale.adapters.reference_checkpoints import read_published
 from mhr_scale.errors import AdapterError
 
@@ -109,3 +111,44 @@ def test_vectors_of_tfew_are_read_where_the_backbone_is_known(tmp_path):
 def test_pairs_of_tfew_are_turned(layout, tmp_path):
     adapter = make(AdapterConfig(layout=layout, n_skills=1, rank=2))
     assert_same(read_published(store_tfew(adapter, tmp_path)), adapter)
+
+
+# --- decoder-only backbones, and the forms of later releases' files
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layout", "granularity"),
+    [
+        ("llama", ("q_proj", "k_proj", "v_proj", "o_proj"), "linear"),
+        ("phi", ("q_proj", "k_proj", "v_proj", "dense"), "block"),
+        ("mistral", ("gate_proj", "up_proj", "down_proj"), "block"),
+        ("gpt2", "full", "linear"),
+    ],
+)
+def test_checkpoints_of_causal_models_are_read(backbone, layout, granularity, tmp_path):
+    config = AdapterConfig(layout=layout, rank=2, n_skills=3, n_splits=4, granularity=granularity)
+    adapter = randomise(attach(small_causal(backbone), config, tasks=TASKS))
+    for experts in (False, True):
+        tensors = later(publish(adapter), experts=experts)
+        found = read_published(store(tensors, tmp_path, lora_alpha=16.0), first="skills")
+        assert (found.sites, found.config.alpha) == (adapter.sites, 16.0)
+        assert found.config.granularity == granularity
+        assert_same(found, adapter)
+
+
+@pytest.mark.parametrize(
+    ("form", "alpha"),
+    [
+        (lambda t: {"module": {f"model.{n}": x for n, x in t.items()}}, 1.0),
+        (lambda t: {"expert_weights": t, "expert_info": {"expert_config": {"lora_alpha": 8}}}, 8.0),
+        (lambda t: {"expert_weights": t, "expert_info": None}, 1.0),
+    ],
+    ids=["DeepSpeed", "library", "library without settings"],
+)
+def test_files_of_later_releases_are_read(form, alpha, tmp_path):
+    config = AdapterConfig(layout="attention", rank=4, n_skills=1)
+    adapter = randomise(attach(small_causal("llama"), config, tasks=("a",)))
+    torch.save(form(publish(adapter)), tmp_path / "expert.ckpt")
+    found = peft_folders.open_adapter(tmp_path / "expert.ckpt")[1]
+    assert (found.config.alpha, found.sites) == (alpha, adapter.sites)
+    assert_same(found, adapter)

@@ -200,9 +200,9 @@ def test_routing_tables_of_another_shape_are_listed(tmp_path):
 
 
 def test_linears_left_out_of_a_backbone_that_is_not_found_are_named(tmp_path):
-    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=r"decoder\..*\.(q|v)")
     make_stock(config, tmp_path)
-    words = r"12 linears .*'attention', with 12 odd: missing encoder\.block\.0\..*\.k;"
+    words = r"8 linears .*'q, v', with 2 odd: missing encoder\.block\.0\..*\.q;"
     with pytest.raises(AdapterError, match=f"{words}.* names no backbone; set backbone_moved_to"):
         peft_folders.read_peft_lora(tmp_path)
 
@@ -216,13 +216,21 @@ def test_linears_left_out_of_a_backbone_that_is_not_found_are_named(tmp_path):
         ({}, {"d_model": "32"}, "those of no layout"),
         ({"target_modules": 3}, {}, "target_modules 3"),
         ({"target_modules": "("}, {}, r"target_modules \("),
-        ({"layers_to_transform": "0"}, {}, "target_modules"),
-        ({"layers_to_transform": [0], "layers_pattern": "("}, {}, "target_modules"),
+        ({"layers_to_transform": "0"}, {}, "layers_to_transform '0'"),
+        ({"layers_to_transform": [0, -1]}, {}, r"layers_to_transform '\[0, -1\]'"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "(", "exclude_modules": None},
+            {},
+            "target_modules",
+        ),
     ],
 )
 def test_linears_left_out_by_a_damaged_description_are_refused(settings, sizes, words, tmp_path):
     config = LoraConfig(
-        task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], layers_to_transform=[0]
+        task_type="SEQ_2_SEQ_LM",
+        r=2,
+        target_modules=["q", "v"],
+        exclude_modules=r"decoder\.block\.0\..*EncDec.*\.v",
     )
     make_stock(config, tmp_path / "peft")
     make_t5().save_pretrained(tmp_path / "t5")

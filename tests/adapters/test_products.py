@@ -56,7 +56,14 @@ def case(request):
 
 
 def fused(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
-    return products(x, a_UIX, pairs, weights, cut=OPEN)
+    return products(x, a_UIX, pairs, [(weight, None) for weight in weights], cut=OPEN)
+
+
+def fused_biased(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
+    """The biases are taken off again."""
+    biases = [torch.linspace(-1.0, 1.0, N_OUT).to(x) for _ in weights]
+    ys = products(x, a_UIX, pairs, [*zip(weights, biases, strict=True)], cut=OPEN)
+    return tuple(y - bias for y, bias in zip(ys, biases, strict=True))
 
 
 def added(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) -> tuple:
@@ -98,6 +105,7 @@ def plain(x: Tensor, a_UIX: Tensor, pairs: Sequence, weights: Sequence[Tensor]) 
 
 WAYS = {
     "products": fused,
+    "products with biases": fused_biased,
     "update": added,
     "update of views": biased,
     "update of turned outputs": turned,
@@ -176,7 +184,7 @@ def test_second_derivatives_are_refused_not_wrong(case, way):
 def test_autocast_casts_once_and_gradients_keep_the_type_of_their_tensors(case):
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ys = products(*tensors, cut=OPEN)
+        ys = fused(*tensors)
     assert {y.dtype for y in ys} == {torch.bfloat16}
     expected = plain(*tensors)
     for y, whole in zip(ys, expected, strict=True):
@@ -191,7 +199,7 @@ def test_no_tensor_as_large_as_an_output_is_written_twice():
     """In both directions: a product that is written, then others that are added to it in place."""
     x, a_UIX, pairs, weights = CASES["three, 3 slots"].tensors()
     with Recorder() as recorder:
-        ys = products(x, a_UIX, pairs, weights, cut=OPEN)
+        ys = fused(x, a_UIX, pairs, weights)
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     assert recorder.count(["add", "add_", "cat"]) == 1  # the hidden gradients side by side
     assert recorder.count(["baddbmm_"]) == len(weights) + 1

@@ -32,7 +32,7 @@ LAYOUTS = {
     "attention": (2 * 1 + 2 * 2, 2 * 3 + 2 * 5),
 }
 ROWS = {"one task": (1, 1, 1, 1), "even": (2, 2, 0, 0), "ragged": (2, 0, 2, 1)}
-EXACT = BackboneConfig(name="x", fused_attention=True, fused_gelu=False, fused_norm=False)
+EXACT = BackboneConfig(name="x", fused_attention=True, fused_gate=False, fused_norm=False)
 FUSED = BackboneConfig(name="x")
 UNGATED = {"feed_forward_proj": "relu"}
 

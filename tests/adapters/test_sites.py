@@ -65,8 +65,8 @@ def test_an_unknown_layout_lists_the_known_ones_and_suggests_one():
 
 def test_an_unknown_backbone_lists_the_known_types():
     model = make_t5()
-    model.config.model_type = "bart"
-    with pytest.raises(LayoutError, match=r"type 'bart'; known types: t5, mt5 "):
+    model.config.model_type = "bart"  # which also is what a decoder alone is called
+    with pytest.raises(LayoutError, match=r"type 'bart'; known types: t5, mt5, umt5, "):
         find_sites(model, "full")
 
 
@@ -93,8 +93,8 @@ def test_linears_that_are_missing_name_the_family_and_both_counts(change, found)
     with pytest.raises(LayoutError) as caught:
         find_sites(model, "full")
     assert (
-        f"layout 'full' matches {found} linears of a T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5) "
-        "model with 2+2 blocks, expected 36"
+        f"layout 'full' matches {found} linears of a T5 v1.1 (gated: LM-adapt, T0, FLAN, mT5, "
+        "umT5) model with 2+2 blocks, expected 36"
     ) in str(caught.value)
 
 

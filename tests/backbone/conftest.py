@@ -41,7 +41,7 @@ def build(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
     def build(**settings):
-        config = BackboneConfig(**{"dtype": "float32", "fused_gelu": False, **settings})
+        config = BackboneConfig(**{"dtype": "float32", "fused_gate": False, **settings})
         return Engine({}, timeout_seconds=60).build(config, read_blueprint(config))
 
     return build

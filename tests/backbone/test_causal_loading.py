@@ -5,18 +5,9 @@ import json
 import pytest
 import torch
 import transformers
-from causal_folders import (
-    FAMILIES,
-    SEEING,
-    SIZES,
-    furthest,
-    packed_logits,
-    plain_logits,
-    small_causal,
-    small_seeing,
-    write_causal,
-)
+from causal_folders import SEEING, small_seeing, write_causal
 from safetensors.torch import load_file, save_file
+from small_causal import FAMILIES, SIZES, furthest, packed_logits, plain_logits, small_causal
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig

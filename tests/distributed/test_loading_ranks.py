@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from causal_folders import FAMILIES, write_causal
+from causal_folders import write_causal
 from processes import succeed, succeed_together
 from safetensors.torch import load_file
+from small_causal import FAMILIES
 from small_t5 import small_t5, tensors_of, write_folder
 
 from mhr_scale.backbone.blueprint import read_blueprint

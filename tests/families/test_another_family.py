@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mhr_scale import AdapterConfig, attach, average, collapse, load_adapter, save_adapter
 from mhr_scale.adapters import detach, find_sites, peft_folders
+from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.sites import recognise_sites
 from mhr_scale.engine.gradients import order_gradients
 from mhr_scale.errors import AdapterError, LayoutError
@@ -59,7 +60,7 @@ def test_a_site_knows_where_it_sits():
 def test_sites_are_recognised_without_the_model_in_its_own_order(name):
     sites = find_sites(make_mine(), name)
     widths = {site.name: (site.in_features, site.out_features) for site in reversed(sites)}
-    assert recognise_sites(widths) == (name, sites)
+    assert recognise_sites(widths) == (Layout(name), sites)
 
 
 def test_a_linear_that_is_missing_names_both_counts():

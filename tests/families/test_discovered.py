@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from causal_folders import FAMILIES, small_causal, small_seeing
+from causal_folders import small_seeing
+from small_causal import FAMILIES, small_causal
 
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig

@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families import t5_fused
+from mhr_scale.families.fused import gated
 from mhr_scale.families.modes import set_recompute
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.table import find_family
@@ -47,7 +48,7 @@ RECOMPUTE = ("none", "reentrant", "non_reentrant")
 
 def switches(*names: str) -> BackboneConfig:
     """The settings of a backbone of which only these parts are fused."""
-    parts = ("attention", "gelu", "norm")
+    parts = ("attention", "gate", "norm")
     return BackboneConfig(name="x", **{f"fused_{part}": part in names for part in parts})
 
 
@@ -120,18 +121,18 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_every_family_is_exchanged(family: str) -> None:
-    model = fuse(stock(family), "attention", "gelu", "norm")
+    model = fuse(stock(family), "attention", "gate", "norm")
     parts = (t5_fused.SelfAttention, t5_fused.CrossAttention, t5_fused.Norm)
     found = [sum(isinstance(m, part) for m in model.modules()) for part in parts]
     assert found == [4, 2, 2 * 2 + 2 * 3 + 2]
     gated = [m for m in model.modules() if isinstance(m, t5_fused.GatedFeedForward)]
     assert len(gated) == (0 if family == "t5 v1.0" else 4)
-    assert {m.is_fused_gelu for m in gated} <= {family in ("t5 v1.1", "mt5")}
+    assert {m.is_fused_gate for m in gated} <= {family in ("t5 v1.1", "mt5")}
 
 
 def test_names_and_weights_stay() -> None:
     bare = stock()
-    fused = fuse(bare, "attention", "gelu", "norm")
+    fused = fuse(bare, "attention", "gate", "norm")
     assert list(fused.state_dict()) == list(bare.state_dict())
     assert all(isinstance(m, type(o)) for m, o in zip(fused.modules(), bare.modules(), strict=True))
 
@@ -157,7 +158,7 @@ def test_logits_are_transformers_own_bit_for_bit(family: str, part: str, dtype: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_parts_together_change_float32_logits_in_the_last_bits_at_most(family: str) -> None:
     bare = stock(family)
-    assert error(logits(fuse(bare, "attention", "gelu", "norm")), logits(bare)) < 2e-6
+    assert error(logits(fuse(bare, "attention", "gate", "norm")), logits(bare)) < 2e-6
 
 
 def test_dropout_draws_what_transformers_draws() -> None:
@@ -224,6 +225,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def gated_gelu(gate: Tensor, linear: Tensor) -> Tensor:
+    return gated(gate, linear, "tanh_gelu")
+
+
 def stock_gelu(gate: Tensor, linear: Tensor) -> Tensor:
     product: Tensor = ACT2FN["gelu_new"](gate) * linear
     return product
@@ -240,14 +245,14 @@ def with_gradients(gelu: Any, gate: Tensor, linear: Tensor) -> dict[str, Tensor]
 
 def test_gelu_and_its_gradients_are_transformers_own_up_to_float32_rounding() -> None:
     given = numbers(64, 48), numbers(64, 48, seed=1)
-    ours = with_gradients(t5_fused.gated_gelu, *given)
+    ours = with_gradients(gated_gelu, *given)
     assert_near(ours, with_gradients(stock_gelu, *given), 1e-6)
 
 
 def test_in_bfloat16_gelu_is_nearer_to_the_truth_than_transformers_own() -> None:
     given = numbers(64, 48).bfloat16(), numbers(64, 48, seed=1).bfloat16()
     truth = with_gradients(stock_gelu, *(t.double() for t in given))
-    ours, theirs = (with_gradients(gelu, *given) for gelu in (t5_fused.gated_gelu, stock_gelu))
+    ours, theirs = (with_gradients(gelu, *given) for gelu in (gated_gelu, stock_gelu))
     errors = {
         name: (error(ours[name], truth[name]), error(theirs[name], truth[name])) for name in truth
     }
@@ -256,7 +261,7 @@ def test_in_bfloat16_gelu_is_nearer_to_the_truth_than_transformers_own() -> None
 
 def test_gradients_of_gelu_are_those_of_finite_differences() -> None:
     given = [numbers(5, 4, seed=seed).double().requires_grad_() for seed in range(2)]
-    assert torch.autograd.gradcheck(t5_fused.gated_gelu, given)
+    assert torch.autograd.gradcheck(gated_gelu, given)
 
 
 def test_gelu_keeps_its_two_inputs_and_nothing_else() -> None:
@@ -265,7 +270,7 @@ def test_gelu_keeps_its_two_inputs_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     ):
-        t5_fused.gated_gelu(*given)
+        gated_gelu(*given)
     assert kept == [64 * 48, 64 * 48]
 
 
@@ -289,8 +294,8 @@ def test_in_bfloat16_the_norm_is_no_further_from_the_truth_than_transformers_own
     [
         ("attention", "float64", 1e-12),
         ("attention", "float32", 1e-5),
-        ("gelu", "float64", 1e-12),
-        ("gelu", "float32", 1e-5),
+        ("gate", "float64", 1e-12),
+        ("gate", "float32", 1e-5),
         ("norm", "float32", 1e-5),
     ],
 )
@@ -329,8 +334,8 @@ def test_recomputation_changes_no_gradient_and_wants_none_of_the_position_bias(
     mode: str, masks: list[Mask]
 ) -> None:
     bare = stock()
-    expected = gradients(fuse(bare, "attention", "gelu", "norm"))
-    model = fuse(bare, "attention", "gelu", "norm")
+    expected = gradients(fuse(bare, "attention", "gate", "norm"))
+    model = fuse(bare, "attention", "gate", "norm")
     set_recompute(model, mode)
     masks.clear()
     # the reentrant kind adds up the residual stream in another order
@@ -352,7 +357,7 @@ def test_bias_and_mask_are_merged_once_per_stack(masks: list[Mask]) -> None:
 @pytest.mark.parametrize("family", ["t5 v1.1", "mt5"])
 def test_a_backbone_that_trains_gets_all_its_gradients(family: str, mode: str) -> None:
     bare = stock(family)
-    model = fuse(bare, "attention", "gelu", "norm")
+    model = fuse(bare, "attention", "gate", "norm")
     set_recompute(model, mode)
     for one in (bare, model):
         one.requires_grad_(True)

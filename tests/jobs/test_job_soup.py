@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from placed import place_model
 from processes import ROOT
+from small_causal import small_causal
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from mhr_scale.adapters import attach
 from mhr_scale.adapters.sites import Site
@@ -20,6 +25,7 @@ from mhr_scale.backbone.tokenizer import load_tokenizer
 from mhr_scale.config import (
     AdapterConfig,
     BackboneConfig,
+    BatchConfig,
     JsonlTasks,
     PretrainConfig,
     SoupConfig,
@@ -28,6 +34,7 @@ from mhr_scale.config import (
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, place
 from mhr_scale.errors import BackboneError, DataError, RunError
+from mhr_scale.families.t5 import make_byte_tokenizer
 from mhr_scale.jobs.soup import (
     TaskEmbedder,
     gather_embeddings,
@@ -54,7 +61,7 @@ def embedder() -> TaskEmbedder:
     return TaskEmbedder(
         placed=place_bare(find_sites_of(blueprint, AdapterConfig(layout="attention"))),
         tokenizer=load_tokenizer(BARE, blueprint),
-        max_input_tokens=64,
+        lengths=BatchConfig(max_input_tokens=64),
     )
 
 
@@ -116,6 +123,35 @@ def test_an_embedding_does_not_depend_on_the_tasks_beside_it(embedder, tasks):
     for name, task in tasks.items():
         alone = gather_embeddings({name: task}, SETTINGS, embedder)[name]
         torch.testing.assert_close(alone, together[name], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_decoder_only_backbone_gives_its_last_states_of_the_prompt(tasks):
+    model = small_causal("llama", vocab_size=384, eos_token_id=1)
+    decoder = TaskEmbedder(
+        placed=place_model(model),
+        tokenizer=make_byte_tokenizer(),
+        lengths=BatchConfig(max_input_tokens=64),
+    )
+    found = gather_embeddings(tasks, SETTINGS, decoder)
+    for name, task in tasks.items():
+        texts = decoder.tokenizer([r.input for r in task.train], add_special_tokens=False)
+        means = [
+            model.model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+            for ids in texts.input_ids
+        ]
+        mean = torch.stack(means).double().mean(0)
+        torch.testing.assert_close(found[name], mean / mean.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_decoder_only_model_may_stand_in_as_sentence_encoder(embedder, tasks, tmp_path):
+    """Its tokenizer has no token to pad with."""
+    small_causal("llama", vocab_size=384, eos_token_id=1).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "end": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end").save_pretrained(tmp_path)
+    settings = replace(SETTINGS, encoder=str(tmp_path))
+    found = gather_embeddings(tasks, settings, embedder)
+    assert all(vector.norm().item() == pytest.approx(1.0) for vector in found.values())
 
 
 def test_adapters_in_the_model_do_not_count(embedder, source, tasks):

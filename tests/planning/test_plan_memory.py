@@ -41,6 +41,15 @@ SMALL = {
     "tie_word_embeddings": False,
     "dropout_rate": 0.0,
 }
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
 ADAPTERS = {
     "lora": AdapterConfig(n_skills=1, rank=4),
     "mhr": AdapterConfig(n_skills=4, n_splits=8),
@@ -51,6 +60,10 @@ SHAPE = Shape(rows=4, width=64, depth=16, n_tasks=3)
 
 def small(recompute: Any = "none", dtype: Any = "float32", **sizes: int) -> BackboneConfig:
     return BackboneConfig(config={**SMALL, **sizes}, recompute=recompute, dtype=dtype)
+
+
+def llama(recompute: Any = "none", dtype: Any = "float32") -> BackboneConfig:
+    return BackboneConfig(config=LLAMA, recompute=recompute, dtype=dtype)
 
 
 def pretraining(backbone: BackboneConfig, adapter: str, optim: Any = "adafactor") -> PretrainConfig:
@@ -91,6 +104,13 @@ def test_the_peak_of_a_training_step_is_predicted_within_five_percent(
     assert predict(config, SHAPE).peak == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize(("recompute", "dtype"), [("none", "bfloat16"), ("reentrant", "float32")])
+def test_decoder_only_backbones_are_predicted_too(recompute: str, dtype: str) -> None:
+    config = pretraining(llama(recompute, dtype), "mhr")
+    real = pretraining_peak(config, SHAPE, n_tasks=5)
+    assert predict(config, SHAPE).peak == pytest.approx(real, rel=0.05)
+
+
 def test_stacks_of_unequal_depth_are_predicted_too() -> None:
     config = pretraining(small("reentrant", num_layers=7, num_decoder_layers=5), "lora")
     real = pretraining_peak(config, SHAPE, n_tasks=5)
@@ -106,13 +126,19 @@ def test_more_rows_are_predicted_from_fewer() -> None:
     assert counts.at(12).peak == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize(("loss", "n_choices"), [("t_few", 3), ("language_model", 1)])
-def test_the_peak_of_a_wave_is_predicted_within_five_percent(loss: Any, n_choices: int) -> None:
+@pytest.mark.parametrize(
+    ("loss", "n_choices", "backbone"),
+    [("t_few", 3, small()), ("language_model", 1, small()), ("t_few", 3, llama())],
+    ids=["t_few", "language_model", "t_few, llama"],
+)
+def test_the_peak_of_a_wave_is_predicted_within_five_percent(
+    loss: Any, n_choices: int, backbone: BackboneConfig
+) -> None:
     variant = VariantConfig(fresh=ADAPTERS["mhr"])
     config = AdaptConfig(
         variants={"MHR": variant},
         tasks=ToyTasks(suite="toy"),
-        backbone=small(),
+        backbone=backbone,
         protocol=ProtocolConfig(loss=loss),
         run=AdaptRunConfig(folder="planned"),
     )
@@ -129,8 +155,11 @@ def test_the_peak_of_a_wave_is_predicted_within_five_percent(loss: Any, n_choice
     assert predicted == pytest.approx(real, rel=0.05)
 
 
-def test_the_peak_of_ranking_choices_is_predicted_within_five_percent() -> None:
-    frozen, shape = small(), Shape(rows=6, width=64, depth=4, n_choices=4, n_tasks=3)
+@pytest.mark.parametrize("frozen", [small(), llama()], ids=["t5", "llama"])
+def test_the_peak_of_ranking_choices_is_predicted_within_five_percent(
+    frozen: BackboneConfig,
+) -> None:
+    shape = Shape(rows=6, width=64, depth=4, n_choices=4, n_tasks=3)
 
     def count(blueprint: Any) -> Any:
         return trace_scoring(

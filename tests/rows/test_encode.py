@@ -117,6 +117,18 @@ def test_where_a_family_says_so_a_long_input_loses_its_beginning():
 
 
 @pytest.mark.parametrize(
+    ("cut", "expected"),
+    [("left", "hijkl=>$"), ("right", "abcde=>$"), ("middle", "abckl=>$"), (None, "abcde=>$")],
+)
+def test_a_recipe_says_where_a_long_input_is_cut(cut, expected):
+    made = task(example("abcdefghijkl=>"), suffix="=>")
+    (row,) = train_rows(made, max_input_tokens=8, cut=cut)
+    assert words(row.input_ids) == expected
+    (plain,) = train_rows(task(example("abcdefghijkl")), max_input_tokens=6, cut=cut)
+    assert words(plain.input_ids) == {"left": "hijkl$", "middle": "abckl$"}.get(cut, "abcde$")
+
+
+@pytest.mark.parametrize(
     ("target", "expected"),
     [("abc", "abc$"), ("abcd", "abc$"), ("abcdefgh", "abc$"), ("", "$")],
 )

@@ -98,7 +98,7 @@ def test_a_bad_row_of_a_table_is_refused_with_its_line(tmp_path, row, line, reas
         ("input,target,input\na,b,c\n", r"train\.csv:1: column 'input' stands twice; rename one"),
         ("input;target\na;b\n", r"csv:1: a header of one column, 'input;target'; separate cells"),
         ("input,target\na,b\n".encode("utf-16"), r"csv:1: a header of .*; save it as UTF-8"),
-        ("inputs,target\na,b\n", r"no usable row \(line 2: missing field 'input'\)"),
+        ("inputs,target\na,b\n", r"; to read 'inputs', set tasks\.fields: \{input: inputs\}\)"),
         ("", "no usable row"),
         ("input,target\n", "no usable row"),
     ],

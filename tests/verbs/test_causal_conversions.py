@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from causal_folders import (
-    adapter_gradients,
-    furthest,
-    plain_logits,
-    small_causal,
-    small_seeing,
-    write_causal,
-)
+from causal_folders import adapter_gradients, small_seeing, write_causal
 from safetensors.torch import load_file
+from small_causal import furthest, plain_logits, small_causal
 from torch import Tensor
 from toy_exports import run_export
 from toy_finetunes import losses, make_adapter, toy
@@ -35,6 +29,7 @@ from mhr_scale.verbs.finetune import finetune
 pytestmark = pytest.mark.usefixtures("on_cpu")
 #: Widths that 4 bits take, and ids that the byte tokenizer has.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+UNFUSED = {"fused_attention": False, "fused_norm": False, "fused_gate": False}
 BYTES = {**WIDE, "vocab_size": 384, "eos_token_id": 1, "max_position_embeddings": 256}
 
 
@@ -60,7 +55,7 @@ def stored_names(folder: Path) -> set[str]:
 
 def place_folder(folder: Path, **settings: Any) -> Any:
     """The backbone of a folder as runs place it, its stored logits compared."""
-    config = BackboneConfig(name=str(folder), **settings)
+    config = BackboneConfig(name=str(folder), **UNFUSED, **settings)
     return place(Engine({}, timeout_seconds=60), config, read_blueprint(config), ())
 
 

@@ -95,7 +95,7 @@ def test_stock_transformers_opens_the_folder_and_computes_the_same(folder: Path)
     )
     assert not any(info.values())
     keep_format(model)
-    unfused = {"fused_attention": False, "fused_gelu": False, "fused_norm": False}
+    unfused = {"fused_attention": False, "fused_gate": False, "fused_norm": False}
     assert torch.equal(logits(model), logits(build(folder, **unfused)))
 
 
@@ -114,7 +114,7 @@ def test_it_is_what_transformers_writes_and_what_that_writes_is_read(
 
 
 def test_finetune_opens_it_as_it_is(folder: Path) -> None:
-    expected = logits(build(folder, fused_attention=False, fused_gelu=False, fused_norm=False))
+    expected = logits(build(folder, fused_attention=False, fused_gate=False, fused_norm=False))
     for kind in ("none", folder.name):
         config = BackboneConfig(name=str(folder), quantise=kind)  # type: ignore[arg-type]
         assert torch.equal(

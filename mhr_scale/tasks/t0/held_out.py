@@ -71,6 +71,7 @@ class HeldOutTasks(Suite):
     """Policy for unusable rows."""
 
     def __post_init__(self) -> None:
+        Suite.__post_init__(self)
         if self.source == "local" and self.folder is None:
             raise ConfigError(
                 "tasks.folder: not set; name the folder of raw rows or use source: hub"

@@ -74,6 +74,7 @@ class T0Tasks(Suite):
     """Policy for unusable rows."""
 
     def __post_init__(self) -> None:
+        Suite.__post_init__(self)
         if isinstance(self.max_rows, int) and self.max_rows < 1:
             raise ConfigError(f"tasks.max_rows: {self.max_rows} is not at least 1")
         if self.max_characters is not None and self.max_characters < 1:

@@ -18,7 +18,8 @@ from torch.serialization import skip_data
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.weights import read_whole
 from mhr_scale.config import BackboneConfig
-from mhr_scale.families.t5 import EMBEDDING, EMBEDDING_ALIASES, KNOWN
+from mhr_scale.families.known_sizes import KNOWN
+from mhr_scale.families.t5 import EMBEDDING, EMBEDDING_ALIASES
 from mhr_scale.run.runlog import ByteProgress
 
 #: Sizes by name: T0-11B, T0-3B, and one to try the benchmark with.

@@ -21,7 +21,8 @@ from mhr_scale.verbs.launching import guarded
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from causal_folders import adapter_gradients, furthest, packed_logits, plain_logits  # noqa: E402
+from causal_folders import adapter_gradients  # noqa: E402
+from small_causal import furthest, packed_logits, plain_logits  # noqa: E402
 
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 

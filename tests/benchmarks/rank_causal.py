@@ -1,0 +1,144 @@
+"""Ranking four choices with decoder-only models: a prompt once, against a row for every choice.
+
+python tests/benchmarks/rank_causal.py [TURNS] [FOLDER ...]
+
+one row a choice   mhr_scale.passes.scoring.rank_choices, each choice a row of its own
+harness            lm-evaluation-harness's Hugging Face model on the same requests
+branches           mhr_scale.passes.scoring.rank_choices, choices as branches behind their prompt
+
+The same model in float32, rows and likelihoods (to 1e-4); the ways take turns, ratios are medians
+over turns. A small Llama of random weights, and the models of the folders. The harness is no
+dependency; to have it, in an environment of its own:
+
+    python -m venv --system-site-packages VENV && VENV/bin/pip install lm_eval -c constraints.txt
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from placed import place_model
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes.scoring import rank_choices
+
+N_ROWS, N_CHOICES, N_PROMPT, MAX_CHOICE = 8, 4, 256, 6
+Way = Callable[[], list[float]]
+
+
+def main() -> None:
+    """Time the ways for each model in turn and print medians and ratios."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    turns = int(sys.argv[1]) if sys.argv[1:] else 5
+    models = {"Llama, random": make_llama}
+    models |= {folder: lambda folder=folder: read(folder) for folder in sys.argv[2:]}
+    for name, make in models.items():
+        compare(name, place_model(make()), turns)
+
+
+def compare(name: str, placed: PlacedBackbone, turns: int) -> None:
+    """One model: equal likelihoods first, then times."""
+    rows = make_rows(placed.model.config.vocab_size)
+    alone = [EncodedRow(row.input_ids, (choice,)) for row in rows for choice in row.answers]
+    ways: dict[str, Way] = {"one row a choice": lambda: rank(placed, alone)}
+    harness = make_harness(placed.model, alone)
+    if harness is not None:
+        ways["harness"] = harness
+    ways["branches"] = lambda: rank(placed, rows)
+    scores = {way: torch.tensor(run()) for way, run in ways.items()}
+    parameters = sum(p.numel() for p in placed.model.parameters())
+    print(f"{name}: {parameters / 1e6:.0f} million weights, {len(alone)} requests")
+    for way, values in scores.items():
+        furthest = (values - scores["branches"]).abs().max().item()
+        assert furthest < 1e-4 * max(1.0, values.abs().max().item()), (way, furthest)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(turns):
+        for way, run in ways.items():
+            begun = time.perf_counter()
+            run()
+            times[way].append(time.perf_counter() - begun)
+    for way, seconds in times.items():
+        pairs = zip(seconds, times["branches"], strict=True)
+        ratio = statistics.median(own / best for own, best in pairs)
+        rate = N_ROWS / statistics.median(seconds)
+        furthest = (scores[way] - scores["branches"]).abs().max().item()
+        print(
+            f"  {way:<18}{rate:7.2f} examples/s   branches are {ratio:.2f} times as fast   "
+            f"furthest log-likelihood {furthest:.0e} of {scores[way].abs().max():.0f} nats"
+        )
+
+
+def make_llama() -> Any:
+    """A Llama of 8 blocks, width 512, grouped queries and 49,152 words."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def read(folder: str) -> Any:
+    """A stored model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_rows(n_words: int) -> list[EncodedRow]:
+    """Prompts of 256 tokens with four choices of 2 to 6 tokens."""
+    draw = np.random.default_rng(0)
+
+    def ids(length: int) -> np.ndarray:
+        return draw.integers(3, n_words, length)
+
+    return [
+        EncodedRow(
+            ids(N_PROMPT),
+            tuple(ids(int(draw.integers(2, MAX_CHOICE + 1))) for _ in range(N_CHOICES)),
+            number=number,
+        )
+        for number in range(N_ROWS)
+    ]
+
+
+def rank(placed: PlacedBackbone, rows: list[EncodedRow]) -> list[float]:
+    """Summed log-likelihoods of all choices, in the order of rows."""
+    scores = rank_choices(placed, None, rows, length_norm=0.0)
+    return [-score for row in scores for score in row]
+
+
+def make_harness(model: Any, alone: list[EncodedRow]) -> Way | None:
+    """The harness's way to score the same requests; None, and why, without it."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        print(f"  no lm-evaluation-harness ({error}); this file says how to have it")
+        return None
+    tokenizer = ByT5Tokenizer()  # requests come as tokens; it is never asked
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=len(alone), max_length=2048)
+    requests = [
+        ((str(n), ""), row.input_ids.tolist(), row.answers[0].tolist())
+        for n, row in enumerate(alone)
+    ]
+    return lambda: [found for found, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+
+if __name__ == "__main__":
+    main()
