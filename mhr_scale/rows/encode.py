@@ -65,6 +65,29 @@ class Gaps:
     target: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """How a family closes texts: the ids before and behind one, and what an empty one is."""
+
+    begin: list[int]
+    end: list[int]
+    empty: list[int]
+
+    @classmethod
+    def of(cls, family: Family, side: Side, tokenizer: Any) -> "_Frame":
+        """The frame of a side; asked for once, not for every row."""
+        closed = family.close([TEXT], side, tokenizer)
+        place = closed.index(TEXT)
+        return cls(closed[:place], closed[place + 1 :], family.close([], side, tokenizer))
+
+    def __len__(self) -> int:
+        return len(self.begin) + len(self.end)
+
+    def around(self, ids: list[int]) -> list[int]:
+        """A text's ids, closed."""
+        return [*self.begin, *ids, *self.end] if ids else list(self.empty)
+
+
 class Encoder:
     """Tokenises the rows of one task, closes them as the family does, and counts what it cut.
 
@@ -78,13 +101,12 @@ class Encoder:
         self.cuts = Cuts()
         self.first_gaps: list[Gaps] = []
         """What was cut of the first rows."""
-        self._tokenizer, self._config, self._family = tokenizer, config, family
+        self._tokenizer, self._config = tokenizer, config
+        self._frames = {side: _Frame.of(family, side, tokenizer) for side in SIDES}
         self._chat = None if task.chat is None else ChatTemplate(tokenizer, task.chat)
-        closing = {side: len(family.close([TEXT], side, tokenizer)) - 1 for side in SIDES}
-        self._n_begin = family.close([TEXT], "input", tokenizer).index(TEXT)
         self._limit = task.max_input_tokens or config.max_input_tokens
-        self._most_input = self._limit - (closing["input"] if self._chat is None else 0)
-        self._most_target = config.max_target_tokens - closing["target"]
+        self._most_input = self._limit - (len(self._frames["input"]) if self._chat is None else 0)
+        self._most_target = config.max_target_tokens - len(self._frames["target"])
         self._cut = config.cut or family.cut_side
         self._name, self._suffix = task.name, task.suffix
         if task.suffix and len(self._ids([task.suffix])[0]) + 1 > self._most_input:
@@ -149,8 +171,8 @@ class Encoder:
             self.cuts.inputs += 1
             ids, gap = self._shorten(example, ids)
         if self._chat is None:
-            ids = self._family.close(ids, "input", self._tokenizer)
-            gap += self._n_begin if gap >= 0 else 0
+            frame = self._frames["input"]
+            ids, gap = frame.around(ids), gap + (len(frame.begin) if gap >= 0 else 0)
         return np.asarray(ids, dtype=np.int32), gap
 
     def _shorten(self, example: Example, ids: list[int]) -> tuple[list[int], int]:
@@ -190,8 +212,8 @@ class Encoder:
         return apart[: len(pieces)], apart[len(pieces) :]
 
     def _target(self, ids: list[int]) -> Ids:
-        cut = ids[: self._most_target]
-        return np.asarray(self._family.close(cut, "target", self._tokenizer), dtype=np.int32)
+        closed = self._frames["target"].around(ids[: self._most_target])
+        return np.asarray(closed, dtype=np.int32)
 
 
 def _cut_out(length: int, most: int, side: Cut) -> tuple[int, int]:

@@ -1,19 +1,24 @@
 """The rows a job trains and is scored on, step by step."""
 
+import json
 import logging
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+from fast_tokenizers import TEMPLATE, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_jobs import make_config, make_data, make_examples, make_few_shot, make_task, tokenizer
 
 from mhr_scale.config import JsonlTasks, SelectionConfig, ShotsConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5 import GATED
 from mhr_scale.jobs.job_data import JobData, open_data, round_up
+from mhr_scale.tasks.suites import read_few_shot
+from mhr_scale.tasks.task import digest
 
 CONFIG = make_config()
 
@@ -292,3 +297,42 @@ def test_choices_of_the_same_text_are_one_choice_of_a_t_few_row():
     row = by_input(data)[rows[2].input]
     assert [text(choice) for choice in row.answers] == ["a", right, "b"]
     assert row.label == 1
+
+
+# --- conversations
+
+
+def test_conversations_are_shots_and_questions_in_their_template(tmp_path):
+    """Two that end with the same question are two rows, of which each reads its own beginning."""
+
+    def talk(first):
+        turns = [("user", first), ("assistant", "A"), ("user", "why?"), ("assistant", first)]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    (tmp_path / "t").mkdir()
+    for fold, firsts in (("train", "bc"), ("test", "d")):
+        rows = "".join(json.dumps(talk(first)) + "\n" for first in firsts)
+        (tmp_path / "t" / f"{fold}.jsonl").write_text(rows)
+    suite = JsonlTasks(suite="jsonl", folder=str(tmp_path), chat=True)
+    (few_shot,), _ = read_few_shot(suite, ShotsConfig(), seed=0, examples=None)
+    chats = make_tokenizer(chat_template=TEMPLATE)
+    config = make_config(batch_size=2, max_input_tokens=99)
+    config = replace(config, scoring=replace(config.scoring, max_input_tokens=99))
+    data = open_data(few_shot, config, chats, CAUSAL)
+    short = "<bos><user>{0}<eos>\n<assistant>"
+    long = short + "A<eos>\n<user>why?<eos>\n<assistant>"
+    assert [chats.decode(row.input_ids) for row in data.test.rows] == [
+        short.format("d"),
+        long.format("d"),
+    ]
+    seen = set()
+    for step in range(20):
+        for row in data.batch(step):
+            seen.add((chats.decode(row.input_ids), chats.decode(row.answers[0])))
+    assert seen == {
+        pair
+        for first in "bc"
+        for pair in ((short.format(first), "A<eos>"), (long.format(first), f"{first}<eos>"))
+    }
+    one, two = (row for row in few_shot.task.train if row.history)
+    assert digest([replace(one, history=two.history)]) != digest([one])

@@ -136,4 +136,5 @@ def test_generation_ends_at_any_of_several_ends_and_reads_ends_in_prompts(model:
     assert [generate([row], 299)[0] for row in rows] == written
     second = written[0][1]
     place = written[0].index(second)
-    assert generate([rows[0]], [299, second])[0] == written[0][: place + 1]
+    assert generate([rows[0]], [299, second])[0] == written[0][:place]
+    assert len(written[0]) == 6
