@@ -52,7 +52,7 @@ def write_causal(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def adapter_gradients(engine: Engine, folder: Path, recompute: Any) -> tuple[list[Tensor], int]:
-    """Of the tensors of an MHR adapter on attention, and how often the first linear ran."""
+    """Of the tensors of an MHR adapter on attention, and how often the first attention ran."""
     config = BackboneConfig(name=str(folder), dtype="float32", recompute=recompute)
     blueprint = read_blueprint(config)
     settings = AdapterConfig(n_skills=2, n_splits=2, layout="attention")
@@ -65,7 +65,8 @@ def adapter_gradients(engine: Engine, folder: Path, recompute: Any) -> tuple[lis
     adapter.bind(placed.adapted)
     placed.model.train()
     calls: list[None] = []
-    placed.model.get_submodule(sites[0].name).register_forward_hook(lambda *_: calls.append(None))
+    attention = placed.model.get_submodule(sites[0].name.rpartition(".")[0])
+    attention.register_forward_hook(lambda *_: calls.append(None))
     with adapter.slots([0, 1, 2]) as slots:
         logits = packed_logits(placed.model, placed.family, gradient=True)
         slots.backward(torch.stack([one.logsumexp(-1).sum() for one in logits]).sum())

@@ -46,6 +46,16 @@ class ArrangedSource:
         joined = (sum(shape[0] for shape in shapes[:n]), *shapes[0][1:])
         return joined if count is None else (count, *joined)
 
+    def parts(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The tensors of the files that one tensor lies in, one after the other, and their shapes.
+
+        By their names there; a tensor in one piece has the shape that the model has.
+        """
+        parts = self._parts(name)
+        if len(parts) == 1:
+            return {parts[0]: self.shape(name)}
+        return {part: self._source.shape(part) for part in parts}
+
     def names(self) -> frozenset[str]:
         """Names of the model, and those in the source that it does not know."""
         return frozenset(self._names)

@@ -65,7 +65,7 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         check_files(folder, manifest)
     source: WeightSource = open_weights(folder)
     arrangement = _arrange(family, raw, source, folder)
-    if any(arrangement):
+    if arrangement.stored or arrangement.unused:
         source = ArrangedSource(source, arrangement)
     kind = stored_kind(raw.get(QUANTISED), source.names())
     if kind != "none":

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhr_scale.backbone import fingerprint, quantise
 from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.backbone.manifest import Fingerprint, hash_files
-from mhr_scale.backbone.merging import plan_weights
+from mhr_scale.backbone.merging import as_stored, plan_weights
 from mhr_scale.backbone.quantised_parts import pack, plan_parts
 from mhr_scale.backbone.shards import (
     ALIGNMENT,
@@ -36,17 +36,25 @@ def plan(blueprint: Blueprint, dtype: str) -> tuple[list[Weight], list[str]]:
     return plan_weights(blueprint, dtype), sorted(blueprint.arrangement.unused)
 
 
-def lay_out(blueprint: Blueprint, weights: Sequence[Weight], kind: str) -> dict[Weight, Weight]:
-    """The tensors of the files, each with the weight of the model that it is, or is a part of."""
+#: Tensors of files, each with the weight of the model that it is a part of, and where in that it
+#: begins; None for a part of what is quantised of it.
+Layout = Mapping[Weight, tuple[Weight, int | None]]
+
+
+def lay_out(blueprint: Blueprint, weights: Sequence[Weight], kind: str) -> Layout:
+    """What the files hold of these weights: as the original's do, or quantised."""
     if kind == "none":
-        return {weight: weight for weight in weights}
+        return as_stored(blueprint, weights)
     with torch.device("meta"):
         linears = quantise.list_linears(make_model(blueprint), blueprint)
-    laid_out: dict[Weight, Weight] = {}
+    laid_out: dict[Weight, tuple[Weight, int | None]] = {}
     for weight in weights:
         linear = weight.name.removesuffix(".weight")
-        parts = plan_parts(linear, weight.shape, kind) if linear in linears else [weight]
-        laid_out |= dict.fromkeys(parts, weight)
+        if linear in linears:
+            parts = plan_parts(linear, weight.shape, kind)
+            laid_out |= dict.fromkeys(parts, (weight, None))
+        else:
+            laid_out |= as_stored(blueprint, [weight])
     return laid_out
 
 
@@ -55,7 +63,7 @@ def write_weights(
     folder: Path,
     *,
     blueprint: Blueprint,
-    weights: Mapping[Weight, Weight],
+    weights: Layout,
     kind: str,
     max_shard_bytes: int,
 ) -> dict[str, FileFacts]:
@@ -85,15 +93,15 @@ class _Reader:
     It holds the parts of one linear, and those that are written later.
     """
 
-    def __init__(self, blueprint: Blueprint, weights: Mapping[Weight, Weight], kind: str) -> None:
+    def __init__(self, blueprint: Blueprint, weights: Layout, kind: str) -> None:
         self._blueprint, self._weights, self._kind = blueprint, weights, kind
         self._packed: dict[str, Tensor] = {}
 
     def read(self, part: Weight, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened tensor; raises `BackboneError` for odd numbers."""
-        weight = self._weights[part]
-        if part == weight:
-            return self._cast(weight, start, stop)
+        weight, first = self._weights[part]
+        if first is not None:
+            return self._cast(weight, first + start, first + stop)
         if part.name not in self._packed:
             self._pack(weight)
         return self._packed[part.name].reshape(-1)[start:stop]

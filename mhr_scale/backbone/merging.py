@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.adapters import Adapter, artefact
+from mhr_scale.backbone.arranged import ArrangedSource
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.backbone.shards import (
     Weight,
@@ -66,6 +67,24 @@ def plan_weights(blueprint: Blueprint, dtype: str | None) -> list[Weight]:
     ]
 
 
+def as_stored(blueprint: Blueprint, weights: Sequence[Weight]) -> dict[Weight, tuple[Weight, int]]:
+    """The tensors of the files to write, each with its weight and where in that it begins.
+
+    Files call and cut them as the original's do where that is usual: experts lie apart.
+    """
+    source, found = blueprint.source, {}
+    for weight in weights:
+        parts: Mapping[str, tuple[int, ...]] = {weight.name: weight.shape}
+        if isinstance(source, ArrangedSource) and blueprint.arrangement.is_usual:
+            parts = source.parts(weight.name)
+        start = 0
+        for name, shape in parts.items():
+            part = replace(weight, name=name, shape=shape)
+            found[part] = weight, start
+            start += part.numel
+    return found
+
+
 def merge(name: str, weight_OI: Tensor, pairs: Mapping[str, Tensor], *, scale: float) -> Tensor:
     """The weight `name` with what a single adapter stores for it added in, in float32.
 
@@ -112,8 +131,8 @@ def write_merged(
 
     Memory holds one tensor at a time. Raises `OSError` if a file cannot be written.
     """
-    sum_of = merging_of(adapter, blueprint)
-    shards = plan_shards(weights, max_shard_bytes)
+    sum_of, parts = merging_of(adapter, blueprint), as_stored(blueprint, weights)
+    shards = plan_shards(list(parts), max_shard_bytes)
     progress = ByteProgress(sum(weight.n_bytes for weight in weights), what="merge")
 
     @lru_cache(maxsize=1)
@@ -121,21 +140,20 @@ def write_merged(
         stored = read_whole(blueprint.source, weight.name)
         return sum_of(weight.name, stored).to(weight.dtype).contiguous().view(-1)
 
+    def read(part: Weight, start: int, stop: int) -> Tensor:
+        weight, first = parts[part]
+        return merged(weight)[first + start : first + stop]
+
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = name_shard(number, len(shards)) if len(shards) > 1 else "model.safetensors"
         widest_first = sorted(shard, key=lambda weight: -weight.dtype.itemsize)
-        write_shard(
-            folder / file,
-            widest_first,
-            lambda weight, start, stop: merged(weight)[start:stop],
-            advance=progress.add,
-        )
+        write_shard(folder / file, widest_first, read, advance=progress.add)
         places |= dict.fromkeys((weight.name for weight in shard), file)
     progress.close()
     if len(shards) > 1:
-        write_index(folder, weights, places)
+        write_index(folder, list(parts), places)
 
 
 def write_companions(

@@ -54,7 +54,8 @@ def install(
             block = model.get_submodule(name)
             for place, module in block.named_modules():
                 _join_linears(module, _roles_in(module, place), settings)
-    if settings.fused_attention and model.config._attn_implementation == "sdpa":
+    is_exchangeable = model._supports_attention_backend  # others know classes by name only
+    if settings.fused_attention and is_exchangeable and model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = _register_attention()
     if settings.fused_norm:
         for norm in norms:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mhr_scale.errors import BackboneError, first_line
-from mhr_scale.families.stored_names import Arrangement, Stored, map_names
+from mhr_scale.families.stored_names import Stored, map_names
 
 #: Settings of the whole that hold for its text model too.
 SHARED = ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -42,8 +42,10 @@ def text_config(config: Any, place: str) -> Any:
     return text
 
 
-def arrange(config: Any, text_model: Any, names: Iterable[str]) -> Arrangement:
-    """Where the tensors of the text model lie in a checkpoint of the whole; others are unused."""
+def arrange(
+    config: Any, text_model: Any, names: Iterable[str]
+) -> tuple[dict[str, Stored], frozenset[str]]:
+    """What the tensors of the text model are in a checkpoint of the whole, and all other names."""
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel, initialization
 
@@ -69,4 +71,4 @@ def arrange(config: Any, text_model: Any, names: Iterable[str]) -> Arrangement:
             stored[own] = parts
         else:
             unused.update(parts.names)
-    return Arrangement(stored, frozenset(unused), is_part=True)
+    return stored, frozenset(unused)

@@ -354,16 +354,17 @@ class Discovered(Family):
         whole, config = self._read_whole(raw), self._read(raw)
         found = find(self, config)
         if composed.is_composed(whole):
-            stored, unused, is_part = composed.arrange(whole, found.model, names)
+            stored, unused = composed.arrange(whole, found.model, names)
         else:
-            stored, unused, is_part = map_names(found.model, names), frozenset[str](), False
+            stored, unused = map_names(found.model, names), frozenset[str]()
         ignored = [name for name in stored if found.ignores(name)]
         unused |= {part for name in ignored for part in stored.pop(name).names}
         for name, target in found.ties.items():
             if target not in stored and name in stored:
                 stored[target] = stored.pop(name)
+        is_part = composed.is_composed(whole)
         moved = {name: parts for name, parts in stored.items() if parts.names != (name,)}
-        return Arrangement(moved, unused, is_part)
+        return Arrangement(moved, unused, is_part=is_part, is_usual=not is_part)
 
     def find_ties(
         self, raw: Mapping[str, Any], names: frozenset[str], are_equal: Callable[[str, str], bool]

@@ -25,12 +25,14 @@ class Arrangement(NamedTuple):
     """What parameters are made of that a checkpoint does not hold by their own names.
 
     `unused` are names of its tensors that the model has no use for; `is_part` if it is the
-    checkpoint of a greater model.
+    checkpoint of a greater model; `is_usual` if it is the one by which other programs know the
+    model, and files that are written keep it.
     """
 
     stored: dict[str, Stored]
     unused: frozenset[str] = frozenset()
     is_part: bool = False
+    is_usual: bool = False
 
 
 #: That of a checkpoint that holds every parameter by its own name.

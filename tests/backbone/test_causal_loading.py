@@ -12,6 +12,7 @@ from small_causal import FAMILIES, SIZES, furthest, packed_logits, plain_logits,
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
+from mhr_scale.exchange import stock
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.stored_names import map_names
 
@@ -68,6 +69,10 @@ AS_STORED = {
     "gpt2 with its head": ("gpt2", lambda t: t | {HEAD: t["transformer.wte.weight"]}),
     "opt without its prefix": (
         "opt",
+        lambda t: {n.removeprefix("model."): x for n, x in t.items()},
+    ),
+    "llama without its prefix": (
+        "llama tied",
         lambda t: {n.removeprefix("model."): x for n, x in t.items()},
     ),
     "neox with masks": (
@@ -137,6 +142,17 @@ def test_the_text_model_of_one_that_sees_is_used(tmp_path, build, kind, is_old):
     assert any("vision" in name for name in blueprint.arrangement.unused)
     assert not any("vision" in name for name in blueprint.source.names())
     assert_same(build, tmp_path, seeing)
+
+
+def test_a_text_model_of_one_that_sees_is_fine_tuned_where_it_is_mapped(tmp_path):
+    seeing = small_seeing("gemma3")
+    seeing.save_pretrained(tmp_path)
+    mapped = BackboneConfig(name=str(tmp_path), dtype="float32")
+    model = stock.load_backbone(mapped, read_blueprint(mapped), torch.device("cpu"))
+    assert furthest(plain_logits(model), plain_logits(seeing)) < 1e-5
+    cast = BackboneConfig(name=str(tmp_path), dtype="bfloat16")
+    with pytest.raises(BackboneError, match=r"does not load alone; convert it first"):
+        stock.load_backbone(cast, read_blueprint(cast), torch.device("cpu"))
 
 
 # -- ends of sequence -----------------------------------------------------------------------------

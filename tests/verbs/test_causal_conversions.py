@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from causal_folders import adapter_gradients, small_seeing, write_causal
+from safetensors.torch import load_file
 from small_causal import furthest, plain_logits, small_causal
 from torch import Tensor
 from toy_exports import run_export
@@ -28,6 +29,7 @@ from mhr_scale.verbs.finetune import finetune
 pytestmark = pytest.mark.usefixtures("on_cpu")
 #: Widths that 4 bits take, and ids that the byte tokenizer has.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+UNFUSED = {"fused_attention": False, "fused_norm": False, "fused_gate": False}
 BYTES = {**WIDE, "vocab_size": 384, "eos_token_id": 1, "max_position_embeddings": 256}
 
 
@@ -46,9 +48,14 @@ def stock_logits(folder: Path, dtype: torch.dtype = torch.float32) -> list[Tenso
     return plain_logits(model)
 
 
+def stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in the files, which are those that the hub has."""
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
 def place_folder(folder: Path, **settings: Any) -> Any:
     """The backbone of a folder as runs place it, its stored logits compared."""
-    config = BackboneConfig(name=str(folder), **settings)
+    config = BackboneConfig(name=str(folder), **UNFUSED, **settings)
     return place(Engine({}, timeout_seconds=60), config, read_blueprint(config), ())
 
 
@@ -77,6 +84,8 @@ def test_a_converted_folder_is_what_transformers_reads_of_it(
     placed = place_folder(tmp_path / "out", dtype=dtype)
     theirs = stock_logits(tmp_path / "out", getattr(torch, dtype))
     assert furthest(plain_logits(placed.model), theirs) == 0.0
+    if quantise == "none":
+        assert stored_names(tmp_path / "out") == stored_names(tmp_path / "original")
     exact = plain_logits(small_causal(family, **changes))
     assert furthest(theirs, exact) < {"int8": 0.1, "nf4": 1.0}.get(quantise, 0.05)
 
@@ -157,6 +166,7 @@ def test_a_merged_folder_is_the_adapter_on_its_backbone(
     with copied.slots(["a"]):
         expected = plain_logits(model)
     assert furthest(stock_logits(tmp_path / "out"), expected) < 1e-5
+    assert stored_names(tmp_path / "out") == stored_names(folder)
 
 
 # -- recompute and fine-tune -----------------------------------------------------------------------
