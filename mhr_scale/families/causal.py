@@ -162,10 +162,13 @@ class Causal(Discovered):
 
     def logits(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
+        tokens = _tokens(packed)
+        length, depth = tokens["input_ids"].shape[1], packed.labels_BD.shape[1]
         output = model(
-            **_tokens(packed),
+            **tokens,
             attention_mask=_masks(model, packed),
-            logits_to_keep=packed.labels_BD.shape[1],
+            # not their number: of a slice of the states a frozen head makes one product a row
+            logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
             use_cache=False,
         )
         logits_BDV: Tensor = output.logits

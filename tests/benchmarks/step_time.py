@@ -2,6 +2,8 @@
 
 python tests/benchmarks/step_time.py [--tokens 64 128 256] [--turns 9] [--json FILE]
     forward and backward of every way, the optimizer's pass, and what each switch does to logits
+python tests/benchmarks/step_time.py --model llama --tokens 256 --parts steps
+    the same over a decoder-only backbone, PEFT with logits everywhere and at targets only
 python tests/benchmarks/step_time.py --parts ranks start
     tokens/s on one rank and two, replicated and ZeRO-3, through the launcher; start-up and loading
 python tests/benchmarks/step_time.py --device cuda --model xxl --rows 8 --tokens 256
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_time_causal import CAUSAL_BASES, CAUSAL_SHAPES, build_causal, causal_ways
 from step_time_counts import counted
 from step_time_optimizer import compare
 from step_time_ranks import start_up, throughput
@@ -37,6 +40,7 @@ from mhr_scale.run.runlog import Progress, start_logging
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("steps", "optimizer", "logits", "ranks", "start")
+MODELS = "T5 v1.1 (small: 6+6, d 256) or Llama (8 blocks, d 512, 49,152 tokens) (small)"
 Row = dict[str, Any]
 
 
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     )
     found: Row = {"machine": machine(setting)}
     if {"steps", "optimizer", "logits"} & set(args.parts):
-        model = build_t5(setting)
+        is_causal = args.model in CAUSAL_SHAPES
+        model = (build_causal if is_causal else build_t5)(setting)
         if "steps" in args.parts:
             found["steps"] = [
                 row
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
             ]
         if "optimizer" in args.parts:
             found["optimizer"] = compare(model, setting, turns=args.turns)
-        if "logits" in args.parts:
+        if "logits" in args.parts and not is_causal:
             found["logits"] = logit_errors(model, replace(setting, tokens=args.tokens[0]))
     if "ranks" in args.parts:
         found["ranks"] = throughput(args.shared, steps=args.steps)
@@ -85,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     default = ["steps", "optimizer", "logits"]
     add("--parts", nargs="+", choices=PARTS, default=default, help=f"({' '.join(default)})")
-    add("--model", choices=SHAPES, default="small", help="T5 v1.1 of this size (small: 6+6, d 256)")
+    add("--model", choices=[*SHAPES, *CAUSAL_SHAPES], default="small", help=MODELS)
     add("--rows", type=int, default=8, help="examples, each of another task (8)")
     add("--tokens", nargs="+", type=int, default=[64, 128, 256], help="input tokens (64 128 256)")
     add("--targets", type=int, default=16, help="target tokens (16)")
@@ -130,7 +135,9 @@ def keep(file: Path, found: Row) -> None:
 
 def time_ways(model: Any, setting: Setting, turns: int) -> list[Row]:
     """Every way's medians, ratios to each of `BASES`, and counts."""
-    ways = all_ways(model, setting)
+    is_causal = setting.model in CAUSAL_SHAPES
+    ways = (causal_ways if is_causal else all_ways)(model, setting)
+    bases = CAUSAL_BASES if is_causal else BASES
     progress = Progress(len(ways) * (turns + 1), start=0, what=f"L {setting.tokens}", unit="pass")
     counts = {}
     for way in ways:
@@ -154,7 +161,7 @@ def time_ways(model: Any, setting: Setting, turns: int) -> list[Row]:
             "linears": linears,
             "cpu_ms": 1e3 * statistics.median(cpu for cpu, _ in times[way.name]),
             "wall_ms": 1e3 * statistics.median(wall for _, wall in times[way.name]),
-            "ratios": {base: ratio(times[way.name], times[base], setting) for base in BASES},
+            "ratios": {base: ratio(times[way.name], times[base], setting) for base in bases},
             **counts[way.name],
         }
         for way in ways
@@ -239,12 +246,13 @@ def to_markdown(found: Row) -> str:
 def step_table(rows: list[Row]) -> list[str]:
     """One input length: times, ratios, memory, and what is added per linear and direction."""
     by_name = {row["way"]: row for row in rows}
+    bases = [*rows[0]["ratios"]]
     lines = [
         "",
         f"| {rows[0]['rows']} x {rows[0]['tokens']} tokens | CPU ms | wall ms "
-        f"| {' | '.join(BASES)} | peak MiB | saved MiB "
+        f"| {' | '.join(bases)} | peak MiB | saved MiB "
         "| kernels per linear, forward, backward | waits |",
-        "|---" * (len(BASES) + 7) + "|",
+        "|---" * (len(bases) + 7) + "|",
     ]
     for row in rows:
         # ours runs over the fused backbone, the others over transformers' own
@@ -254,7 +262,7 @@ def step_table(rows: list[Row]) -> list[str]:
             f"{(row[key] - base[key]) / row['linears']:.1f}"
             for key in ("forward_kernels", "backward_kernels")
         ]
-        ratios = " | ".join(f"{row['ratios'][name]:.2f}" for name in BASES)
+        ratios = " | ".join(f"{row['ratios'][name]:.2f}" for name in bases)
         lines.append(
             f"| {row['way']} | {row['cpu_ms']:.0f} | {row['wall_ms']:.0f} | {ratios} "
             f"| {row['peak_mib']:.1f} | {row['saved_mib']:.1f} "

@@ -166,19 +166,23 @@ def frozen(name: str, model: Any, setting: Setting, *, recompute: str = "none") 
 
 
 def ours(
-    name: str, model: Any, setting: Setting, config: AdapterConfig, *, around: Any = nullcontext
+    name: str,
+    model: Any,
+    setting: Setting,
+    config: AdapterConfig,
+    *,
+    loss_of: Callable[[Any], Tensor],
+    around: Any = nullcontext,
 ) -> Way:
     """Our adapter: slots are filled in `forward`, mixed gradients delivered in `backward`."""
     adapter = attach(model, config, tasks=[f"task {number}" for number in range(N_TASKS)])
     adapter.row_gradients = True
-    batch = setting.batch()
     filled: list[Any] = []
 
     def forward() -> Tensor:
         filled.append(adapter.slots(setting.task_ids))
         filled[0].__enter__()
-        loss: Tensor = model(**batch, use_cache=False).loss
-        return loss
+        return loss_of(model)
 
     def backward(loss: Tensor) -> None:
         slots = filled.pop()
@@ -204,7 +208,7 @@ def plain_products(
     x: Tensor,
     a_UIX: Tensor,
     b_URO: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    frozen: Sequence[tuple[Tensor, Tensor | None]],
     *,
     cut: object,
 ) -> tuple[Tensor, ...]:
@@ -214,8 +218,8 @@ def plain_products(
     ranks = [b.shape[-2] for b in b_URO if b is not None]
     columns = iter(hidden.split(ranks, -1))
     ys = []
-    for weight, b in zip(weights, b_URO, strict=True):
-        y = F.linear(x, weight)
+    for (weight, bias), b in zip(frozen, b_URO, strict=True):
+        y = F.linear(x, weight, bias)
         ys.append(y if b is None else y + (next(columns) @ b).reshape(y.shape))
     return tuple(ys)
 
@@ -245,7 +249,7 @@ def peft(name: str, model: Any, setting: Setting, kind: str, *, is_float32: bool
     if kind == "poly":
         batch["task_ids"] = torch.tensor(setting.task_ids, device=setting.device)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return _plain(name, wrapped, batch, trained)
+    return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained)
 
 
 class Mixing(nn.Module):
@@ -287,10 +291,15 @@ def reference(name: str, model: Any, setting: Setting) -> Way:
                 mixing = Mixing(getattr(parent, child))
                 setattr(parent, child, mixing)
                 trained += [mixing.logits_TQS, mixing.a_QSIR, mixing.b_QSRO]
-    return _plain(name, model, {**setting.batch(), "use_cache": False}, trained)
+    batch = setting.batch()
+    return plain_way(name, model, lambda: model(**batch, use_cache=False).loss, trained)
 
 
-def _plain(name: str, model: Any, batch: dict[str, Any], trained: list[nn.Parameter]) -> Way:
+def plain_way(
+    name: str, model: Any, forward: Callable[[], Tensor], trained: Sequence[nn.Parameter]
+) -> Way:
+    """One whose gradients autograd leaves in the trained parameters."""
+
     def clear() -> None:
         for parameter in trained:
             parameter.grad = None
@@ -298,7 +307,7 @@ def _plain(name: str, model: Any, batch: dict[str, Any], trained: list[nn.Parame
     return Way(
         name=name,
         model=model,
-        forward=lambda: model(**batch).loss,
+        forward=forward,
         backward=Tensor.backward,
         clear=clear,
     )
@@ -323,6 +332,15 @@ def all_ways(model: Any, setting: Setting) -> list[Way]:
     def fused() -> Any:
         return fuse(model, *SWITCHES)
 
+    batch = setting.batch()
+
+    def loss(one: Any) -> Tensor:
+        found: Tensor = one(**batch, use_cache=False).loss
+        return found
+
+    def mine(name: str, one: Any, config: AdapterConfig, *, around: Any = nullcontext) -> Way:
+        return ours(name, one, setting, config, loss_of=loss, around=around)
+
     again = "non_reentrant"
     return [
         frozen("frozen stock", bare(), setting),
@@ -330,12 +348,12 @@ def all_ways(model: Any, setting: Setting) -> list[Way]:
         *(frozen(f"frozen, {switch} alone", fuse(model, switch), setting) for switch in SWITCHES),
         frozen("frozen stock, recomputing", bare(), setting, recompute=again),
         frozen("frozen fused, recomputing", fused(), setting, recompute=again),
-        ours("LoRA", fused(), setting, lora),
-        ours("Poly", fused(), setting, poly),
-        ours("MHR 8", fused(), setting, mhr8),
-        ours("MHR 64", fused(), setting, mhr64),
-        ours("MHR 8, stock T5", bare(), setting, mhr8),
-        ours("MHR 8, plain autograd", fused(), setting, mhr8, around=without_function),
+        mine("LoRA", fused(), lora),
+        mine("Poly", fused(), poly),
+        mine("MHR 8", fused(), mhr8),
+        mine("MHR 64", fused(), mhr64),
+        mine("MHR 8, stock T5", bare(), mhr8),
+        mine("MHR 8, plain autograd", fused(), mhr8, around=without_function),
         peft("PEFT LoRA", bare(), setting, "lora"),
         peft("PEFT LoRA, bf16", bare(), setting, "lora", is_float32=False),
         peft("PEFT Poly", bare(), setting, "poly"),

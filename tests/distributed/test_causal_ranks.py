@@ -1,0 +1,139 @@
+"""Decoder-only backbones through the launchers: however they are spread, the same bits.
+
+Small random models, the toy suite in bytes. Blocks with norms on queries and keys, before and
+behind a sub-layer, and blocks whose attention and feed-forward run side by side.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import read_metrics, succeed_together, timeless
+from safetensors.torch import load_file
+
+from mhr_scale.tasks import toy
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+SIZES = (
+    "vocab_size: 384, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+    "num_attention_heads: 4"
+)
+GROUPED = "num_key_value_heads: 2, head_dim: 8"
+BACKBONES = {
+    "llama": f"{SIZES}, {GROUPED}",
+    "qwen3": f"{SIZES}, {GROUPED}",
+    "gemma2": f"{SIZES}, {GROUPED}, sliding_window: 8",
+    "phi": SIZES,
+    "gpt_neox": SIZES,
+}
+#: Whose runs are also resumed and recomputed.
+WHOLE = ("llama", "qwen3")
+SHARDED, REPLICATED = (
+    "run.ds_config=ds_configs/cpu.json",
+    "run.ds_config=ds_configs/replicated.json",
+)
+#: On how many ranks, with which settings.
+RUNS = {
+    "alone": (0, ["run.ds_config=null"]),
+    "alone_recomputing": (0, ["run.ds_config=null", "backbone.recompute=non_reentrant"]),
+    "two_replicated": (2, [REPLICATED]),
+    "two_sharded": (2, [SHARDED]),
+    "two_recomputing": (2, [SHARDED, "backbone.recompute=reentrant"]),
+    "resumed": (2, [SHARDED]),
+}
+IN_ALL = ("alone", "two_replicated", "two_sharded")
+WAVES = {"alone": (0, "null", 1), "two_sharded": (2, "ds_configs/cpu.json", 4)}
+
+
+def training(family: str, folder: Path, changes: list[str]) -> tuple[str, ...]:
+    return (
+        "launch/pretrain.py",
+        "launch/recipes/toy.yaml",
+        f"backbone={{config: {{model_type: {family}, {BACKBONES[family]}}}, dtype: float32}}",
+        "adapter={layout: full, rank: 1, n_skills: 4, n_splits: 8}",
+        "tasks={suite: toy, instruction: none, n_tasks: 8, train_examples: 20, "
+        "validation_examples: 1}",
+        "batch={batch_size: 8, micro_batch_size: 4, max_input_tokens: 32, max_target_tokens: 32}",
+        "schedule={steps: 4, decay: linear}",
+        "run.save_every=2",
+        "run.log_every=1",
+        f"run.folder={folder}",
+        *changes,
+    )
+
+
+def adapting(source: Path, folder: Path, placement: str, size: int) -> tuple[str, ...]:
+    return (
+        "launch/adapt.py",
+        "launch/recipes/toy_adapt.yaml",
+        f"variants={{MHR: {{adapter: {source}}}, "
+        f"MHR-z: {{adapter: {source}, kind: routing}}, "
+        f"MHR-mu: {{adapter: {source}, kind: average}}, "
+        "IA3: {fresh: {kind: ia3, layout: light, n_skills: 1}, lr: 0.01}}",
+        f"tasks.tasks=[{', '.join(toy.split(0)[0][8:])}]",
+        "shots={seeds: [0], count: 8}",
+        "protocol={steps: 6, batch_size: 4, loss: t_few, max_input_tokens: 32}",
+        "selection={on: test, every_epochs: 2}",
+        "scoring={metric: accuracy, examples: 4}",
+        "run.log_every=1",
+        f"waves.size={size}",
+        f"run.ds_config={placement}",
+        f"run.folder={folder}",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("causal")
+    for ranks in (0, 2):
+        commands = []
+        for family in BACKBONES:
+            for name, (on, changes) in RUNS.items():
+                if on != ranks or not (family in WHOLE or name in IN_ALL):
+                    continue
+                at = folder / family / name
+                if name == "resumed":
+                    shutil.copytree(folder / family / "alone", at)
+                    shutil.rmtree(at / "steps" / "000004")
+                commands.append(training(family, at, changes))
+        source = folder / "llama" / "alone"
+        for name, (on, placement, size) in WAVES.items():
+            if on == ranks:
+                commands.append(adapting(source, folder / "waves" / name, placement, size))
+        succeed_together(commands, folder, ranks=ranks)
+    return folder
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("name", ["two_replicated", "two_sharded"])
+def test_placements_train_the_same_adapter(folder: Path, family: str, name: str) -> None:
+    run, alone = folder / family / name, folder / family / "alone"
+    assert adapter_bytes(run) == adapter_bytes(alone)
+    assert timeless(run)[:4] == timeless(alone)[:4]
+
+
+@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("name", ["resumed", "alone_recomputing", "two_recomputing"])
+def test_resuming_and_recomputing_change_nothing(folder: Path, family: str, name: str) -> None:
+    assert adapter_bytes(folder / family / name) == adapter_bytes(folder / family / "alone")
+
+
+def test_training_moved_every_tensor(folder: Path) -> None:
+    for family in BACKBONES:
+        tensors = load_file(folder / family / "alone" / "adapter" / "adapter.safetensors")
+        assert all(bool(tensor.any()) for tensor in tensors.values())
+
+
+def test_jobs_in_waves_equal_separate_runs(folder: Path) -> None:
+    runs = [folder / "waves" / name for name in WAVES]
+    jobs = sorted(path.parent.relative_to(runs[0]) for path in runs[0].rglob("result.json"))
+    assert len(jobs) == 2 * 4
+    for job in jobs:
+        one, other = (load_file(run / job / "adapter" / "adapter.safetensors") for run in runs)
+        assert all(one[key].equal(other[key]) for key in one.keys() | other.keys()), job
+        assert read_metrics(runs[0] / job) == read_metrics(runs[1] / job), job
