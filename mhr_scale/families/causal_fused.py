@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mhr_scale.families.family import Blocks, Settings
 from mhr_scale.families.fused import GATES, fused_class, gated, rms_norm
@@ -44,13 +46,16 @@ def install(
 ) -> None:
     """Exchange the classes of attentions, gated feed-forwards and norms, as `settings` say.
 
-    The head's always. Before adapters are attached: they ask the modules which of their linears share an input.
+    The head's always. Before adapters are attached: they ask the modules which of their linears
+    share an input.
     """
     for stack in blocks.values():
         for name in stack.list_modules():
             block = model.get_submodule(name)
             for place, module in block.named_modules():
                 _join_linears(module, _roles_in(module, place), settings)
+    if settings.fused_attention and model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = _register_attention()
     if settings.fused_norm:
         for norm in norms:
             _fuse_norm(norm)
@@ -109,6 +114,60 @@ class Head:
     def forward(self: Any, states: Tensor) -> Tensor:
         """Logits of states (B, L, hidden)."""
         return super().forward(states.contiguous())  # type: ignore[misc]
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def _register_attention() -> str:
+    """The name by which transformers knows `grouped_attention`; its masks are those of sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "grouped_sdpa"
+    AttentionInterface.register(name, grouped_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def grouped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, but under a mask on CPUs too keys and values of shared heads stay one.
+
+    query (B, N, L, D), key and value (B, K, L, D); the result is (B, L, N, D).
+    """
+    is_plain = all(kwargs.get(name) is None for name in ("softcap", "cache", "position_bias"))
+    is_long = query.shape[2] > 1 and attention_mask is not None
+    if not (is_plain and is_long and query.device.type == "cpu"):
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
+        )
+        return found
+    out_BNLD = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out_BNLD.transpose(1, 2).contiguous(), None
 
 
 # -- gated feed-forwards ---------------------------------------------------------------------------

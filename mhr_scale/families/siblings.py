@@ -15,7 +15,7 @@ def call_together(parent: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple
     siblings = parent._modules.get(siblings_name(names))
     if siblings is not None:
         return siblings(x)
-    return tuple(parent.get_submodule(name)(x) for name in names)
+    return tuple(parent._modules[name](x) for name in names)  # type: ignore[misc]
 
 
 def siblings_name(names: tuple[str, ...]) -> str:
@@ -65,4 +65,4 @@ class _Handed:
         return made.pop(self._name)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._parent.get_submodule(self._name), name)
+        return getattr(self._parent._modules[self._name], name)

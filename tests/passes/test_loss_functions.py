@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mhr_scale.families.packed import IGNORE
+from mhr_scale.passes import losses
 from mhr_scale.passes import losses as loss_functions
 from mhr_scale.passes.losses import language_model
 
@@ -95,6 +96,40 @@ def test_bfloat16_logits_are_summed_in_float32(logits, labels):
     loss = language_model(low, labels)
     assert loss.sum.dtype == torch.float32
     torch.testing.assert_close(loss.sum, language_model(low.float(), labels).sum)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_in_chunks_are_those_of_all_logits_at_once(monkeypatch, dtype, smoothing):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 7, 50, generator=generator).mul_(3).to(dtype).requires_grad_()
+    labels = torch.randint(50, (3, 7), generator=generator)
+    labels[1, 2:] = IGNORE
+    weights = torch.rand(3, 7, generator=generator)
+    found = []
+    for size in (1, 100, 2**22):
+        monkeypatch.setattr(losses, "CHUNK", size)
+        tokens = losses.token_losses(logits, labels, label_smoothing=smoothing)
+        found.append((tokens, *torch.autograd.grad((tokens * weights).sum(), logits)))
+    for other in found[1:]:
+        assert all(one.equal(two) for one, two in zip(found[0], other, strict=True))
+    whole = logits.detach().double().requires_grad_()
+    expected = oracle(whole.flatten(0, 1), labels.flatten(), smoothing, "none")
+    (gradient,) = torch.autograd.grad((expected * weights.flatten()).sum(), whole)
+    torch.testing.assert_close(found[0][0].flatten().double(), expected, rtol=1e-6, atol=1e-6)
+    rounding = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {}
+    torch.testing.assert_close(found[0][1], gradient.to(dtype), **rounding)
+
+
+def test_logits_are_kept_as_they_are_and_nothing_beside_them():
+    logits = torch.randn(3, 7, 50).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.token_losses(logits, torch.zeros(3, 7, dtype=torch.long))
+    assert [(t.shape, t.dtype) for t in kept] == [
+        ((21, 50), torch.bfloat16),
+        ((21,), torch.long),
+    ]
 
 
 # --- T-Few's losses over packed choices
