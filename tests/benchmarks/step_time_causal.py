@@ -39,7 +39,7 @@ CAUSAL_SHAPES = {
         "vocab_size": 512,
         "hidden_size": 256,
         "intermediate_size": 256,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 3,
     },
 }
 #: Ways that others are compared with.

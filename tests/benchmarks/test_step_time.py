@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import step_time
+from step_time_causal import CAUSAL_BASES
 from step_time_ways import BASES, SWITCHES
 
 pytestmark = [
@@ -82,3 +83,39 @@ def test_parts_are_kept_beside_those_of_other_runs(tmp_path: Path) -> None:
         words = ["--parts", part, "--model", "tiny", "--tokens", "16", "--turns", "1"]
         step_time.main([*words, "--json", str(file)])
     assert json.loads(file.read_text(encoding="utf-8")).keys() == {"logits", "optimizer"}
+
+
+# -- over a decoder-only backbone ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def causal() -> dict[str, Row]:
+    """What one turn over the smallest Llama finds."""
+    words = ["--model", "llama-tiny", "--tokens", "32", "--rows", "4", "--turns", "1"]
+    found = step_time.main([*words, "--parts", "steps"])
+    return {row["way"]: row for row in found["steps"]}
+
+
+def test_ways_over_a_decoder_only_backbone_are_told_from_peft_with_all_logits(
+    causal: dict[str, Row],
+) -> None:
+    assert len(causal) == 15
+    for row in causal.values():
+        assert row["ratios"].keys() == set(CAUSAL_BASES)
+    for way in ("frozen stock", "PEFT LoRA", "PEFT Poly"):
+        assert causal[way]["peak_mib"] < causal[f"{way}, all logits"]["peak_mib"]
+
+
+def test_ours_dispatch_and_keep_less_than_peft(causal: dict[str, Row]) -> None:
+    mhr = causal["MHR 8"]
+    for way in ("PEFT LoRA", "PEFT Poly"):
+        assert added_kernels(causal, "MHR 8", "frozen fused") < added_kernels(
+            causal, way, "frozen stock"
+        )
+        assert mhr["peak_mib"] < causal[way]["peak_mib"]
+    assert mhr["waits"] == 0
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_keeps_less_of_it(causal: dict[str, Row], switch: str) -> None:
+    assert causal[f"frozen, {switch} alone"]["saved_mib"] < causal["frozen stock"]["saved_mib"]
