@@ -210,7 +210,7 @@ class Causal(Discovered):
         output = model(
             **tokens,
             attention_mask=_masks(model, packed),
-            # not their number: of a slice of the states a frozen head makes one product a row
+            # not their number: for a slice of the states torch repeats a frozen head for each row
             logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
             use_cache=False,
         )

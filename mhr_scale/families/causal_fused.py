@@ -46,7 +46,7 @@ def install(
 ) -> None:
     """Exchange the classes of attentions, gated feed-forwards and norms, as `settings` say.
 
-    The head's always. Before adapters are attached: they ask the modules which of their linears
+    Before adapters are attached: they ask the modules which of their linears
     share an input.
     """
     for stack in blocks.values():
@@ -60,9 +60,6 @@ def install(
     if settings.fused_norm:
         for norm in norms:
             _fuse_norm(norm)
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):
-        head.__class__ = fused_class(Head, type(head))
 
 
 def _roles_in(module: nn.Module, place: str) -> dict[str, str]:
@@ -103,18 +100,6 @@ def _n_in(module: nn.Module, name: str) -> int:
     widths = find_widths(module.get_submodule(name))
     assert widths is not None
     return widths[0]
-
-
-class Head:
-    """The linear from states to logits, given those of some positions of each row.
-
-    Where a frozen weight meets rows that do not lie one behind the other, torch repeats the weight
-    for each row on CPUs.
-    """
-
-    def forward(self: Any, states: Tensor) -> Tensor:
-        """Logits of states (B, L, hidden)."""
-        return super().forward(states.contiguous())  # type: ignore[misc]
 
 
 # -- attention -------------------------------------------------------------------------------------

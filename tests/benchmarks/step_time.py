@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
             found["steps"] = [
                 row
                 for tokens in args.tokens
-                for row in time_ways(model, replace(setting, tokens=tokens), args.turns)
+                for row in time_ways(model, replace(setting, tokens=tokens), args.turns, args.ways)
             ]
         if "optimizer" in args.parts:
             found["optimizer"] = compare(model, setting, turns=args.turns)
@@ -97,6 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(bfloat16)")
     add("--device", default="cpu", help="cpu or cuda (cpu)")
     add("--threads", type=int, default=1, help="threads of one process (1)")
+    add("--ways", nargs="+", default=(), help="these ways and the frozen ones (all)")
     add("--turns", type=int, default=9, help="turns (9)")
     add("--steps", type=int, default=16, help="steps of the runs of the part `ranks` (16)")
     add("--shared", help="folder with data/superni_sample and backbones/t5_mini_text (toy suite)")
@@ -133,11 +134,13 @@ def keep(file: Path, found: Row) -> None:
 # -- times -----------------------------------------------------------------------------------------
 
 
-def time_ways(model: Any, setting: Setting, turns: int) -> list[Row]:
+def time_ways(model: Any, setting: Setting, turns: int, names: Sequence[str] = ()) -> list[Row]:
     """Every way's medians, ratios to each of `BASES`, and counts."""
     is_causal = setting.model in CAUSAL_SHAPES
     ways = (causal_ways if is_causal else all_ways)(model, setting)
-    bases = CAUSAL_BASES if is_causal else BASES
+    names = {*names, *BASES[:2]} if names else {way.name for way in ways}
+    ways = [way for way in ways if way.name in names]
+    bases = [name for name in (CAUSAL_BASES if is_causal else BASES) if name in names]
     progress = Progress(len(ways) * (turns + 1), start=0, what=f"L {setting.tokens}", unit="pass")
     counts = {}
     for way in ways:
