@@ -46,8 +46,7 @@ def install(
 ) -> None:
     """Exchange the classes of attentions, gated feed-forwards and norms, as `settings` say.
 
-    Before adapters are attached: they ask the modules which of their linears
-    share an input.
+    Before adapters are attached: they ask the modules which of their linears share an input.
     """
     for stack in blocks.values():
         for name in stack.list_modules():

@@ -6,9 +6,9 @@ one row a choice   mhr_scale.passes.scoring.rank_choices, each choice a row of i
 harness            lm-evaluation-harness's Hugging Face model on the same requests
 branches           mhr_scale.passes.scoring.rank_choices, choices as branches behind their prompt
 
-The same model in float32, rows and likelihoods (to 1e-4); the ways take turns, ratios are medians
-over turns. A small Llama of random weights, and the models of the folders. The harness is no
-dependency; to have it, in an environment of its own:
+The same model in float32, rows and likelihoods (to 1e-4). The ways take turns; times are those of
+the processor, ratios medians over turns. A small Llama of random weights, and the models of the
+folders. The harness is no dependency; to have it, in an environment of its own:
 
     python -m venv --system-site-packages VENV && VENV/bin/pip install lm_eval -c constraints.txt
 """
@@ -33,7 +33,7 @@ from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes.scoring import rank_choices
 
-N_ROWS, N_CHOICES, N_PROMPT, MAX_CHOICE = 8, 4, 256, 6
+N_ROWS, N_CHOICES, N_PROMPT, MAX_CHOICE = 4, 4, 256, 6
 Way = Callable[[], list[float]]
 
 
@@ -65,9 +65,9 @@ def compare(name: str, placed: PlacedBackbone, turns: int) -> None:
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):
         for way, run in ways.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             run()
-            times[way].append(time.perf_counter() - begun)
+            times[way].append(time.process_time() - begun)
     for way, seconds in times.items():
         pairs = zip(seconds, times["branches"], strict=True)
         ratio = statistics.median(own / best for own, best in pairs)

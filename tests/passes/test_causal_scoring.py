@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters.tiny import randomise
 from placed import place_model
 from small_causal import FAMILIES, SIZES, small_causal
 from torch.nn import functional as F
 
+from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.errors import DataError
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes import scoring
@@ -72,6 +74,24 @@ def test_ranked_scores_equal_one_text_at_a_time(name: str, monkeypatch: Any) -> 
     wanted = flat([one_by_one(model, row) for row in longer])
     found = flat(rank_choices(placed, None, longer, length_norm=1.0))
     assert found == pytest.approx(wanted, rel=2e-5, abs=2e-5)
+
+
+def test_every_part_of_a_row_reads_the_slot_of_its_task(monkeypatch: Any) -> None:
+    model = untied("qwen3")
+    config = AdapterConfig(n_skills=3, n_splits=4, rank=2)
+    sites = find_sites(model, config.layout)
+    placed = place_model(model, sites)
+    adapter = randomise(Adapter(config, sites, task_names=("copy", "sort")))
+    adapter.bind(placed.adapted)
+    rows = [replace(row, input_ids=row.input_ids[:2], task=row.number % 2) for row in make_rows()]
+    wanted = []
+    for row in rows:
+        with adapter.slots([row.task]):
+            wanted += one_by_one(model, row)
+    for most in (4, 1024):
+        monkeypatch.setattr(scoring, "MOST_BEHIND", most)
+        found = flat(rank_choices(placed, adapter, rows, length_norm=1.0))
+        assert found == pytest.approx(wanted, rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
