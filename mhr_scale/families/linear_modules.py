@@ -1,5 +1,7 @@
 """Which modules are linears that adapters can be attached to, and how their weights lie."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -13,6 +15,7 @@ def find_widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_transposed(module):
-        n_in, n_out = module.weight.shape  # type: ignore[misc]
+        weight: Any = module.weight
+        n_in, n_out = getattr(weight, "ds_shape", weight.shape)  # the whole of a sharded one
         return int(n_in), int(n_out)
     return None
