@@ -3,10 +3,11 @@
 python tests/benchmarks/smollm2_study.py BACKBONE FOLDER [--minutes 60 | --steps N] [--ranks 2]
 
 BACKBONE is a folder of SmolLM2-135M (or another model), `MHR_SHARED` names the folder with
-data/superni_sample. Every method trains for as many steps as MHR takes in the minutes. Then, on the
-20 test tasks: nats per target token and Rouge-L of the backbone, of the averages, and of these
-after extra steps; few-shot Rouge-L of MHR, MHR-z and MHR-mu on some of them. The same command goes
-on after an interruption; FOLDER/results.json holds what is done, FOLDER/logs what verbs say.
+data/superni_sample; the recipes are launch/recipes/superni_smollm2*.yaml. Every method trains for
+as many steps as MHR takes in the minutes. Then, on the 20 test tasks: nats per target token and
+Rouge-L of the backbone, of the averages, and of these after extra steps; few-shot Rouge-L of MHR,
+MHR-z and MHR-mu on five of them. The same command goes on after an interruption;
+FOLDER/results.json holds what is done, FOLDER/logs what verbs say.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mhr_scale.adapters import artefact
 from mhr_scale.config import BatchConfig, EvaluateConfig
@@ -34,21 +34,30 @@ from mhr_scale.rows.encode import Encoder
 from mhr_scale.tasks.suites import read_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {
+    "pretrain": "superni_smollm2",
+    "average": "superni_smollm2_average",
+    "evaluate": "superni_smollm2_evaluate",
+    "adapt": "superni_smollm2_few_shot",
+}
 METHODS = {
-    "LoRA": {"n_skills": 1, "n_splits": 1},
-    "Poly": {"n_skills": 8, "n_splits": 1},
-    "MHR": {"n_skills": 8, "n_splits": 8},
+    "LoRA": ("adapter.n_skills=1", "adapter.n_splits=1"),
+    "Poly": ("adapter.n_skills=8", "adapter.n_splits=1"),
+    "MHR": ("adapter.n_skills=8", "adapter.n_splits=8"),
 }
 PROBE = 8
+TARGET_TOKENS = 24
 
 
 class Study:
     """The stages of a study and the results so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.folder = options, Path(options.folder)
+        self.options, self.folder = options, Path(options.folder).resolve()
+        self.backbone = f"backbone.name={Path(options.backbone).resolve()}"
+        data = Path(os.environ["MHR_SHARED"]).resolve() / "data" / "superni_sample"
+        self.tasks = f"tasks.folder={data}"
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipes").mkdir(exist_ok=True)
         self.file = self.folder / "results.json"
         self.results: dict[str, Any] = (
             json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -60,26 +69,24 @@ class Study:
 
     # -- verbs -------------------------------------------------------------------------------------
 
-    def run(self, verb: str, name: str, recipe: dict[str, Any]) -> Path:
-        """Run a verb on a recipe into a folder of this name, unless it is done."""
+    def run(self, verb: str, name: str, *settings: str) -> Path:
+        """Run a verb's recipe with other settings into a folder of this name, unless it is done."""
         place = self.folder / "runs" / name
         if name in self.results.setdefault("done", []):
             return place
-        recipe = {**recipe, "run": {"folder": str(place), **recipe.get("run", {})}}
-        file = self.folder / "recipes" / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(recipe))
         ranks, command = self.options.ranks, [sys.executable]
         if ranks > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
             command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        recipe = ROOT / "launch" / "recipes" / f"{RECIPES[verb]}.yaml"
+        program = [str(ROOT / "launch" / f"{verb}.py"), str(recipe)]
         print(f"{verb} {name}", flush=True)
         with (self.folder / "logs" / f"{name}.log").open("a") as log:
             subprocess.run(
-                [*command, str(ROOT / "launch" / f"{verb}.py"), str(file)],
-                env=environment,
+                [*command, *program, *settings, f"run.folder={place}"],
+                env={**os.environ, "DS_ACCELERATOR": "cpu"},
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -93,45 +100,22 @@ class Study:
         """Write the results so far."""
         self.file.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def tasks(self, fold: str, **settings: Any) -> dict[str, Any]:
-        """The sample's tasks of a fold."""
-        folder = Path(os.environ["MHR_SHARED"]).resolve() / "data" / "superni_sample"
-        where = {"suite": "superni", "folder": str(folder), "split": "default", "fold": fold}
-        return {**where, "prompt": "mhr", **settings}
-
     def pretrain(self, method: str, name: str, steps: int) -> Path:
         """Train a method on the training tasks."""
-        o = self.options
-        recipe = {
-            "backbone": {"name": str(Path(o.backbone).resolve()), "dtype": "bfloat16"},
-            "adapter": {"layout": "full", "rank": 4, "policy": "learned", **METHODS[method]},
-            "tasks": self.tasks("train", train_examples=100, validation_examples=2),
-            "optim": {"name": "adamw", "lr": o.lr, "routing_lr": 0.1, "clip_norm": 1.0},
-            "schedule": {"steps": steps, "warmup_fraction": 0.06, "decay": "linear"},
-            "batch": {
-                "batch_size": 8,
-                "micro_batch_size": 4,
-                "max_input_tokens": o.input_tokens,
-                "max_target_tokens": o.target_tokens,
-            },
-            "run": {"seed": o.seed, "save_every": 50, "log_every": 10},
-        }
-        return self.run("pretrain", name, recipe)
+        return self.run(
+            "pretrain",
+            name,
+            *(self.backbone, self.tasks, *METHODS[method]),
+            "tasks.validation_examples=2",
+            f"schedule.steps={steps}",
+            f"run.seed={self.options.seed}",
+            f"run.token_cache={self.folder / 'tokens'}",
+        )
 
-    def evaluate(self, name: str, subject: dict[str, Any]) -> None:
+    def evaluate(self, name: str, *subject: str) -> None:
         """Zero-shot loss and Rouge-L of an adapter or a backbone alone."""
-        o = self.options
-        recipe = {
-            **subject,
-            "tasks": self.tasks("test"),
-            "scoring": {
-                "metric": "rougeL",
-                "max_new_tokens": 24,
-                "max_input_tokens": o.input_tokens,
-                "examples": o.examples,
-            },
-        }
-        place = self.run("evaluate", name, recipe)
+        examples = f"scoring.examples={self.options.examples}"
+        place = self.run("evaluate", name, self.tasks, examples, *subject)
         found = self.results.setdefault("zero-shot", {}).setdefault(name, {})
         if "nats" not in found:
             summary = json.loads((place / "summary.json").read_text())
@@ -148,8 +132,12 @@ class Study:
         o = self.options
         torch.set_num_threads(o.ranks)
         adapter = None if config.adapter is None else artefact.load(config.adapter)
-        lengths = BatchConfig(max_input_tokens=o.input_tokens, max_target_tokens=o.target_tokens)
-        backbone = load(EvaluateConfig, self.folder / "recipes" / "bare.yaml").backbone
+        lengths = BatchConfig(
+            max_input_tokens=config.scoring.max_input_tokens,
+            max_target_tokens=TARGET_TOKENS,
+            cut=config.scoring.cut,
+        )
+        backbone = load(EvaluateConfig, self.folder / "runs" / "bare" / "config.yaml").backbone
         assert backbone is not None
         opened = open_backbone(backbone, ds_config=None, timeout_seconds=600.0, recipe=config)
         tasks, _ = read_evaluation(config.tasks, examples=o.examples)
@@ -173,47 +161,27 @@ class Study:
     # -- the whole ---------------------------------------------------------------------------------
 
     def few_shot(self, source: Path) -> None:
-        """The variants of MHR on the first of the test tasks."""
+        """The variants of MHR on five of the test tasks."""
         o = self.options
-        names = sorted(json.loads(line)["task"] for line in self.scored_lines())
-        tasks = list(dict.fromkeys(names))[:: max(1, 20 // o.few_shot_tasks)][: o.few_shot_tasks]
-        recipe = {
-            "variants": {
-                "MHR": {"adapter": str(source)},
-                "MHR-z": {"adapter": str(source), "kind": "routing"},
-                "MHR-mu": {"adapter": str(source), "kind": "average"},
-            },
-            "tasks": self.tasks("test", tasks=tasks),
-            "shots": {"seeds": [13], "count": 32},
-            "protocol": {
-                "steps": o.few_shot_steps,
-                "loss": "language_model",
-                "references": "random",
-                "max_input_tokens": o.input_tokens,
-                "max_target_tokens": o.target_tokens,
-            },
-            "optim": {"name": "adamw", "lr": o.lr, "routing_lr": 0.1, "clip_norm": 0.1},
-            "selection": {"on": "last"},
-            "scoring": {
-                "metric": "rougeL",
-                "max_new_tokens": 24,
-                "max_input_tokens": o.input_tokens,
-                "examples": o.examples,
-            },
-        }
-        place = self.run("adapt", "few_shot", recipe)
+        place = self.run(
+            "adapt",
+            "few_shot",
+            self.tasks,
+            *(f"variants.{name}.adapter={source}" for name in ("MHR", "MHR-z", "MHR-mu")),
+            f"protocol.steps={o.few_shot_steps}",
+            f"scoring.examples={o.examples}",
+            "selection={on: last}",
+        )
         self.results["few-shot"] = json.loads((place / "summary.json").read_text())["variants"]
         self.keep()
-
-    def scored_lines(self) -> list[str]:
-        """The scores of the backbone alone."""
-        return (self.folder / "runs" / "bare" / "scores.jsonl").read_text().splitlines()
 
     def all(self) -> None:
         """All stages, in the order in which their results are wanted."""
         o = self.options
-        frozen = {"name": str(Path(o.backbone).resolve()), "dtype": "bfloat16"}
-        self.evaluate("bare", {"backbone": frozen})
+        self.evaluate(
+            "bare",
+            *("adapter=null", "routing=own", self.backbone, "backbone.dtype=bfloat16"),
+        )
         steps = self.results.get("steps") or o.steps
         if steps is None:
             probe = self.pretrain("MHR", "probe", PROBE)
@@ -227,11 +195,10 @@ class Study:
             facts = {"seconds_per_step": seconds_per_step(run), "held_out_nats": losses}
             self.results.setdefault("pretrain", {})[method] = facts
             extra = max(1, round(steps * o.extra))
-            averaging = {"source": str(run), "steps": [0, extra], "run": {"seed": o.seed}}
-            mean = self.run("average", f"{method}_average", averaging)
+            averaging = (f"source={run}", f"steps=[0, {extra}]", f"run.seed={o.seed}")
+            mean = self.run("average", f"{method}_average", *averaging)
             for k in (0, extra):
-                subject = {"adapter": str(mean / "averaged" / f"{k:06d}"), "routing": "average"}
-                self.evaluate(f"{method}_{k}", subject)
+                self.evaluate(f"{method}_{k}", f"adapter={mean / 'averaged' / f'{k:06d}'}")
         self.few_shot(self.folder / "runs" / "MHR")
 
 
@@ -251,12 +218,8 @@ def main() -> None:
     parser.add_argument("--extra", type=float, default=0.1, help="extra steps, as a share of these")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--examples", type=int, default=10, help="per test task")
-    parser.add_argument("--few-shot-tasks", type=int, default=5)
     parser.add_argument("--few-shot-steps", type=int, default=40)
-    parser.add_argument("--input-tokens", type=int, default=256)
-    parser.add_argument("--target-tokens", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=42)
     study = Study(parser.parse_args())
     study.all()
     results = study.results
