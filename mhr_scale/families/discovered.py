@@ -219,7 +219,9 @@ class Discovered(Family):
 
     def own_config(self, config: Any, place: str) -> Any:
         """Of a model that reads pictures too the configuration of its text model."""
-        own = composed.text_config(config, place) if composed.is_composed(config) else config
+        if not composed.is_composed(config):
+            return config
+        own = composed.text_config(config, place)
         if not self.matches(own):
             raise BackboneError(
                 f"{place}: the text model of this {config.model_type} is of type "

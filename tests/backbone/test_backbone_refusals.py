@@ -130,7 +130,10 @@ def test_a_bin_file_of_something_else_is_named(make, content, expected):
         ('{\n"d_model": ', "config.json:2: "),
         (b"\xff\xfe", "config.json: not UTF-8"),
         ("[]", "config.json: "),
-        ('{"model_type": "vit"}', ": a backbone of type 'vit'; use one of type t5, mt5, llama"),
+        (
+            '{"model_type": "vit"}',
+            ": a backbone of type 'vit'; use one of type t5, mt5, umt5, llama",
+        ),
         (
             '{"model_type": "bert"}',
             ": backbones of type 'bert' (BertLMHeadModel) cannot be adapted",

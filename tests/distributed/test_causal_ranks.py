@@ -27,7 +27,7 @@ BACKBONES = {
     "phi": SIZES,
     "gpt_neox": SIZES,
 }
-#: Whose runs are also replicated, resumed and recomputed.
+#: Whose runs are also replicated, resumed and recomputed, and adapted to new tasks.
 WHOLE = ("llama", "qwen3")
 SHARDED, REPLICATED = (
     "run.ds_config=ds_configs/cpu.json",
@@ -97,10 +97,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     shutil.copytree(folder / family / "alone", at)
                     shutil.rmtree(at / "steps" / "000004")
                 commands.append(training(family, at, changes))
-        source = folder / "llama" / "alone"
-        for name, (on, placement, size) in WAVES.items():
-            if on == ranks:
-                commands.append(adapting(source, folder / "waves" / name, placement, size))
+        for family in WHOLE:
+            source = folder / family / "alone"
+            for name, (on, placement, size) in WAVES.items():
+                if on == ranks:
+                    at = folder / "waves" / family / name
+                    commands.append(adapting(source, at, placement, size))
         succeed_together(commands, folder, ranks=ranks)
     return folder
 
@@ -136,8 +138,9 @@ def test_training_moved_every_tensor(folder: Path) -> None:
         assert all(bool(tensor.any()) for tensor in tensors.values())
 
 
-def test_jobs_in_waves_equal_separate_runs(folder: Path) -> None:
-    runs = [folder / "waves" / name for name in WAVES]
+@pytest.mark.parametrize("family", WHOLE)
+def test_jobs_in_waves_equal_separate_runs(folder: Path, family: str) -> None:
+    runs = [folder / "waves" / family / name for name in WAVES]
     jobs = sorted(path.parent.relative_to(runs[0]) for path in runs[0].rglob("result.json"))
     assert len(jobs) == 2 * 4
     for job in jobs:

@@ -188,7 +188,7 @@ def test_a_lora_of_stock_peft_trains_over_the_backbone_that_its_folder_names(
     assert found[-1] < 0.9 * found[0]
     card, adapter = open_adapter(tmp_path / "run" / "adapter")
     assert card.backbone["name"] == base_model(TOY)
-    assert adapter.config.layout == "attention"
+    assert adapter.config.layout == ("q", "v")
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert base_model(TOY) in json.dumps(provenance)
 
