@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mhr_scale.families.family import Blocks, Settings
-from mhr_scale.families.fused import GATES, fused_class, gated, rms_norm
+from mhr_scale.families.fused import GATES, fused_class, gated, is_on_cpu, rms_norm
 from mhr_scale.families.linear_modules import find_widths
 from mhr_scale.families.linear_names import is_of_experts, part_of, role_of
 from mhr_scale.families.siblings import SharesInputs, call_together
@@ -131,7 +131,7 @@ def grouped_attention(
     """
     is_plain = all(kwargs.get(name) is None for name in ("softcap", "cache", "position_bias"))
     is_long = query.shape[2] > 1 and attention_mask is not None
-    if not (is_plain and is_long and query.device.type == "cpu"):
+    if not (is_plain and is_long and is_on_cpu(query)):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module,
             query,

@@ -3,7 +3,9 @@
 Each keeps for backward what it was given, and computes the rest anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,25 @@ def fused_class(part: Any, original: Any) -> Any:
     if (part, original) not in _CLASSES:
         _CLASSES[part, original] = type(f"Fused{original.__name__}", (part, original), {})
     return _CLASSES[part, original]
+
+
+#: Whether what runs on a CPU stands for a run on a GPU.
+_STANDS_FOR_GPU = ContextVar("stands_for_gpu", default=False)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, operations are those that a GPU would run: a plan counts them where there is none."""
+    token = _STANDS_FOR_GPU.set(True)
+    try:
+        yield
+    finally:
+        _STANDS_FOR_GPU.reset(token)
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether an operation on x is to run as it is best on CPUs."""
+    return x.device.type == "cpu" and not _STANDS_FOR_GPU.get()
 
 
 def _tanh_gelu(gate: Tensor) -> Tensor:
@@ -66,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0) 
 
     On GPUs torch's own kernel. On CPUs torch's is many operations and keeps x in float32.
     """
-    if x.is_cuda or weight.requires_grad:
+    if weight.requires_grad or not is_on_cpu(x):
         if offset:
             scale = weight.float() + offset
             return F.rms_norm(x.float(), scale.shape, scale, epsilon).to(x.dtype)

@@ -31,12 +31,12 @@ from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
 from mhr_scale.passes import scoring
 from mhr_scale.planning.tracing import (
-    GpuKernels,
     StepCounter,
     Trace,
     combine,
     fake_tensors,
     give_place,
+    gpu_kernels,
 )
 from mhr_scale.training import optim
 from mhr_scale.training.trainer import Trainer
@@ -138,7 +138,7 @@ def counted(
     imagined: ImaginedModel, n_logits: int, *, on_gpu: bool
 ) -> Iterator[tuple[StepCounter, PlacedBackbone]]:
     """Count what runs inside the block, on fake tensors whose device is the CPU."""
-    counter, kernels = StepCounter(n_logits=n_logits), GpuKernels() if on_gpu else nullcontext()
+    counter, kernels = StepCounter(n_logits=n_logits), gpu_kernels() if on_gpu else nullcontext()
     placed, adapter = imagined.placed, imagined.adapter
     cpu_engine = Engine({}, timeout_seconds=0.0, device=torch.device("cpu"))
     blocks = placed.family.blocks(placed.model.config)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mhr_scale.families.family import Blocks
+from mhr_scale.families.fused import as_on_gpu
 
 aten = torch.ops.aten
 #: Allocations that start no kernel.
@@ -276,8 +277,15 @@ def give_place(*modules: nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-class GpuKernels(TorchFunctionMode):
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
     """Inside, attention, dropout and norms keep for backward what their GPU kernels keep."""
+    with as_on_gpu(), _GpuKernels():
+        yield
+
+
+class _GpuKernels(TorchFunctionMode):
+    """Calls of some of torch's functions are those of their GPU kernels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu_kernel: Callable[..., Any] | None = _ON_GPU.get(getattr(func, "__name__", ""))

@@ -1,5 +1,6 @@
 """Counts made with less work, against those of the whole way: equal to the last number."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,3 +84,22 @@ def test_a_step_after_gradients_of_zeros_counts_as_one_after_a_real_step(
     assert quick.peak == whole.peak
     for name in ("held", "passes", "update"):
         assert getattr(quick, name) == getattr(whole, name)
+
+
+SHARED_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2"])
+def test_a_gpu_s_step_over_a_decoder_only_backbone_has_a_cpu_s_products(model_type: str) -> None:
+    """Attention apart: GPUs copy the keys and values of shared heads, and run it as one kernel."""
+    sizes = {"vocab_size": 384, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    if model_type != "gpt2":
+        sizes |= {**SHARED_HEADS, "intermediate_size": 48, "head_dim": 8}
+    config = replace(
+        pretraining("none", "bfloat16", "adamw", n_skills=4, n_splits=4),
+        backbone=BackboneConfig(config={"model_type": model_type, **sizes}),
+    )
+    on_cpu, on_gpu = (trace(config, on_gpu=on_gpu) for on_gpu in (False, True))
+    products = [sum(flop * n for (flop, _), n in one.passes.items()) for one in (on_cpu, on_gpu)]
+    assert products[1] == pytest.approx(products[0], rel=0.1)
+    assert on_gpu.peak > 0
