@@ -1,5 +1,6 @@
 """Counts made with less work, against those of the whole way: equal to the last number."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ TINY = {
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
 }
+SHAPE = Shape(rows=4, width=16, depth=8, n_tasks=3)
 
 
 def pretraining(recompute: Any, dtype: Any, optim: Any, **adapter: Any) -> PretrainConfig:
@@ -44,8 +46,7 @@ def pretraining(recompute: Any, dtype: Any, optim: Any, **adapter: Any) -> Pretr
 
 def trace(config: PretrainConfig, *, on_gpu: bool) -> Trace:
     blueprint = read_blueprint(config.backbone)
-    shape = Shape(rows=4, width=16, depth=8, n_tasks=3)
-    return trace_pretraining(config, blueprint, shape, n_tasks=5, accumulates=True, on_gpu=on_gpu)
+    return trace_pretraining(config, blueprint, SHAPE, n_tasks=5, accumulates=True, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -83,3 +84,34 @@ def test_a_step_after_gradients_of_zeros_counts_as_one_after_a_real_step(
     assert quick.peak == whole.peak
     for name in ("held", "passes", "update"):
         assert getattr(quick, name) == getattr(whole, name)
+
+
+DECODER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({"model_type": "llama"}, 2 * 3 * 48 * 32),
+        # two experts for every token
+        ({"model_type": "mixtral", "num_local_experts": 4}, 2 * 2 * 3 * 48 * 32),
+    ],
+)
+def test_shared_heads_and_experts_are_counted(
+    on_gpu: bool, fields: dict[str, Any], weights: int
+) -> None:
+    config = replace(
+        pretraining("none", "float32", "adamw", n_skills=2, layout="attention"),
+        backbone=BackboneConfig(config={**DECODER, **fields}, dtype="float32"),
+    )
+    traced = trace(config, on_gpu=on_gpu)
+    flop = sum(flop * n for (flop, _), n in traced.passes.items())
+    assert flop > 2 * weights * SHAPE.rows * SHAPE.width

@@ -22,6 +22,9 @@ TINY = (
 )
 
 
+GPT2 = "backbone={quantise: int8, tokenizer: byt5, config: {model_type: gpt2, vocab_size: 384}}"
+
+
 def refused(*words: str) -> str:
     with pytest.raises(ConfigError) as caught:
         plan(words)
@@ -50,6 +53,11 @@ def test_mistakes_are_one_line_with_the_way_out(words: tuple[str, ...], expected
     message = refused(*words)
     assert expected in message
     assert "\n" not in message
+
+
+def test_linears_that_cannot_be_quantised_are_refused() -> None:
+    with pytest.raises(BackboneError, match=r"c_attn is a Conv1D, and only plain linears"):
+        plan((TOY, GPT2, *GPU))
 
 
 def test_the_kind_of_every_recipe_is_recognised() -> None:
