@@ -103,7 +103,7 @@ def toy() -> dict[str, Any]:
 
 def test_a_plan_as_json_has_every_placement_under_every_recomputation(toy: dict[str, Any]) -> None:
     names = [(one["placement"], one["settings"]["backbone.recompute"]) for one in toy["placements"]]
-    assert len(names) == len(set(names)) == 14
+    assert len(names) == len(set(names)) == 12  # rows of 32 numbers are no blocks of nf4
     assert toy["kind"] == "pretrain"
     assert all(one["fits"] for one in toy["placements"])
 
