@@ -132,7 +132,7 @@ def test_poly_over_conv1d_is_not_written(tmp_path):
 
 
 def test_a_lora_on_linears_of_unknown_width_of_the_residual_stream_comes_back(tmp_path):
-    adapter = adapted("gpt2", AdapterConfig(layout=("c_proj",), n_skills=1))[1]
+    adapter = adapted("gpt2", replace(LORA, layout=("c_proj",)))[1]
     assert_same(peft_folders.open_adapter(write(adapter, tmp_path))[1], adapter)
 
 
