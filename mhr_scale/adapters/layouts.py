@@ -99,6 +99,11 @@ def _unmatched(end: str, stacks: Mapping[str, Blocks]) -> LayoutError:
                     f"adapter.layout: '{end}' is {where} ({name} in {blocks.name}) and stays "
                     "frozen; adapt linears that every block has, as `layout: attention` does"
                 )
+    if end in LAYOUTS:
+        return LayoutError(
+            f"adapter.layout: '{end}' stands alone, and names of linears stand in a list; give one "
+            "or the other"
+        )
     known = dict.fromkeys(last_part(n) for blocks in stacks.values() for n in blocks.linears)
     return LayoutError(
         f"adapter.layout: no linear of the blocks is called '{end}'; they have "

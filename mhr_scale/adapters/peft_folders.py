@@ -30,7 +30,12 @@ from mhr_scale.adapters.peft_files import (
     refusal,
     rename,
 )
-from mhr_scale.adapters.peft_singles import complete_pairs, to_outputs, to_pairs
+from mhr_scale.adapters.peft_singles import (
+    check_targets,
+    complete_pairs,
+    to_outputs,
+    to_pairs,
+)
 from mhr_scale.adapters.rebuilding import (
     FindSizes,
     fill,
@@ -174,11 +179,12 @@ def _write(
     contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, partial, metadata={"format": "pt"})
     put_in_place(partial, folder / TENSORS)
+    width = backbone_width(adapter.sites)
     note = {
         "task_names": list(adapter.task_names),
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
-        "width": backbone_width(adapter.sites),
+        **({} if width is None else {"width": width}),
         "blocks": adapter.config.blocks,
         **_reads(adapter),
     }
@@ -215,10 +221,12 @@ def _read_lora(folder: Path, sizes: FindSizes) -> tuple[Adapter, dict[str, Any]]
     """The LoRA of a folder, and what its card has to say of its origin."""
     config = read_config(folder, "LORA", numbers=("r", "lora_alpha"))
     stored, file = read_stored(folder), find_tensors(folder)
-    pairs = to_pairs(rename(stored, r"lora_(?P<side>[AB])\.weight", file), config, folder)
+    tensors = rename(stored, r"lora_(?P<side>[AB])\.weight", file)
+    pairs = to_pairs(tensors, config, folder)
     pairs, layout = complete_pairs(pairs, config, folder, sizes)
     fields = {"rank": pairs.rank, "alpha": pairs.alpha, "n_skills": 1}
     adapter = _build(folder, pairs.tensors, fields, layout=layout)
+    check_targets(tensors, config, folder)
     return adapter, {"dtype": precision_of(stored), **pairs.facts}
 
 

@@ -72,7 +72,8 @@ def to_pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: P
         _check_rank(found, linear, size, folder)
         scales[linear] = _match(alphas, linear, alpha) / (math.sqrt(size) if is_rs else size)
     largest = max(sizes.values())
-    scale = Counter(scales.values()).most_common(1)[0][0]
+    used = Counter(scale for scale in scales.values() if scale)
+    scale = used.most_common(1)[0][0] if used else 1.0
     for name in [name for name in found if _is_side(name)]:
         linear, missing = _linear_of(name), largest - sizes[_linear_of(name)]
         if name.endswith(".A"):
@@ -114,6 +115,21 @@ def _match(patterns: Mapping[str, Any], linear: str, default: float) -> float:
     """The number of the first pattern that the end of a linear's name has, as PEFT looks for it."""
     hits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", linear))
     return float(next(hits, default))
+
+
+def check_targets(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Raise `AdapterError` for pairs that PEFT would leave out: of linears that are no targets."""
+    linears = dict.fromkeys(_linear_of(name) for name in tensors if _is_side(name))
+    targets = config.get("target_modules")
+    try:
+        others = [linear for linear in linears if targets and not is_target(linear, config)]
+    except (re.error, TypeError) as error:
+        raise refusal(folder, f"target_modules {targets} ({error})") from error
+    if others:
+        raise AdapterError(
+            f"{find_tensors(folder)}: a pair of {others[0]}, which is no target by {CONFIG} "
+            "(target_modules, layers_to_transform): PEFT would leave it out; correct one of them"
+        )
 
 
 def _check_rank(tensors: Mapping[str, Tensor], linear: str, rank: int, folder: Path) -> None:

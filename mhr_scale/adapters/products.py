@@ -265,7 +265,9 @@ class _Scale(torch.autograd.Function):
 
 
 def _times(y: Tensor, l_UO: Tensor) -> Tensor:
-    """y * l[slot], in the wider of both data types."""
+    """y * l[slot], in the wider of both data types; no view, as modules may add to it in place."""
     if l_UO.dim() == 1:
         return y * l_UO
-    return (y.reshape(l_UO.shape[0], -1, y.shape[-1]) * l_UO[:, None]).reshape(y.shape)
+    scaled = y.reshape(l_UO.shape[0], -1, y.shape[-1]) * l_UO[:, None]
+    whole: Tensor = torch.ops.aten._unsafe_view(scaled, y.shape)
+    return whole

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families import composed
-from mhr_scale.families.causal_masks import make_masks
+from mhr_scale.families.causal_masks import has_window, make_masks
 from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
@@ -91,10 +91,20 @@ class Causal(Discovered):
                 f"{', '.join(sorted(kinds - LAYER_KINDS))}; only {', '.join(sorted(LAYER_KINDS))} "
                 "see a row's answers apart"
             )
+        if "sliding_attention" in kinds or (not kinds and has_window(config)):
+            window = getattr(config, "sliding_window", None)
+            if type(window) is not int or window < 1:
+                raise BackboneError(
+                    f"{place}: sliding_window {window} is not a whole number from 1, and layers of "
+                    f"this {kind} look back so many tokens"
+                )
+        _check_experts(config, place)
+        _check_ends(config, config.eos_token_id, place)
         self.check_module(config, place)
 
-    def set_ends(self, config: Any, generation: Mapping[str, Any]) -> None:
+    def set_ends(self, config: Any, generation: Mapping[str, Any], place: str) -> None:
         """One id where all say the same, else a list: the configuration's own first."""
+        _check_ends(config, generation.get("eos_token_id"), place)
         ends = [*as_list(config.eos_token_id), *as_list(generation.get("eos_token_id"))]
         found = [end for end in dict.fromkeys(ends) if type(end) is int]
         config.eos_token_id = found if len(found) > 1 else next(iter(found), None)
@@ -260,6 +270,28 @@ def _is_causal(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _check_ends(config: Any, ends: Any, place: str) -> None:
+    """Raise `BackboneError` for ends of sequence that are no token of the backbone."""
+    for end in as_list(ends):
+        if type(end) is not int or not 0 <= end < config.vocab_size:
+            raise BackboneError(
+                f"{place}: eos_token_id {end} is none of the {config.vocab_size} tokens that the "
+                "backbone embeds; correct it"
+            )
+
+
+def _check_experts(config: Any, place: str) -> None:
+    """Raise `BackboneError` for a mixture whose tokens go to more experts than there are."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(config, name, None)
+        if type(chosen) is type(experts) is int and experts and not 1 <= chosen <= experts:
+            raise BackboneError(
+                f"{place}: num_experts_per_tok {chosen} is not in 1..{experts}, the number of "
+                "experts; correct it"
+            )
 
 
 def _tokens(packed: Packed) -> dict[str, Tensor]:

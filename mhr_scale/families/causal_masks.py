@@ -43,11 +43,15 @@ def _is_near(positions_BL: Tensor, window: int) -> Tensor:
     return positions_BL[:, :, None] - positions_BL[:, None, :] < window
 
 
-def _window_of(config: Any) -> int | None:
-    """The window of layers that look back so many positions only; None if there are none."""
+def has_window(config: Any) -> bool:
+    """Whether a configuration sets a window of layers that look back so many positions only."""
     window = getattr(config, "sliding_window", None)
-    is_used = getattr(config, "use_sliding_window", True)
-    return window if window and is_used else None
+    return window is not None and bool(getattr(config, "use_sliding_window", True))
+
+
+def _window_of(config: Any) -> int | None:
+    """That window; None if there is none."""
+    return config.sliding_window if has_window(config) else None
 
 
 def _additive(is_open: Tensor, dtype: torch.dtype) -> Tensor:

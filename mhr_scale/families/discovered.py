@@ -186,8 +186,13 @@ class Discovered(Family):
         try:
             found = find(self, config)
             _ = found.blocks
-        except (LayoutError, ValueError, RuntimeError) as error:
+        except LayoutError as error:
             raise BackboneError(f"{place}: {first_line(error)}") from error
+        except Exception as error:  # transformers checks little of what its modules are made from
+            raise BackboneError(
+                f"{place}: no {config.model_type} can be made of its settings "
+                f"({type(error).__name__}: {first_line(error)}); correct them"
+            ) from error
         if found.stored_buffers:
             raise BackboneError(
                 f"{place}: checkpoints of a {config.model_type} hold {found.stored_buffers[0]}, "

@@ -151,8 +151,11 @@ class Family(ABC):
         """The same of a config.json."""
         return dict(raw)
 
-    def set_ends(self, config: Any, generation: Mapping[str, Any]) -> None:  # noqa: B027
-        """Add the ends of sequence that a generation_config.json says to the configuration."""
+    def set_ends(self, config: Any, generation: Mapping[str, Any], place: str) -> None:  # noqa: B027
+        """Add the ends of sequence that a generation_config.json says to the configuration.
+
+        Raises `BackboneError` for ends that are no tokens.
+        """
 
     def required_fields(self, config: Any) -> dict[str, Any]:
         """Settings that a model cannot do without and that folders may leave out, with values."""

@@ -99,7 +99,7 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     complete(config, family)
     generation = folder / GENERATION
     if generation.is_file():
-        family.set_ends(config, read_object(generation, BackboneError))
+        family.set_ends(config, read_object(generation, BackboneError), str(generation))
     if hasattr(config, QUANTISED):  # of no use: weights are floats, or refused when they are read
         delattr(config, QUANTISED)
     for name, value in PLAIN.items():

@@ -9,6 +9,7 @@ import torch
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.backbone.blueprint import Blueprint, make_model
+from mhr_scale.backbone.quantise import check_linears
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -17,7 +18,7 @@ from mhr_scale.config import (
     PretrainConfig,
     WorkloadConfig,
 )
-from mhr_scale.errors import ConfigError
+from mhr_scale.errors import BackboneError, ConfigError
 from mhr_scale.jobs.scheduling import LARGEST
 from mhr_scale.jobs.start import count_trained
 from mhr_scale.planning.cost import Case, Estimate, Passes, choose
@@ -240,7 +241,12 @@ def _cases(
 ) -> list[Case]:
     """Every placement with every kind of recomputation; equal counts are made once."""
     weights = weigh(blueprint)
-    placements = list_placements(machines, frozen.dtype, stored=blueprint.quantise)
+    listed = list_placements(machines, frozen.dtype, stored=blueprint.quantise)
+    if blueprint.quantise == "none":
+        check_linears(frozen.quantise, blueprint, "backbone.quantise")
+        placements = [place for place in listed if _can_hold(place, blueprint)]
+    else:
+        placements = listed
     wanted = frozen.quantise if blueprint.quantise == "none" else blueprint.quantise
     recomputes = RECOMPUTES if trains else ("none",)
     n_traces = 2 * len({placement.dtype for placement in placements}) * len(recomputes)
@@ -271,6 +277,15 @@ def _cases(
     cases = [case(placement, recompute) for placement in placements for recompute in recomputes]
     progress.close()
     return cases
+
+
+def _can_hold(placement: Placement, blueprint: Blueprint) -> bool:
+    """Whether the linears of whole weights can be quantised as a placement has them."""
+    try:
+        check_linears(placement.quantise, blueprint, "backbone.quantise")
+    except BackboneError:
+        return False
+    return True
 
 
 def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) -> Shape:

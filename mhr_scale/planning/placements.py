@@ -45,7 +45,7 @@ def weigh(blueprint: Blueprint) -> Weights:
         in_blocks=sum(sizes),
         rows_in_blocks=sum(linear.out_features for linear in linears),
         largest=max(parameter.numel() for parameter in model.parameters()),
-        largest_in_blocks=max(sizes),
+        largest_in_blocks=max(sizes, default=0),
     )
 
 

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -283,11 +284,9 @@ def _field_helps(schema: type[Any]) -> dict[str, str]:
 
 def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> ConfigError:
     """The first error as one line; of a union of parts only the member chosen by its tag counts."""
-    faults = []
-    for fault in error.errors(include_url=False):
-        path, part = _resolve(schema, tree.values, [str(step) for step in fault["loc"]])
-        if path is not None:
-            faults.append((path, part, fault))
+    found = error.errors(include_url=False)
+    places = [_resolve(schema, tree.values, [str(step) for step in one["loc"]]) for one in found]
+    faults = [(*at, fault) for at, fault in zip(places, found, strict=True) if at[0]]
     # a misspelt setting comes before a missing one, which it explains
     faults.sort(key=lambda entry: entry[2]["type"] not in UNKNOWN)
     path, part, fault = faults[0] if faults else ([], schema, error.errors()[0])
@@ -300,10 +299,13 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
             hint = f"; did you mean '{'.'.join((*path[:-1], inner[0]))}'?"
         listed = f"; known here: {', '.join(known)}" if known else ""
         return ConfigError(f"{place}: unknown setting '{name}'{hint or listed}")
-    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if fault["type"].startswith("missing"):
         return ConfigError(f"{place}: setting '{name}' is required")
     if fault["type"] == "value_error":
         return ConfigError(f"{place}: {fault['ctx']['error']}")
+    if _is_choice(kind := typing.get_type_hints(part).get(path[-1])):
+        given = as_written(reduce(dict.__getitem__, path, tree.values))
+        return ConfigError(f"{place}: {name}: {given} is not {_kind_as_written(kind)}")
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         expected = fault["ctx"]["expected"]
         hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
@@ -314,6 +316,11 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
 def _parts(kind: Any) -> tuple[Any, ...]:
     """The dataclasses among the members of a type."""
     return tuple(member for member in _members(kind) if is_dataclass(member))
+
+
+def _is_choice(kind: Any) -> bool:
+    """Whether a setting may be of several types, none of which is a part."""
+    return len({*_members(kind)} - {type(None)}) > 1 and not _parts(kind)
 
 
 def _names_below(part: Any, name: str) -> list[str]:
@@ -361,11 +368,10 @@ def _check_finite(tree: _Tree, values: Any, path: tuple[str, ...]) -> None:
             _check_finite(tree, inner, (*path, str(key)))
 
 
-def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | None, Any]:
+def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str], Any]:
     """Turn pydantic's location into a recipe path and the part that holds its last name.
 
-    Steps that name a member of a union are left out of the path; the path is None for a member that
-    the tag in the recipe did not choose.
+    Steps that name a member of a union are left out; the path is empty for one not chosen by tag.
     """
     path: list[str] = []
     parts: tuple[Any, ...] = (schema,)
@@ -378,15 +384,16 @@ def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str] | No
             parts, holder, named = (named,), named, None
             continue
         if len(parts) > 1:
-            chosen = {part.__name__: part for part in parts}[step]
-            if _tags(parts)[chosen] != values.get("suite"):
-                return None, None
-            parts = (chosen,)
+            parts = tuple(part for part in parts if part.__name__ == step)
+            if _tags(parts)[parts[0]] != values.get("suite"):
+                return [], None
             continue
         path.append(step)
         if parts:
             holder = parts[0]
             hint = typing.get_type_hints(holder).get(step)
             parts, named = _parts(hint), _named_part(hint)
+            if _is_choice(hint):
+                break
         values = values.get(step) if isinstance(values, dict) else None
     return path, holder

@@ -131,6 +131,11 @@ def test_poly_over_conv1d_is_not_written(tmp_path):
         write(adapted("gpt2", MHR)[1], tmp_path / "peft")
 
 
+def test_a_lora_on_linears_of_unknown_width_of_the_residual_stream_comes_back(tmp_path):
+    adapter = adapted("gpt2", replace(LORA, layout=("c_proj",)))[1]
+    assert_same(peft_folders.open_adapter(write(adapter, tmp_path))[1], adapter)
+
+
 PUBLISHED = {
     "q and v": LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "the second block": LoraConfig(

@@ -61,6 +61,8 @@ def test_what_peft_cannot_express_is_not_written(config, writer, words, tmp_path
         ({"rank_pattern": {"q": "4"}}, "rank_pattern.q is '4', not a number"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern.q is 0, below 1"),
         ({"rank_pattern": {"q": 4}}, r"\S+\.q\.A is \[32, 2\], of another rank than 4"),
+        ({"target_modules": ["v"]}, r"a pair of \S+\.k, which is no target by adapter_config.json"),
+        ({"target_modules": "("}, r"target_modules \( \(missing"),
         ({"rank_pattern": [4]}, r"rank_pattern is \[4\], not numbers by name"),
         ({"alpha_pattern": {"(": 4}}, r"alpha_pattern: '\(': missing"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, no text"),

@@ -144,3 +144,14 @@ def test_tfews_layout_in_bfloat16_is_as_near_to_float32_as_the_bare_backbone():
                 found.append(backbone.eval()(**make_batch(4)).logits.float())
         errors.append(((found[1] - found[0]).norm() / found[0].norm()).item())
     assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("n_slots", [None, 2])
+def test_modules_may_add_to_a_scaled_output_in_place(n_slots):
+    y, lead = torch.ones(4, 3, 8, requires_grad=True), () if n_slots is None else (n_slots,)
+    l_UO = torch.full((*lead, 8), 2.0, requires_grad=True)
+    found = scale(y, l_UO, cut=Cut(is_open=True))
+    found += y  # as a Falcon does
+    found.sum().backward()
+    assert torch.equal(y.grad, torch.full_like(y, 3.0))
+    assert torch.equal(l_UO.grad, torch.full_like(l_UO, 12.0 if n_slots is None else 6.0))

@@ -163,8 +163,11 @@ def test_a_weight_that_nothing_initialises_is_refused_by_name():
 # -- recipes --------------------------------------------------------------------------------------
 
 
+LLAMA = {**FAMILIES["llama"][1], "model_type": "llama"}
+
+
 def test_a_recipe_may_say_what_configurations_on_the_hub_say():
-    fields = {**FAMILIES["llama"][1], "model_type": "llama", "rope_theta": 500000.0}
+    fields = {**LLAMA, "rope_theta": 500000.0}
     family, config, _ = make_config(fields)
     assert family is CAUSAL
     assert config.rope_parameters["rope_theta"] == 500000.0
@@ -182,6 +185,18 @@ def test_a_recipe_may_say_what_configurations_on_the_hub_say():
         ({"model_type": "bart"}, "a bart is an encoder-decoder"),
         ({"model_type": "distilbert"}, "model_type 'distilbert' is of no family"),
         ({"model_type": "jamba"}, "has layers of kind linear_attention"),
+        ({**LLAMA, "num_key_value_heads": 0}, r"can be made of its settings \(ZeroDivisionError"),
+        ({**LLAMA, "hidden_act": "foo"}, r"can be made of its settings \(KeyError: 'foo'\)"),
+        ({**LLAMA, "eos_token_id": [1, 96]}, "eos_token_id 96 is none of the 96 tokens"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window 0 is not a whole number"),
+        (
+            {"model_type": "gemma3_text", "sliding_window": -4},
+            "sliding_window -4 is not a whole number from 1",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            r"num_experts_per_tok 5 is not in 1\.\.4",
+        ),
         (
             {"model_type": "deepseek_v3", "num_hidden_layers": 4, "n_routed_experts": 8},
             r"hold model\.layers\.3\.mlp\.gate\.e_score_correction_bias, which is no weight",

@@ -30,6 +30,7 @@ TINY = {
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
 }
+SHAPE = Shape(rows=4, width=16, depth=8, n_tasks=3)
 
 
 def pretraining(recompute: Any, dtype: Any, optim: Any, **adapter: Any) -> PretrainConfig:
@@ -45,8 +46,7 @@ def pretraining(recompute: Any, dtype: Any, optim: Any, **adapter: Any) -> Pretr
 
 def trace(config: PretrainConfig, *, on_gpu: bool) -> Trace:
     blueprint = read_blueprint(config.backbone)
-    shape = Shape(rows=4, width=16, depth=8, n_tasks=3)
-    return trace_pretraining(config, blueprint, shape, n_tasks=5, accumulates=True, on_gpu=on_gpu)
+    return trace_pretraining(config, blueprint, SHAPE, n_tasks=5, accumulates=True, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -86,18 +86,43 @@ def test_a_step_after_gradients_of_zeros_counts_as_one_after_a_real_step(
         assert getattr(quick, name) == getattr(whole, name)
 
 
-SHARED_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+DECODER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({"model_type": "llama"}, 2 * 3 * 48 * 32),
+        # two experts for every token
+        ({"model_type": "mixtral", "num_local_experts": 4}, 2 * 2 * 3 * 48 * 32),
+    ],
+)
+def test_shared_heads_and_experts_are_counted(
+    on_gpu: bool, fields: dict[str, Any], weights: int
+) -> None:
+    config = replace(
+        pretraining("none", "float32", "adamw", n_skills=2, layout="attention"),
+        backbone=BackboneConfig(config={**DECODER, **fields}, dtype="float32"),
+    )
+    traced = trace(config, on_gpu=on_gpu)
+    flop = sum(flop * n for (flop, _), n in traced.passes.items())
+    assert flop > 2 * weights * SHAPE.rows * SHAPE.width
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
 def test_a_gpu_s_step_over_a_decoder_only_backbone_has_a_cpu_s_products(model_type: str) -> None:
     """Attention apart: GPUs copy the keys and values of shared heads, and run it as one kernel."""
-    sizes = {"vocab_size": 384, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    if model_type != "gpt2":
-        sizes |= {**SHARED_HEADS, "intermediate_size": 48, "head_dim": 8}
     config = replace(
         pretraining("none", "bfloat16", "adamw", n_skills=4, n_splits=4),
-        backbone=BackboneConfig(config={"model_type": model_type, **sizes}),
+        backbone=BackboneConfig(config={**DECODER, "model_type": model_type, "head_dim": 8}),
     )
     on_cpu, on_gpu = (trace(config, on_gpu=on_gpu) for on_gpu in (False, True))
     products = [sum(flop * n for (flop, _), n in one.passes.items()) for one in (on_cpu, on_gpu)]

@@ -35,6 +35,13 @@ def message(load):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
+        # settings of several types
+        (
+            "rank: 2",
+            "layout: [q_proj, null]",
+            'r.yaml:2: adapter.layout: ["q_proj", null] is not str | [str, ...]',
+        ),
+        ("rank: 2", "blocks: [0, 1]", "r.yaml:2: adapter.blocks: [0, 1] is not str | int"),
         # unknown keys
         ("adapter:", "adaptor:", "r.yaml:2: unknown setting 'adaptor'; did you mean 'adapter'?"),
         ("rank", "rnk", "r.yaml:2: unknown setting 'adapter.rnk'; did you mean 'rank'?"),
