@@ -9,6 +9,7 @@ families take rows for one text where they are told by positions alone.
 Shape letters: B rows, L positions of a row, D target positions, V vocabulary, H width.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -101,6 +102,13 @@ class Causal(Discovered):
         _check_experts(config, place)
         _check_ends(config, config.eos_token_id, place)
         self.check_module(config, place)
+        takes = inspect.signature(self.model_class(config).forward).parameters
+        for name in ("position_ids", "attention_mask", "logits_to_keep"):
+            if name not in takes:  # it may be swallowed without a word
+                raise BackboneError(
+                    f"{place}: a {kind} takes no {name}, which tells a row's answers apart; use "
+                    "another backbone, such as llama"
+                )
 
     def set_ends(self, config: Any, generation: Mapping[str, Any], place: str) -> None:
         """One id where all say the same, else a list: the configuration's own first."""

@@ -181,6 +181,15 @@ def test_a_recipe_may_say_what_configurations_on_the_hub_say():
         ({"model_type": "gemma3"}, "a gemma3 is a text model with others"),
         ({"model_type": "mamba"}, "a mamba has no num_attention_heads"),
         ({"model_type": "bloom"}, "bloom tells positions by ALiBi"),
+        ({"model_type": "trocr"}, "a trocr takes no position_ids"),
+        (
+            {
+                "model_type": "lfm2",
+                "num_hidden_layers": 2,
+                "layer_types": ["conv", "full_attention"],
+            },
+            "has layers of kind conv",
+        ),
         ({"model_type": "bert"}, "its blocks are called bert.encoder.layer"),
         ({"model_type": "bart"}, "a bart is an encoder-decoder"),
         ({"model_type": "distilbert"}, "model_type 'distilbert' is of no family"),
