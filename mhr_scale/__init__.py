@@ -1,4 +1,4 @@
-"""Multi-task adapter training with learned routing over frozen, sharded T5 backbones.
+"""Multi-task adapter training with learned routing over frozen, sharded backbones.
 
 The names here are what another PyTorch program needs; the verbs live in `mhr_scale.verbs`.
 """

@@ -138,13 +138,8 @@ class Causal(Discovered):
     # -- rows ------------------------------------------------------------------------------------
 
     def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
-        """A prompt behind the beginning of sequence, if the tokenizer adds one; a target's end.
-
-        A prompt without any token is one end of sequence: something has to predict the target.
-        """
-        if side == "target":
-            return [*ids, tokenizer.eos_token_id]
-        return [*begin_of(tokenizer), *ids] or [tokenizer.eos_token_id]
+        """A prompt behind its beginning, a target before its end (`close_text`)."""
+        return close_text(ids, side, tokenizer)
 
     def pack(
         self,
@@ -314,6 +309,16 @@ def _masks(model: Any, packed: Packed) -> Any:
         packed.inputs["position_ids"],
         model.get_input_embeddings().weight.dtype,
     )
+
+
+def close_text(ids: list[int], side: Side, tokenizer: Any) -> list[int]:
+    """An input behind the beginning of sequence, if the tokenizer adds one; a target's end.
+
+    An input without any token is one end of sequence: something has to predict the target.
+    """
+    if side == "target":
+        return [*ids, tokenizer.eos_token_id]
+    return [*begin_of(tokenizer), *ids] or [tokenizer.eos_token_id]
 
 
 def begin_of(tokenizer: Any) -> list[int]:

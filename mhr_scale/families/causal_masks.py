@@ -24,11 +24,11 @@ def make_masks(
     near = is_open if window is None else is_open & _is_near(positions_BL, window)
     kinds = getattr(config, "layer_types", None)
     if not kinds:
-        return _additive(near, dtype)
-    full = _additive(is_open, dtype)
+        return additive(near, dtype)
+    full = additive(is_open, dtype)
     found = {"full_attention": full, "sliding_attention": full}
     if near is not is_open:
-        found["sliding_attention"] = _additive(near, dtype)
+        found["sliding_attention"] = additive(near, dtype)
     return found
 
 
@@ -54,6 +54,10 @@ def _window_of(config: Any) -> int | None:
     return config.sliding_window if has_window(config) else None
 
 
-def _additive(is_open: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(is_open: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is open (B, L, L) as a mask (B, 1, L, L): 0 there, the smallest number elsewhere.
+
+    Not boolean: eager attention would add it up as zeros and ones.
+    """
     shut = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=is_open.device)
     return torch.where(is_open, torch.zeros_like(shut), shut)[:, None]

@@ -360,7 +360,8 @@ class Discovered(Family):
         """As transformers maps names and ignores some; a tied tensor may stand for the other."""
         whole, config = self._read_whole(raw), self._read(raw)
         found = find(self, config)
-        if composed.is_composed(whole):
+        is_part = composed.is_composed(whole)
+        if is_part:
             stored, unused = composed.arrange(whole, found.model, names)
         else:
             stored, unused = map_names(found.model, names), frozenset[str]()
@@ -369,7 +370,6 @@ class Discovered(Family):
         for name, target in found.ties.items():
             if target not in stored and name in stored:
                 stored[target] = stored.pop(name)
-        is_part = composed.is_composed(whole)
         moved = {name: parts for name, parts in stored.items() if parts.names != (name,)}
         return Arrangement(moved, unused, is_part=is_part, is_usual=not is_part)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mhr_scale.families.causal_masks import additive
 from mhr_scale.families.family import Family, Side
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, lay_answers, pad_ids
 
@@ -134,9 +135,6 @@ def encoder_of(model: Any) -> Any:
 def shut_between(choices_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask (B, 1, D, D): 0 where a token may look, the smallest number elsewhere.
 
-    A token may look at those of its own answer before it. Not boolean: eager attention would add it
-    up as zeros and ones.
+    A token may look at those of its own answer before it.
     """
-    is_open_BDD = (choices_BD[:, :, None] == choices_BD[:, None, :]).tril()
-    shut = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=choices_BD.device)
-    return torch.where(is_open_BDD, torch.zeros_like(shut), shut)[:, None]
+    return additive((choices_BD[:, :, None] == choices_BD[:, None, :]).tril(), dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhr_scale.errors import BackboneError
-from mhr_scale.families.causal import begin_of, pad_of
+from mhr_scale.families.causal import close_text, pad_of
 from mhr_scale.families.causal_masks import make_masks
 from mhr_scale.families.discovered import Discovered
 from mhr_scale.families.encoder_decoder import EncoderDecoder
@@ -105,13 +105,8 @@ class T5Gemma(Discovered, EncoderDecoder):
     # -- rows and passes -------------------------------------------------------------------------
 
     def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
-        """An input behind the beginning of sequence, if the tokenizer adds one; a target's end.
-
-        An input without any token is one end of sequence.
-        """
-        if side == "target":
-            return [*ids, tokenizer.eos_token_id]
-        return [*begin_of(tokenizer), *ids] or [tokenizer.eos_token_id]
+        """An input behind its beginning, a target before its end (`close_text`)."""
+        return close_text(ids, side, tokenizer)
 
     def start_id(self, config: Any) -> int:
         """The decoder's beginning of sequence."""
