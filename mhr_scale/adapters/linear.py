@@ -5,50 +5,19 @@ hidden columns of n siblings. With one slot the leading U is left out.
 
 Siblings are linears that read the same input (q, k and v; gate and up), of whatever widths. Called
 together they project x down once and sum its gradient in place. Rows point at slots through a
-`RowMap` made once per step on the host; the layers only ever see equally many consecutive rows per
-slot.
+`RowMap` made once per step on the host.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters.products import Cut, products, scale, update
+from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowMap:
-    """Which slot each batch row uses. `slot_of_row` has one entry per example.
-
-    A pass has one row per example or, consecutive as `repeat_interleave` makes them, so many as
-    `rows_per_example` says (beams, answer choices). A single example stands for any number of rows.
-    """
-
-    slot_of_row: tuple[int, ...]
-    n_slots: int
-    rows_per_example: int = 1
-
-    @cached_property
-    def is_even(self) -> bool:
-        """Whether the rows are sorted by slot, with equally many rows each."""
-        count, rest = divmod(len(self.slot_of_row), self.n_slots)
-        return rest == 0 and self.slot_of_row == tuple(
-            slot for slot in range(self.n_slots) for _ in range(count)
-        )
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether an input (rows, ..., I) is one of these examples.
-
-        Some blocks flatten rows and tokens into one dimension: then x has a multiple of the rows.
-        """
-        n, n_rows = len(self.slot_of_row), x.shape[0]
-        is_flat = x.dim() == 2 and n_rows % n == 0
-        return n_rows in (n, n * self.rows_per_example) or n == 1 or is_flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +34,13 @@ class LowRankSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
+        by = self.rows.by_slot(x, n_columns=self.a_UIX.shape[-1])
         frozen: list[Any] = [(base.weight, base.bias) for base in bases]
         is_plain = all(type(base) is nn.Linear for base in bases)
         if is_plain and not any(p is not None and p.requires_grad for pair in frozen for p in pair):
-            return products(x, self.a_UIX, self.b_URO, frozen, cut=self.cut)
+            return products(x, self.a_UIX, self.b_URO, frozen, by=by, cut=self.cut)
         ys = [base(x) for base in bases]
-        return update(x, self.a_UIX, self.b_URO, ys, cut=self.cut)
+        return update(x, self.a_UIX, self.b_URO, ys, by=by, cut=self.cut)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +53,9 @@ class ScalingSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return (W x) * l[slot] of every base, for x (B * k, ..., I)."""
+        by = self.rows.by_slot(x)
         return tuple(
-            base(x) if l_UO is None else scale(base(x), l_UO, cut=self.cut)
+            base(x) if l_UO is None else scale(base(x), l_UO, by=by, cut=self.cut)
             for base, l_UO in zip(bases, self.l_UO, strict=True)
         )
 
@@ -113,11 +84,7 @@ class _Adapted(nn.Module):
                 "or inside `with adapter.off()` for the bare backbone"
             )
         if not slots.rows.fits(x):
-            raise AdapterError(
-                f"{self.name} got {x.shape[0]} rows under slots made for "
-                f"{len(slots.rows.slot_of_row)} examples; give one task id per example, or "
-                "rows_per_example where an example has several rows (beams, answer choices)"
-            )
+            raise AdapterError(f"{self.name} got {slots.rows.describe_misfit(x)}")
         return slots.apply(x, bases)
 
     def extra_repr(self) -> str:

@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
-from mhr_scale.adapters.linear import AdaptedLinear, RowMap
+from mhr_scale.adapters.linear import AdaptedLinear
 from mhr_scale.adapters.policies import POLICIES
+from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
 from mhr_scale.errors import AdapterError, suggest
+from mhr_scale.families.flat import Stream
 from mhr_scale.seeds import seed_from
 
 
@@ -86,6 +88,7 @@ class Adapter(nn.Module):
         task_ids: Sequence[int | str] | Tensor,
         *,
         rows_per_example: int = 1,
+        tokens: Sequence[Stream] = (),
         seeds: Sequence[int] | None = None,
         uniform_share: float = 0.0,
     ) -> Slots:
@@ -93,10 +96,11 @@ class Adapter(nn.Module):
 
         `task_ids` holds one task number or name per example, on the host; a single one stands for
         all rows. A pass of the model has one row per example, or `rows_per_example` consecutive
-        ones (beams, answer choices). `seeds`, one integer per example, feeds policies that draw
-        numbers while the model trains; by default they come from torch's global generator.
-        `uniform_share` moves every mixing weight that far towards 1 / S (annealing, docs/method.md
-        9). Raises `AdapterError` for unknown tasks or ids on a device.
+        ones (beams, answer choices). With `tokens` it has all examples in one sequence, one behind
+        another: the tokens of each, for every sequence that it computes. `seeds`, one integer per
+        example, feeds policies that draw numbers while the model trains; by default they come from
+        torch's global generator. `uniform_share` moves every mixing weight that far towards 1 / S
+        (annealing, docs/method.md 9). Raises `AdapterError` for unknown tasks or ids on a device.
         """
         ids = self.check_task_ids(task_ids)
         seeds = self._row_seeds(len(ids), seeds)
@@ -114,6 +118,8 @@ class Adapter(nn.Module):
             slot_of_row=slot_of_row,
             n_slots=max(slot_of_row) + 1,
             rows_per_example=rows_per_example,
+            streams=_check_streams(tokens, len(ids)),
+            is_exact=self.is_wave,
         )
         leaf = None
         dtype = self.compute_dtype()
@@ -304,6 +310,22 @@ class Adapter(nn.Module):
         finally:
             for linear in self.linears:
                 linear.is_off = False
+
+
+def _check_streams(tokens: Sequence[Stream], n_examples: int) -> tuple[Stream, ...]:
+    """Raise `AdapterError` for counts that are not those of the examples, or cannot be told."""
+    for stream in tokens:
+        if len(stream.counts) != n_examples or sum(stream.counts) > stream.n_tokens:
+            raise AdapterError(
+                f"tokens of {len(stream.counts)} examples, {sum(stream.counts)} of "
+                f"{stream.n_tokens}, for {n_examples} task ids; give the tokens of each example"
+            )
+    lengths = [stream.n_tokens for stream in tokens]
+    if len(set(lengths)) < len(lengths):
+        raise AdapterError(
+            f"sequences of {lengths} tokens cannot be told apart; make one of them longer"
+        )
+    return tuple(tokens)
 
 
 def attach(

@@ -4,8 +4,8 @@ Shape letters: U slots, N linears of one shape, Q splits, S skills, R rank, I an
 split. K inventories: 1 that all slots share, or U, one per slot.
 
 Layers never see the mixing graph. They get mixed pairs as detached leaves, one B per linear and one
-A per linear or group of siblings, whose columns are concatenated; rows that are not sorted evenly
-by slot each become a slot, by one index per shape. After the backward pass the leaves'
+A per linear or group of siblings, whose columns are concatenated; padded rows that are not sorted
+evenly by slot each become a slot, by one index per shape. After the backward pass the leaves'
 gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
 recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method. A
 backward pass that would leave gradients in the leaves is refused where it meets them.
@@ -20,8 +20,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, RowMap, ScalingSlots, Siblings
+from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, ScalingSlots, Siblings
 from mhr_scale.adapters.products import Cut
+from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
 
 
@@ -90,7 +91,7 @@ class Slots(AbstractContextManager["Slots"]):
         if any(user.slots is not None for group in self._users for user, _ in group.members):
             raise AdapterError("slots are in use already; leave the outer `with` block first")
         rows, mixed = self._rows, self._mixed
-        if not rows.is_even:
+        if not (rows.streams or rows.is_even):
             index = torch.tensor(rows.slot_of_row, device=mixed[0][0].device)
             mixed = [tuple(side.index_select(1, index) for side in sides) for sides in mixed]
         if self._kind == "ia3":

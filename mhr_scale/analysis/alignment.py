@@ -31,8 +31,8 @@ from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import AdapterError, RunError, some
 from mhr_scale.families.modes import evaluate
 from mhr_scale.families.packed import EncodedRow
+from mhr_scale.passes.filled import filled
 from mhr_scale.passes.validation import forward, iter_packed
-from mhr_scale.rows.batching import cut_batches
 from mhr_scale.rows.tokens import TokenSet
 from mhr_scale.run.runlog import log
 from mhr_scale.seeds import seed_from
@@ -56,6 +56,7 @@ class GradientSource:
     adapter: Adapter
     micro_batch_size: int
     pad_multiple: int
+    is_flat: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,9 +158,14 @@ def reduce_gradient(
     size = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(size + 1, dtype=torch.float64, device=placed.device)
     parts = total[:size].split([parameter.numel() for parameter in parameters])
-    batches = cut_batches(task.rows, max_rows=source.micro_batch_size)
-    for packed, is_counted in iter_packed(placed, batches, pad_multiple=source.pad_multiple):
-        with adapter.slots(packed.tasks) as slots:
+    for packed, is_counted in iter_packed(
+        placed,
+        task.rows,
+        max_rows=source.micro_batch_size,
+        pad_multiple=source.pad_multiple,
+        is_flat=source.is_flat,
+    ):
+        with filled(adapter, packed) as slots:
             loss = forward(placed, packed)
             slots.backward(loss.sum.sum())
             placed.engine.after_backward()

@@ -77,6 +77,7 @@ def make_monitor(
         adapter=adapter,
         micro_batch_size=config.batch.micro_batch_size,
         pad_multiple=config.batch.pad_multiple,
+        is_flat=placed.lays_flat(config.batch.packing, "batch.packing"),
     )
     return Monitor(
         source,

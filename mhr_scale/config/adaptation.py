@@ -134,6 +134,9 @@ class WavesConfig:
     """Jobs per wave; null: as many as the device's memory holds, 32 at most."""
     save_every: int = 0
     """Steps between saves of unfinished jobs; 0: at evaluations only."""
+    packing: bool | None = None
+    """Whether rows are trained on one behind another in one sequence, without padding; null: where
+    the backbone's attention allows it."""
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:

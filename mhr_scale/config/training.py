@@ -120,7 +120,7 @@ class BatchConfig:
     batch_size: int = 16
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int = 4
-    """Rows per rank and forward pass; the rest is accumulated."""
+    """Rows per rank and forward pass, with packing on average; the rest is accumulated."""
     max_input_tokens: int = 256
     """Inputs are cut here; the share of cut rows is logged."""
     cut: Cut | None = None
@@ -132,6 +132,10 @@ class BatchConfig:
     """Whether over-long rows are cut or left out (and counted)."""
     pad_multiple: int = 8
     """Inputs are padded to a multiple of this many tokens."""
+    packing: bool | None = None
+    """Whether rows of a micro batch lie one behind another in one sequence, without padding, and
+    micro batches have equally many tokens instead of rows; null: where the backbone's attention
+    allows it."""
     workers: int = 0
     """Processes that prepare batches ahead; 0: the training process does it itself."""
 

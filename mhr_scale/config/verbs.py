@@ -106,7 +106,11 @@ class ScoringConfig:
     max_choice_tokens: int = 256
     """Choices are cut here, the end-of-sequence token kept."""
     max_tokens: int = 4096
-    """Padded tokens of one batch on one rank, inputs and choices together."""
+    """Tokens of one batch on one rank, inputs and choices together; padded ones, but for packed
+    rows."""
+    packing: bool | None = None
+    """Whether rows are ranked one behind another in one sequence, without padding; null: where the
+    backbone's attention allows it."""
     examples: int | None = None
     """Examples per task at most, the first ones; null = all."""
     texts: bool | None = None

@@ -46,18 +46,38 @@ class PlacedBackbone:
         *,
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
+        is_flat: bool = False,
+        fewest_tokens: int = 0,
     ) -> Packed:
         """Rows as the model takes them, on its device (`Family.pack`)."""
-        config = self.model.config
-        packed = self.family.pack(rows, config, pad_multiple=pad_multiple, at_least=at_least)
+        packed = self.family.pack(
+            rows,
+            self.model.config,
+            pad_multiple=pad_multiple,
+            at_least=at_least,
+            is_flat=is_flat,
+            fewest_tokens=fewest_tokens,
+        )
         return packed.to(self.device)
+
+    def lays_flat(self, wanted: bool | None, setting: str) -> bool:
+        """Whether rows are laid flat: where that is wanted, or, for None, where it can be.
+
+        Raises `BackboneError` that names the `setting` if it is wanted and cannot be.
+        """
+        if wanted is False:
+            return False
+        why = self.family.cannot_lay(self.model)
+        if why and wanted:
+            raise BackboneError(f"{setting}: true, but {why}; leave it out, or set it to false")
+        return why is None
 
     def logits(self, packed: Packed) -> Tensor:
         """Logits (B, D, V) at the target positions, with the slots in use."""
         return self.family.logits(self.model, packed)
 
     def predictions(self, packed: Packed) -> Tensor:
-        """The same before target positions have found their own (`Packed.sources_BD`)."""
+        """The same before target positions have found their own (`Packed.sources`)."""
         return self.family.predictions(self.model, packed)
 
 

@@ -23,7 +23,8 @@ from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import has_window, make_masks
 from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Settings, Side
-from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed
+from mhr_scale.families.flat import Flat, SpreadStream
+from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed, Targets
 
 #: Model types that are named where another one is refused.
 KNOWN_TYPES = (
@@ -35,7 +36,7 @@ KNOWN_TYPES = (
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 #: What of a packed row's inputs is for masks and logits, and no argument of the model.
-OUR_OWN = frozenset({"branches"})
+OUR_OWN = frozenset({"branches", "columns", "reads"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,16 @@ class Causal(Discovered):
 
         causal_fused.install(model, self.blocks(model.config), self.norms(model), settings)
 
+    def cannot_lay(self, model: Any) -> str | None:
+        """Where attention is not ours."""
+        from mhr_scale.families.causal_fused import OURS
+
+        if model.config._attn_implementation in OURS.values():
+            return None
+        if not model._supports_attention_backend:
+            return f"attention of a {model.config.model_type} takes padded rows only"
+        return "it needs backbone.fused_attention: true"
+
     # -- rows ------------------------------------------------------------------------------------
 
     def close(self, ids: list[int], side: Side, tokenizer: Any) -> list[int]:
@@ -148,6 +159,8 @@ class Causal(Discovered):
         *,
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
+        is_flat: bool = False,
+        fewest_tokens: int = 0,
     ) -> Packed:
         """Padding, prompt and answers of each row; prompts end in the same column.
 
@@ -188,16 +201,28 @@ class Causal(Discovered):
                 at, place = end, read.stop
             starts.append(tuple(begins))
         arrays = {"input_ids": ids, "position_ids": positions, "branches": branches}
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        inputs["reads"] = torch.arange(width - 1, length)
         has_branches = any(len(row.answers) > 1 for row in rows)
+        found: Tensor | Targets | None = torch.from_numpy(sources) if has_branches else None
+        n_tokens, n_positions, flat = int((branches >= 0).sum()), ids.size, None
+        if is_flat:
+            stream = SpreadStream.of(branches >= 0, n_tokens=fewest_tokens)
+            n_positions, flat = stream.n_tokens, Flat((stream,))
+            inputs["columns"] = inputs["position_ids"]
+            for name in ("input_ids", "position_ids"):
+                inputs[name] = torch.from_numpy(stream.take(arrays[name]))
+            inputs["reads"], found = _targets(stream, labels, sources + width - 1)
         return Packed(
             rows=tuple(rows),
-            inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
+            inputs=inputs,
             labels_BD=torch.from_numpy(labels),
             choices_BD=torch.from_numpy(choices),
             starts=tuple(starts),
-            n_positions=ids.size,
-            # several answers begin behind the same token
-            sources_BD=torch.from_numpy(sources) if has_branches else None,
+            n_positions=n_positions,
+            n_padding=n_positions - n_tokens,
+            sources=found,
+            flat=flat,
         )
 
     def _check_length(self, rows: Sequence[EncodedRow], length: int, config: Any) -> None:
@@ -217,18 +242,16 @@ class Causal(Discovered):
     # -- passes ----------------------------------------------------------------------------------
 
     def predictions(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) of what comes behind the prompt and behind each token of an answer."""
-        tokens = _tokens(packed)
-        length, depth = tokens["input_ids"].shape[1], packed.labels_BD.shape[1]
+        """Logits of what comes behind the prompt and behind each token of an answer."""
         output = model(
-            **tokens,
+            **_tokens(packed),
             attention_mask=_masks(model, packed),
             # not their number: for a slice of the states torch repeats a frozen head for each row
-            logits_to_keep=torch.arange(length - depth, length, device=packed.labels_BD.device),
+            logits_to_keep=packed.inputs["reads"],
             use_cache=False,
         )
-        logits_BDV: Tensor = output.logits
-        return logits_BDV
+        logits: Tensor = output.logits
+        return logits if packed.flat is None else logits[0]
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
@@ -302,11 +325,29 @@ def _tokens(packed: Packed) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
 
 
+def _targets(stream: SpreadStream, labels_BD: Any, columns_BD: Any) -> tuple[Tensor, Targets]:
+    """The tokens of a sequence that predict a target, and which of them each target reads.
+
+    `columns_BD` tells of each target where in its row's part of the rectangle that token stands.
+    """
+    import numpy as np
+
+    places = np.flatnonzero(labels_BD != IGNORE)
+    rows = places // labels_BD.shape[1]
+    wanted = rows * stream.shape[1] + columns_BD.reshape(-1)[places]
+    if stream.places is not None:
+        wanted = np.searchsorted(stream.places, wanted)
+    reads, sources = np.unique(wanted, return_inverse=True)
+    has_own = len(reads) == len(wanted) and bool((reads == wanted).all())
+    targets = Targets(torch.from_numpy(places), None if has_own else torch.from_numpy(sources))
+    return torch.from_numpy(reads), targets
+
+
 def _masks(model: Any, packed: Packed) -> Any:
     return make_masks(
         model.config,
         packed.inputs["branches"],
-        packed.inputs["position_ids"],
+        packed.inputs["columns" if "columns" in packed.inputs else "position_ids"],
         model.get_input_embeddings().weight.dtype,
     )
 

@@ -13,6 +13,7 @@ Shape letters: B rows, L positions, N heads, K heads of keys and values, D width
 """
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mhr_scale.families.family import Blocks, Settings
+from mhr_scale.families.flat import apart
 from mhr_scale.families.fused import GATES, fused_class, gated, is_on_cpu, rms_norm
 from mhr_scale.families.linear_modules import find_widths
 from mhr_scale.families.linear_names import is_of_experts, part_of, role_of
@@ -34,6 +36,10 @@ TOGETHER = {
     "cross_attention": ("key", "value"),
     "feed_forward": ("gate", "up"),
 }
+#: What files of transformers call it.
+EAGER = "eager_attention_forward"
+#: The names of our attentions among those of transformers, by that which each takes the place of.
+OURS = {"sdpa": "grouped_sdpa", "eager": "own_eager"}
 #: How near a part has to come to the original, in float32, to take its place.
 TOLERANCE = 1e-5
 
@@ -54,8 +60,9 @@ def install(
             for place, module in block.named_modules():
                 _join_linears(module, _roles_in(module, place), settings)
     is_exchangeable = model._supports_attention_backend  # others know classes by name only
-    if settings.fused_attention and is_exchangeable and model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = _register_attention()
+    kind = model.config._attn_implementation
+    if settings.fused_attention and is_exchangeable and kind in OURS:
+        model.config._attn_implementation = _register_attention(kind)
     if settings.fused_norm:
         for norm in norms:
             _fuse_norm(norm)
@@ -104,15 +111,25 @@ def _n_in(module: nn.Module, name: str) -> int:
 # -- attention -------------------------------------------------------------------------------------
 
 
-def _register_attention() -> str:
-    """The name by which transformers knows `grouped_attention`; its masks are those of sdpa."""
+def _register_attention(kind: str) -> str:
+    """The name by which transformers knows the attention in place of `kind`, which masks it has."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    name = "grouped_sdpa"
-    AttentionInterface.register(name, grouped_attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    return name
+    attention, mask = {"sdpa": (grouped_attention, sdpa_mask), "eager": (own_eager, eager_mask)}[
+        kind
+    ]
+    AttentionInterface.register(OURS[kind], apart(attention))
+    AttentionMaskInterface.register(OURS[kind], mask)
+    return OURS[kind]
+
+
+def own_eager(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """The attention that a model's own file writes out, as with capped scores."""
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    attention = next(file for file in files if hasattr(file, EAGER))
+    found: tuple[Tensor, Any] = getattr(attention, EAGER)(module, *args, **kwargs)
+    return found
 
 
 def grouped_attention(

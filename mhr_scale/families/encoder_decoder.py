@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mhr_scale.families.causal_masks import additive
 from mhr_scale.families.family import Family, Side
-from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, lay_answers, pad_ids
+from mhr_scale.families.flat import Flat, SpreadStream
+from mhr_scale.families.packed import (
+    PAD_MULTIPLE,
+    EncodedRow,
+    Packed,
+    Targets,
+    lay_answers,
+    pad_ids,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +53,57 @@ class EncoderDecoder(Family):
         *,
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
+        is_flat: bool = False,
+        fewest_tokens: int = 0,
     ) -> Packed:
         """Inputs for the encoder, answers side by side for the decoder."""
+        import numpy as np
+
         width, depth = at_least
         pad_id: int = config.pad_token_id
-        input_ids, mask = pad_ids(
+        ids, mask = pad_ids(
             [row.input_ids for row in rows], pad_id=pad_id, multiple=pad_multiple, at_least=width
         )
         read, labels, choices, starts = lay_answers(
             rows, start_id=self.start_id(config), pad_id=pad_id, at_least=depth
         )
+        n_positions, sources, flat = ids.size + labels.size, None, None
+        if is_flat:
+            targets = choices >= 0
+            of_input = SpreadStream.of(mask > 0, n_tokens=fewest_tokens)
+            of_target = SpreadStream.of(targets, n_tokens=fewest_tokens)
+            if of_target.n_tokens == of_input.n_tokens:  # they are told by their length
+                of_target = SpreadStream.of(targets, n_tokens=of_input.n_tokens + 1)
+            ids, read = of_input.take(ids), of_target.take(read)
+            sources = Targets(torch.from_numpy(np.flatnonzero(targets)), None)
+            n_positions = of_input.n_tokens + of_target.n_tokens
+            flat = Flat((of_input, of_target))
+        arrays = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": read}
         return Packed(
             rows=tuple(rows),
-            inputs={"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": read},
-            labels_BD=labels,
-            choices_BD=choices,
+            inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
+            labels_BD=torch.from_numpy(labels),
+            choices_BD=torch.from_numpy(choices),
             starts=starts,
-            n_positions=input_ids.numel() + labels.numel(),
+            n_positions=n_positions,
+            n_padding=n_positions - sum(len(r.input_ids) + r.n_answer_tokens for r in rows),
+            sources=sources,
+            flat=flat,
         )
 
     # -- passes ----------------------------------------------------------------------------------
 
     def predictions(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V) of the decoder; of several answers a row each sees itself alone."""
-        output = model(**packed.inputs, **self.decoder_inputs(model, packed), use_cache=False)
-        logits_BDV: Tensor = output.logits
-        return logits_BDV
+        """Logits of the decoder; of several answers a row each sees itself alone."""
+        inputs = dict(packed.inputs)
+        if packed.flat is not None:
+            is_token_BL = inputs["attention_mask"][:, None] > 0
+            inputs["attention_mask"] = additive(is_token_BL, self._dtype(model))
+        output = model(**inputs, **self.decoder_inputs(model, packed), use_cache=False)
+        logits: Tensor = output.logits
+        if isinstance(packed.sources, Targets):
+            logits = logits[0, : len(packed.sources.places_N)]
+        return logits
 
     def decoder_inputs(self, model: Any, packed: Packed) -> dict[str, Any]:
         """What lets each answer see itself alone: a mask, where there are several in a row.
@@ -78,9 +111,13 @@ class EncoderDecoder(Family):
         A mask is enough where positions count by the distance of two tokens.
         """
         mask = None
-        if packed.n_choices > 1:
-            mask = shut_between(packed.choices_BD, model.get_input_embeddings().weight.dtype)
+        if packed.n_choices > 1 or packed.flat is not None:
+            mask = shut_between(packed.choices_BD, self._dtype(model))
         return {"decoder_attention_mask": mask}
+
+    def _dtype(self, model: Any) -> torch.dtype:
+        dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        return dtype
 
     def generate(
         self, model: Any, rows: Sequence[EncodedRow], *, device: torch.device, **options: Any
@@ -117,7 +154,8 @@ class EncoderDecoder(Family):
         self, rows: Sequence[EncodedRow], config: Any, device: torch.device
     ) -> dict[str, Tensor]:
         ids, mask = pad_ids([row.input_ids for row in rows], pad_id=config.pad_token_id)
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
 
 
 def _new_cache() -> Any:

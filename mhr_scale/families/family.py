@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
+from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, Targets
 from mhr_scale.families.stored_names import AS_NAMED, Arrangement
 
 Side = Literal["input", "target"]
@@ -299,29 +299,42 @@ class Family(ABC):
         *,
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
+        is_flat: bool = False,
+        fewest_tokens: int = 0,
     ) -> Packed:
-        """Rows as the model takes them, on the host.
+        """Rows as the model takes them, on the host: padded, or laid flat if it can (`cannot_lay`).
 
         Inputs are padded to a multiple of `pad_multiple`; inputs and targets to the lengths
-        `at_least`, or wider.
+        `at_least`, or wider. Rows that are laid flat are padded to these in attention only; their
+        sequences are filled up to `fewest_tokens`.
         """
 
     # -- passes ----------------------------------------------------------------------------------
 
+    def cannot_lay(self, model: Any) -> str | None:
+        """Why rows cannot be laid flat for this model; None: they can."""
+        return f"attention of {self.name} takes padded rows only"
+
     @abstractmethod
     def predictions(self, model: Any, packed: Packed) -> Tensor:
-        """Logits (B, D, V), of which `sources_BD` tells where a target position finds its own.
+        """Logits of padded rows (B, D, V), or of the targets of rows laid flat (N, V).
 
-        The model is called as a whole, never a part of it: PEFT may be wrapped around it.
+        `packed.sources` tells where a target position finds its own. The model is called as a
+        whole, never a part of it: PEFT may be wrapped around it.
         """
 
     def logits(self, model: Any, packed: Packed) -> Tensor:
         """Logits (B, D, V) at the target positions: those of `labels_BD`, aligned with it."""
-        logits_BDV = self.predictions(model, packed)
-        if packed.sources_BD is None:
-            return logits_BDV
-        index_BDV = packed.sources_BD[..., None].expand(-1, -1, logits_BDV.shape[-1])
-        return logits_BDV.gather(1, index_BDV)
+        logits, sources = self.predictions(model, packed), packed.sources
+        if sources is None:
+            return logits
+        if isinstance(sources, Targets):
+            of_targets = logits if sources.sources_N is None else logits[sources.sources_N]
+            spread = logits.new_zeros(packed.labels_BD.numel(), logits.shape[-1])
+            return spread.index_copy(0, sources.places_N, of_targets).unflatten(
+                0, packed.labels_BD.shape
+            )
+        return logits.gather(1, sources[..., None].expand(-1, -1, logits.shape[-1]))
 
     @abstractmethod
     def generate(

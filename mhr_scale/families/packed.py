@@ -4,14 +4,16 @@ Shape letters: B rows, L tokens of an input, D target positions, answers side by
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhr_scale.errors import DataError
+from mhr_scale.families.flat import Flat, Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +54,17 @@ class EncodedRow:
         return sum(len(answer) for answer in self.answers)
 
 
+class Targets(NamedTuple):
+    """Where the target positions of rows laid flat stand among their labels (B, D).
+
+    `places_N` is the place of each in the flattened labels; `sources_N` the row of the logits
+    (N, V) that predicts it, None where each has its own, in order.
+    """
+
+    places_N: Tensor
+    sources_N: Tensor | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packed:
     """Some rows as a model takes them, and what it is to predict: the one argument of a pass.
@@ -68,8 +81,13 @@ class Packed:
     starts: tuple[tuple[int, ...], ...]
     n_positions: int
     """Positions that the model computes, padding included."""
-    sources_BD: Tensor | None = None
-    """The column of the model's predictions that a target position reads; None: its own."""
+    n_padding: int
+    """How many of them are padding."""
+    sources: Tensor | Targets | None = None
+    """Of padded rows the column (B, D) of the model's predictions that a target position reads,
+    None: its own; of rows laid flat the targets."""
+    flat: Flat | None = None
+    """The sequences of rows laid flat; None: rows are padded."""
 
     @cached_property
     def tasks(self) -> tuple[int, ...]:
@@ -97,19 +115,35 @@ class Packed:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        sources = self.sources
+        if isinstance(sources, Targets):
+            own = sources.sources_N
+            sources = Targets(move(sources.places_N), None if own is None else move(own))
+        elif sources is not None:
+            sources = move(sources)
         return replace(
             self,
             inputs={name: move(tensor) for name, tensor in self.inputs.items()},
             labels_BD=move(self.labels_BD),
             choices_BD=move(self.choices_BD),
-            sources_BD=None if self.sources_BD is None else move(self.sources_BD),
+            sources=sources,
+            flat=None if self.flat is None else self.flat.to(device),
         )
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The sequences that linears see, where rows are laid flat."""
+        return () if self.flat is None else self.flat.streams
+
+    def in_use(self) -> AbstractContextManager[object]:
+        """The block of the forward and backward pass of these rows."""
+        return nullcontext() if self.flat is None else self.flat
 
 
 def pad_ids(
     inputs: Sequence[Ids], *, pad_id: int, multiple: int = PAD_MULTIPLE, at_least: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask (B, L), padded on the right to a multiple of `multiple` tokens."""
+) -> tuple[Any, Any]:
+    """Arrays of ids and mask (B, L), padded on the right to a multiple of `multiple` tokens."""
     import numpy as np
 
     width = max(at_least, *(len(ids) for ids in inputs))
@@ -119,13 +153,13 @@ def pad_ids(
     for row, ids in enumerate(inputs):
         input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
-    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+    return input_ids, mask
 
 
 def lay_answers(
     rows: Sequence[EncodedRow], *, start_id: int, pad_id: int, at_least: int = 0
-) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[int, ...], ...]]:
-    """Answers side by side, as wide as the row with most tokens or wider: (B, D) each.
+) -> tuple[Any, Any, Any, tuple[tuple[int, ...], ...]]:
+    """Arrays of answers side by side, as wide as the row with most tokens or wider: (B, D) each.
 
     Returns the tokens that are read, each answer's shifted by one behind `start_id`; the labels;
     the answer of each position; and where each begins.
@@ -148,4 +182,4 @@ def lay_answers(
             begins.append(at)
             at = end
         starts.append(tuple(begins))
-    return (*map(torch.from_numpy, (read, labels, choices)), tuple(starts))  # type: ignore[return-value]
+    return read, labels, choices, tuple(starts)

@@ -231,6 +231,16 @@ class T5(Named, EncoderDecoder):
 
         t5_fused.install(model, settings)
 
+    def cannot_lay(self, model: Any) -> str | None:
+        """Where the fused attention is not in place."""
+        if model.config.model_type == "umt5":
+            return "attention of umT5 takes padded rows only"
+        from mhr_scale.families.t5_fused import Attention
+
+        if not any(isinstance(module, Attention) for module in model.modules()):
+            return "it needs backbone.fused_attention: true"
+        return None
+
     def embeddings(self, model: Any) -> list[nn.Module]:
         """Encoder and decoder have modules of their own for one tensor."""
         return [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens]

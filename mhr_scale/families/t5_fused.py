@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 
 from mhr_scale.families.family import Settings
+from mhr_scale.families.flat import in_use
 from mhr_scale.families.fused import fused_class, gated, rms_norm
 from mhr_scale.families.siblings import call_together
 
@@ -75,6 +76,10 @@ class Attention:
         else:
             q = self._heads(self.q(hidden_states))
             k, v = self._cross(key_value_states, past_key_values)
+        flat = in_use()
+        if flat is not None:
+            of_q, of_k = flat.stream_of(q.shape[2]), flat.stream_of(k.shape[2])
+            q, k, v = of_q.spread(q), of_k.spread(k), of_k.spread(v)
         if position_bias is None:
             position_bias = self._additive_mask(
                 q, k, mask, seen, is_cross=key_value_states is not None
@@ -90,7 +95,10 @@ class Attention:
             dropout_p=self.dropout if self.training else 0.0,
             scale=1.0,
         )
-        return self.o(out_BHLD.transpose(1, 2).flatten(2)), position_bias, None
+        out_BLHD = out_BHLD.transpose(1, 2)
+        if flat is not None:
+            out_BLHD = of_q.gather(out_BLHD)
+        return self.o(out_BLHD.flatten(2)), position_bias, None
 
     def _heads(self: Any, states_BLI: Tensor) -> Tensor:
         return states_BLI.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)

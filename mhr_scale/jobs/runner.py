@@ -212,9 +212,10 @@ class Runner:
         judged: dict[int, dict[str, Any]] = {}
         options = self.config.scoring
         texts = [keeps_texts(options, len(scored.rows)) for _, scored in sets]
-        for kind, run, todo in answerers(rows, self.placed, adapter, self.tokenizer, options):
-            for batch in cut_batches(todo, max_tokens=options.max_tokens):
-                for row, value in self._answer(kind, run, batch):
+        for way in answerers(rows, self.placed, adapter, self.tokenizer, options):
+            most = options.max_tokens
+            for batch in cut_batches(way.rows, max_tokens=most, is_flat=way.is_flat):
+                for row, value in self._answer(way.name, way.run, batch):
                     set_number, question = questions[row.number]
                     judged[row.number] = judge(question, value, with_texts=texts[set_number])
         lines: list[list[dict[str, Any]]] = [[] for _ in sets]

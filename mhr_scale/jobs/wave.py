@@ -27,9 +27,14 @@ from mhr_scale.jobs.job import Job, JobProgress
 from mhr_scale.jobs.job_data import JobData
 from mhr_scale.jobs.start import stack, trained_numbers, unstack
 from mhr_scale.passes import few_shot_loss
+from mhr_scale.passes.filled import filled
 from mhr_scale.passes.losses import Loss
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim, saved_steps
+
+#: Tokens for each thread that a sequence of a wave's rows has at least: a matrix product may round
+#: a row otherwise where there are fewer (measured in float32: below four).
+FEWEST_TOKENS = 8
 
 
 @dataclass(slots=True)
@@ -129,16 +134,18 @@ class Wave:
     def train_step(self, placed: PlacedBackbone) -> StepValues:
         """Train every job by one step; a job whose gradients are not finite is not updated."""
         batches = [member.data.batch(self.step) for member in self.members]
-        rows, counts = [row for batch in batches for row in batch], [len(b) for b in batches]
-        owners = [number for number, batch in enumerate(batches) for _ in batch]
+        counts = [len(batch) for batch in batches]
+        owned = [replace(row, task=n) for n, batch in enumerate(batches) for row in batch]
+        packed = placed.pack(
+            owned,
+            at_least=self.members[0].data.shape,
+            is_flat=placed.lays_flat(self.config.waves.packing, "waves.packing"),
+            fewest_tokens=FEWEST_TOKENS * torch.get_num_threads(),
+        )
         factors = self._set_rates()
-        with self.adapter.slots(owners, seeds=self._seeds(batches)) as slots:
+        with filled(self.adapter, packed, seeds=self._seeds(batches)) as slots:
             parts = few_shot_loss.forward(
-                self.config.protocol,
-                placed,
-                rows,
-                lambda _, part: _job_means(part, counts),
-                at_least=self.members[0].data.shape,
+                self.config.protocol, placed, packed, lambda _, part: _job_means(part, counts)
             )
             slots.backward(parts["loss"].sum())
             placed.engine.after_backward()

@@ -1,4 +1,4 @@
 """Passes through the model: losses, validation, ranking of choices, generation of answers.
 
-Other rooms import: few_shot_loss, losses, scoring, validation.
+Other rooms import: few_shot_loss, filled, losses, scoring, validation.
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhr_scale.config import ProtocolConfig
 from mhr_scale.engine.opened import PlacedBackbone
-from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.passes import losses
 from mhr_scale.passes.losses import Loss
 
@@ -18,35 +18,31 @@ from mhr_scale.passes.losses import Loss
 def forward(
     protocol: ProtocolConfig,
     placed: PlacedBackbone,
-    rows: Sequence[EncodedRow],
+    packed: Packed,
     mean: Callable[[str, Loss], Tensor],
-    *,
-    at_least: tuple[int, int] = (0, 0),
 ) -> dict[str, Tensor]:
     """The `loss` of some rows, and under T-Few its parts `lm`, `mc` and `ul`.
 
     `mean` divides the sum of a part by its count: per job of a wave, or, if one job's batch takes
-    several passes, by the counts of the whole batch (`count`). Inputs and targets are padded to the
-    lengths `at_least`, or more.
+    several passes, by the counts of the whole batch (`count`).
     """
-    packed = placed.pack(rows, at_least=at_least)
-    logits_BDV = placed.predictions(packed)
+    logits = placed.predictions(packed)
     if protocol.loss == "language_model":
         loss = losses.language_model(
-            logits_BDV,
+            logits,
             packed.labels_BD,
-            packed.sources_BD,
+            packed.sources,
             label_smoothing=protocol.label_smoothing,
         )
         if protocol.normalise == "examples":
             loss = Loss(loss.sum, torch.ones_like(loss.count))
         return {"loss": mean("lm", loss)}
     parts = losses.tfew(
-        logits_BDV,
+        logits,
         packed.labels_BD,
         packed.choices_BD,
-        torch.tensor([row.label for row in rows], device=logits_BDV.device),
-        packed.sources_BD,
+        torch.tensor([row.label for row in packed.rows], device=logits.device),
+        packed.sources,
         n_choices=packed.n_choices,
         length_norm=protocol.length_norm,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mhr_scale.families.packed import IGNORE
+from mhr_scale.families.packed import IGNORE, Targets
 
 #: Logits that are had in float32 at a time: 16 MiB of them.
 CHUNK = 2**22
@@ -28,26 +28,28 @@ class Loss:
 
 
 def token_losses(
-    logits_BDV: Tensor,
+    logits: Tensor,
     labels_BD: Tensor,
-    sources_BD: Tensor | None = None,
+    sources: Tensor | Targets | None = None,
     *,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy (B, D) in float32, 0 where a label is -100; in float64 if the logits are.
 
-    `sources_BD` tells which of a row's logits a label is of, where it is not its own (`Packed`).
-    Where the vocabulary is large, a step's largest tensors are these logits. They are kept as they
-    are, for backward too, and had in float32 some rows at a time: the numbers are those of torch's
-    function over all of them.
+    `sources` tells which of the logits a label is of (`Packed.sources`). Where the vocabulary is
+    large, a step's largest tensors are these logits. They are kept as they are, for backward too,
+    and had in float32 some rows at a time: the numbers are those of torch's function over all.
     """
-    places_N = None
-    if sources_BD is not None:
-        first_B1 = torch.arange(len(sources_BD), device=sources_BD.device)[:, None]
-        places_N = (sources_BD + first_B1 * logits_BDV.shape[1]).flatten()
-    losses_N: Tensor = _TokenLosses.apply(
-        logits_BDV.flatten(0, -2), labels_BD.flatten(), places_N, label_smoothing
-    )
+    labels_N, rows_N = labels_BD.flatten(), None
+    if isinstance(sources, Targets):
+        labels_N, rows_N = labels_N[sources.places_N], sources.sources_N
+    elif sources is not None:
+        first_B1 = torch.arange(len(sources), device=sources.device)[:, None]
+        rows_N = (sources + first_B1 * logits.shape[1]).flatten()
+    losses_N: Tensor = _TokenLosses.apply(logits.flatten(0, -2), labels_N, rows_N, label_smoothing)
+    if isinstance(sources, Targets):
+        padded = losses_N.new_zeros(labels_BD.numel())
+        losses_N = padded.index_copy(0, sources.places_N, losses_N)
     return losses_N.view_as(labels_BD)
 
 
@@ -109,9 +111,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def language_model(
-    logits_BDV: Tensor,
+    logits: Tensor,
     labels_BD: Tensor,
-    sources_BD: Tensor | None = None,
+    sources: Tensor | Targets | None = None,
     *,
     label_smoothing: float = 0.0,
 ) -> Loss:
@@ -119,9 +121,7 @@ def language_model(
 
     Labels equal to -100 do not count. Label smoothing spreads its share over the vocabulary.
     """
-    token_losses_BD = token_losses(
-        logits_BDV, labels_BD, sources_BD, label_smoothing=label_smoothing
-    )
+    token_losses_BD = token_losses(logits, labels_BD, sources, label_smoothing=label_smoothing)
     return Loss(token_losses_BD.sum(1), (labels_BD != IGNORE).sum(1))
 
 
@@ -136,11 +136,11 @@ class TFewLosses:
 
 
 def tfew(
-    logits_BDV: Tensor,
+    logits: Tensor,
     labels_BD: Tensor,
     choices_BD: Tensor,
     right_B: Tensor,
-    sources_BD: Tensor | None = None,
+    sources: Tensor | Targets | None = None,
     *,
     n_choices: int,
     length_norm: float = 1.0,
@@ -156,7 +156,7 @@ def tfew(
 
     `n_choices` is the most that a row has. Likelihoods are float32, or float64 if the logits are.
     """
-    nll_BD = token_losses(logits_BDV, labels_BD, sources_BD)
+    nll_BD = token_losses(logits, labels_BD, sources)
     is_choice_BDC = choices_BD.unsqueeze(-1) == torch.arange(n_choices, device=choices_BD.device)
     lengths_BC = is_choice_BDC.sum(1)
     nll_BC = (nll_BD.unsqueeze(-1) * is_choice_BDC).sum(1)

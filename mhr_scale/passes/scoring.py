@@ -4,7 +4,7 @@ Shape letters: B batch rows (examples), D target positions with choices side by 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DataError, DivergenceError
 from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.passes import losses
+from mhr_scale.passes.filled import filled
 from mhr_scale.rows.batching import Batch, cut_batches, deal
 from mhr_scale.run import stopping
 
@@ -33,6 +34,7 @@ def score(
     *,
     engine: Engine,
     max_tokens: int,
+    is_flat: bool = False,
 ) -> Iterator[dict[int, T]]:
     """Run batches in rounds; after each round, yield its results by row number.
 
@@ -41,7 +43,7 @@ def score(
     returns a value for every row of a batch (`questions.answerers`).
     """
     assert len({row.number for row in rows}) == len(rows)
-    batches = cut_batches(rows, max_tokens=max_tokens)
+    batches = cut_batches(rows, max_tokens=max_tokens, is_flat=is_flat)
     rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
     is_stopped = False
     for batch, is_counted in rounds:
@@ -59,16 +61,12 @@ def score(
 
 
 @contextmanager
-def _evaluation(
-    model: nn.Module, adapter: Adapter | None, batch: Batch, *, beams: int = 1
-) -> Iterator[None]:
-    """Evaluation mode without gradients; the adapter, if any, under the rows' tasks."""
+def _evaluation(model: nn.Module, slots: AbstractContextManager[object]) -> Iterator[None]:
+    """Evaluation mode without gradients, inside the block of the slots."""
     was_training = model.training
     if was_training:
         model.eval()
     try:
-        tasks = [row.task for row in batch]
-        slots = nullcontext() if adapter is None else adapter.slots(tasks, rows_per_example=beams)
         with torch.no_grad(), slots:
             yield
     finally:
@@ -77,7 +75,12 @@ def _evaluation(
 
 
 def rank_choices(
-    placed: PlacedBackbone, adapter: Adapter | None, batch: Batch, *, length_norm: float
+    placed: PlacedBackbone,
+    adapter: Adapter | None,
+    batch: Batch,
+    *,
+    length_norm: float,
+    is_flat: bool = False,
 ) -> list[list[float]]:
     """Score every choice of every row: the smallest wins.
 
@@ -85,7 +88,7 @@ def rank_choices(
     float32, over length ** `length_norm`. Without an adapter the model runs as it is: bare, or
     inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is not finite.
     """
-    nll_BD, packed = choice_losses(placed, adapter, batch)
+    nll_BD, packed = choice_losses(placed, adapter, batch, is_flat=is_flat)
     # the only device sync; sums on the host do not depend on the order of threads
     parts = zip(packed.rows, packed.starts, nll_BD.cpu().numpy(), strict=True)
     scores = []
@@ -108,7 +111,7 @@ def rank_choices(
 
 
 def choice_losses(
-    placed: PlacedBackbone, adapter: Adapter | None, batch: Batch
+    placed: PlacedBackbone, adapter: Adapter | None, batch: Batch, *, is_flat: bool = False
 ) -> tuple[Tensor, Packed]:
     """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B, D).
 
@@ -119,10 +122,11 @@ def choice_losses(
         if not row.answers:
             raise DataError(f"row {row.number}: no choices to rank")
     parts = [part for row in batch for part in split(row)]
-    with _evaluation(placed.model, adapter, parts):
-        packed = placed.pack(parts)
-        logits_BDV = placed.predictions(packed)
-        nll_BD = losses.token_losses(logits_BDV, packed.labels_BD, packed.sources_BD)
+    packed = placed.pack(parts, is_flat=is_flat)
+    slots = packed.in_use() if adapter is None else filled(adapter, packed)
+    with _evaluation(placed.model, slots):
+        logits = placed.predictions(packed)
+        nll_BD = losses.token_losses(logits, packed.labels_BD, packed.sources)
     return nll_BD, packed
 
 
@@ -157,7 +161,9 @@ def generate_answers(
 
     Under ZeRO-3, where every step gathers weights, ranks take as many steps as the slowest one.
     """
-    with _evaluation(placed.model, adapter, batch, beams=beams):
+    tasks = [row.task for row in batch]
+    slots = nullcontext() if adapter is None else adapter.slots(tasks, rows_per_example=beams)
+    with _evaluation(placed.model, slots):
         ids = placed.family.generate(
             placed.model,
             batch,

@@ -7,38 +7,58 @@ import torch
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.engine.opened import PlacedBackbone
-from mhr_scale.families.packed import Packed
+from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.passes import losses
-from mhr_scale.rows.batching import Batch, deal
+from mhr_scale.passes.filled import filled
+from mhr_scale.rows.batching import cut_batches, deal
 
 
 def forward(placed: PlacedBackbone, packed: Packed, *, label_smoothing: float = 0.0) -> losses.Loss:
     """Loss of each row: the frozen model with the slots in use."""
-    logits_BDV = placed.logits(packed)
-    return losses.language_model(logits_BDV, packed.labels_BD, label_smoothing=label_smoothing)
+    return losses.language_model(
+        placed.predictions(packed),
+        packed.labels_BD,
+        packed.sources,
+        label_smoothing=label_smoothing,
+    )
 
 
 def iter_packed(
-    placed: PlacedBackbone, batches: Sequence[Batch], *, pad_multiple: int
+    placed: PlacedBackbone,
+    rows: Sequence[EncodedRow],
+    *,
+    max_rows: int,
+    pad_multiple: int,
+    is_flat: bool,
 ) -> Iterator[tuple[Packed, bool]]:
-    """This rank's batches, packed, and whether each counts; the others are dummy passes."""
+    """This rank's batches of rows, packed, and whether each counts; the others are dummy passes."""
     engine = placed.engine
+    batches = cut_batches(rows, max_rows=max_rows, is_flat=is_flat)
     rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
     for batch, is_counted in rounds:
         if batch is not None:
-            yield placed.pack(batch, pad_multiple=pad_multiple), is_counted
+            packed = placed.pack(batch, pad_multiple=pad_multiple, is_flat=is_flat)
+            yield packed, is_counted
 
 
 @torch.no_grad()
 def reduce_losses(
-    placed: PlacedBackbone, adapter: Adapter, batches: Sequence[Batch], *, pad_multiple: int
+    placed: PlacedBackbone,
+    adapter: Adapter,
+    rows: Sequence[EncodedRow],
+    *,
+    max_rows: int,
+    pad_multiple: int,
+    is_flat: bool,
 ) -> dict[str, Any]:
-    """Mean loss per target token, overall and by task, of the tasks that have rows. Collective."""
+    """Mean loss per target token of some rows, overall and by task with rows. Collective."""
     device = placed.device
     sums = torch.zeros(2, len(adapter.task_names), dtype=torch.float64, device=device)
     placed.model.eval()
-    for packed, is_counted in iter_packed(placed, batches, pad_multiple=pad_multiple):
-        with adapter.slots(packed.tasks):
+    for packed, is_counted in iter_packed(
+        placed, rows, max_rows=max_rows, pad_multiple=pad_multiple, is_flat=is_flat
+    ):
+        with filled(adapter, packed):
             loss = forward(placed, packed)
         if is_counted:
             index = torch.tensor(packed.tasks, device=device)

@@ -1,10 +1,13 @@
 """From encoded rows to batches of similar lengths, distributed round-robin over ranks.
 
 A global batch has the same rows whatever the number of ranks. Its rows are sorted by length and cut
-into micro batches; micro batch c goes to rank c mod W. So there is little padding, all ranks are
+into micro batches of equally many rows or, where rows are laid flat, of equally many tokens, as
+nearly as they come; micro batch c goes to rank c mod W. So there is little padding, all ranks are
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
+import bisect
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,32 +52,71 @@ def number_rows(rows: TaskRows) -> list[EncodedRow]:
 
 
 def cut_batches(
-    rows: Sequence[EncodedRow], *, max_rows: int | None = None, max_tokens: int | None = None
+    rows: Sequence[EncodedRow],
+    *,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+    is_flat: bool = False,
 ) -> list[Batch]:
     """Cut rows into batches of similar lengths, longest first; inside a batch sorted by task.
 
-    A batch holds at most `max_rows` rows, and at most `max_tokens` padded tokens, inputs and
-    answers together; a row that is longer than that makes a batch of its own.
+    A batch holds at most `max_rows` rows, and at most `max_tokens` tokens, inputs and answers
+    together; a row that is longer than that makes a batch of its own. Counted are padded tokens,
+    but for rows that are laid flat: of these there are as many batches as of `max_rows` rows, with
+    equally many tokens each.
     """
-    by_length = sorted(
-        rows, key=lambda r: (-len(r.input_ids), -r.n_answer_tokens, r.task, r.number)
-    )
+    by_length = _by_length(rows)
+    if is_flat and max_rows is not None:
+        return _cut_evenly(by_length, -(-len(rows) // max_rows))
     batches: list[Batch] = []
-    width = depth = 0
+    width = depth = n_tokens = 0
     for row in by_length:
+        n_tokens += _count(row)
         padded = -(-len(row.input_ids) // PAD_MULTIPLE) * PAD_MULTIPLE
         wider, deeper = max(width, padded), max(depth, row.n_answer_tokens)
         count = len(batches[-1]) + 1 if batches else 1
         is_full = (max_rows is not None and count > max_rows) or (
-            max_tokens is not None and count * (wider + deeper) > max_tokens
+            max_tokens is not None
+            and (n_tokens if is_flat else count * (wider + deeper)) > max_tokens
         )
         if is_full or not batches:
             batches.append([row])
-            width, depth = padded, row.n_answer_tokens
+            width, depth, n_tokens = padded, row.n_answer_tokens, _count(row)
         else:
             batches[-1].append(row)
             width, depth = wider, deeper
-    return [sorted(batch, key=lambda r: (r.task, r.number)) for batch in batches]
+    return [_by_task(batch) for batch in batches]
+
+
+def _by_length(rows: Sequence[EncodedRow]) -> Batch:
+    return sorted(rows, key=lambda r: (-len(r.input_ids), -r.n_answer_tokens, r.task, r.number))
+
+
+def _by_task(rows: Sequence[EncodedRow]) -> Batch:
+    return sorted(rows, key=lambda r: (r.task, r.number))
+
+
+def _count(row: EncodedRow) -> int:
+    return len(row.input_ids) + row.n_answer_tokens
+
+
+def _cut_evenly(rows: Sequence[EncodedRow], n_batches: int) -> list[Batch]:
+    """Rows in their order as so many batches, each with a row at least."""
+    ends = list(itertools.accumulate(map(_count, rows)))
+    batches: list[Batch] = []
+    start = 0
+    for number in range(n_batches):
+        behind = n_batches - number - 1
+        stop = bisect.bisect_left(ends, ends[-1] * (number + 1) / n_batches) + 1
+        # nearer to the mark without its last row
+        if stop - start > 1 and 2 * (ends[-1] * (number + 1) / n_batches - ends[stop - 2]) < _count(
+            rows[stop - 1]
+        ):
+            stop -= 1
+        stop = min(max(stop, start + 1), len(rows) - behind)
+        batches.append(_by_task(rows[start:stop]))
+        start = stop
+    return batches
 
 
 def deal(
@@ -101,6 +143,7 @@ class StepBatches(Dataset[list[Packed]]):
     references: str
     seed: int
     pack: Callable[[Batch], Packed]
+    is_flat: bool
     rank: int
     world_size: int
 
@@ -111,7 +154,8 @@ class StepBatches(Dataset[list[Packed]]):
 
     def __getitem__(self, step: int) -> list[Packed]:
         rows = draw_rows(self.samples(step), self.rows, references=self.references, seed=self.seed)
-        batches = cut_batches(rows, max_rows=self.config.micro_batch_size)
+        size = self.config.micro_batch_size
+        batches = cut_batches(rows, max_rows=size, is_flat=self.is_flat)
         return [self.pack(batch) for batch in batches[self.rank :: self.world_size]]
 
     def load(self, start: int, stop: int) -> Iterator[list[Packed]]:

@@ -9,7 +9,7 @@ too, for which less is better: a choice's negative log-likelihood in nats, summe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import ScoringConfig
@@ -132,18 +132,26 @@ def longest(rows: Sequence[EncodedRow], config: ScoringConfig) -> tuple[int, int
     return max(lengths, key=sum, default=(0, 0))
 
 
+class Answerer(NamedTuple):
+    """A way to answer: its name, its function of a batch, its rows, and whether they lie flat."""
+
+    name: str
+    run: Callable[[Batch], list[Any]]
+    rows: list[EncodedRow]
+    is_flat: bool
+
+
 def answerers(
     rows: Sequence[EncodedRow],
     placed: PlacedBackbone,
     adapter: Adapter | None,
     tokenizer: Any,
     options: ScoringConfig,
-) -> list[tuple[str, Callable[[Batch], list[Any]], list[EncodedRow]]]:
-    """The two ways to answer, each with its function of a batch and its rows.
-
-    `rank` is for rows with choices, `generate` for the others.
-    """
-    rank = partial(rank_choices, placed, adapter, length_norm=options.length_norm)
+) -> list[Answerer]:
+    """The two ways to answer: `rank` rows with choices, `generate` for the others."""
+    is_flat = placed.lays_flat(options.packing, "scoring.packing")
+    norm = options.length_norm
+    rank = partial(rank_choices, placed, adapter, length_norm=norm, is_flat=is_flat)
     generate = partial(
         generate_answers,
         placed,
@@ -153,6 +161,6 @@ def answerers(
         max_new_tokens=options.max_new_tokens,
     )
     return [
-        ("rank", rank, [row for row in rows if row.answers]),
-        ("generate", generate, [row for row in rows if not row.answers]),
+        Answerer("rank", rank, [row for row in rows if row.answers], is_flat),
+        Answerer("generate", generate, [row for row in rows if not row.answers], False),
     ]

@@ -147,9 +147,11 @@ def make_batches(
 ) -> StepBatches:
     """This rank's micro batches of any step."""
     family, model_config = placed.family, placed.model.config
+    is_flat = placed.lays_flat(config.batch.packing, "batch.packing")
 
     def pack(batch: Batch) -> Packed:
-        return family.pack(batch, model_config, pad_multiple=config.batch.pad_multiple)
+        multiple = config.batch.pad_multiple
+        return family.pack(batch, model_config, pad_multiple=multiple, is_flat=is_flat)
 
     return StepBatches(
         rows=tokens.train,
@@ -158,6 +160,7 @@ def make_batches(
         references=config.tasks.target_choice(),
         seed=config.run.seed,
         pack=pack,
+        is_flat=is_flat,
         rank=placed.engine.rank,
         world_size=placed.engine.world_size,
     )

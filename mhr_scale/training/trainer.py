@@ -23,7 +23,8 @@ from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DivergenceError, RunError
 from mhr_scale.families.packed import Packed
 from mhr_scale.passes import validation
-from mhr_scale.rows.batching import StepBatches, cut_batches, number_rows
+from mhr_scale.passes.filled import filled
+from mhr_scale.rows.batching import StepBatches, number_rows
 from mhr_scale.rows.tokens import TokenSet
 from mhr_scale.run import stopping, tracking
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log
@@ -42,6 +43,7 @@ class StepSums:
     examples: int = 0
     tokens: int = 0
     positions: int = 0
+    padding: int = 0
     row_losses: list[tuple[Packed, Tensor]] = field(default_factory=list)
 
 
@@ -150,8 +152,9 @@ class Trainer:
                 seed_from("dropout", config.run.seed, self.step, number, self.engine.rank)
             )
             seeds = [seed_from("noise", config.run.seed, row.number) for row in packed.rows]
-            with self.adapter.slots(
-                packed.tasks,
+            with filled(
+                self.adapter,
+                packed,
                 seeds=seeds,
                 uniform_share=optim.uniform_share(config.schedule, self.step),
             ) as slots:
@@ -165,6 +168,7 @@ class Trainer:
             sums.tokens += packed.n_input_tokens + packed.n_target_tokens
             sums.loss_tokens += packed.n_target_tokens
             sums.positions += packed.n_positions
+            sums.padding += packed.n_padding
         self.engine.check_same_modules()
         return sums
 
@@ -186,7 +190,10 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         total = torch.stack([row_losses.sum() for _, row_losses in sums.row_losses]).sum()
-        counts = (sums.loss_tokens, sums.examples, sums.tokens, sums.positions)
+        counts = (
+            *(sums.loss_tokens, sums.examples, sums.tokens),
+            *(sums.positions, sums.padding),
+        )
         facts = torch.cat([total.reshape(1), total.new_tensor(counts)])  # counts below 2**24
         facts = torch.cat([facts, facts.new_tensor([float(stopping.is_asked())])])
         rows = _dense_rows(logits, tasks) if tasks and logits is not None else None
@@ -195,7 +202,7 @@ class Trainer:
         if engine.world_size > 1:
             flat = engine.reduce_sum(torch.cat([*buffers, facts]))
             _unpack(flat, [*buffers, facts])
-        loss, loss_tokens, examples, tokens, positions, asked = facts.tolist()
+        loss, loss_tokens, examples, tokens, positions, padding, asked = facts.tolist()
         self._is_stop_agreed = asked > 0
         count = loss_tokens if self.config.loss.normalise == "tokens" else examples
         for buffer in buffers:
@@ -209,7 +216,7 @@ class Trainer:
             "loss": loss / count,
             "examples": examples,
             "tokens": tokens,
-            "padding_share": 1.0 - tokens / positions,
+            "padding_share": padding / positions,
         }
 
     def _clip_and_check(self, values: Mapping[str, float], sums: StepSums) -> float:
@@ -251,8 +258,10 @@ class Trainer:
         return validation.reduce_losses(
             self.placed,
             self.adapter,
-            cut_batches(rows, max_rows=batch.micro_batch_size),
+            rows,
+            max_rows=batch.micro_batch_size,
             pad_multiple=batch.pad_multiple,
+            is_flat=self.batches.is_flat,
         )
 
     # -- saving and resuming ---------------------------------------------------------------------

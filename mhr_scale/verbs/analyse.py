@@ -140,6 +140,7 @@ def align(
             adapter=adapter,
             micro_batch_size=settings.micro_batch_size,
             pad_multiple=sources.batch.pad_multiple,
+            is_flat=placed.lays_flat(sources.batch.packing, "batch.packing"),
         )
         progress = Progress(len(tasks), start=0, what="alignment", unit="task")
         measured = alignment.gather_alignment(source, tasks, advance=progress.advance)

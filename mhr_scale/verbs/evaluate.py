@@ -232,8 +232,10 @@ def score_rows(
     with_texts = keeps_texts(options, len(questions))
     pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
-    for _, run, group in answerers(pending, placed, adapter, tokenizer, options):
-        for results in scoring.score(group, run, engine=engine, max_tokens=options.max_tokens):
+    for way in answerers(pending, placed, adapter, tokenizer, options):
+        for results in scoring.score(
+            way.rows, way.run, engine=engine, max_tokens=options.max_tokens, is_flat=way.is_flat
+        ):
             if engine.rank == 0:
                 lines = [
                     judge(questions[number], value, with_texts=with_texts)

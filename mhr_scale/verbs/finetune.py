@@ -252,7 +252,7 @@ def train_step(
         parts = few_shot_loss.forward(
             config.protocol,
             loaded.placed,
-            rows[start : start + size],
+            loaded.placed.pack(rows[start : start + size]),
             lambda name, part: part.sum.sum() / counts[name],
         )
         parts["loss"].backward()
@@ -278,11 +278,12 @@ def evaluate(
         options, judged = config.scoring, {}
         with_texts = keeps_texts(options, len(test.rows))
         progress = Progress(len(test.rows), start=0, what="evaluate", unit="example")
-        for _, run, group in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
-            for batch in cut_batches(group, max_tokens=options.max_tokens):
+        for way in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
+            most = options.max_tokens
+            for batch in cut_batches(way.rows, max_tokens=most, is_flat=way.is_flat):
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")
-                for row, value in zip(batch, run(batch), strict=True):
+                for row, value in zip(batch, way.run(batch), strict=True):
                     question = test.questions[row.number]
                     judged[row.number] = judge(question, value, with_texts=with_texts)
                     progress.advance(config.task)

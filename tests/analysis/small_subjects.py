@@ -46,7 +46,11 @@ def make_setup(config: AdapterConfig, *, micro_batch_size: int = 2, n_rows: int 
             spread = 1.0 if "routing" in name else 0.2
             parameter += spread * torch.randn_like(parameter)
     source = GradientSource(
-        placed=placed, adapter=adapter, micro_batch_size=micro_batch_size, pad_multiple=4
+        is_flat=False,
+        placed=placed,
+        adapter=adapter,
+        micro_batch_size=micro_batch_size,
+        pad_multiple=4,
     )
     rng = np.random.default_rng(5)
     tasks = [

@@ -168,7 +168,7 @@ def test_the_losses_of_t_few_equal_one_text_at_a_time() -> None:
         packed.labels_BD,
         packed.choices_BD,
         right,
-        packed.sources_BD,
+        packed.sources,
         n_choices=packed.n_choices,
     )
     for number, row in enumerate(rows):

@@ -258,6 +258,7 @@ def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK):
         references="first",
         seed=3,
         pack=pack,
+        is_flat=False,
         rank=rank,
         world_size=world_size,
     )

@@ -1,0 +1,120 @@
+"""Which slot the rows of a pass read: made once per step, on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhr_scale.adapters.by_slot import (
+    EVEN,
+    MOST_MASKED,
+    MOST_MASKED_ON_GPU,
+    BySlot,
+    Masked,
+    Span,
+    Spans,
+)
+from mhr_scale.families.flat import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMap:
+    """Which slot each batch row uses. `slot_of_row` has one entry per example.
+
+    A pass has one row per example or, consecutive as `repeat_interleave` makes them, so many as
+    `rows_per_example` says (beams, answer choices). A single example stands for any number of rows.
+    With `streams` it has all examples in one sequence instead: a linear sees one of these streams,
+    which are told by their length. In an `is_exact` map a slot's products are its own, to the bit.
+    """
+
+    slot_of_row: tuple[int, ...]
+    n_slots: int
+    rows_per_example: int = 1
+    streams: tuple[Stream, ...] = ()
+    is_exact: bool = False
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether the rows are sorted by slot, with equally many rows each."""
+        count, rest = divmod(len(self.slot_of_row), self.n_slots)
+        return rest == 0 and self.slot_of_row == tuple(
+            slot for slot in range(self.n_slots) for _ in range(count)
+        )
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether an input (rows, ..., I) is one of these examples.
+
+        Some blocks flatten rows and tokens into one dimension: then x has a multiple of the rows.
+        """
+        if self.streams:
+            return any(stream.n_tokens == _count(x) for stream in self.streams)
+        n, n_rows = len(self.slot_of_row), x.shape[0]
+        is_flat = x.dim() == 2 and n_rows % n == 0
+        return n_rows in (n, n * self.rows_per_example) or n == 1 or is_flat
+
+    def describe_misfit(self, x: Tensor) -> str:
+        """What an input that does not fit has, for a message that names its reader."""
+        n = len(self.slot_of_row)
+        if self.streams:
+            lengths = " or ".join(str(stream.n_tokens) for stream in self.streams)
+            return (
+                f"{_count(x)} tokens under slots made for {n} examples in a sequence of {lengths}; "
+                "give `tokens` for every sequence that the model computes"
+            )
+        return (
+            f"{x.shape[0]} rows under slots made for {n} examples; give one task id per example, "
+            "or rows_per_example where an example has several rows (beams, answer choices)"
+        )
+
+    def by_slot(self, x: Tensor, *, n_columns: int = 0) -> BySlot:
+        """How the rows of an input that fits find their slots.
+
+        `n_columns` are the hidden columns of a slot; 0: none, it scales.
+        """
+        if not self.streams:
+            return EVEN
+        n_tokens = _count(x)
+        spans = self._made.get(n_tokens)
+        if spans is None:
+            spans = self._made[n_tokens] = Spans(self._spans(n_tokens), n_tokens)
+        most = MOST_MASKED.get(x.device.type, MOST_MASKED_ON_GPU) * len(spans.spans)
+        n_columns *= self.n_slots
+        if self.is_exact or self.n_slots == 1 or not 0 < x.numel() * n_columns <= most:
+            return spans
+        key = n_tokens, x.dtype
+        masked = self._made.get(key)
+        if masked is None:
+            mask = _mask(spans.spans, n_tokens, self.n_slots).to(x)
+            masked = self._made[key] = Masked(spans.spans, n_tokens, mask)
+        return masked
+
+    def _spans(self, n_tokens: int) -> tuple[Span, ...]:
+        """Ranges of the tokens of one slot."""
+        stream = next(stream for stream in self.streams if stream.n_tokens == n_tokens)
+        spans: list[Span] = []
+        start = 0
+        for slot, count in zip(self.slot_of_row, stream.counts, strict=True):
+            stop = start + count
+            if spans and spans[-1].slot == slot:
+                spans[-1] = Span(slot, spans[-1].start, stop)
+            elif count:
+                spans.append(Span(slot, start, stop))
+            start = stop
+        return tuple(spans)
+
+
+def _count(x: Tensor) -> int:
+    """The rows of an input (..., I)."""
+    return x.shape[:-1].numel()
+
+
+def _mask(spans: Sequence[Span], n_tokens: int, n_slots: int) -> Tensor:
+    """1 where a slot is a token's own: (M, U, 1)."""
+    mask = torch.zeros(n_tokens, n_slots, 1)
+    for span in spans:
+        mask[span.start : span.stop, span.slot] = 1.0
+    return mask

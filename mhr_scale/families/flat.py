@@ -1,0 +1,201 @@
+"""Rows laid flat: the tokens of several rows one behind another in one sequence, without padding.
+
+Everything that a model computes token by token runs on the tokens alone. Attention is where rows
+meet: there queries, keys and values are spread into a rectangle, a row of it for each row, under
+the masks that padded rows have, and what comes out is laid flat again. So a token sees what it sees
+in a row of its own, whatever lies beside it, and no operation is spent on padding outside of the
+products of attention.
+
+Shape letters: N tokens of all rows, B rows, L width of the rectangle, H heads, D width of a head.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens of several rows in one sequence, those of a row one behind another.
+
+    `counts` are the tokens of each row, in order; behind them the sequence may have more, up to
+    `n_tokens`, which belong to nobody.
+    """
+
+    counts: tuple[int, ...]
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class SpreadStream(Stream):
+    """A sequence that a model computes, and where its tokens stand in a rectangle `shape` (B, L).
+
+    `places` tells it of each token of a row, by row and column in one; None: the sequence is the
+    rectangle. `places_N` are the same where the model is; `tokens_M` (B * L) is the token of each
+    place, any where there is none.
+    """
+
+    shape: tuple[int, int]
+    places: Any
+    places_N: Tensor | None = None
+    tokens_M: Tensor | None = None
+
+    @classmethod
+    def of(cls, is_token_BL: Any, *, n_tokens: int = 0) -> "SpreadStream":
+        """The sequence of what is a token in an array (B, L), filled up to so many tokens."""
+        import numpy as np
+
+        counts = tuple(int(count) for count in is_token_BL.sum(1))
+        n_tokens = max(n_tokens, sum(counts))
+        if n_tokens == is_token_BL.size and is_token_BL.all():
+            return cls(counts, n_tokens, is_token_BL.shape, None)
+        places = np.flatnonzero(is_token_BL)
+        tokens = np.zeros(is_token_BL.size, dtype=np.int64)
+        tokens[places] = np.arange(len(places))
+        indices = torch.from_numpy(places), torch.from_numpy(tokens)
+        return cls(counts, n_tokens, is_token_BL.shape, places, *indices)
+
+    def take(self, array_BL: Any) -> Any:
+        """What an array (B, L) has at the tokens, and zeros behind them: (1, N)."""
+        import numpy as np
+
+        if self.places is None:
+            return array_BL.reshape(1, -1)
+        taken = np.zeros((1, self.n_tokens), dtype=array_BL.dtype)
+        taken[0, : len(self.places)] = array_BL.reshape(-1)[self.places]
+        return taken
+
+    def to(self, device: torch.device) -> "SpreadStream":
+        """The same on `device`."""
+        if self.places_N is None or self.tokens_M is None:
+            return self
+        return replace(
+            self,
+            places_N=self.places_N.to(device, non_blocking=True),
+            tokens_M=self.tokens_M.to(device, non_blocking=True),
+        )
+
+    def spread(self, heads_1HND: Tensor) -> Tensor:
+        """The heads of a sequence (1, H, N, D) in the rectangle (B, H, L, D), any where padded."""
+        heads_NHD = heads_1HND[0].transpose(0, 1)
+        if self.places_N is not None:
+            heads_NHD = _Spread.apply(heads_NHD, self.places_N, self.tokens_M)
+        return heads_NHD.unflatten(0, self.shape).transpose(1, 2)
+
+    def gather(self, heads_BLHD: Tensor) -> Tensor:
+        """What a rectangle (B, L, H, D) has at the tokens of the sequence: (1, N, H, D)."""
+        heads_NHD = heads_BLHD.flatten(0, 1)
+        if self.places_N is not None:
+            heads_NHD = _Gather.apply(heads_NHD, self.places_N, self.n_tokens)
+        return heads_NHD[None]
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to their places. Padding has those of some token, which masks hide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places_N: Tensor, tokens_M: Tensor) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.n_tokens = len(x)
+        return x.index_select(0, tokens_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (places_N,) = ctx.saved_tensors
+        return _take(gradient, places_N, ctx.n_tokens), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Tokens from their places, and zeros behind them up to so many rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places_N: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.size = len(x)
+        return _take(x, places_N, n_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (places_N,) = ctx.saved_tensors
+        spread = gradient.new_zeros(ctx.size, *gradient.shape[1:])
+        return spread.index_copy_(0, places_N, gradient[: len(places_N)]), None, None
+
+
+def _take(x: Tensor, places_N: Tensor, n_tokens: int) -> Tensor:
+    if len(places_N) == n_tokens:
+        return x.index_select(0, places_N)
+    taken = x.new_zeros(n_tokens, *x.shape[1:])
+    taken[: len(places_N)] = x.index_select(0, places_N)
+    return taken
+
+
+@dataclass(frozen=True)
+class Flat(AbstractContextManager["Flat"]):
+    """The sequences of a pass. Inside the `with` block attention takes them apart.
+
+    The block has the backward pass in it, which may compute activations anew. Streams are told by
+    their number of tokens, which differ.
+    """
+
+    streams: tuple[SpreadStream, ...]
+
+    _in_use: ClassVar[list["Flat"]] = []
+
+    def __post_init__(self) -> None:
+        lengths = [stream.n_tokens for stream in self.streams]
+        assert len(set(lengths)) == len(lengths)
+
+    def to(self, device: torch.device) -> "Flat":
+        """The same on `device`."""
+        return Flat(tuple(stream.to(device) for stream in self.streams))
+
+    def __enter__(self) -> "Flat":
+        Flat._in_use.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        Flat._in_use.pop()
+
+    def stream_of(self, n_tokens: int) -> SpreadStream:
+        """The stream of so many tokens."""
+        return next(stream for stream in self.streams if stream.n_tokens == n_tokens)
+
+
+def in_use() -> Flat | None:
+    """The sequences of the pass that is running; None: rows are padded."""
+    return Flat._in_use[-1] if Flat._in_use else None
+
+
+def apart(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+    """An attention function of transformers that takes rows laid flat too.
+
+    It is called with the module, q (1, H, N, D), k, v and a mask of the rectangle, and returns
+    (1, N, H, D).
+    """
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        flat = in_use()
+        if flat is None:
+            return attention(module, query, key, value, *args, **kwargs)
+        of_q, of_k = flat.stream_of(query.shape[2]), flat.stream_of(key.shape[2])
+        found, weights = attention(
+            module, of_q.spread(query), of_k.spread(key), of_k.spread(value), *args, **kwargs
+        )
+        return of_q.gather(found), weights
+
+    return attend
