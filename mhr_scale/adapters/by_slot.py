@@ -41,8 +41,8 @@ class BySlot(ABC):
     """Products of rows with their slots' sides. Hidden columns are what `down` makes of rows."""
 
     @abstractmethod
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A view of x or y as the other products take it."""
+    def rows(self, tensor: Tensor, side: Tensor) -> Tensor:
+        """The rows of x or y as the other products take them, `side` being A or a B."""
 
     @abstractmethod
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ class Even(BySlot):
     """Equally many consecutive rows for each slot; without U in a side there is one slot."""
 
     @override
-    def rows(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, tensor.shape[-1])
+    def rows(self, tensor: Tensor, side: Tensor) -> Tensor:
+        return tensor.reshape(*side.shape[:-2], -1, tensor.shape[-1])
 
     @override
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
-        return _multiply(_apart(x, a_UIX), a_UIX)
+        return _multiply(x, a_UIX)
 
     @override
     def columns(self, h: Tensor, ranks: Sequence[int]) -> list[Tensor]:
@@ -110,7 +110,7 @@ class Even(BySlot):
 
     @override
     def pull(self, g: Tensor, b_URO: Tensor) -> Tensor:
-        return _multiply(_apart(g, b_URO), b_URO.mT)
+        return _multiply(g, b_URO.mT)
 
     @override
     def add_down_(self, total: Tensor, dh: Tensor, a_UIX: Tensor) -> None:
@@ -118,11 +118,11 @@ class Even(BySlot):
 
     @override
     def grad_a(self, x: Tensor, dh: Tensor, a_UIX: Tensor) -> Tensor:
-        return _multiply(_apart(x, a_UIX).mT, dh)
+        return _multiply(x.mT, dh)
 
     @override
     def grad_b(self, h: Tensor, g: Tensor, b_URO: Tensor) -> Tensor:
-        return _multiply(h.mT, _apart(g, b_URO))
+        return _multiply(h.mT, g)
 
     @override
     def times(self, y: Tensor, l_UO: Tensor) -> Tensor:
@@ -141,11 +141,6 @@ class Even(BySlot):
 
 #: The way of rows that every slot has equally many of.
 EVEN = Even()
-
-
-def _apart(tensor: Tensor, side: Tensor) -> Tensor:
-    """Rows of each slot: (U, rows, width), or (rows, width) if `side` is of a single slot."""
-    return tensor.reshape(*side.shape[:-2], -1, tensor.shape[-1])
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
@@ -175,8 +170,8 @@ class Spans(BySlot):
         return sum(span.stop - span.start for span in self.spans) == self.n_rows
 
     @override
-    def rows(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, tensor.shape[-1])
+    def rows(self, tensor: Tensor, side: Tensor) -> Tensor:
+        return _flat(tensor)
 
     @override
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
@@ -215,7 +210,7 @@ class Spans(BySlot):
         scaled = torch.empty(
             y.shape, dtype=torch.promote_types(y.dtype, l_UO.dtype), device=y.device
         )
-        into, rows = self.rows(scaled), self.rows(y)
+        into, rows = _flat(scaled), _flat(y)
         vectors = _by_number(l_UO, dims=1)
         if not self.is_covering:
             into.copy_(rows)
@@ -227,7 +222,7 @@ class Spans(BySlot):
     def sums(self, y: Tensor, l_UO: Tensor) -> Tensor:
         sums = torch.zeros_like(l_UO, dtype=y.dtype)
         by_number = _by_number(sums, dims=1)
-        for span, of_slot in self._each(self.rows(y)):
+        for span, of_slot in self._each(_flat(y)):
             by_number[span.slot].add_(of_slot.sum(0))
         return sums
 
@@ -258,6 +253,10 @@ class Spans(BySlot):
                 torch.mm(of_slot.mT, beside, out=by_number[span.slot])
             seen.add(span.slot)
         return found
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _by_number(side: Tensor, *, dims: int = 2) -> tuple[Tensor, ...]:

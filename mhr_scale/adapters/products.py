@@ -120,7 +120,7 @@ def _forward(
     by: BySlot,
 ) -> None:
     """Add the low-rank products to `ys` in place, and save what backward needs."""
-    rows = by.rows(x)
+    rows = by.rows(x, a_UIX)
     h = by.down(rows, a_UIX)
     parts = iter(by.columns(h, _ranks(pairs)))
     for y, b in zip(ys, pairs, strict=True):
@@ -153,7 +153,7 @@ def _backward(
             if g is None:
                 dhs.append(torch.zeros_like(part))
             else:
-                g_rows = by.rows(g)
+                g_rows = by.rows(g, b)
                 dhs.append(by.pull(g_rows, b))
                 if ctx.needs_input_grad[first_b + i]:
                     db = by.grad_b(part, g_rows, b)
