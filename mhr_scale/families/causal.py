@@ -208,7 +208,8 @@ class Causal(Discovered):
         n_tokens, n_positions, flat = int((branches >= 0).sum()), ids.size, None
         if is_flat:
             stream = SpreadStream.of(branches >= 0, n_tokens=fewest_tokens)
-            n_positions, flat = stream.n_tokens, Flat((stream,))
+            n_positions = stream.n_tokens
+            flat = Flat((stream,), is_causal=not has_branches)
             inputs["columns"] = inputs["position_ids"]
             for name in ("input_ids", "position_ids"):
                 inputs[name] = torch.from_numpy(stream.take(arrays[name]))

@@ -43,6 +43,8 @@ class SpreadStream(Stream):
 
     shape: tuple[int, int]
     places: Any
+    bounds: Tensor
+    """Where rows begin and the last one ends, int32."""
     places_N: Tensor | None = None
     tokens_M: Tensor | None = None
 
@@ -53,13 +55,14 @@ class SpreadStream(Stream):
 
         counts = tuple(int(count) for count in is_token_BL.sum(1))
         n_tokens = max(n_tokens, sum(counts))
+        bounds = torch.from_numpy(np.cumsum((0, *counts), dtype=np.int32))
         if n_tokens == is_token_BL.size and is_token_BL.all():
-            return cls(counts, n_tokens, is_token_BL.shape, None)
+            return cls(counts, n_tokens, is_token_BL.shape, None, bounds)
         places = np.flatnonzero(is_token_BL)
         tokens = np.zeros(is_token_BL.size, dtype=np.int64)
         tokens[places] = np.arange(len(places))
         indices = torch.from_numpy(places), torch.from_numpy(tokens)
-        return cls(counts, n_tokens, is_token_BL.shape, places, *indices)
+        return cls(counts, n_tokens, is_token_BL.shape, places, bounds, *indices)
 
     def take(self, array_BL: Any) -> Any:
         """What an array (B, L) has at the tokens, and zeros behind them: (1, N)."""
@@ -73,10 +76,12 @@ class SpreadStream(Stream):
 
     def to(self, device: torch.device) -> "SpreadStream":
         """The same on `device`."""
+        bounds = self.bounds.to(device, non_blocking=True)
         if self.places_N is None or self.tokens_M is None:
-            return self
+            return replace(self, bounds=bounds)
         return replace(
             self,
+            bounds=bounds,
             places_N=self.places_N.to(device, non_blocking=True),
             tokens_M=self.tokens_M.to(device, non_blocking=True),
         )
@@ -146,6 +151,8 @@ class Flat(AbstractContextManager["Flat"]):
     """
 
     streams: tuple[SpreadStream, ...]
+    is_causal: bool = False
+    """Whether each row is one text, of which a token sees those before it."""
 
     _in_use: ClassVar[list["Flat"]] = []
 
@@ -155,7 +162,7 @@ class Flat(AbstractContextManager["Flat"]):
 
     def to(self, device: torch.device) -> "Flat":
         """The same on `device`."""
-        return Flat(tuple(stream.to(device) for stream in self.streams))
+        return replace(self, streams=tuple(stream.to(device) for stream in self.streams))
 
     def __enter__(self) -> "Flat":
         Flat._in_use.append(self)
