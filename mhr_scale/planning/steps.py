@@ -237,10 +237,12 @@ def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
     answers = (answer,) * shape.n_choices if has_answers else ()
     tasks = sorted(row % shape.n_tasks for row in range(shape.rows))
     rows = [EncodedRow(ids, answers, task=task, number=n) for n, task in enumerate(tasks)]
-    *others, last = answers or ((),)
-    shorter = (*others, last[1:]) if len(last) > 1 else answers
-    input_ids = ids[1:] if len(ids) > 1 else ids
-    return [*rows[:-1], replace(rows[-1], input_ids=input_ids, answers=shorter)]
+    shorter = replace(
+        rows[-1],
+        input_ids=ids[min(1, shape.width - 1) :],
+        answers=(*answers[:-1], *(last[min(1, shape.depth - 1) :] for last in answers[-1:])),
+    )
+    return [*rows[:-1], shorter]
 
 
 def leave_gradients(trainer: Trainer, packed: Packed) -> None:
