@@ -184,6 +184,16 @@ def _from_cache(
     return _load(folder, manifest, key)
 
 
+def find_tokens(
+    suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family, cache: str
+) -> TokenSet | None:
+    """The tokenised suite, if it lies in the cache; raises `DataError` as `open_tokens` does."""
+    manifest = describe(suite, tokenizer, batch, family)
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache) / key[:24]
+    return _load(folder, manifest, key) if (folder / "manifest.json").is_file() else None
+
+
 def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -> dict[str, Any]:
     """Everything the token ids depend on, as JSON values."""
     code = hashlib.sha256()
