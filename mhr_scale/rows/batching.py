@@ -6,6 +6,7 @@ nearly as they come; micro batch c goes to rank c mod W. So there is little padd
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
