@@ -53,7 +53,7 @@ def attend(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    (stream,) = flat.streams
+    stream = flat.stream_of(query.shape[2])
     n_tokens = sum(stream.counts)
     q, k, v = (heads[0, :, :n_tokens].transpose(0, 1) for heads in (query, key, value))
     longest = max(stream.counts)

@@ -144,6 +144,7 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
         recipe=config,
         adapter=config.adapter,
     )
+    opened.check_packing(config.scoring.packing, "scoring.packing")
     for subject in subjects:
         if subject.card is not None:
             check_fit(str(subject.config.adapter), subject.card, opened.blueprint)
@@ -196,7 +197,12 @@ def score_subject(
         folder.keep_inputs(inputs, is_begun=subject.is_begun)
         asked.intake.write(folder.path / REJECTS)
         precision = None if subject.card is None else subject.card.precision
-        folder.record_start(**engine.facts, backbone=opened.facts, stored_precision=precision)
+        folder.record_start(
+            **engine.facts,
+            backbone=opened.facts,
+            stored_precision=precision,
+            packing=placed.lays_flat(config.scoring.packing, "scoring.packing"),
+        )
     engine.gather_barrier()
     bare = adapters_off(placed.model) if adapter is None else nullcontext()
     with stopping.held(), bare:
@@ -233,9 +239,7 @@ def score_rows(
     pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
     for way in answerers(pending, placed, adapter, tokenizer, options):
-        for results in scoring.score(
-            way.rows, way.run, engine=engine, max_tokens=options.max_tokens, is_flat=way.is_flat
-        ):
+        for results in scoring.score(way.batches, way.run, engine=engine):
             if engine.rank == 0:
                 lines = [
                     judge(questions[number], value, with_texts=with_texts)
