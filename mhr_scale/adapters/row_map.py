@@ -81,9 +81,11 @@ class RowMap:
         spans = self._made.get(n_tokens)
         if spans is None:
             spans = self._made[n_tokens] = Spans(self._spans(n_tokens), n_tokens)
-        most = MOST_MASKED.get(x.device.type, MOST_MASKED_ON_GPU) * len(spans.spans)
-        n_columns *= self.n_slots
-        if self.is_exact or self.n_slots == 1 or not 0 < x.numel() * n_columns <= most:
+        most = MOST_MASKED_ON_GPU
+        if x.device.type == "cpu":
+            most = MOST_MASKED.get(x.dtype, MOST_MASKED[torch.float32])
+        size = x.numel() * n_columns * self.n_slots
+        if self.is_exact or self.n_slots == 1 or not 0 < size <= most * len(spans.spans):
             return spans
         key = n_tokens, x.dtype
         masked = self._made.get(key)
