@@ -4,7 +4,8 @@ python tests/benchmarks/few_shot_waves.py [--json FILE] [--quick]
     24 jobs as waves of 24 and of 8, one by one in our own loop, and one by one with stock PEFT
 python tests/benchmarks/few_shot_waves.py --backbone FOLDER --rows 2 --input-tokens 16
     the same over a stored backbone of either form; for one of billions of weights give also
-    --jobs 8 --alone 1 --sizes 8 --kinds full --no-peft --no-counts --dtype bfloat16
+    --dtype bfloat16 --jobs 8 --alone 1 --sizes 8 --kinds full --steps 1 --turns 2 --forms packed
+    --no-peft --no-counts
 DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tests/benchmarks/few_shot_waves.py --placement zero3
     waves of 8 against one by one over a sharded (zero3_offload: offloaded) backbone
 python tests/benchmarks/few_shot_waves.py --model-gpu
@@ -65,6 +66,8 @@ PLACEMENTS = {
 N_JOBS = 24
 #: Wave sizes that are compared with one by one.
 SIZES = (24, 8)
+#: How rows lie, and the setting `waves.packing`.
+FORMS = {"packed": None, "padded": False}
 #: Steps in which DeepSpeed learns the order of the modules, before it gathers ahead.
 TRACED_STEPS = 4
 #: Time of this process alone, and time that passes: ranks wait for each other.
@@ -111,6 +114,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--fewest", type=int, default=0, help="inputs of so many tokens or more (all as long)")
     add("--sizes", nargs="+", type=int, default=[*SIZES], help="jobs per wave (24 8)")
     add("--alone", type=int, help="jobs that take turns one by one (all)")
+    add("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="how rows lie (both)")
     add("--no-peft", action="store_true", help="our own ways alone")
     add("--no-counts", action="store_true", help="without counting operations, which is slow")
     add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="what a job trains (all)")
@@ -152,7 +156,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare_all(args: argparse.Namespace) -> list[Row]:
     """Compare all ways for all settings and optimizers."""
     torch.set_num_threads(args.threads)
-    n_ways = sum(2 * len(args.sizes) + len(peft_methods(args, kind)) for kind in args.kinds)
+    n_ways = sum(
+        len(args.forms) * len(args.sizes) + len(peft_methods(args, kind)) for kind in args.kinds
+    )
     n_runs = len(args.settings) * len(args.optimizers) * n_ways * (args.turns + 1)
     progress = Progress(n_runs, start=0, what="few-shot", unit="run")
     rows = []
@@ -174,7 +180,7 @@ def compare(
     ways: dict[tuple[str, str], Way] = {}
     for kind in args.kinds:
         made: list[Way] = []
-        for packing in (None, False):
+        for packing in (FORMS[form] for form in args.forms):
             bench = Bench(setting, kind, optimizer, ours.sites, packing=packing)
             made += [ours.waves(bench, size=size) for size in args.sizes]
         made += [PeftLoop(bench, bare, method=method) for method in peft_methods(args, kind)]
