@@ -81,10 +81,16 @@ class RowMap:
         n_tokens = _count(x)
         spans = self._made.get(n_tokens)
         if spans is None:
-            spans = self._made[n_tokens] = Spans(self._spans(n_tokens), n_tokens)
-        most = (MOST_MASKED if is_on_cpu(x) else MOST_MASKED_ON_GPU) * len(spans.spans)
-        n_columns *= self.n_slots
-        if self.is_exact or self.n_slots == 1 or not 0 < x.numel() * n_columns <= most:
+            spans = Spans(self._spans(n_tokens), n_tokens)
+            is_even = spans.is_covering and self._is_even(spans.spans)
+            self._made[n_tokens] = spans = EVEN if is_even else spans
+        if spans is EVEN:
+            return EVEN
+        most = MOST_MASKED_ON_GPU
+        if is_on_cpu(x):
+            most = MOST_MASKED.get(x.dtype, MOST_MASKED[torch.float32])
+        size = x.numel() * n_columns * self.n_slots
+        if self.is_exact or self.n_slots == 1 or not 0 < size <= most * len(spans.spans):
             return spans
         key = n_tokens, x.dtype
         masked = self._made.get(key)
@@ -92,6 +98,11 @@ class RowMap:
             mask = _mask(spans.spans, n_tokens, self.n_slots).to(x)
             masked = self._made[key] = Masked(spans.spans, n_tokens, mask)
         return masked
+
+    def _is_even(self, spans: Sequence[Span]) -> bool:
+        """Whether every slot has a range, in order, all of equal length."""
+        lengths = {span.stop - span.start for span in spans}
+        return len(lengths) == 1 and [span.slot for span in spans] == list(range(self.n_slots))
 
     def _spans(self, n_tokens: int) -> tuple[Span, ...]:
         """Ranges of the tokens of one slot."""
