@@ -22,16 +22,10 @@ from torch import Tensor
 from typing_extensions import override
 
 #: Numbers of x times hidden columns of all slots, for each range of rows, up to which one product
-<<<<<<< HEAD
-#: of all slots is faster than one for each range: measured on a CPU (tests/benchmarks/README.md);
-#: for GPUs reckoned, from 5 us for a launch and 300 Tflop/s.
-MOST_MASKED = 600_000
-=======
 #: of all slots is faster than one for each range: measured on a CPU (tests/benchmarks/README.md),
 #: where short products are slow in bfloat16; for GPUs reckoned, from 5 us for a launch and 300
 #: Tflop/s.
 MOST_MASKED = {torch.float32: 100_000, torch.bfloat16: 4_000_000}
->>>>>>> h5
 MOST_MASKED_ON_GPU = 700_000_000
 
 
