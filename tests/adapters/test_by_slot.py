@@ -204,7 +204,7 @@ def test_one_product_of_all_slots_is_taken_up_to_a_number_of_columns(monkeypatch
     tokens = TOKENS["a slot in two places"]
     x, n_spans = x_of(tokens), 5
     # numbers of x times the hidden columns of all three slots, for each span
-    monkeypatch.setattr(row_map, "MOST_MASKED", x.numel() * 3 * 4 / n_spans)
+    monkeypatch.setitem(row_map.MOST_MASKED, x.dtype, x.numel() * 3 * 4 / n_spans)
     assert type(tokens.map().by_slot(x, n_columns=4)) is Masked
     assert type(tokens.map().by_slot(x, n_columns=5)) is Spans
     assert type(tokens.map().by_slot(x)) is Spans
