@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach
+    from mhr_scale.adapters import Adapter, AdapterConfig, Stream, attach, detach
     from mhr_scale.adapters.artefact import load as load_adapter
     from mhr_scale.adapters.artefact import save as save_adapter
     from mhr_scale.adapters.collapse import average, collapse
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Stream",
     "attach",
     "average",
     "collapse",
@@ -28,6 +29,7 @@ __all__ = [
 _LATER = {
     "Adapter": ("mhr_scale.adapters.methods", "Adapter"),
     "AdapterConfig": ("mhr_scale.adapters.config", "AdapterConfig"),
+    "Stream": ("mhr_scale.adapters", "Stream"),
     "attach": ("mhr_scale.adapters.methods", "attach"),
     "detach": ("mhr_scale.adapters", "detach"),
     "average": ("mhr_scale.adapters.collapse", "average"),

@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from mhr_scale.adapters.methods import Adapter, attach
     from mhr_scale.adapters.sites import find_sites
     from mhr_scale.adapters.wrapping import detach
+    from mhr_scale.families.flat import Stream
 
-__all__ = ["CARD", "Adapter", "AdapterConfig", "attach", "detach", "find_sites"]
+__all__ = ["CARD", "Adapter", "AdapterConfig", "Stream", "attach", "detach", "find_sites"]
 
 #: The file that says what an adapter is.
 CARD = "adapter.json"
 #: Where the names that need torch are imported from when first used.
-_LATER = {"Adapter": "methods", "attach": "methods", "detach": "wrapping", "find_sites": "sites"}
+_LATER = {
+    "Adapter": "methods",
+    "Stream": "row_map",
+    "attach": "methods",
+    "detach": "wrapping",
+    "find_sites": "sites",
+}
 
 
 def __getattr__(name: str) -> Any:

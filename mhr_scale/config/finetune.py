@@ -117,6 +117,11 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size: {self.micro_batch_size} is not at least 1")
+        if self.scoring.packing:
+            raise ConfigError(
+                "scoring.packing: true, but finetune runs stock parts, whose attention takes "
+                "padded rows only; leave it out, or set it to false"
+            )
         if self.backbone.config is not None and self.backbone.name is None:
             raise ConfigError(
                 "backbone.name: finetune loads a backbone that is stored, not random weights of "

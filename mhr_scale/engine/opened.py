@@ -69,12 +69,7 @@ class PlacedBackbone:
 
         Raises `BackboneError` that names the `setting` if it is wanted and cannot be.
         """
-        if wanted is False:
-            return False
-        why = self.family.cannot_lay(self.model)
-        if why and wanted:
-            raise BackboneError(f"{setting}: true, but {why}; leave it out, or set it to false")
-        return why is None
+        return lays_flat(self.family, self.model, wanted, setting)
 
     def logits(self, packed: Packed) -> Tensor:
         """Logits (B, D, V) at the target positions, with the slots in use."""
@@ -125,6 +120,20 @@ class OpenedBackbone:
             raise BackboneError(f"{which} has learned {most} positions; cut them shorter")
         log.warning("%s was made for %d positions and may fail beyond", which, most)
 
+    def check_packing(self, wanted: bool | None, setting: str) -> None:
+        """Raise `BackboneError` if rows are to be laid flat (`setting`), and cannot be.
+
+        One block of each stack is asked, without weights: attention is of one kind in all of them.
+        """
+        if not wanted:
+            return
+        config = self.blueprint.model_config
+        depths = dict.fromkeys(self.family.blocks(config), 1)
+        with torch.device("meta"):
+            model = self.family.build(self.family.resize(config, depths))
+        self.family.fuse(model, self.config)
+        lays_flat(self.family, model, wanted, setting)
+
     @contextmanager
     def placed(
         self, sites: Sequence[Site], *, always_backward: bool = False
@@ -140,6 +149,16 @@ class OpenedBackbone:
             yield place(engine, self.config, self.blueprint, sites, always_backward=always_backward)
         finally:
             engine.close()
+
+
+def lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> bool:
+    """Whether rows are laid flat for a model (`PlacedBackbone.lays_flat`)."""
+    if wanted is False:
+        return False
+    why = family.cannot_lay(model)
+    if why and wanted:
+        raise BackboneError(f"{setting}: true, but {why}; leave it out, or set it to false")
+    return why is None
 
 
 def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhr_scale.families.causal_masks import has_window
 from mhr_scale.families.flat import Flat
+from mhr_scale.families.fused import is_on_cpu
 
 #: Arguments of transformers' attention functions that the kernel knows nothing of.
 OTHER_TERMS = ("softcap", "cache", "position_bias", "s_aux")
@@ -27,7 +28,7 @@ def fits(
     width = query.shape[-1]
     return (
         flat.is_causal
-        and query.is_cuda
+        and not is_on_cpu(query)
         and query.dtype in (torch.bfloat16, torch.float16)
         and width <= WIDEST_HEAD
         and width % 8 == 0

@@ -100,6 +100,8 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         config.protocol.max_target_tokens,
         "protocol.max_input_tokens and max_target_tokens",
     )
+    backbone.check_packing(config.waves.packing, "waves.packing")
+    backbone.check_packing(config.scoring.packing, "scoring.packing")
     for path, (card, _) in opened.items():
         check_fit(path, card, backbone.blueprint)
     sites = {}

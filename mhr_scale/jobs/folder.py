@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from mhr_scale.config import AdaptConfig
 from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.jobs.adapt_inputs import AdaptInputs
 from mhr_scale.jobs.job import Job, as_folder
 from mhr_scale.run.files import names_in
@@ -77,7 +78,7 @@ def rank0_begin(
     folder: RunFolder[AdaptConfig],
     inputs: AdaptInputs,
     contents: Mapping[str, str],
-    engine: Engine,
+    placed: PlacedBackbone,
 ) -> None:
     """Write the recipe, the rejected rows and the provenance of a run.
 
@@ -92,7 +93,8 @@ def rank0_begin(
     folder.keep_inputs(contents, is_begun=bool(started))
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
-        **engine.facts,
+        **placed.engine.facts,
         backbone=inputs.backbone.blueprint.facts,
         stored_precision=inputs.precisions,
+        packing=placed.lays_flat(config.waves.packing, "waves.packing"),
     )

@@ -6,7 +6,6 @@ nearly as they come; micro batch c goes to rank c mod W. So there is little padd
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
-import bisect
 import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -129,21 +128,20 @@ def _count(row: EncodedRow) -> int:
 
 
 def _cut_evenly(rows: Sequence[EncodedRow], n_batches: int) -> list[Batch]:
-    """Rows in their order as so many batches, each with a row at least."""
-    ends = list(itertools.accumulate(map(_count, rows)))
+    """Rows in their order as so many batches, each with a row at least.
+
+    A batch has its share of the tokens that are left: the rows whose middle lies in it.
+    """
+    counts = [_count(row) for row in rows]
     batches: list[Batch] = []
-    start = 0
-    for number in range(n_batches):
-        behind = n_batches - number - 1
-        stop = bisect.bisect_left(ends, ends[-1] * (number + 1) / n_batches) + 1
-        # nearer to the mark without its last row
-        if stop - start > 1 and 2 * (ends[-1] * (number + 1) / n_batches - ends[stop - 2]) < _count(
-            rows[stop - 1]
-        ):
-            stop -= 1
-        stop = min(max(stop, start + 1), len(rows) - behind)
+    start, n_left = 0, sum(counts)
+    for more in range(n_batches, 0, -1):
+        stop, n_tokens = start + 1, counts[start]
+        while len(rows) - stop >= more and more * (2 * n_tokens + counts[stop]) <= 2 * n_left:
+            n_tokens += counts[stop]
+            stop += 1
         batches.append(_by_task(rows[start:stop]))
-        start = stop
+        start, n_left = stop, n_left - n_tokens
     return batches
 
 

@@ -56,6 +56,7 @@ def opened_training(
         config.batch.max_target_tokens,
         "batch.max_input_tokens and max_target_tokens",
     )
+    opened.check_packing(config.batch.packing, "batch.packing")
     sites = find_sites_of(opened.blueprint, config.adapter)
     tokens = open_tokens(
         config.tasks,
@@ -178,6 +179,7 @@ def rank0_record(
     write_json(folder.path / "deepspeed.json", merged)
     folder.record_start(
         resumed_from=trainer.resume_step,
+        packing=trainer.batches.is_flat,
         **trainer.engine.facts,
         backbone=trainer.backbone_facts,
         **facts,

@@ -46,7 +46,7 @@ def run_all(config: AdaptConfig) -> Path:
         engine = placed.engine
         engine.open_patient_group()
         if engine.rank == 0:
-            rank0_begin(folder, inputs, contents, engine)
+            rank0_begin(folder, inputs, contents, placed)
         lost = run_jobs(folder, inputs, placed)
         engine.wait_for_all()
         lost = sorted(itertools.chain(*engine.gather_objects(lost)))
@@ -86,7 +86,7 @@ def run_jobs(
     waves = plan_waves(estimates, size=size, world_size=engine.world_size, alone=alone)
     log.info(
         "%d jobs (%d tasks and seeds x %d variants), %d finished; %d waves of at most %d jobs on "
-        "%d rank(s), %s",
+        "%d rank(s), %s; rows are %s",
         len(inputs.jobs),
         len(inputs.data),
         len(config.variants),
@@ -95,6 +95,7 @@ def run_jobs(
         size,
         engine.world_size,
         engine.placement,
+        "packed" if placed.lays_flat(config.waves.packing, "waves.packing") else "padded",
     )
     own_waves = assign_waves(waves, engine.world_size)[engine.rank]
     runner = Runner(

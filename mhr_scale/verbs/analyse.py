@@ -128,6 +128,7 @@ def align(
         adapter=config.adapter,
     )
     check_fit(config.adapter, card, opened.blueprint)
+    opened.check_packing(sources.batch.packing, "batch.packing")
     tokens = open_tokens(
         sources.tasks, opened.tokenizer, sources.batch, opened.family, cache=sources.token_cache
     )

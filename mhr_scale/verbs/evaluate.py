@@ -144,6 +144,7 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
         recipe=config,
         adapter=config.adapter,
     )
+    opened.check_packing(config.scoring.packing, "scoring.packing")
     for subject in subjects:
         if subject.card is not None:
             check_fit(str(subject.config.adapter), subject.card, opened.blueprint)
@@ -196,7 +197,12 @@ def score_subject(
         folder.keep_inputs(inputs, is_begun=subject.is_begun)
         asked.intake.write(folder.path / REJECTS)
         precision = None if subject.card is None else subject.card.precision
-        folder.record_start(**engine.facts, backbone=opened.facts, stored_precision=precision)
+        folder.record_start(
+            **engine.facts,
+            backbone=opened.facts,
+            stored_precision=precision,
+            packing=placed.lays_flat(config.scoring.packing, "scoring.packing"),
+        )
     engine.gather_barrier()
     bare = adapters_off(placed.model) if adapter is None else nullcontext()
     with stopping.held(), bare:

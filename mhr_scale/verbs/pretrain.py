@@ -66,7 +66,7 @@ def announce(trainer: Trainer) -> None:
     frozen = config.backbone.name or "random weights"
     log.info(
         "%s, layout %s: %d linears, %s trainable numbers, %d tasks; backbone %s frozen in %s, "
-        "%s on %d rank(s); %d steps of %d rows into %s",
+        "%s on %d rank(s); %d steps of %d rows, %s, into %s",
         adapter.config.method,
         Layout.of(adapter.config).text,
         len(adapter.sites),
@@ -78,6 +78,7 @@ def announce(trainer: Trainer) -> None:
         trainer.engine.world_size,
         config.schedule.steps,
         config.batch.batch_size,
+        "packed" if trainer.batches.is_flat else "padded",
         config.run.folder,
     )
 

@@ -154,6 +154,78 @@ def test_ranks_together_run_the_micro_batches_of_one_rank(ranks, steps, size, ra
     assert list(chain(*zip(*dealt, strict=True))) == chunks
 
 
+# -- micro batches of rows laid flat --------------------------------------------------------------
+
+
+def cut_flat(rows, size):
+    return cut_batches(rows, max_rows=size, is_flat=True)
+
+
+def token_counts(chunks):
+    return [sum(len(p.input_ids) + p.n_answer_tokens for p in chunk) for chunk in chunks]
+
+
+@quickly
+@given(shapes, sizes)
+def test_there_are_as_many_of_them_as_of_padded_rows_and_none_is_empty(shapes, size):
+    rows = make_rows(shapes)
+    chunks = cut_flat(rows, size)
+    assert len(chunks) == len(cut_batches(rows, max_rows=size))
+    assert all(chunks)
+    assert sorted(chain(*numbers(chunks))) == list(range(len(shapes)))
+
+
+@quickly
+@given(shapes, sizes)
+def test_none_has_more_than_its_share_and_a_row(shapes, size):
+    counts = token_counts(cut_flat(make_rows(shapes), size))
+    longest = max(n_input + n_target for _, n_input, n_target in shapes)
+    assert max(counts) < sum(counts) / len(counts) + longest
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "expected"),
+    [
+        # equal rows: as padded rows are cut
+        ([5] * 6, 2, [[5, 5], [5, 5], [5, 5]]),
+        # a long row stands for many short ones
+        ([12, 2, 2, 2, 2, 2, 2], 4, [[12], [2] * 6]),
+        # of two rows whose middle is the end of a share both ends are as near: it takes the row
+        ([4, 4, 4], 2, [[4, 4], [4]]),
+        # what a row takes beyond its share, all others divide
+        ([80, 10, 10, 10, 10, 10, 10, 10], 2, [[80], [10, 10], [10, 10, 10], [10, 10]]),
+        # every batch has a row, however long those before are
+        ([90, 50, 1, 1], 1, [[90], [50], [1], [1]]),
+    ],
+)
+def test_they_are_cut_where_a_share_of_the_tokens_ends(lengths, size, expected):
+    chunks = cut_flat(make_rows([(0, length - 1, 1) for length in lengths]), size)
+    assert [[len(p.input_ids) + 1 for p in chunk] for chunk in chunks] == expected
+
+
+@quickly
+@given(shapes, sizes, st.integers())
+def test_they_are_the_same_for_any_order_and_sorted_by_length_then_by_task(shapes, size, seed):
+    rows = make_rows(shapes)
+    chunks = cut_flat(random.Random(seed).sample(rows, len(rows)), size)
+    assert numbers(chunks) == numbers(cut_flat(rows, size))
+    for earlier, later in pairwise([[len(p.input_ids) for p in chunk] for chunk in chunks]):
+        assert min(earlier) >= max(later)
+    for chunk in chunks:
+        assert [(p.task, p.number) for p in chunk] == sorted((p.task, p.number) for p in chunk)
+
+
+@quickly
+@given(shapes, st.integers(1, 40))
+def test_batches_by_tokens_count_no_padding(shapes, most):
+    chunks = cut_batches(make_rows(shapes), max_tokens=most, is_flat=True)
+    for chunk, count in zip(chunks, token_counts(chunks), strict=True):
+        assert count <= most or len(chunk) == 1
+    for chunk, later in pairwise(chunks):  # and each is full: no row behind it would have fitted
+        longest = max(later, key=lambda p: (len(p.input_ids), p.n_answer_tokens))
+        assert sum(token_counts([chunk, [longest]])) > most
+
+
 # -- packing --------------------------------------------------------------------------------------
 
 
@@ -240,7 +312,7 @@ def numbers_of(packed):
 PACK = partial(pack, pad_multiple=8)
 
 
-def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK):
+def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK, is_flat=False):
     """The sample numbers of each micro batch of each step, as one rank sees them."""
     sizes = [7, 12, 5]
     rows = [
@@ -258,18 +330,26 @@ def stream(*, rank=0, world_size=1, workers=0, start=0, stop=5, pack=PACK):
         references="first",
         seed=3,
         pack=pack,
-        is_flat=False,
+        is_flat=is_flat,
         rank=rank,
         world_size=world_size,
     )
     return [[numbers_of(packed) for packed in step] for step in batches.load(start, stop)]
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_together_see_the_stream_of_one_rank(world_size):
-    ranks = [stream(rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_ranks_together_see_the_stream_of_one_rank(world_size, is_flat):
+    ranks = [
+        stream(rank=rank, world_size=world_size, is_flat=is_flat) for rank in range(world_size)
+    ]
     together = [list(chain(*zip(*steps, strict=True))) for steps in zip(*ranks, strict=True)]
-    assert together == stream()
+    assert together == stream(is_flat=is_flat)
+
+
+def test_rows_laid_flat_are_those_of_the_same_steps():
+    padded, flat = ([sorted(chain(*step)) for step in stream(is_flat=f)] for f in (False, True))
+    assert flat == padded
 
 
 def pack_without_shared_memory(batch):

@@ -83,6 +83,7 @@ def test_provenance_says_what_ran_and_on_which_data(run: Path) -> None:
     assert {"argv", "git_commit", "versions", "world_size", "device", "backbone", "data"} <= set(
         start
     )
+    assert start["packing"] is True
 
 
 def test_the_card_names_the_backbone_and_the_tasks(run: Path) -> None:

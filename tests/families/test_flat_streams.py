@@ -1,0 +1,136 @@
+"""Sequences of rows laid flat: where their tokens stand, spread and gathered, and gradients."""
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mhr_scale.families import flat
+from mhr_scale.families.flat import Flat, SpreadStream
+
+#: Rows with padding on the right, on the left, in between; one without a token; full ones.
+MASKS = {
+    "right": [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]],
+    "left": [[0, 0, 1], [0, 1, 1], [1, 1, 1]],
+    "between": [[0, 1, 0, 1, 1], [1, 0, 0, 0, 1]],
+    "an empty row": [[1, 1], [0, 0], [1, 0]],
+    "full": [[1, 1, 1], [1, 1, 1]],
+}
+N_HEADS, WIDTH = 2, 3
+
+
+@pytest.fixture(params=MASKS, ids=lambda name: name.replace(" ", "-"))
+def mask(request) -> np.ndarray:
+    return np.array(MASKS[request.param], dtype=bool)
+
+
+@pytest.fixture(params=[0, 4], ids=["no-more", "four-behind"])
+def stream(request, mask) -> SpreadStream:
+    n_tokens = int(mask.sum()) + request.param if request.param else 0
+    return SpreadStream.of(mask, n_tokens=n_tokens)
+
+
+def heads_of(stream: SpreadStream) -> Tensor:
+    """(1, H, N, D), each number another one."""
+    numbers = torch.arange(N_HEADS * stream.n_tokens * WIDTH, dtype=torch.float64)
+    return numbers.view(1, N_HEADS, stream.n_tokens, WIDTH) + 1.0
+
+
+def test_tokens_are_counted_by_row(mask, stream):
+    assert stream.counts == tuple(mask.sum(1))
+    assert stream.n_tokens - sum(stream.counts) in (0, 4)
+    assert stream.shape == mask.shape
+
+
+def test_an_array_is_taken_row_by_row_with_zeros_behind(mask, stream):
+    numbers = np.arange(1, mask.size + 1).reshape(mask.shape)
+    taken = stream.take(numbers)
+    assert taken.shape == (1, stream.n_tokens)
+    n = int(mask.sum())
+    assert taken[0, :n].tolist() == numbers[mask].tolist()
+    assert not taken[0, n:].any()
+
+
+def test_every_token_is_spread_to_its_place(mask, stream):
+    heads = heads_of(stream)
+    spread = stream.spread(heads)
+    assert spread.shape == (mask.shape[0], N_HEADS, mask.shape[1], WIDTH)
+    found = spread.transpose(1, 2)[torch.from_numpy(mask)]  # (n, H, D)
+    torch.testing.assert_close(found, heads[0].transpose(0, 1)[: int(mask.sum())])
+    assert bool(spread.isfinite().all())  # padding has numbers of some token: masks hide them
+
+
+def test_what_is_gathered_is_what_was_spread_with_zeros_behind(mask, stream):
+    heads = heads_of(stream)
+    gathered = stream.gather(stream.spread(heads).transpose(1, 2))
+    assert gathered.shape == (1, stream.n_tokens, N_HEADS, WIDTH)
+    n = int(mask.sum())
+    assert torch.equal(gathered[:, :n], heads.transpose(1, 2)[:, :n])
+    assert not gathered[:, n:].any()
+
+
+def test_gradients_come_from_their_tokens_alone(mask, stream):
+    heads = heads_of(stream).requires_grad_()
+    places = torch.from_numpy(mask)
+    weights = torch.linspace(-1, 2, mask.size * N_HEADS * WIDTH, dtype=torch.float64)
+    weights = weights.view(*mask.shape, N_HEADS, WIDTH) * places[..., None, None]
+
+    def spread(heads: Tensor) -> Tensor:
+        return (stream.spread(heads).transpose(1, 2) * weights).sum()
+
+    (gradient,) = torch.autograd.grad(spread(heads), heads)
+    n = int(mask.sum())
+    assert torch.equal(gradient[0, :, :n].transpose(0, 1), weights[places])
+    assert not gradient[0, :, n:].any()
+    rectangle = torch.randn(*mask.shape, N_HEADS, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(stream.gather, (rectangle,))
+
+
+def test_spread_refuses_second_derivatives():
+    stream = SpreadStream.of(np.array(MASKS["right"], dtype=bool))
+    heads = heads_of(stream).requires_grad_()
+    (first,) = torch.autograd.grad(stream.spread(heads).square().sum(), heads, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# -- what is in use -------------------------------------------------------------------------------
+
+
+def attention(module, query, key, value, *args, **kwargs):
+    """The shapes of what it sees, and q (B, L, H, D)."""
+    return query.transpose(1, 2), (query.shape, key.shape, value.shape, *args, kwargs)
+
+
+def test_attention_sees_rows_apart_inside_the_block_and_as_they_come_outside():
+    mask = np.array(MASKS["left"], dtype=bool)
+    of_q, of_k = SpreadStream.of(mask), SpreadStream.of(mask[:, :2], n_tokens=9)
+    q, k = heads_of(of_q), heads_of(of_k)
+    attend = flat.apart(attention)
+    assert flat.in_use() is None
+    with Flat((of_q, of_k)) as used:
+        assert flat.in_use() is used
+        found, seen = attend(None, q, k, k, "mask", scaling=2.0)
+    spread, narrow = (3, N_HEADS, 3, WIDTH), (3, N_HEADS, 2, WIDTH)
+    assert seen == (spread, narrow, narrow, "mask", {"scaling": 2.0})
+    assert torch.equal(found, q.transpose(1, 2))
+    assert flat.in_use() is None
+    assert attend(None, q, k, k)[1][:2] == (q.shape, k.shape)
+
+
+def test_the_innermost_block_is_in_use_and_ends_with_an_error_too():
+    one, two = (Flat((SpreadStream.of(np.ones((1, n), dtype=bool)),)) for n in (2, 3))
+    with one:
+        with suppress(ValueError), two:
+            assert flat.in_use() is two
+            raise ValueError
+        assert flat.in_use() is one
+    assert flat.in_use() is None
+
+
+def test_sequences_of_one_length_cannot_be_told_apart():
+    stream = SpreadStream.of(np.ones((1, 3), dtype=bool))
+    with pytest.raises(AssertionError):
+        Flat((stream, stream))
