@@ -107,10 +107,11 @@ class ScoringConfig:
     """Choices are cut here, the end-of-sequence token kept."""
     max_tokens: int = 4096
     """Tokens of one batch on one rank, inputs and choices together; padded ones, but for packed
-    rows."""
+    rows, of which those that share the beginning of their prompts count it once."""
     packing: bool | None = None
-    """Whether rows are ranked one behind another in one sequence, without padding; null: where the
-    backbone's attention allows it."""
+    """Whether rows are ranked one behind another in one sequence, without padding and, over
+    decoder-only backbones, what prompts of a task begin with alike once; null: where the backbone's
+    attention allows it."""
     examples: int | None = None
     """Examples per task at most, the first ones; null = all."""
     texts: bool | None = None

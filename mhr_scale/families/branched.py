@@ -20,7 +20,7 @@ from mhr_scale.families.packed import EncodedRow, Ids, Packed, lay_answers, read
 #: Tokens that prompts have in common at least, for which it pays to have them once.
 FEWEST_ALIKE = 16
 #: Tokens of branches side by side at most, if their stem is not longer.
-MOST_BEHIND = 256
+MOST_BEHIND = 128
 #: How many times smaller than its rectangle a row of it may be.
 LIKE_SHAPE = 4
 

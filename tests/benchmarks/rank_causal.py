@@ -1,6 +1,8 @@
-"""Ranking four choices with decoder-only models: a prompt once, against a row for every choice.
+"""Ranking choices with decoder-only models: what several texts begin with once, or again for each.
 
-python tests/benchmarks/rank_causal.py [TURNS] [FOLDER ...]
+[MHR_SHARED=FOLDER] python tests/benchmarks/rank_causal.py [TURNS] [FOLDER ...]
+
+Four choices behind prompts of 256 tokens:
 
 one row a choice   mhr_scale.passes.scoring.rank_choices, each choice a row of its own
 harness            lm-evaluation-harness's Hugging Face model on the same requests
@@ -11,6 +13,14 @@ the processor, ratios medians over turns. A small Llama of random weights, and t
 folders. The harness is no dependency; to have it, in an environment of its own:
 
     python -m venv --system-site-packages VENV && VENV/bin/pip install lm_eval -c constraints.txt
+
+Then two to four choices behind 40 tokens, behind an instruction of 80 tokens and demonstrations of
+200 that all 64 rows of a task have; and, in MHR_SHARED/superni_sample, real rows of tasks with at
+most four answers behind their definition and two examples (the tokenizers of the folders):
+
+padded             each row in a row of a rectangle, its choices behind it
+flat               all rows in one sequence, without padding
+shared             the same, what prompts begin with alike once
 """
 
 import os
@@ -27,13 +37,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from placed import place_model
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from mhr_scale.config import BackboneConfig, BatchConfig
 from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.packed import EncodedRow
-from mhr_scale.passes.scoring import rank_choices
+from mhr_scale.passes.scoring import rank_choices, split
+from mhr_scale.rows.batching import cut_batches
+from mhr_scale.rows.encode import Encoder
+from mhr_scale.tasks.superni import SuperNITasks
+from mhr_scale.tasks.task import Intake
 
 N_ROWS, N_CHOICES, N_PROMPT, MAX_CHOICE = 4, 4, 256, 6
+MAX_TOKENS = 4096
+LAYINGS: dict[str, dict[str, bool]] = {
+    "padded": {},
+    "flat": {"is_flat": True},
+    "shared": {"is_flat": True, "is_shared": True},
+}
 Way = Callable[[], list[float]]
 
 
@@ -45,6 +73,12 @@ def main() -> None:
     models |= {folder: lambda folder=folder: read(folder) for folder in sys.argv[2:]}
     for name, make in models.items():
         compare(name, place_model(make()), turns)
+        model = make()
+        CAUSAL.fuse(model, BackboneConfig(name=name))
+        placed = place_model(model)
+        compare_sharing(f"{name}, made-up prompts", placed, make_alike(model), turns)
+        if Path(name).is_dir() and "MHR_SHARED" in os.environ:
+            compare_sharing(f"{name}, SuperNI", placed, read_superni(name), turns)
 
 
 def compare(name: str, placed: PlacedBackbone, turns: int) -> None:
@@ -77,6 +111,84 @@ def compare(name: str, placed: PlacedBackbone, turns: int) -> None:
             f"  {way:<18}{rate:7.2f} examples/s   branches are {ratio:.2f} times as fast   "
             f"furthest log-likelihood {furthest:.0e} of {scores[way].abs().max():.0f} nats"
         )
+
+
+def compare_sharing(name: str, placed: PlacedBackbone, rows: list[EncodedRow], turns: int) -> None:
+    """All rows in batches of 4,096 tokens, padded, flat, and with what prompts share once."""
+    scores: dict[str, dict[int, list[float]]] = {}
+    positions = dict.fromkeys(LAYINGS, 0)
+    times: dict[str, list[float]] = {way: [] for way in LAYINGS}
+    for way, options in LAYINGS.items():
+        for batch in cut_batches(rows, max_tokens=MAX_TOKENS, **options):
+            parts = [part for row in batch for part in split(row)]
+            is_shared = options.get("is_shared", False)
+            packed = placed.pack_shared(batch) if is_shared else placed.pack(parts, **options)
+            positions[way] += packed.n_positions
+    for _ in range(turns):
+        for way, options in LAYINGS.items():
+            begun = time.process_time()
+            found: dict[int, list[float]] = {}
+            for batch in cut_batches(rows, max_tokens=MAX_TOKENS, **options):
+                ranked = rank_choices(placed, None, batch, length_norm=0.0, **options)
+                found |= {row.number: own for row, own in zip(batch, ranked, strict=True)}
+            times[way].append(time.process_time() - begun)
+            scores[way] = found
+    wanted = torch.tensor([value for row in rows for value in scores["padded"][row.number]])
+    mean = sum(len(row.input_ids) for row in rows) / len(rows)
+    print(f"{name}: {len(rows)} rows, prompts of {mean:.0f} tokens")
+    for way, seconds in times.items():
+        pairs = zip(seconds, times["shared"], strict=True)
+        ratio = statistics.median(own / best for own, best in pairs)
+        values = torch.tensor([value for row in rows for value in scores[way][row.number]])
+        furthest = ((values - wanted) / wanted).abs().max().item()
+        print(
+            f"  {way:<18}{len(rows) / statistics.median(seconds):7.2f} examples/s   "
+            f"{positions[way]:7} positions   shared is {ratio:.2f} times as fast   "
+            f"furthest score {furthest:.0e}"
+        )
+
+
+def make_alike(model: Any) -> list[EncodedRow]:
+    """Two tasks: an instruction and demonstrations, then short questions with some choices."""
+    draw = np.random.default_rng(1)
+
+    def ids(length: int) -> np.ndarray:
+        return draw.integers(3, model.config.vocab_size, length)
+
+    rows: list[EncodedRow] = []
+    for task in range(2):
+        alike = ids(280)
+        for _ in range(64):
+            prompt = np.concatenate([alike, ids(int(draw.integers(20, 60)))])
+            n_choices = int(draw.integers(2, N_CHOICES + 1))
+            choices = tuple(ids(int(draw.integers(2, MAX_CHOICE + 1))) for _ in range(n_choices))
+            rows.append(EncodedRow(prompt, choices, task=task, number=len(rows)))
+    return rows
+
+
+def read_superni(folder: str) -> list[EncodedRow]:
+    """24 test rows each of 8 tasks of the sample whose rows have few different answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    suite = SuperNITasks(
+        suite="superni",
+        folder=str(Path(os.environ["MHR_SHARED"]) / "data" / "superni_sample"),
+        train_examples=100,
+        validation_examples=24,
+        positive_examples=2,
+    )
+    lengths = BatchConfig(max_input_tokens=1024, max_target_tokens=16)
+    rows: list[EncodedRow] = []
+    n_tasks = 0
+    for task in suite.read_tasks(Intake(on_bad="skip")):
+        answers = sorted({example.targets[0] for example in task.train})
+        if not 2 <= len(answers) <= N_CHOICES or n_tasks == 8:
+            continue
+        encoder = Encoder(task, tokenizer, lengths, CAUSAL)
+        choices = tuple(encoder.answers(answers))
+        for prompt in encoder.inputs(task.validation):
+            rows.append(EncodedRow(prompt, choices, task=n_tasks, number=len(rows)))
+        n_tasks += 1
+    return rows
 
 
 def make_llama() -> Any:

@@ -4,6 +4,7 @@ Small random models, the toy suite in bytes. Blocks with norms on queries and ke
 behind a sub-layer, and blocks whose attention and feed-forward run side by side.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from processes import read_metrics, succeed_together
 from safetensors.torch import load_file
 
+from mhr_scale.scores.summary import SCORES
 from mhr_scale.tasks import toy
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -43,6 +45,8 @@ RUNS = {
     "resumed": (2, [SHARDED]),
 }
 IN_ALL = ("alone", "two_sharded")
+#: Evaluations of one adapter whose tasks' prompts begin with an instruction.
+SCORED = {"padded": (0, "null", "false"), "two_sharded": (2, "ds_configs/cpu.json", "true")}
 WAVES = {"alone": (0, "null", 1), "two_sharded": (2, "ds_configs/cpu.json", 4)}
 
 
@@ -83,6 +87,20 @@ def adapting(source: Path, folder: Path, placement: str, size: int) -> tuple[str
     )
 
 
+def evaluating(source: Path, folder: Path, placement: str, packing: str) -> tuple[str, ...]:
+    return (
+        "launch/evaluate.py",
+        "launch/recipes/toy_evaluate.yaml",
+        f"adapter={source}",
+        "tasks={suite: toy, instruction: full, n_tasks: 8, train_examples: 20, "
+        "validation_examples: 6}",
+        f"scoring.packing={packing}",
+        "scoring.max_tokens=500",
+        f"run.ds_config={placement}",
+        f"run.folder={folder}",
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("causal")
@@ -103,6 +121,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if on == ranks:
                     at = folder / "waves" / family / name
                     commands.append(adapting(source, at, placement, size))
+        for name, (on, placement, packing) in SCORED.items():
+            if on == ranks:
+                at = folder / "scored" / name
+                commands.append(evaluating(folder / "gemma2" / "alone", at, placement, packing))
         succeed_together(commands, folder, ranks=ranks)
     return folder
 
@@ -147,3 +169,14 @@ def test_jobs_in_waves_equal_separate_runs(folder: Path, family: str) -> None:
         one, other = (load_file(run / job / "adapter" / "adapter.safetensors") for run in runs)
         assert all(one[key].equal(other[key]) for key in one.keys() | other.keys()), job
         assert read_metrics(runs[0] / job) == read_metrics(runs[1] / job), job
+
+
+def test_sharded_ranks_that_share_prompts_score_as_one_process_of_padded_rows(folder: Path) -> None:
+    padded, shared = (
+        [json.loads(line) for line in (folder / "scored" / name / SCORES).read_text().splitlines()]
+        for name in SCORED
+    )
+    assert [line["id"] for line in shared] == [line["id"] for line in padded]
+    assert len(shared) == 8 * 6
+    for one, other in zip(padded, shared, strict=True):
+        assert other["choice_scores"] == pytest.approx(one["choice_scores"], rel=1e-5)

@@ -1,5 +1,6 @@
 """Prompts that begin alike: scores as of each text alone, each beginning computed once."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ PADDED = ("falcon", "falcon new", "gptj")
 SHARING = [name for name in FAMILIES if name not in PADDED]
 #: Tokens of an instruction, of the demonstrations behind it, and of a question.
 INSTRUCTION, SHOWN, QUESTION = 18, 20, 4
+CONFIGS = (
+    AdapterConfig(n_skills=3, n_splits=4, rank=2),
+    AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
+)
 #: The ways in which texts may stand: one rectangle or several, branches side by side or not.
 LAYINGS = ({}, {"MOST_BEHIND": 1, "LIKE_SHAPE": 1}, {"MOST_BEHIND": 9, "LIKE_SHAPE": 10**9})
 
@@ -31,7 +36,8 @@ LAYINGS = ({}, {"MOST_BEHIND": 1, "LIKE_SHAPE": 1}, {"MOST_BEHIND": 9, "LIKE_SHA
 def make_rows() -> list[EncodedRow]:
     """Rows of two tasks, some with demonstrations, one asked twice, one that is longer, one alone.
 
-    The tasks have one instruction. Two rows have only a few tokens in common.
+    The tasks have one instruction, and in the order of tokens one ends with it and the other begins
+    so. Two rows have only a few tokens in common.
     """
     draw = np.random.default_rng(0)
 
@@ -45,7 +51,8 @@ def make_rows() -> list[EncodedRow]:
         return rows[-1]
 
     rows: list[EncodedRow] = []
-    instruction, shown, few = ids(INSTRUCTION), ids(SHOWN), ids(branched.FEWEST_ALIKE - 1)
+    instruction, shown = ids(INSTRUCTION), ids(SHOWN)
+    few = np.append(94, ids(branched.FEWEST_ALIKE - 2))  # behind the instruction in order
     first = row(1, (2, 1), instruction, shown, [1], ids(QUESTION))
     row(0, (1, 3), instruction, [1], ids(QUESTION))
     row(1, (3, 3, 2), instruction, [2], ids(QUESTION))
@@ -55,7 +62,7 @@ def make_rows() -> list[EncodedRow]:
     row(1, (1, 5, 2, 2), first.input_ids)
     row(1, (1, 1), first.input_ids)
     row(0, (2,) * 9, instruction, [2], ids(QUESTION))
-    row(0, (2, 3), ids(30))
+    row(0, (2, 3), [3], ids(29))
     return rows
 
 
@@ -102,21 +109,22 @@ def test_scores_are_those_of_padded_rows_that_share_nothing(name: str, laying: N
     assert placed.pack_shared(rows).n_positions == sum(map(sum, WANTED))
 
 
-def test_every_token_reads_the_slot_of_its_task() -> None:
-    config = AdapterConfig(n_skills=3, n_splits=4, rank=2)
+@pytest.mark.parametrize("is_wave", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=["MHR", "IA3"])
+def test_every_token_reads_the_slot_of_its_task(config: AdapterConfig, is_wave: bool) -> None:
     rows = make_rows()
     scores = []
     for is_shared in (False, True):
         sites = find_sites(small_causal("gemma3"), config.layout)
         placed = placed_as("gemma3", is_fused=is_shared, sites=sites)
-        adapter = randomise(Adapter(config, sites, task_names=("copy", "sort")))
-        adapter.bind(placed.adapted)
-        scores.append(
-            flat(rank_choices(placed, adapter, rows, length_norm=1.0, is_shared=is_shared))
-        )
-        bare = flat(rank_choices(placed_as("gemma3", is_fused=False), None, rows, length_norm=1.0))
+        adapter = Adapter(config, sites, task_names=("copy", "sort"), is_wave=is_wave)
+        randomise(adapter).bind(placed.adapted)
+        found = rank_choices(placed, adapter, rows, length_norm=1.0, is_shared=is_shared)
+        scores.append(flat(found))
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
-    assert scores[1] != pytest.approx(bare, rel=1e-2)
+    others = [replace(row, task=1 - row.task) for row in rows]
+    found = rank_choices(placed, adapter, others, length_norm=1.0, is_shared=True)
+    assert flat(found) != pytest.approx(scores[1], rel=1e-2)
 
 
 def test_what_rows_of_a_batch_share_counts_once() -> None:
