@@ -97,7 +97,7 @@ def test_accumulation_and_recomputation_do_not_change_the_losses(
 
 def test_packed_rows_train_as_padded_ones(runs: dict[str, Path]) -> None:
     """The losses do. Adafactor moves numbers whose gradients are rounding alone as far as others:
-    the adapters differ as those of other micro batches do (docs/method.md 10)."""
+    the adapters differ as those of other micro batches do (docs/method.md 15)."""
     packed, padded = runs["alone"], runs["alone_padded"]
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-6)
     assert validations(packed) == pytest.approx(validations(padded), rel=1e-6)
