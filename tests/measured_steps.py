@@ -17,7 +17,6 @@ from mhr_scale.backbone.blueprint import make_model, read_blueprint
 from mhr_scale.config import AdaptConfig, AdapterConfig, BackboneConfig, PretrainConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone, place
-from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.job import Job
 from mhr_scale.jobs.start import stack
 from mhr_scale.jobs.wave import Member, Wave
@@ -73,8 +72,7 @@ def pretraining_peak(config: PretrainConfig, shape: Shape, *, n_tasks: int) -> f
         batches=NOTHING,
         backbone_facts={},
     )
-    *rows, last = steps.make_rows(shape)
-    packed = placed.pack([*rows, shorter(last)])
+    packed = steps.pack_step(config, placed, shape)
 
     def step() -> None:
         trainer.accumulate([packed])
@@ -102,9 +100,7 @@ def wave_peak(config: AdaptConfig, name: str, shape: Shape, *, n_jobs: int) -> f
         return stack(names, [alone(model)] * n_jobs, routing_only=variant.kind == "routing")
 
     placed, adapter = open_model(config.backbone, make)
-    depth = shape.n_choices * shape.depth
-    *rows, last = steps.make_rows(shape)
-    data: Any = steps.ShapedData([*rows, shorter(last)], (shape.width, depth))
+    data: Any = steps.ShapedData(steps.make_rows(shape), shape.rectangle)
     members = [Member(Job(task=one, seed=0, variant=name), data, 100) for one in names]
     wave = Wave(config, variant, members, adapter, step=0)
     placed.model.train()
@@ -116,16 +112,14 @@ def wave_peak(config: AdaptConfig, name: str, shape: Shape, *, n_jobs: int) -> f
     return peak_of(two_steps, placed.device)
 
 
-def shorter(row: EncodedRow) -> EncodedRow:
-    """The row with one input token less: it is padded, and its mask shuts something out."""
-    return replace(row, input_ids=row.input_ids[:-1])
-
-
-def scoring_peak(backbone: BackboneConfig, own: AdapterConfig, shape: Shape) -> float:
+def scoring_peak(
+    backbone: BackboneConfig, own: AdapterConfig, shape: Shape, *, packing: bool | None = None
+) -> float:
     placed, adapter = open_model(backbone, steps.fresh(own, shape.n_tasks))
     placed.model.eval()
-    first, *rows = steps.make_rows(shape)
-    batch = [shorter(first), *rows]
+    rows = steps.make_rows(shape)
+    is_flat = placed.lays_flat(packing, "scoring.packing")
     return peak_of(
-        lambda: scoring.rank_choices(placed, adapter, batch, length_norm=1.0), placed.device
+        lambda: scoring.rank_choices(placed, adapter, rows, length_norm=1.0, is_flat=is_flat),
+        placed.device,
     )

@@ -24,7 +24,7 @@ from typing_extensions import override
 #: Numbers of x times hidden columns of all slots, for each range of rows, up to which one product
 #: of all slots is faster than one for each range: measured on a CPU (tests/benchmarks/README.md);
 #: for GPUs reckoned, from 5 us for a launch and 300 Tflop/s.
-MOST_MASKED = {"cpu": 600_000}
+MOST_MASKED = 600_000
 MOST_MASKED_ON_GPU = 700_000_000
 
 

@@ -18,6 +18,7 @@ from mhr_scale.adapters.by_slot import (
     Spans,
 )
 from mhr_scale.families.flat import Stream
+from mhr_scale.families.fused import is_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class RowMap:
         spans = self._made.get(n_tokens)
         if spans is None:
             spans = self._made[n_tokens] = Spans(self._spans(n_tokens), n_tokens)
-        most = MOST_MASKED.get(x.device.type, MOST_MASKED_ON_GPU) * len(spans.spans)
+        most = (MOST_MASKED if is_on_cpu(x) else MOST_MASKED_ON_GPU) * len(spans.spans)
         n_columns *= self.n_slots
         if self.is_exact or self.n_slots == 1 or not 0 < x.numel() * n_columns <= most:
             return spans

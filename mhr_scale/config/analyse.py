@@ -55,7 +55,7 @@ class AlignmentConfig:
     """Seed of the sample of tasks."""
     token_cache: str | None = None
     """Folder that keeps tokenised tasks; null: that of the run, if it has one and the tasks are
-    its own, else tokenise in memory."""
+    its own, else tokenise once a machine."""
 
     def __post_init__(self) -> None:
         _check_sample("alignment", "", tasks=self.tasks, rows=self.rows)

@@ -59,6 +59,11 @@ class WorkloadConfig:
     """Tokens of an input; null: the recipe's `max_input_tokens`."""
     target_tokens: int | None = None
     """Tokens of a target; null: the recipe's `max_target_tokens`."""
+    mean_input_tokens: float | None = None
+    """Tokens of an input on average, as `data` prints them, for the time of packed rows; null:
+    those in the recipe's `run.token_cache`, or as many as of the longest."""
+    mean_target_tokens: float | None = None
+    """Tokens of a target on average."""
     choices: int = 4
     """Answer choices of a row, where choices are ranked."""
     choice_tokens: int = 8
@@ -71,8 +76,9 @@ class WorkloadConfig:
     """The pre-training recipe of adapters that do not exist yet: their backbone and settings."""
 
     def __post_init__(self) -> None:
-        names = ("input_tokens", "target_tokens", "choices", "choice_tokens", "tasks")
-        for name in (*names, "tasks_per_pass"):
+        counts = ("choices", "choice_tokens", "tasks", "tasks_per_pass")
+        lengths = ("input_tokens", "target_tokens", "mean_input_tokens", "mean_target_tokens")
+        for name in (*lengths, *counts):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"workload.{name}: {value} is not at least 1")

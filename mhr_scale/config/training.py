@@ -206,7 +206,8 @@ class RunConfig:
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
     token_cache: str | None = None
-    """Folder that keeps tokenised tasks between runs; null: tokenise in memory at every start."""
+    """Folder that keeps tokenised tasks between runs; null: tokenise at every start, once a
+    machine."""
     trackers: tuple[TrackerName, ...] = ()
     """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 

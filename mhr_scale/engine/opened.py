@@ -60,6 +60,10 @@ class PlacedBackbone:
         )
         return packed.to(self.device)
 
+    def pack_shared(self, rows: Sequence[EncodedRow]) -> Packed:
+        """Rows laid flat, what prompts begin with alike once, on the device."""
+        return self.family.pack_shared(rows, self.model.config).to(self.device)
+
     def lays_flat(self, wanted: bool | None, setting: str) -> bool:
         """Whether rows are laid flat: where that is wanted, or, for None, where it can be.
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families import composed
-from mhr_scale.families.causal_masks import has_window, make_masks
+from mhr_scale.families.causal_masks import has_window, make_masks, masks_of_branches
 from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Settings, Side
 from mhr_scale.families.flat import Flat, SpreadStream
-from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed, Targets
+from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed, Targets, read_at
 
 #: Model types that are named where another one is refused.
 KNOWN_TYPES = (
@@ -47,6 +47,7 @@ class Causal(Discovered):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token",)
     cut_side: ClassVar[Literal["left", "right"]] = "left"
+    shares_prompts: ClassVar[bool] = True
 
     # -- configuration ---------------------------------------------------------------------------
 
@@ -208,11 +209,12 @@ class Causal(Discovered):
         n_tokens, n_positions, flat = int((branches >= 0).sum()), ids.size, None
         if is_flat:
             stream = SpreadStream.of(branches >= 0, n_tokens=fewest_tokens)
-            n_positions, flat = stream.n_tokens, Flat((stream,))
+            n_positions = stream.n_tokens
+            flat = Flat((stream,), is_causal=not has_branches)
             inputs["columns"] = inputs["position_ids"]
             for name in ("input_ids", "position_ids"):
                 inputs[name] = torch.from_numpy(stream.take(arrays[name]))
-            inputs["reads"], found = _targets(stream, labels, sources + width - 1)
+            inputs["reads"], found = read_at(stream.tokens_at(sources + width - 1), labels)
         return Packed(
             rows=tuple(rows),
             inputs=inputs,
@@ -224,6 +226,14 @@ class Causal(Discovered):
             sources=found,
             flat=flat,
         )
+
+    def pack_shared(self, rows: Sequence[EncodedRow], config: Any) -> Packed:
+        """As branches of trees (`branched`)."""
+        from mhr_scale.families import branched
+
+        length = max(len(row.input_ids) + row.n_answer_tokens for row in rows)
+        self._check_length(rows, length, config)
+        return branched.pack(rows, pad_multiple=PAD_MULTIPLE)
 
     def _check_length(self, rows: Sequence[EncodedRow], length: int, config: Any) -> None:
         """Raise `DataError` for a row that learned positions have no end of."""
@@ -325,31 +335,13 @@ def _tokens(packed: Packed) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
 
 
-def _targets(stream: SpreadStream, labels_BD: Any, columns_BD: Any) -> tuple[Tensor, Targets]:
-    """The tokens of a sequence that predict a target, and which of them each target reads.
-
-    `columns_BD` tells of each target where in its row's part of the rectangle that token stands.
-    """
-    import numpy as np
-
-    places = np.flatnonzero(labels_BD != IGNORE)
-    rows = places // labels_BD.shape[1]
-    wanted = rows * stream.shape[1] + columns_BD.reshape(-1)[places]
-    if stream.places is not None:
-        wanted = np.searchsorted(stream.places, wanted)
-    reads, sources = np.unique(wanted, return_inverse=True)
-    has_own = len(reads) == len(wanted) and bool((reads == wanted).all())
-    targets = Targets(torch.from_numpy(places), None if has_own else torch.from_numpy(sources))
-    return torch.from_numpy(reads), targets
-
-
 def _masks(model: Any, packed: Packed) -> Any:
-    return make_masks(
-        model.config,
-        packed.inputs["branches"],
-        packed.inputs["columns" if "columns" in packed.inputs else "position_ids"],
-        model.get_input_embeddings().weight.dtype,
-    )
+    inputs, dtype = packed.inputs, model.get_input_embeddings().weight.dtype
+    stream = None if packed.flat is None else packed.flat.branched
+    if stream is not None:
+        return masks_of_branches(model.config, stream, inputs["position_ids"][0], dtype)
+    columns = inputs["columns" if "columns" in inputs else "position_ids"]
+    return make_masks(model.config, inputs["branches"], columns, dtype)
 
 
 def close_text(ids: list[int], side: Side, tokenizer: Any) -> list[int]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mhr_scale.families import varlen
 from mhr_scale.families.family import Blocks, Settings
-from mhr_scale.families.flat import apart
+from mhr_scale.families.flat import apart, in_use
 from mhr_scale.families.fused import GATES, fused_class, gated, is_on_cpu, rms_norm
 from mhr_scale.families.linear_modules import find_widths
 from mhr_scale.families.linear_names import is_of_experts, part_of, role_of
@@ -116,10 +117,11 @@ def _register_attention(kind: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    attention, mask = {"sdpa": (grouped_attention, sdpa_mask), "eager": (own_eager, eager_mask)}[
-        kind
-    ]
-    AttentionInterface.register(OURS[kind], apart(attention))
+    attention, mask = {
+        "sdpa": (flat_attention, sdpa_mask),
+        "eager": (apart(own_eager), eager_mask),
+    }[kind]
+    AttentionInterface.register(OURS[kind], attention)
     AttentionMaskInterface.register(OURS[kind], mask)
     return OURS[kind]
 
@@ -170,6 +172,27 @@ def grouped_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out_BNLD.transpose(1, 2).contiguous(), None
+
+
+def flat_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`grouped_attention` of padded rows, and of rows laid flat as `flat` and `varlen` have it."""
+    flat = in_use()
+    if flat is not None and varlen.fits(module, flat, query, dropout=dropout, options=kwargs):
+        window = kwargs.get("sliding_window")
+        return varlen.attend(flat, query, key, value, scaling=scaling, window=window), None
+    found: tuple[Tensor, None] = apart(grouped_attention)(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return found
 
 
 # -- gated feed-forwards ---------------------------------------------------------------------------

@@ -1,35 +1,28 @@
 """Masks of rows whose answers are branches behind one prompt.
 
-Shape letters: B rows, L positions of a row.
+Shape letters: B rows, L positions of a row, K positions that it looks at.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mhr_scale.families.flat import BranchedStream
 
-def make_masks(
-    config: Any, branches_BL: Tensor, positions_BL: Tensor, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
-    """Additive masks (B, 1, L, L): 0 where a token may look, the smallest number elsewhere.
+#: A mask for all layers, or one for each kind of them, as a model takes it.
+Masks: TypeAlias = Tensor | dict[str, Tensor]
 
-    `branches_BL` is 0 in a prompt, 1, 2, ... in its answers, -1 where padded; `positions_BL` is
-    where a token stands in the text that it belongs to. A token looks at the prompt and at its own
-    answer before it, in layers with a sliding window at those of the window's positions. Where a
-    configuration lists the kinds of its layers, a mask for each kind.
+
+def make_masks(config: Any, branches_BL: Tensor, positions_BL: Tensor, dtype: torch.dtype) -> Masks:
+    """Masks (B, 1, L, L) of rows whose answers are branches behind one prompt (`masks_over`).
+
+    `branches_BL` is 0 in a prompt, 1, 2, ... in its answers, -1 where padded. A token looks at the
+    prompt and at its own answer before it.
     """
     is_open = _is_open(branches_BL)
-    window = _window_of(config)
-    near = is_open if window is None else is_open & _is_near(positions_BL, window)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return additive(near, dtype)
-    full = additive(is_open, dtype)
-    found = {"full_attention": full, "sliding_attention": full}
-    if near is not is_open:
-        found["sliding_attention"] = additive(near, dtype)
-    return found
+    return masks_over(config, is_open, positions_BL, positions_BL, dtype)
 
 
 def _is_open(branches_BL: Tensor) -> Tensor:
@@ -39,8 +32,60 @@ def _is_open(branches_BL: Tensor) -> Tensor:
     return (((key == query) | (key == 0)) & ((key >= 0) | (query < 0))).tril()
 
 
-def _is_near(positions_BL: Tensor, window: int) -> Tensor:
-    return positions_BL[:, :, None] - positions_BL[:, None, :] < window
+def masks_over(
+    config: Any,
+    is_open_BLK: Tensor,
+    positions_BL: Tensor,
+    positions_BK: Tensor,
+    dtype: torch.dtype,
+) -> Masks:
+    """Additive masks (B, 1, L, K): 0 where a token may look, the smallest number elsewhere.
+
+    Positions are where a token stands in the text that it belongs to. A token looks at what is
+    open, in layers with a sliding window at those of the window's positions. Where a configuration
+    lists the kinds of its layers, a mask for each kind.
+    """
+    window = _window_of(config)
+    near = is_open_BLK
+    if window is not None:
+        near = is_open_BLK & (positions_BL[:, :, None] - positions_BK[:, None, :] < window)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return additive(near, dtype)
+    full = additive(is_open_BLK, dtype)
+    found = {"full_attention": full, "sliding_attention": full}
+    if near is not is_open_BLK:
+        found["sliding_attention"] = additive(near, dtype)
+    return found
+
+
+def masks_of_branches(
+    config: Any, stream: BranchedStream, positions_N: Tensor, dtype: torch.dtype
+) -> Masks:
+    """Those of all rectangles of a sequence, flattened, one behind another (1, 1, 1, M)."""
+    parts: list[Any] = [
+        masks_over(
+            config,
+            part.is_open(),
+            positions_N[part.queries_BL],
+            positions_N[part.keys_BK],
+            dtype,
+        )
+        for part in stream.rectangles
+    ]
+    if not isinstance(parts[0], dict):
+        return _join(parts)
+    found: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    for kind, mask in parts[0].items():  # layers of several kinds may have one mask
+        if id(mask) not in made:
+            made[id(mask)] = _join([part[kind] for part in parts])
+        found[kind] = made[id(mask)]
+    return found
+
+
+def _join(masks: Sequence[Any]) -> Tensor:
+    return torch.cat([mask.flatten() for mask in masks])[None, None, None]
 
 
 def has_window(config: Any) -> bool:
@@ -55,7 +100,7 @@ def _window_of(config: Any) -> int | None:
 
 
 def additive(is_open: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is open (B, L, L) as a mask (B, 1, L, L): 0 there, the smallest number elsewhere.
+    """What is open (B, L, K) as a mask (B, 1, L, K): 0 there, the smallest number elsewhere.
 
     Not boolean: eager attention would add it up as zeros and ones.
     """

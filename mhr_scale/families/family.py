@@ -117,6 +117,8 @@ class Family(ABC):
     """Tokens that a tokenizer has to have, the same as its backbone."""
     cut_side: ClassVar[Literal["left", "right"]] = "right"
     """Where an input that is too long loses tokens, if a recipe does not say."""
+    shares_prompts: ClassVar[bool] = False
+    """Whether `pack_shared` can be: rows laid flat may have the beginning of prompts in common."""
 
     # -- configuration ---------------------------------------------------------------------------
 
@@ -308,6 +310,10 @@ class Family(ABC):
         `at_least`, or wider. Rows that are laid flat are padded to these in attention only; their
         sequences are filled up to `fewest_tokens`.
         """
+
+    def pack_shared(self, rows: Sequence[EncodedRow], config: Any) -> Packed:
+        """Rows laid flat, tokens that a task's prompts begin with alike once: without gradients."""
+        raise NotImplementedError(f"{self.name}: prompts are not shared")
 
     # -- passes ----------------------------------------------------------------------------------
 

@@ -4,12 +4,15 @@ Everything that a model computes token by token runs on the tokens alone. Attent
 meet: there queries, keys and values are spread into a rectangle, a row of it for each row, under
 the masks that padded rows have, and what comes out is laid flat again. So a token sees what it sees
 in a row of its own, whatever lies beside it, and no operation is spent on padding outside of the
-products of attention.
+products of attention. Without gradients, texts that begin alike may have their beginning in common:
+then there are several rectangles, in which keys and values stand as often as they are read.
 
-Shape letters: N tokens of all rows, B rows, L width of the rectangle, H heads, D width of a head.
+Shape letters: N tokens of all rows, B rows, L width of the rectangle, K keys of a row of it where
+they are others than its queries, H heads, D width of a head.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -43,6 +46,8 @@ class SpreadStream(Stream):
 
     shape: tuple[int, int]
     places: Any
+    bounds: Tensor
+    """Where rows begin and the last one ends, int32."""
     places_N: Tensor | None = None
     tokens_M: Tensor | None = None
 
@@ -53,13 +58,14 @@ class SpreadStream(Stream):
 
         counts = tuple(int(count) for count in is_token_BL.sum(1))
         n_tokens = max(n_tokens, sum(counts))
+        bounds = torch.from_numpy(np.cumsum((0, *counts), dtype=np.int32))
         if n_tokens == is_token_BL.size and is_token_BL.all():
-            return cls(counts, n_tokens, is_token_BL.shape, None)
+            return cls(counts, n_tokens, is_token_BL.shape, None, bounds)
         places = np.flatnonzero(is_token_BL)
         tokens = np.zeros(is_token_BL.size, dtype=np.int64)
         tokens[places] = np.arange(len(places))
         indices = torch.from_numpy(places), torch.from_numpy(tokens)
-        return cls(counts, n_tokens, is_token_BL.shape, places, *indices)
+        return cls(counts, n_tokens, is_token_BL.shape, places, bounds, *indices)
 
     def take(self, array_BL: Any) -> Any:
         """What an array (B, L) has at the tokens, and zeros behind them: (1, N)."""
@@ -71,12 +77,21 @@ class SpreadStream(Stream):
         taken[0, : len(self.places)] = array_BL.reshape(-1)[self.places]
         return taken
 
+    def tokens_at(self, columns_BX: Any) -> Any:
+        """The tokens in some columns of each row of the rectangle, any where there is none."""
+        import numpy as np
+
+        places_BX = columns_BX + np.arange(len(columns_BX))[:, None] * self.shape[1]
+        return places_BX if self.places is None else np.searchsorted(self.places, places_BX)
+
     def to(self, device: torch.device) -> "SpreadStream":
         """The same on `device`."""
+        bounds = self.bounds.to(device, non_blocking=True)
         if self.places_N is None or self.tokens_M is None:
-            return self
+            return replace(self, bounds=bounds)
         return replace(
             self,
+            bounds=bounds,
             places_N=self.places_N.to(device, non_blocking=True),
             tokens_M=self.tokens_M.to(device, non_blocking=True),
         )
@@ -94,6 +109,77 @@ class SpreadStream(Stream):
         if self.places_N is not None:
             heads_NHD = _Gather.apply(heads_NHD, self.places_N, self.n_tokens)
         return heads_NHD[None]
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Queries of tokens (B, L) over keys (B, K), which stand in any number of rectangles.
+
+    The keys of a row are texts that branch off one another, depth first: a key is open to itself
+    and to what stands behind it, up to its end. Where no query or key is stands any token.
+    """
+
+    queries_BL: Tensor
+    keys_BK: Tensor
+    places_BL: Tensor
+    """Where each query stands among the keys of its row."""
+    ends_BK: Tensor
+
+    def is_open(self) -> Tensor:
+        """Whether a query may look at a key: (B, L, K)."""
+        place, key = (
+            self.places_BL[:, :, None],
+            torch.arange(self.keys_BK.shape[1]).to(self.keys_BK),
+        )
+        return (key <= place) & (place < self.ends_BK[:, None, :])
+
+    def to(self, device: torch.device) -> "Rectangle":
+        """The same on `device`."""
+        tensors = (self.queries_BL, self.keys_BK, self.places_BL, self.ends_BK)
+        return Rectangle(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class BranchedStream(Stream):
+    """A sequence whose tokens may stand in several texts, which attention has in rectangles.
+
+    Each token is a query of one of them: `places_N` tells where, in all rectangles one behind
+    another.
+    """
+
+    rectangles: tuple[Rectangle, ...]
+    places_N: Tensor
+
+    def to(self, device: torch.device) -> "BranchedStream":
+        """The same on `device`."""
+        rectangles = tuple(rectangle.to(device) for rectangle in self.rectangles)
+        places_N = self.places_N.to(device, non_blocking=True)
+        return replace(self, rectangles=rectangles, places_N=places_N)
+
+    def attend(
+        self, attention: Callable[..., Tensor], heads_1HND: Sequence[Tensor], masks: Tensor
+    ) -> Tensor:
+        """An attention of q, k, v and mask in all rectangles: (1, N, H, D).
+
+        `masks` are those of the rectangles (B, 1, L, K), flattened, one behind another.
+        """
+        q_NHD, k_NHD, v_NHD = (heads[0].transpose(0, 1) for heads in heads_1HND)
+        found, masks, start = [], masks.flatten(), 0
+        for part in self.rectangles:
+            shape = len(part.keys_BK), 1, part.queries_BL.shape[1], part.keys_BK.shape[1]
+            stop = start + math.prod(shape)
+            q = _stand(q_NHD, part.queries_BL)
+            k, v = (_stand(heads, part.keys_BK) for heads in (k_NHD, v_NHD))
+            found.append(attention(q, k, v, masks[start:stop].view(shape)).flatten(0, 1))
+            start = stop
+        return torch.cat(found).index_select(0, self.places_N)[None]
+
+
+def _stand(heads_NHD: Tensor, tokens_BL: Tensor) -> Tensor:
+    """The heads of some tokens, (B, H, L, D)."""
+    return (
+        heads_NHD.index_select(0, tokens_BL.flatten()).unflatten(0, tokens_BL.shape).transpose(1, 2)
+    )
 
 
 class _Spread(torch.autograd.Function):
@@ -145,7 +231,9 @@ class Flat(AbstractContextManager["Flat"]):
     their number of tokens, which differ.
     """
 
-    streams: tuple[SpreadStream, ...]
+    streams: tuple[SpreadStream | BranchedStream, ...]
+    is_causal: bool = False
+    """Whether each row is one text, of which a token sees those before it."""
 
     _in_use: ClassVar[list["Flat"]] = []
 
@@ -155,7 +243,7 @@ class Flat(AbstractContextManager["Flat"]):
 
     def to(self, device: torch.device) -> "Flat":
         """The same on `device`."""
-        return Flat(tuple(stream.to(device) for stream in self.streams))
+        return replace(self, streams=tuple(stream.to(device) for stream in self.streams))
 
     def __enter__(self) -> "Flat":
         Flat._in_use.append(self)
@@ -170,8 +258,15 @@ class Flat(AbstractContextManager["Flat"]):
         Flat._in_use.pop()
 
     def stream_of(self, n_tokens: int) -> SpreadStream:
-        """The stream of so many tokens."""
-        return next(stream for stream in self.streams if stream.n_tokens == n_tokens)
+        """The stream of so many tokens, in a rectangle."""
+        spread = (stream for stream in self.streams if isinstance(stream, SpreadStream))
+        return next(stream for stream in spread if stream.n_tokens == n_tokens)
+
+    @property
+    def branched(self) -> BranchedStream | None:
+        """The stream of texts that begin alike; None: there is no such."""
+        (first, *_) = self.streams
+        return first if isinstance(first, BranchedStream) else None
 
 
 def in_use() -> Flat | None:
@@ -182,19 +277,39 @@ def in_use() -> Flat | None:
 def apart(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
     """An attention function of transformers that takes rows laid flat too.
 
-    It is called with the module, q (1, H, N, D), k, v and a mask of the rectangle, and returns
-    (1, N, H, D).
+    It is called with the module, q (1, H, N, D), k, v and a mask of the rectangle, or of all
+    rectangles (`BranchedStream.attend`), and returns (1, N, H, D).
     """
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         flat = in_use()
         if flat is None:
-            return attention(module, query, key, value, *args, **kwargs)
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        branched = flat.branched
+        if branched is not None:
+            assert attention_mask is not None
+
+            def alone(*heads_and_mask: Tensor) -> Tensor:
+                return attention(module, *heads_and_mask, *args, **kwargs)[0]
+
+            return branched.attend(alone, (query, key, value), attention_mask), None
         of_q, of_k = flat.stream_of(query.shape[2]), flat.stream_of(key.shape[2])
         found, weights = attention(
-            module, of_q.spread(query), of_k.spread(key), of_k.spread(value), *args, **kwargs
+            module,
+            of_q.spread(query),
+            of_k.spread(key),
+            of_k.spread(value),
+            attention_mask,
+            *args,
+            **kwargs,
         )
         return of_q.gather(found), weights
 

@@ -183,3 +183,18 @@ def lay_answers(
             at = end
         starts.append(tuple(begins))
     return read, labels, choices, tuple(starts)
+
+
+def read_at(tokens_BD: Any, labels_BD: Any) -> tuple[Tensor, Targets]:
+    """The tokens of a sequence that predict a target, and which of them each target reads.
+
+    `tokens_BD` tells which token of the sequence predicts a target; arrays.
+    """
+    import numpy as np
+
+    places = np.flatnonzero(labels_BD != IGNORE)
+    wanted = tokens_BD.reshape(-1)[places]
+    reads, sources = np.unique(wanted, return_inverse=True)
+    has_own = len(reads) == len(wanted) and bool((reads == wanted).all())
+    targets = Targets(torch.from_numpy(places), None if has_own else torch.from_numpy(sources))
+    return torch.from_numpy(reads), targets

@@ -76,7 +76,7 @@ def make_weight_optimizer(
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw":
-        return torch.optim.AdamW([group], betas=(config.beta1, config.beta2), eps=config.eps)
+        return optim.make_adamw([group], config)
     return optim.Adafactor([group], scale_parameter=config.scale_parameter)
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
-from mhr_scale.training.optim import Adafactor, OptimizerState, check_states, make_groups
+from mhr_scale.training.optim import Adafactor, OptimizerState, at_once, check_states, make_groups
 
 #: The job dimension of a group's parameters, and of their state.
 JOB_DIMS = {"inventory": 1, "routing": 0}
@@ -38,39 +38,46 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "AdamW takes no closure"
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter in parameters:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())  # on the host, as torch keeps it
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-            if parameters:
-                _step_adamw(parameters, group, [self.state[p] for p in parameters])
+                _step_adamw(parameter, group, state)
 
 
-def _step_adamw(
-    parameters: list[Tensor], group: dict[str, Any], states: list[dict[str, Any]]
+def _step_adamw(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """One update of a stacked parameter; of an inventory, some linears at a time."""
+    assert parameter.grad is not None
+    tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+    step, is_stack = state["step"].item(), JOB_DIMS[group["name"]] > 0
+    for linears in at_once(parameter) if is_stack else [slice(None)]:
+        _step_part(*(tensor[linears] for tensor in tensors), group=group, step=step)
+
+
+def _step_part(
+    values: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    group: dict[str, Any],
+    step: float,
 ) -> None:
+    """Update values and their moments in place."""
     rate: Tensor = group["lr"]
     beta1, beta2 = group["betas"]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    first = [state["exp_avg"] for state in states]
-    second = [state["exp_avg_sq"] for state in states]
-    steps = [state["step"].item() for state in states]
     if group["weight_decay"]:
-        torch._foreach_mul_(parameters, [1.0 - rate * group["weight_decay"]] * len(parameters))
-    torch._foreach_lerp_(first, gradients, 1.0 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
-    updates = torch._foreach_sqrt(second)
-    torch._foreach_div_(updates, [(1.0 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(updates, group["eps"])
-    torch._foreach_reciprocal_(updates)
-    torch._foreach_mul_(updates, first)
-    shares = [-1.0 / (1.0 - beta1**step) for step in steps]
-    torch._foreach_addcmul_(parameters, updates, [rate] * len(parameters), shares)
+        values.mul_(1.0 - rate * group["weight_decay"])
+    first.lerp_(gradient, 1.0 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+    update = second.sqrt().div_((1.0 - beta2**step) ** 0.5).add_(group["eps"])
+    update.reciprocal_().mul_(first)
+    values.addcmul_(update, rate, value=-1.0 / (1.0 - beta1**step))
 
 
 def make_job_optimizer(wave: Adapter, config: OptimConfig) -> Optimizer:
@@ -128,13 +135,15 @@ def clip_jobs(wave: Adapter, clip_norm: float | None) -> Tensor:
 
 
 def _squares(gradient: Tensor, dim: int) -> Tensor:
-    """Each job's sum of squares (J,), in float64.
+    """Each job's sum of squares (J,), in float64; of an inventory, some linears at a time.
 
-    Summed in two steps over contiguous numbers, in an order that does not depend on the number of
-    jobs: a rounding error in the norm would make a job differ from the same job alone.
+    Summed in two steps over contiguous numbers, of a linear or a routing group and then over those,
+    in an order that does not depend on the number of jobs: a rounding error in the norm would make
+    a job differ from the same job alone.
     """
-    jobs_first = gradient.transpose(0, dim).contiguous()
-    return jobs_first.double().square().flatten(2).sum(-1).sum(-1)
+    ranges = at_once(gradient) if dim else [slice(None)]
+    parts = [gradient[part].double().square().flatten(2).sum(-1) for part in ranges]
+    return torch.cat(parts).transpose(0, dim).contiguous().sum(-1)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from mhr_scale.jobs.job_data import ScoredSet
 from mhr_scale.jobs.lockstep import Lockstep
 from mhr_scale.jobs.wave import StepValues, Wave
 from mhr_scale.passes.scoring import generate_answers
-from mhr_scale.rows.batching import Batch, cut_batches
+from mhr_scale.rows.batching import Batch
 from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_text
 from mhr_scale.run.runlog import Metrics, Progress, log
@@ -213,8 +213,7 @@ class Runner:
         options = self.config.scoring
         texts = [keeps_texts(options, len(scored.rows)) for _, scored in sets]
         for way in answerers(rows, self.placed, adapter, self.tokenizer, options):
-            most = options.max_tokens
-            for batch in cut_batches(way.rows, max_tokens=most, is_flat=way.is_flat):
+            for batch in way.batches:
                 for row, value in self._answer(way.name, way.run, batch):
                     set_number, question = questions[row.number]
                     judged[row.number] = judge(question, value, with_texts=texts[set_number])

@@ -23,6 +23,7 @@ from mhr_scale.families.encoder_decoder import encoder_of
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes import scoring
 from mhr_scale.recipe.reading import load, overrides_of
+from mhr_scale.rows.batching import cut_batches
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.run_folder import RECIPE
 from mhr_scale.run.runlog import Progress
@@ -122,7 +123,8 @@ def gather_embeddings(
     embeddings: dict[int, list[float]] = {}
     progress = Progress(len(rows), start=0, what="embed", unit="example")
     run: Callable[[list[EncodedRow]], list[list[float]]] = partial(_embed, placed)
-    for results in scoring.score(rows, run, engine=placed.engine, max_tokens=MAX_TOKENS):
+    batches = cut_batches(rows, max_tokens=MAX_TOKENS)
+    for results in scoring.score(batches, run, engine=placed.engine):
         embeddings.update(results)
         progress.advance("similar tasks", by=len(results))
     progress.close()

@@ -19,7 +19,7 @@ from mhr_scale.errors import DataError, DivergenceError
 from mhr_scale.families.packed import EncodedRow, Packed
 from mhr_scale.passes import losses
 from mhr_scale.passes.filled import filled
-from mhr_scale.rows.batching import Batch, cut_batches, deal
+from mhr_scale.rows.batching import Batch, deal
 from mhr_scale.run import stopping
 
 T = TypeVar("T")
@@ -29,21 +29,14 @@ MOST_BEHIND = 1024
 
 
 def score(
-    rows: Sequence[EncodedRow],
-    run: Callable[[Batch], list[T]],
-    *,
-    engine: Engine,
-    max_tokens: int,
-    is_flat: bool = False,
+    batches: Sequence[Batch], run: Callable[[Batch], list[T]], *, engine: Engine
 ) -> Iterator[dict[int, T]]:
     """Run batches in rounds; after each round, yield its results by row number.
 
-    Collective: every rank passes the same rows and iterates to the end, and gets all ranks'
+    Collective: every rank passes the same batches and iterates to the end, and gets all ranks'
     results. Raises `Stopped` on all ranks between two rounds if one was asked to stop. `run`
     returns a value for every row of a batch (`questions.answerers`).
     """
-    assert len({row.number for row in rows}) == len(rows)
-    batches = cut_batches(rows, max_tokens=max_tokens, is_flat=is_flat)
     rounds = deal(batches, engine.rank, engine.world_size, is_sharded=engine.is_sharded)
     is_stopped = False
     for batch, is_counted in rounds:
@@ -81,6 +74,7 @@ def rank_choices(
     *,
     length_norm: float,
     is_flat: bool = False,
+    is_shared: bool = False,
 ) -> list[list[float]]:
     """Score every choice of every row: the smallest wins.
 
@@ -88,7 +82,7 @@ def rank_choices(
     float32, over length ** `length_norm`. Without an adapter the model runs as it is: bare, or
     inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is not finite.
     """
-    nll_BD, packed = choice_losses(placed, adapter, batch, is_flat=is_flat)
+    nll_BD, packed = choice_losses(placed, adapter, batch, is_flat=is_flat, is_shared=is_shared)
     # the only device sync; sums on the host do not depend on the order of threads
     parts = zip(packed.rows, packed.starts, nll_BD.cpu().numpy(), strict=True)
     scores = []
@@ -111,18 +105,26 @@ def rank_choices(
 
 
 def choice_losses(
-    placed: PlacedBackbone, adapter: Adapter | None, batch: Batch, *, is_flat: bool = False
+    placed: PlacedBackbone,
+    adapter: Adapter | None,
+    batch: Batch,
+    *,
+    is_flat: bool = False,
+    is_shared: bool = False,
 ) -> tuple[Tensor, Packed]:
     """Negative log-likelihood of each choice's tokens, a row's choices side by side: (B, D).
 
     In float32, on the device, 0 where padded; the packed rows tell which positions belong to which
-    choice. A row of very many tokens to choose from is several of them (`split`).
+    choice. A row of very many tokens to choose from is several of them (`split`). With `is_shared`
+    rows are laid flat, and what prompts of a task begin with alike is computed once.
     """
     for row in batch:
         if not row.answers:
             raise DataError(f"row {row.number}: no choices to rank")
-    parts = [part for row in batch for part in split(row)]
-    packed = placed.pack(parts, is_flat=is_flat)
+    if is_shared:
+        packed = placed.pack_shared(batch)
+    else:
+        packed = placed.pack([part for row in batch for part in split(row)], is_flat=is_flat)
     slots = packed.in_use() if adapter is None else filled(adapter, packed)
     with _evaluation(placed.model, slots):
         logits = placed.predictions(packed)

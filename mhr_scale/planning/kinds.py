@@ -23,6 +23,7 @@ from mhr_scale.jobs.scheduling import LARGEST
 from mhr_scale.jobs.start import count_trained
 from mhr_scale.planning.cost import Case, Estimate, Passes, choose
 from mhr_scale.planning.hardware import Machines
+from mhr_scale.planning.lengths import Lengths, lengths_of, lengths_of_run
 from mhr_scale.planning.placements import Placement, list_placements, load_of, weigh
 from mhr_scale.planning.recipes import n_tasks, subject, variants
 from mhr_scale.planning.sizes import read_sizes
@@ -30,6 +31,7 @@ from mhr_scale.planning.steps import (
     Shape,
     at_depth,
     fresh,
+    lays_flat,
     trace_pretraining,
     trace_scoring,
     trace_wave,
@@ -64,25 +66,32 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
             "(hardware.gpus); use a multiple of it, or fewer cards"
         )
     blueprint, (tasks, source) = read_sizes(config.backbone), n_tasks(config, workload)
-    shape = Shape(
-        rows=1,
-        width=workload.input_tokens or batch.max_input_tokens,
-        depth=workload.target_tokens or batch.max_target_tokens,
-    )
+    is_flat = lays_flat(blueprint, config.backbone, batch.packing, "batch.packing")
+    lengths = lengths_of_run(config, workload, is_flat=is_flat)
+    width, depth = lengths.most
+    shape = Shape(rows=1, width=width, depth=depth)
 
     def count(backbone: BackboneConfig, rows: int) -> Trace:
         settings = replace(config, backbone=backbone)
-        sized = _of_rows(shape, rows, workload, most=tasks)
-        return at_depth(
-            blueprint,
-            lambda shallow: trace_pretraining(
-                settings, shallow, sized, n_tasks=tasks, accumulates=True, on_gpu=machines.on_gpu
-            ),
-        )
+
+        def trace(sized: Shape) -> Trace:
+            return at_depth(
+                blueprint,
+                lambda shallow: trace_pretraining(
+                    settings,
+                    shallow,
+                    sized,
+                    n_tasks=tasks,
+                    accumulates=True,
+                    on_gpu=machines.on_gpu,
+                ),
+            )
+
+        return _of_lengths(trace, _of_rows(shape, rows, workload, most=tasks), lengths)
 
     trained = _count_numbers(blueprint, config.adapter, tasks)
     per_rank, few = batch.batch_size // machines.ranks, max(2, min(batch.micro_batch_size, 8))
-    tokens = float(batch.batch_size * (shape.width + shape.depth))
+    tokens = batch.batch_size * lengths.tokens
     estimates = []
     for case in _cases(blueprint, config.backbone, machines, count, few, trained, trains=True):
         sizes = [
@@ -100,12 +109,12 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
     return Plan(
         kind="pretrain",
         machines=machines,
-        what=f"{config.schedule.steps:,} steps of {batch.batch_size} rows of {shape.width} + "
-        f"{shape.depth} tokens, {config.adapter.method}, {trained:,} trained numbers",
+        what=f"{config.schedule.steps:,} steps of {batch.batch_size} rows of up to {width} + "
+        f"{depth} tokens, {config.adapter.method}, {trained:,} trained numbers",
         rows_are="micro batch",
         estimates=tuple(estimates),
         chosen=choose(estimates, by=lambda estimate: estimate.step_seconds),
-        notes=(f"{tasks} training tasks ({source})",),
+        notes=(f"{tasks} training tasks ({source})", *lengths.notes("batch.packing")),
     )
 
 
@@ -122,6 +131,10 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         n_choices=1 if generates else workload.choices,
     )
     on_gpu = machines.on_gpu
+    is_flat = not generates and lays_flat(blueprint, frozen, options.packing, "scoring.packing")
+    behind = shape.n_choices * shape.depth
+    own = replace(workload, mean_target_tokens=None)
+    lengths = lengths_of(own, (shape.width, behind), is_flat=is_flat)
     is_shared = settings is None or not (settings.has_logits or settings.private)
 
     def count(backbone: BackboneConfig, rows: int) -> Trace:
@@ -149,7 +162,9 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         tokens = float(machines.ranks * replace(shape, rows=rows).tokens)
         estimate = case.estimate(rows, passes=1, tokens=tokens)
         extra = {
-            "examples_per_second": machines.ranks * rows / estimate.step_seconds,
+            # a batch of packed rows has so many tokens, whatever their lengths
+            "examples_per_second": estimate.tokens_per_second
+            / (lengths.tokens if is_flat else sum(lengths.most)),
             "scoring.max_tokens at most": case.largest * shape.tokens,
         }
         estimates.append(replace(estimate, extra=extra))
@@ -157,13 +172,14 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
     return Plan(
         kind="evaluate",
         machines=machines,
-        what=f"rows of {shape.width} tokens, {answers}, scoring.max_tokens {options.max_tokens}",
+        what=f"rows of up to {shape.width} tokens, {answers}, scoring.max_tokens "
+        f"{options.max_tokens}",
         rows_are="rows per batch",
         estimates=tuple(estimates),
         chosen=choose(estimates, by=lambda estimate: estimate.step_seconds / estimate.rows),
         notes=("the time of generation is that of answers as long as they may be",)
         if generates
-        else (),
+        else tuple(lengths.notes("scoring.packing")),
     )
 
 
@@ -180,6 +196,9 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
         else workload.target_tokens or protocol.max_target_tokens,
         n_choices=workload.choices if ranks_choices else 1,
     )
+    is_flat = lays_flat(blueprint, frozen, config.waves.packing, "waves.packing")
+    own = replace(workload, mean_target_tokens=None) if ranks_choices else workload
+    lengths = lengths_of(own, (shape.width, shape.depth), is_flat=is_flat)
     sizes = {
         name: _trained(blueprint, settings, routing_only=config.variants[name].kind == "routing")
         for name, settings in settings_by_variant.items()
@@ -188,26 +207,29 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
     settings, variant = settings_by_variant[largest], config.variants[largest]
 
     def count(backbone: BackboneConfig, n_jobs: int) -> Trace:
-        return at_depth(
-            blueprint,
-            lambda shallow: trace_wave(
-                config,
-                variant,
-                settings,
-                shallow,
-                backbone,
-                shape,
-                n_jobs=n_jobs,
-                on_gpu=machines.on_gpu,
-            ),
-        )
+        def trace(sized: Shape) -> Trace:
+            return at_depth(
+                blueprint,
+                lambda shallow: trace_wave(
+                    config,
+                    variant,
+                    settings,
+                    shallow,
+                    backbone,
+                    sized,
+                    n_jobs=n_jobs,
+                    on_gpu=machines.on_gpu,
+                ),
+            )
+
+        return _of_lengths(trace, shape, lengths)
 
     shared = _count_numbers(blueprint, settings, 1) if variant.kind == "routing" else 0
     estimates = []
     for case in _cases(blueprint, frozen, machines, count, 2, shared, trains=True, reduces=False):
         case = replace(case, job_bytes=4.0 * sizes[largest])
         jobs = max(1, min(case.largest, config.waves.size or LARGEST))
-        tokens = float(machines.ranks * jobs * shape.tokens)
+        tokens = float(machines.ranks * jobs * lengths.usual(shape).tokens)
         estimate = case.estimate(jobs, passes=1, tokens=tokens)
         seconds = estimate.step_seconds * (variant.steps or protocol.steps)
         extra = {"waves.size": jobs, "jobs_per_hour": machines.ranks * jobs * 3600.0 / seconds}
@@ -215,13 +237,16 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
     return Plan(
         kind="adapt",
         machines=machines,
-        what=f"jobs of {protocol.steps} steps of {shape.rows} rows of {shape.width} tokens and "
-        f"{shape.n_choices} x {shape.depth} behind; variant {largest}, which trains most "
+        what=f"jobs of {protocol.steps} steps of {shape.rows} rows of up to {shape.width} tokens "
+        f"and {shape.n_choices} x {shape.depth} behind; variant {largest}, which trains most "
         f"({sizes[largest]:,} numbers)",
         rows_are="jobs per wave",
         estimates=tuple(estimates),
         chosen=choose(estimates, by=lambda estimate: estimate.step_seconds / estimate.rows),
-        notes=("training passes; evaluations in between are not counted",),
+        notes=(
+            "training passes; evaluations in between are not counted",
+            *lengths.notes("waves.packing"),
+        ),
     )
 
 
@@ -286,6 +311,15 @@ def _can_hold(placement: Placement, blueprint: Blueprint) -> bool:
     except BackboneError:
         return False
     return True
+
+
+def _of_lengths(trace: Callable[[Shape], Trace], shape: Shape, lengths: Lengths) -> Trace:
+    """The memory of rows as long as they may be, with the operations of rows as they are."""
+    longest, usual = trace(shape), lengths.usual(shape)
+    if usual == shape:
+        return longest
+    counted = trace(usual)
+    return replace(longest, passes=counted.passes, update=counted.update)
 
 
 def _of_rows(shape: Shape, rows: int, workload: WorkloadConfig, *, most: int) -> Shape:

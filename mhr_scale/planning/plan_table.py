@@ -145,8 +145,8 @@ def assumptions(plan: Plan) -> list[str]:
     """The assumptions behind the figures."""
     machines = plan.machines
     lines = [
-        "bytes, operations and kernels are counted on the program itself, with rows as long as "
-        "they may be; frozen weights have no gradients and no optimizer state",
+        "bytes, operations and kernels are counted on the program itself; frozen weights have no "
+        "gradients and no optimizer state",
         f"matrix products reach {_rate(machines.bf16_flops)} in bf16 and "
         f"{_rate(machines.fp32_flops)} in fp32, memory {_figure(machines.memory_rate / 1e9)} GB/s, "
         f"gathers {_figure(machines.gather_rate / 1e9)} GB/s, the host's link "

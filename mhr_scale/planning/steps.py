@@ -51,6 +51,8 @@ class Shape:
     """The shape of a pass: rows, input tokens (`width`), tokens of a target or choice (`depth`).
 
     `n_tasks` is the number of different tasks among the rows, `n_choices` the choices of a row.
+    Where width and depth are those of a row on average, `room` is the width and the depth of the
+    longest, which padding, or attention over rows laid flat, has room for.
     """
 
     rows: int
@@ -58,11 +60,18 @@ class Shape:
     depth: int
     n_tasks: int = 1
     n_choices: int = 1
+    room: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
         """Tokens of inputs and targets together."""
         return self.rows * (self.width + self.n_choices * self.depth)
+
+    @property
+    def rectangle(self) -> tuple[int, int]:
+        """Tokens of the longest input, and of all choices of the longest row."""
+        width, depth = self.room
+        return max(self.width, width), self.n_choices * max(self.depth, depth)
 
 
 def at_depth(blueprint: Blueprint, count: Callable[[Blueprint], Trace]) -> Trace:
@@ -133,13 +142,27 @@ def fresh(
     )
 
 
+def lays_flat(
+    blueprint: Blueprint, config: BackboneConfig, wanted: bool | None, setting: str
+) -> bool:
+    """Whether rows are laid flat for a backbone (`PlacedBackbone.lays_flat`): one block is asked.
+
+    Raises `BackboneError` as that does.
+    """
+    depths = dict.fromkeys(blueprint.family.blocks(blueprint.model_config), 1)
+    return imagine_model(_shallow(blueprint, depths), config, None).placed.lays_flat(
+        wanted, setting
+    )
+
+
 @contextmanager
 def counted(
-    imagined: ImaginedModel, n_logits: int, *, on_gpu: bool
+    imagined: ImaginedModel, *, on_gpu: bool
 ) -> Iterator[tuple[StepCounter, PlacedBackbone]]:
     """Count what runs inside the block, on fake tensors whose device is the CPU."""
-    counter, kernels = StepCounter(n_logits=n_logits), gpu_kernels() if on_gpu else nullcontext()
     placed, adapter = imagined.placed, imagined.adapter
+    counter = StepCounter(n_words=placed.model.config.vocab_size)
+    kernels = gpu_kernels() if on_gpu else nullcontext()
     cpu_engine = Engine({}, timeout_seconds=0.0, device=torch.device("cpu"))
     blocks = placed.family.blocks(placed.model.config)
     with fake_tensors():
@@ -166,8 +189,7 @@ def trace_pretraining(
     imagined = imagine_model(blueprint, config.backbone, make)
     adapter = imagined.adapter
     assert adapter is not None
-    n_logits = shape.rows * shape.depth * blueprint.model_config.vocab_size
-    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
+    with counted(imagined, on_gpu=on_gpu) as (counter, placed):
         unused: Any = None
         trainer = Trainer(
             config,
@@ -177,7 +199,7 @@ def trace_pretraining(
             batches=unused,
             backbone_facts={},
         )
-        packed = placed.pack(make_rows(shape))
+        packed = pack_step(config, placed, shape)
         adapter.users()  # made by the first step
         leave_gradients(trainer, packed)
         trainer.optimizer.step()  # it creates the optimizer's state
@@ -195,12 +217,32 @@ def trace_pretraining(
         return counter.trace()
 
 
+def pack_step(config: PretrainConfig, placed: PlacedBackbone, shape: Shape) -> Packed:
+    """A micro batch of rows of a shape as pre-training packs it."""
+    return placed.pack(
+        make_rows(shape),
+        pad_multiple=config.batch.pad_multiple,
+        at_least=shape.rectangle,
+        is_flat=placed.lays_flat(config.batch.packing, "batch.packing"),
+    )
+
+
 def make_rows(shape: Shape, *, has_answers: bool = True) -> list[EncodedRow]:
-    """Rows of a shape, sorted by task."""
+    """Rows of a shape, sorted by task.
+
+    The last has a token less on either side, if it has any left: so all are not equally long, which
+    would need no masks, and no rectangle beside rows laid flat.
+    """
     ids, answer = np.ones(shape.width, dtype=np.int64), np.ones(shape.depth, dtype=np.int64)
     answers = (answer,) * shape.n_choices if has_answers else ()
     tasks = sorted(row % shape.n_tasks for row in range(shape.rows))
-    return [EncodedRow(ids, answers, task=task, number=n) for n, task in enumerate(tasks)]
+    rows = [EncodedRow(ids, answers, task=task, number=n) for n, task in enumerate(tasks)]
+    shorter = replace(
+        rows[-1],
+        input_ids=ids[min(1, shape.width - 1) :],
+        answers=(*answers[:-1], *(last[min(1, shape.depth - 1) :] for last in answers[-1:])),
+    )
+    return [*rows[:-1], shorter]
 
 
 def leave_gradients(trainer: Trainer, packed: Packed) -> None:
@@ -271,12 +313,10 @@ def trace_wave(
 
     imagined = imagine_model(blueprint, frozen, make, always_backward=True)
     assert imagined.adapter is not None
-    depth = shape.n_choices * shape.depth
-    data: Any = ShapedData(make_rows(replace(shape, n_tasks=1)), (shape.width, depth))
+    data: Any = ShapedData(make_rows(replace(shape, n_tasks=1)), shape.rectangle)
     jobs = [Job(task=name, seed=0, variant="planned") for name in names]
     members = [Member(job, data, config.protocol.steps) for job in jobs]
-    n_logits = n_jobs * shape.rows * depth * blueprint.model_config.vocab_size
-    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
+    with counted(imagined, on_gpu=on_gpu) as (counter, placed):
         wave = Wave(config, variant, members, imagined.adapter, step=0)
         engine: Any = _WatchedEngine(placed.engine, lambda: _finish_backward(counter, wave))
         placed.model.train()
@@ -324,8 +364,7 @@ def trace_scoring(
     adapter = imagined.adapter
     imagined.placed.model.eval()
     rows = make_rows(shape, has_answers=not new_tokens)
-    n_logits = shape.rows * shape.n_choices * shape.depth * blueprint.model_config.vocab_size
-    with counted(imagined, n_logits, on_gpu=on_gpu) as (counter, placed):
+    with counted(imagined, on_gpu=on_gpu) as (counter, placed):
         if new_tokens:
             tasks, beams = [row.task for row in rows], options.beams
             slots = (
@@ -336,5 +375,6 @@ def trace_scoring(
                     placed.model, placed.pack(rows), beams=beams, new_tokens=new_tokens
                 )
         else:
-            scoring.choice_losses(placed, adapter, rows)
+            is_flat = placed.lays_flat(options.packing, "scoring.packing")
+            scoring.choice_losses(placed, adapter, rows, is_flat=is_flat)
         return counter.trace()

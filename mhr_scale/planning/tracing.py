@@ -25,6 +25,8 @@ from mhr_scale.families.family import Blocks
 from mhr_scale.families.fused import as_on_gpu
 
 aten = torch.ops.aten
+#: Whose operations are kernels: torch's own, and its variable-length attention.
+KERNELS_OF = ("aten", "torch_attn")
 #: Allocations that start no kernel.
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
 #: Operations whose kernels, on CPU and GPU, first copy inputs that are not contiguous.
@@ -80,9 +82,12 @@ def combine(parts: Sequence[tuple[float, Trace]]) -> Trace:
 
 @dataclass(slots=True)
 class StepCounter:
-    """Live bytes and operations of the code inside its `watch` block."""
+    """Live bytes and operations of the code inside its `watch` block.
 
-    n_logits: int
+    `n_words` is the size of the vocabulary, which tells logits from other tensors.
+    """
+
+    n_words: int
     live: float = 0.0
     live_logits: float = 0.0
     segment: str = "start"
@@ -162,13 +167,18 @@ class StepCounter:
         """Register an output of an operation; returns whether it has new memory."""
         return any([self._watch(part, counts=True) for part in _dense_parts(tensor)])
 
+    def is_logits(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a number for every word of the vocabulary."""
+        is_wide = tensor.dim() > 1 and tensor.shape[-1] == self.n_words
+        return is_wide and tensor.is_floating_point()
+
     def _watch(self, tensor: Tensor, *, counts: bool) -> bool:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return False
         size = float(storage.nbytes()) if counts else 0.0
-        is_logits = counts and tensor.numel() == self.n_logits and tensor.is_floating_point()
+        is_logits = counts and self.is_logits(tensor)
         self.live += size
         self.live_logits += size if is_logits else 0.0
         self._known[key] = weakref.ref(storage, partial(self._free, key, size, is_logits))
@@ -202,9 +212,9 @@ class _Dispatch(TorchDispatchMode):
         is_new = any([self.counter.hold(tensor) for tensor in outputs])
         name = func._schema.name.split("::")[1]
         copied = [t for t in inputs if name in COPY_FIRST and not t.is_contiguous()]
-        logits = [t for t in copied if t.numel() == self.counter.n_logits]
+        logits = [t for t in copied if self.counter.is_logits(t)]
         self.counter.note(sum(map(_numel_bytes, copied)), sum(map(_numel_bytes, logits)))
-        is_kernel = func.namespace == "aten" and name not in NO_KERNEL
+        is_kernel = func.namespace in KERNELS_OF and name not in NO_KERNEL
         if is_kernel and (is_new or func._schema.is_mutable):
             moved = sum(_numel_bytes(t) for t in (*inputs, *outputs))
             flop = float(_flop(func, name, args, kwargs, result))

@@ -6,6 +6,7 @@ nearly as they come; micro batch c goes to rank c mod W. So there is little padd
 equally busy in each micro-step, and two ranks run the same micro batches that one rank would run.
 """
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mhr_scale.config import BatchConfig
 from mhr_scale.errors import ConfigError
+from mhr_scale.families.branched import begin_alike
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.rows.encode import RowList
 from mhr_scale.run import stopping
@@ -55,14 +57,18 @@ def cut_batches(
     max_rows: int | None = None,
     max_tokens: int | None = None,
     is_flat: bool = False,
+    is_shared: bool = False,
 ) -> list[Batch]:
     """Cut rows into batches of similar lengths, longest first; inside a batch sorted by task.
 
     A batch holds at most `max_rows` rows, and at most `max_tokens` tokens, inputs and answers
     together; a row that is longer than that makes a batch of its own. Counted are padded tokens,
     but for rows that are laid flat: of these there are as many batches as of `max_rows` rows, with
-    equally many tokens each.
+    equally many tokens each. With `is_shared` rows of a task that begin alike stay together, and
+    what they share in a batch counts once.
     """
+    if is_shared and max_tokens is not None:
+        return _cut_shared(rows, max_tokens)
     by_length = _by_length(rows)
     if is_flat and max_rows is not None:
         return _cut_evenly(by_length, -(-len(rows) // max_rows))
@@ -86,8 +92,31 @@ def cut_batches(
     return [_by_task(batch) for batch in batches]
 
 
+def _cut_shared(rows: Sequence[EncodedRow], max_tokens: int) -> list[Batch]:
+    """Rows that begin alike one behind another, by the longest of them."""
+    groups: list[list[tuple[EncodedRow, int]]] = []
+    for number, n_alike in begin_alike(rows):
+        if not n_alike:
+            groups.append([])
+        groups[-1].append((rows[number], n_alike))
+    groups.sort(key=lambda group: min(_length_first(row) for row, _ in group))
+    batches: list[Batch] = []
+    n_tokens = 0
+    for row, n_alike in itertools.chain(*groups):
+        n_tokens += _count(row) - n_alike
+        if not batches or n_tokens > max_tokens:
+            batches.append([])
+            n_tokens = _count(row)
+        batches[-1].append(row)
+    return [_by_task(batch) for batch in batches]
+
+
+def _length_first(row: EncodedRow) -> tuple[int, ...]:
+    return -len(row.input_ids), -row.n_answer_tokens, row.task, row.number
+
+
 def _by_length(rows: Sequence[EncodedRow]) -> Batch:
-    return sorted(rows, key=lambda r: (-len(r.input_ids), -r.n_answer_tokens, r.task, r.number))
+    return sorted(rows, key=_length_first)
 
 
 def _by_task(rows: Sequence[EncodedRow]) -> Batch:

@@ -1,4 +1,4 @@
-"""Tokenising tasks once: to token ids in memory, or in memory-mapped Arrow files.
+"""Tokenising tasks once a machine: to token ids in memory, or in memory-mapped Arrow files.
 
     <cache>/<hash>/   manifest.json  rejects.jsonl  00000.train.arrow  00000.validation.arrow  ...
 
@@ -34,8 +34,9 @@ from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.rows.chat import ChatTemplate
 from mhr_scale.rows.encode import SIDES, TEXT, Cuts, Encoder, Gaps, check_rows_left
+from mhr_scale.rows.machine_folder import machine_folder
 from mhr_scale.run.files import hash_file, hash_parts, named, write_json
-from mhr_scale.run.runlog import Progress, log, rank
+from mhr_scale.run.runlog import Progress, log, rank, ranks_here
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.suites import open_suite, source_files
 from mhr_scale.tasks.task import Chat, Task
@@ -128,32 +129,69 @@ def open_tokens(
 ) -> TokenSet:
     """The tokenised suite: from the cache if it is there, else read, tokenised and cached.
 
-    Without `cache` it is kept in memory. `on_bad` overrides the policy for unusable rows. Raises
-    `DataError` for sources that cannot be used and for a damaged cache.
+    Without `cache` one rank of a machine tokenises for all, into files that are gone when the
+    launch has ended; a single one does in memory, and so does each where files cannot be shared.
+    `on_bad` overrides the policy for unusable rows. Raises `DataError` for sources that cannot be
+    used and for a damaged cache.
     """
     if suite.chat:  # before a cache is begun
         ChatTemplate(tokenizer, Chat(system=suite.system))
     manifest = describe(suite, tokenizer, batch, family)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    if cache is None:
-        reading = open_suite(suite, on_bad=on_bad)
-        tokenised = [_tokenise(task, tokenizer, batch, family) for task in reading.tasks]
-        reading.intake.check()
-        return TokenSet(
-            cards=[card for card, _ in tokenised],
-            train=[TaskTokens(folds["train"]) for _, folds in tokenised],
-            validation=[TaskTokens(folds["validation"]) for _, folds in tokenised],
-            rejects=reading.intake.rows(),
-            fingerprint=key,
-        )
-    folder = Path(cache) / key[:24]
+
+    def from_cache(folder: Path) -> TokenSet:
+        return _from_cache(folder, key, suite, tokenizer, batch, family, manifest, on_bad)
+
+    if cache is not None:
+        return from_cache(Path(cache))
+    if ranks_here() > 1:
+        try:
+            with machine_folder(f"tokens {key} {on_bad}") as folder:
+                return from_cache(folder)
+        except OSError as error:
+            way_out = "set run.token_cache, or TMPDIR to a folder with room"
+            log.warning("every rank keeps all tokens: cannot share them (%s); %s", error, way_out)
+    reading = open_suite(suite, on_bad=on_bad)
+    tokenised = [_tokenise(task, tokenizer, batch, family) for task in reading.tasks]
+    reading.intake.check()
+    return TokenSet(
+        cards=[card for card, _ in tokenised],
+        train=[TaskTokens(folds["train"]) for _, folds in tokenised],
+        validation=[TaskTokens(folds["validation"]) for _, folds in tokenised],
+        rejects=reading.intake.rows(),
+        fingerprint=key,
+    )
+
+
+def _from_cache(
+    cache: Path,
+    key: str,
+    suite: Suite,
+    tokenizer: Any,
+    batch: BatchConfig,
+    family: Family,
+    manifest: dict[str, Any],
+    on_bad: str | None,
+) -> TokenSet:
+    """The tokens of this key in a cache folder, which are made where they are not there."""
+    folder = cache / key[:24]
     if not (folder / "manifest.json").is_file():
         suite.check_source()
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        with _lock(Path(cache) / f".{key[:24]}.lock"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache / f".{key[:24]}.lock"):
             if not (folder / "manifest.json").is_file():
                 _build(folder, suite, tokenizer, batch, family, manifest, on_bad)
     return _load(folder, manifest, key)
+
+
+def find_tokens(
+    suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family, cache: str
+) -> TokenSet | None:
+    """The tokenised suite, if it lies in the cache; raises `DataError` as `open_tokens` does."""
+    manifest = describe(suite, tokenizer, batch, family)
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache) / key[:24]
+    return _load(folder, manifest, key) if (folder / "manifest.json").is_file() else None
 
 
 def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -> dict[str, Any]:

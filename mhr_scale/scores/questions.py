@@ -18,7 +18,7 @@ from mhr_scale.errors import DataError
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes.scoring import generate_answers, rank_choices
-from mhr_scale.rows.batching import Batch
+from mhr_scale.rows.batching import Batch, cut_batches
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks import metrics
@@ -133,12 +133,11 @@ def longest(rows: Sequence[EncodedRow], config: ScoringConfig) -> tuple[int, int
 
 
 class Answerer(NamedTuple):
-    """A way to answer: its name, its function of a batch, its rows, and whether they lie flat."""
+    """A way to answer: its name, its function of a batch, and its batches."""
 
     name: str
     run: Callable[[Batch], list[Any]]
-    rows: list[EncodedRow]
-    is_flat: bool
+    batches: list[Batch]
 
 
 def answerers(
@@ -151,7 +150,10 @@ def answerers(
     """The two ways to answer: `rank` rows with choices, `generate` for the others."""
     is_flat = placed.lays_flat(options.packing, "scoring.packing")
     norm = options.length_norm
-    rank = partial(rank_choices, placed, adapter, length_norm=norm, is_flat=is_flat)
+    is_shared = is_flat and placed.family.shares_prompts
+    rank = partial(
+        rank_choices, placed, adapter, length_norm=norm, is_flat=is_flat, is_shared=is_shared
+    )
     generate = partial(
         generate_answers,
         placed,
@@ -160,7 +162,14 @@ def answerers(
         beams=options.beams,
         max_new_tokens=options.max_new_tokens,
     )
+    ranked = [row for row in rows if row.answers]
+    others = [row for row in rows if not row.answers]
+    most = options.max_tokens
     return [
-        Answerer("rank", rank, [row for row in rows if row.answers], is_flat),
-        Answerer("generate", generate, [row for row in rows if not row.answers], False),
+        Answerer(
+            "rank",
+            rank,
+            cut_batches(ranked, max_tokens=most, is_flat=is_flat, is_shared=is_shared),
+        ),
+        Answerer("generate", generate, cut_batches(others, max_tokens=most)),
     ]

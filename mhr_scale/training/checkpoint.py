@@ -215,5 +215,5 @@ def _unflatten(
         for key, value in tensors.items():
             owner, _, part = key.rpartition("/")
             if owner == name:
-                state[part] = value if value.dim() == 0 else value.to(parameter.device)
+                state[part] = value.to(parameter.device)
         optimizer.state[parameter] = state

@@ -7,6 +7,7 @@ parameter is then updated exactly as its members would be separately.
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,13 @@ OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]
 #: Adafactor's constants, as in transformers: the epsilon of squared gradients, the least RMS that
 #: scales a rate, the largest RMS of an update, and the exponent of the second moment's decay.
 LEAST_SQUARE, LEAST_RMS, LARGEST_UPDATE, DECAY_RATE = 1e-30, 1e-3, 1.0, -0.8
+
+
+#: Numbers of a stack that an optimizer works on at once: so many stay in a processor's cache; on a
+#: GPU so many take longer than starting their kernels. What is made on the way takes up to 16 bytes
+#: of each.
+AT_ONCE = {"cpu": 2**18}
+AT_ONCE_ON_DEVICES = 2**22
 
 
 class Adafactor(Optimizer):
@@ -64,6 +72,18 @@ def _blocks(tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, int]:
     return (tables_TGX.unsqueeze(2), 2) if group["rows_apart"] else (tables_TGX.transpose(0, 1), 1)
 
 
+def at_once(stack: Tensor) -> list[slice]:
+    """Ranges of the linears (dimension 0) of a stack that are worked on together.
+
+    No linear is divided, and none is alone if there are several: torch may sum to one number in
+    another order than to many.
+    """
+    n_linears, most = stack.shape[0], AT_ONCE.get(stack.device.type, AT_ONCE_ON_DEVICES)
+    count = max(2, most * n_linears // max(1, stack.numel()))
+    firsts = list(range(0, max(1, n_linears - 1), count))
+    return [slice(*ends) for ends in pairwise([*firsts, n_linears])]
+
+
 def _beta2(state: dict[str, Any]) -> float:
     return float(1.0 - math.pow(state["step"], DECAY_RATE))
 
@@ -78,26 +98,45 @@ def _rate(values: Tensor, group: dict[str, Any], dims: tuple[int, ...]) -> Tenso
 
 
 def _step_dense(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
-    """One update of a stacked parameter from a dense gradient."""
+    """One update of a stacked parameter from a dense gradient, some of its linears at a time."""
     assert parameter.grad is not None
     values, lead = _blocks(parameter.data, group)
     gradient, _ = _blocks(parameter.grad, group)
-    beta2 = _beta2(state)
+    is_factored = values.dim() - lead >= 2
+    if is_factored and "row" not in state:
+        state["row"] = torch.zeros_like(gradient[..., 0])
+        state["column"] = torch.zeros_like(gradient[..., 0, :])
+    elif not is_factored and "square" not in state:
+        state["square"] = torch.zeros_like(gradient)
+    statistics = [state[name] for name in (("row", "column") if is_factored else ("square",))]
+    is_stack = lead > 0 and not group["routing"]
+    for linears in at_once(values) if is_stack else [slice(None)]:
+        own = [statistic[linears] for statistic in statistics]
+        _step_part(values[linears], gradient[linears], own, group, lead, _beta2(state))
+
+
+def _step_part(
+    values: Tensor,
+    gradient: Tensor,
+    statistics: list[Tensor],
+    group: dict[str, Any],
+    lead: int,
+    beta2: float,
+) -> None:
+    """Update values in place, and their statistics: row and column means, or each square."""
     dims = tuple(range(lead, values.dim()))
-    square = gradient.square() + LEAST_SQUARE
-    if values.dim() - lead >= 2:
-        if "row" not in state:
-            state["row"] = torch.zeros_like(square[..., 0])
-            state["column"] = torch.zeros_like(square[..., 0, :])
-        row = state["row"].mul_(beta2).add_(square.mean(-1), alpha=1.0 - beta2)
-        column = state["column"].mul_(beta2).add_(square.mean(-2), alpha=1.0 - beta2)
-        scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        update = (gradient * scale).mul_(column.rsqrt().unsqueeze(-2))
+    square = gradient.square().add_(LEAST_SQUARE)
+    if len(statistics) == 2:
+        row, column = statistics
+        row.mul_(beta2).add_(square.mean(-1), alpha=1.0 - beta2)
+        column.mul_(beta2).add_(square.mean(-2), alpha=1.0 - beta2)
+        del square
+        update = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1) * gradient
+        update.mul_(column.rsqrt().unsqueeze(-2))
     else:
-        if "square" not in state:
-            state["square"] = torch.zeros_like(square)
-        second = state["square"].mul_(beta2).add_(square, alpha=1.0 - beta2)
-        update = gradient * second.rsqrt()
+        (second,) = statistics
+        update = second.mul_(beta2).add_(square, alpha=1.0 - beta2).rsqrt().mul_(gradient)
+        del square
     rms = update.square().mean(dims, keepdim=True).sqrt()
     update.div_((rms / LARGEST_UPDATE).clamp_(min=1.0))
     rate = _rate(values, group, dims)
@@ -179,11 +218,17 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> Optimizer:
     assert has_row_gradients(config) or not adapter.row_gradients, "AdamW moves every row"
     groups = make_groups(adapter, config)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+        return make_adamw(groups, config)
     for group in groups:
         group["routing"] = group["name"] == "routing"
         group["lead"] = 2 if adapter.config.private else 1
     return Adafactor(groups, scale_parameter=config.scale_parameter)
+
+
+def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """torch's AdamW as one kernel a tensor: nothing is made on the way."""
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
 
 
 def check_states(optimizer: Optimizer, adapter: Adapter, *, place: str) -> None:

@@ -239,9 +239,7 @@ def score_rows(
     pending = [row for row in rows if questions[row.number].id not in done]
     progress = Progress(len(rows), start=len(done), what="evaluate", unit="example")
     for way in answerers(pending, placed, adapter, tokenizer, options):
-        for results in scoring.score(
-            way.rows, way.run, engine=engine, max_tokens=options.max_tokens, is_flat=way.is_flat
-        ):
+        for results in scoring.score(way.batches, way.run, engine=engine):
             if engine.rank == 0:
                 lines = [
                     judge(questions[number], value, with_texts=with_texts)

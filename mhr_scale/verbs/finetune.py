@@ -37,7 +37,6 @@ from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.finetune_inputs import FinetuneInputs, open_inputs
 from mhr_scale.jobs.job import RESULT
 from mhr_scale.passes import few_shot_loss
-from mhr_scale.rows.batching import cut_batches
 from mhr_scale.run import stopping, tracking
 from mhr_scale.run.files import as_size, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
@@ -279,8 +278,7 @@ def evaluate(
         with_texts = keeps_texts(options, len(test.rows))
         progress = Progress(len(test.rows), start=0, what="evaluate", unit="example")
         for way in answerers(test.rows, loaded.placed, None, loaded.tokenizer, options):
-            most = options.max_tokens
-            for batch in cut_batches(way.rows, max_tokens=most, is_flat=way.is_flat):
+            for batch in way.batches:
                 if stopping.is_asked():
                     raise stopping.stop("what was trained is saved, the scores begin again")
                 for row, value in zip(batch, way.run(batch), strict=True):

@@ -326,7 +326,7 @@ def test_a_job_of_three_ranks_gives_each_row_one_result(is_sharded):
             return [row.number * 2 for row in batch]
 
         engine = fake_engine(rank, 3, is_sharded=is_sharded)
-        for results in score(rows, run, engine=engine, max_tokens=250):
+        for results in score(cut_batches(rows, max_tokens=250), run, engine=engine):
             assert not results.keys() & found.keys()
             found |= results
         calls.append(len(ran))
@@ -339,14 +339,18 @@ def test_a_job_of_three_ranks_gives_each_row_one_result(is_sharded):
 def test_an_interrupted_job_goes_on_with_the_rows_that_are_left():
     placed, adapter = place_adapted(CONFIGS["MHR"])
     run = partial(rank_choices, placed, adapter, length_norm=1.0)
-    options = {"engine": fake_engine(0, 1, is_sharded=False), "max_tokens": 60}
+    engine = fake_engine(0, 1, is_sharded=False)
     rows = make_rows()
-    whole = {k: v for part in score(rows, run, **options) for k, v in part.items()}
+
+    def batches(rows):
+        return cut_batches(rows, max_tokens=60)
+
+    whole = {k: v for part in score(batches(rows), run, engine=engine) for k, v in part.items()}
     assert set(whole) == {row.number for row in rows}
-    done = dict(next(score(rows, run, **options)))
+    done = dict(next(score(batches(rows), run, engine=engine)))
     assert 0 < len(done) < len(rows)
     left = [row for row in rows if row.number not in done]
-    for part in score(left, run, **options):
+    for part in score(batches(left), run, engine=engine):
         done |= part
     assert done.keys() == whole.keys()
     for number, scores in whole.items():

@@ -15,6 +15,7 @@ from mhr_scale.config import (
     AdapterConfig,
     AdaptRunConfig,
     BackboneConfig,
+    BatchConfig,
     OptimConfig,
     PretrainConfig,
     ProtocolConfig,
@@ -23,6 +24,7 @@ from mhr_scale.config import (
     ScoringConfig,
     ToyTasks,
     VariantConfig,
+    WavesConfig,
 )
 from mhr_scale.planning.cost import Passes
 from mhr_scale.planning.steps import Shape, at_depth, trace_pretraining, trace_scoring, trace_wave
@@ -66,8 +68,15 @@ def llama(recompute: Any = "none", dtype: Any = "float32") -> BackboneConfig:
     return BackboneConfig(config=LLAMA, recompute=recompute, dtype=dtype)
 
 
-def pretraining(backbone: BackboneConfig, adapter: str, optim: Any = "adafactor") -> PretrainConfig:
+def pretraining(
+    backbone: BackboneConfig,
+    adapter: str,
+    optim: Any = "adafactor",
+    *,
+    packing: bool = True,
+) -> PretrainConfig:
     return PretrainConfig(
+        batch=BatchConfig(packing=packing),
         backbone=backbone,
         adapter=ADAPTERS[adapter],
         tasks=ToyTasks(suite="toy"),
@@ -87,26 +96,32 @@ def predict(config: PretrainConfig, shape: Shape) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "recompute", "dtype", "optim"),
+    ("adapter", "recompute", "dtype", "optim", "packing"),
     [
-        ("lora", "none", "float32", "adamw"),
-        ("mhr", "none", "bfloat16", "adafactor"),
-        ("mhr", "reentrant", "bfloat16", "adamw"),
-        ("mhr", "non_reentrant", "float32", "adafactor"),
-        ("attention", "reentrant", "float32", "adafactor"),
+        ("lora", "none", "float32", "adamw", False),
+        ("lora", "none", "float32", "adamw", True),
+        ("mhr", "none", "bfloat16", "adafactor", True),
+        ("mhr", "reentrant", "bfloat16", "adamw", False),
+        ("mhr", "non_reentrant", "float32", "adafactor", True),
+        ("attention", "reentrant", "float32", "adafactor", True),
     ],
 )
 def test_the_peak_of_a_training_step_is_predicted_within_five_percent(
-    adapter: str, recompute: str, dtype: str, optim: str
+    adapter: str, recompute: str, dtype: str, optim: str, packing: bool
 ) -> None:
-    config = pretraining(small(recompute, dtype), adapter, optim)
+    config = pretraining(small(recompute, dtype), adapter, optim, packing=packing)
     real = pretraining_peak(config, SHAPE, n_tasks=5)
     assert predict(config, SHAPE).peak == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize(("recompute", "dtype"), [("none", "bfloat16"), ("reentrant", "float32")])
-def test_decoder_only_backbones_are_predicted_too(recompute: str, dtype: str) -> None:
-    config = pretraining(llama(recompute, dtype), "mhr")
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "packing"),
+    [("none", "bfloat16", True), ("reentrant", "float32", True), ("none", "bfloat16", False)],
+)
+def test_decoder_only_backbones_are_predicted_too(
+    recompute: str, dtype: str, packing: bool
+) -> None:
+    config = pretraining(llama(recompute, dtype), "mhr", packing=packing)
     real = pretraining_peak(config, SHAPE, n_tasks=5)
     assert predict(config, SHAPE).peak == pytest.approx(real, rel=0.05)
 
@@ -127,12 +142,16 @@ def test_more_rows_are_predicted_from_fewer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "n_choices", "backbone"),
-    [("t_few", 3, small()), ("language_model", 1, small()), ("t_few", 3, llama())],
-    ids=["t_few", "language_model", "t_few, llama"],
+    ("loss", "n_choices", "backbone", "packing"),
+    [
+        ("t_few", 3, small(), True),
+        ("language_model", 1, small(), False),
+        ("t_few", 3, llama(), True),
+    ],
+    ids=["t_few", "language_model, padded", "t_few, llama"],
 )
 def test_the_peak_of_a_wave_is_predicted_within_five_percent(
-    loss: Any, n_choices: int, backbone: BackboneConfig
+    loss: Any, n_choices: int, backbone: BackboneConfig, packing: bool
 ) -> None:
     variant = VariantConfig(fresh=ADAPTERS["mhr"])
     config = AdaptConfig(
@@ -140,6 +159,7 @@ def test_the_peak_of_a_wave_is_predicted_within_five_percent(
         tasks=ToyTasks(suite="toy"),
         backbone=backbone,
         protocol=ProtocolConfig(loss=loss),
+        waves=WavesConfig(packing=packing),
         run=AdaptRunConfig(folder="planned"),
     )
     assert config.backbone is not None
@@ -155,16 +175,17 @@ def test_the_peak_of_a_wave_is_predicted_within_five_percent(
     assert predicted == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("frozen", [small(), llama()], ids=["t5", "llama"])
 def test_the_peak_of_ranking_choices_is_predicted_within_five_percent(
-    frozen: BackboneConfig,
+    frozen: BackboneConfig, packing: bool
 ) -> None:
     shape = Shape(rows=6, width=64, depth=4, n_choices=4, n_tasks=3)
+    options = ScoringConfig(packing=packing)
 
     def count(blueprint: Any) -> Any:
-        return trace_scoring(
-            ScoringConfig(), ADAPTERS["mhr"], blueprint, frozen, shape, on_gpu=False
-        )
+        return trace_scoring(options, ADAPTERS["mhr"], blueprint, frozen, shape, on_gpu=False)
 
     predicted = at_depth(read_blueprint(frozen), count).peak
-    assert predicted == pytest.approx(scoring_peak(frozen, ADAPTERS["mhr"], shape), rel=0.05)
+    real = scoring_peak(frozen, ADAPTERS["mhr"], shape, packing=packing)
+    assert predicted == pytest.approx(real, rel=0.05)
