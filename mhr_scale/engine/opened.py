@@ -69,7 +69,7 @@ class PlacedBackbone:
 
         Raises `BackboneError` that names the `setting` if it is wanted and cannot be.
         """
-        return lays_flat(self.family, self.model, wanted, setting)
+        return _lays_flat(self.family, self.model, wanted, setting)
 
     def logits(self, packed: Packed) -> Tensor:
         """Logits (B, D, V) at the target positions, with the slots in use."""
@@ -121,18 +121,9 @@ class OpenedBackbone:
         log.warning("%s was made for %d positions and may fail beyond", which, most)
 
     def check_packing(self, wanted: bool | None, setting: str) -> None:
-        """Raise `BackboneError` if rows are to be laid flat (`setting`), and cannot be.
-
-        One block of each stack is asked, without weights: attention is of one kind in all of them.
-        """
-        if not wanted:
-            return
-        config = self.blueprint.model_config
-        depths = dict.fromkeys(self.family.blocks(config), 1)
-        with torch.device("meta"):
-            model = self.family.build(self.family.resize(config, depths))
-        self.family.fuse(model, self.config)
-        lays_flat(self.family, model, wanted, setting)
+        """Raise `BackboneError` that names the `setting` if packing is wanted and cannot be."""
+        if wanted:
+            lays_flat(self.blueprint, self.config, wanted, setting)
 
     @contextmanager
     def placed(
@@ -151,8 +142,22 @@ class OpenedBackbone:
             engine.close()
 
 
-def lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> bool:
-    """Whether rows are laid flat for a model (`PlacedBackbone.lays_flat`)."""
+def lays_flat(
+    blueprint: Blueprint, config: BackboneConfig, wanted: bool | None, setting: str
+) -> bool:
+    """Whether rows are laid flat for a backbone (`PlacedBackbone.lays_flat`), before it is placed.
+
+    One block of each stack is asked, without weights: attention is of one kind in all of them.
+    """
+    family = blueprint.family
+    depths = dict.fromkeys(family.blocks(blueprint.model_config), 1)
+    with torch.device("meta"):
+        model = family.build(family.resize(blueprint.model_config, depths))
+    family.fuse(model, config)
+    return _lays_flat(family, model, wanted, setting)
+
+
+def _lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> bool:
     if wanted is False:
         return False
     why = family.cannot_lay(model)

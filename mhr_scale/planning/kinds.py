@@ -18,6 +18,7 @@ from mhr_scale.config import (
     PretrainConfig,
     WorkloadConfig,
 )
+from mhr_scale.engine.opened import lays_flat
 from mhr_scale.errors import BackboneError, ConfigError
 from mhr_scale.jobs.scheduling import LARGEST
 from mhr_scale.jobs.start import count_trained
@@ -31,7 +32,6 @@ from mhr_scale.planning.steps import (
     Shape,
     at_depth,
     fresh,
-    lays_flat,
     trace_pretraining,
     trace_scoring,
     trace_wave,
