@@ -231,8 +231,7 @@ class Spans(BySlot):
             yield span, rows[span.start : span.stop]
 
     def _products(self, rows: Tensor, sides: Sequence[Tensor], width: int) -> Tensor:
-        make = rows.new_empty if self.is_covering else rows.new_zeros
-        found = make(rows.shape[0], width)
+        found = rows.new_empty(rows.shape[0], width)  # nobody reads it outside of the spans
         for span, of_slot in self._each(rows):
             torch.mm(of_slot, sides[span.slot], out=found[span.start : span.stop])
         return found
