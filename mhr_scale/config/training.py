@@ -131,7 +131,7 @@ class BatchConfig:
     too_long: Literal["cut", "drop"] = "cut"
     """Whether over-long rows are cut or left out (and counted)."""
     pad_multiple: int = 8
-    """Inputs are padded to a multiple of this many tokens."""
+    """Inputs are padded to a multiple of this many tokens; packed ones in attention alone."""
     packing: bool | None = None
     """Whether rows of a micro batch lie one behind another in one sequence, without padding, and
     micro batches have equally many tokens instead of rows; null: where the backbone's attention

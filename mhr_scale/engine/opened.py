@@ -69,7 +69,7 @@ class PlacedBackbone:
 
         Raises `BackboneError` that names the `setting` if it is wanted and cannot be.
         """
-        return lays_flat(self.family, self.model, wanted, setting)
+        return _lays_flat(self.family, self.model, wanted, setting)
 
     def logits(self, packed: Packed) -> Tensor:
         """Logits (B, D, V) at the target positions, with the slots in use."""
@@ -123,7 +123,7 @@ class OpenedBackbone:
     def check_packing(self, wanted: bool | None, setting: str) -> None:
         """Raise `BackboneError` if rows are to be laid flat (`setting`), and cannot be."""
         if wanted:
-            will_lay_flat(self.config, self.blueprint, wanted, setting)
+            lays_flat(self.blueprint, self.config, wanted, setting)
 
     @contextmanager
     def placed(
@@ -142,28 +142,28 @@ class OpenedBackbone:
             engine.close()
 
 
-def lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> bool:
-    """Whether rows are laid flat for a model (`PlacedBackbone.lays_flat`)."""
+def lays_flat(
+    blueprint: Blueprint, config: BackboneConfig, wanted: bool | None, setting: str
+) -> bool:
+    """Whether rows are laid flat for a backbone (`PlacedBackbone.lays_flat`), before it is placed.
+
+    One block of each stack is asked, without weights: attention is of one kind in all of them.
+    """
+    family = blueprint.family
+    depths = dict.fromkeys(family.blocks(blueprint.model_config), 1)
+    with torch.device("meta"):
+        model = family.build(family.resize(blueprint.model_config, depths))
+    family.fuse(model, config)
+    return _lays_flat(family, model, wanted, setting)
+
+
+def _lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> bool:
     if wanted is False:
         return False
     why = family.cannot_lay(model)
     if why and wanted:
         raise BackboneError(f"{setting}: true, but {why}; leave it out, or set it to false")
     return why is None
-
-
-def will_lay_flat(
-    config: BackboneConfig, blueprint: Blueprint, wanted: bool | None, setting: str
-) -> bool:
-    """The same of a backbone that is not placed yet.
-
-    One block of each stack is asked, without weights: attention is of one kind in all of them.
-    """
-    family, sizes = blueprint.family, blueprint.model_config
-    with torch.device("meta"):
-        model = family.build(family.resize(sizes, dict.fromkeys(family.blocks(sizes), 1)))
-    family.fuse(model, config)
-    return lays_flat(family, model, wanted, setting)
 
 
 def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:

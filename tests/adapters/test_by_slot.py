@@ -67,13 +67,13 @@ def has_pair(request) -> tuple[bool, ...]:
 
 def ways_of(tokens: Tokens, x: Tensor) -> dict[str, BySlot]:
     """Every way these tokens can take."""
-    spans = tokens.map(is_exact=True).by_slot(x, n_columns=1)
-    ways = {"spans": spans}
+    spans = Spans(tokens.map()._spans(tokens.n_tokens), tokens.n_tokens)
+    ways: dict[str, BySlot] = {"spans": spans}
     if tokens.n_slots > 1:
-        ways["masked"] = tokens.map().by_slot(x, n_columns=1)
-    if len(set(tokens.counts)) == 1 and tokens.n_slots == len(tokens.slots):
+        mask = row_map._mask(spans.spans, x, tokens.n_slots)
+        ways["masked"] = Masked(spans.spans, tokens.n_tokens, mask)
+    if tokens.map().by_slot(x) is EVEN:
         ways["even"] = EVEN
-    assert [type(way) for way in ways.values()][:2] == [Spans, Masked][: len(ways)]
     return ways
 
 

@@ -47,6 +47,12 @@ RUNS = {
 IN_ALL = ("alone", "two_sharded")
 #: Evaluations of one adapter whose tasks' prompts begin with an instruction.
 SCORED = {"padded": (0, "null", "false"), "two_sharded": (2, "ds_configs/cpu.json", "true")}
+#: Runs of one family alone: rows padded, for these are packed by default, under both optimizers.
+PADDED = {
+    "padded": ["batch.packing=false"],
+    "adafactor": ["optim.name=adafactor"],
+    "adafactor_padded": ["optim.name=adafactor", "batch.packing=false"],
+}
 WAVES = {"alone": (0, "null", 1), "two_sharded": (2, "ds_configs/cpu.json", 4)}
 
 
@@ -115,6 +121,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     shutil.copytree(folder / family / "alone", at)
                     shutil.rmtree(at / "steps" / "000004")
                 commands.append(training(family, at, changes))
+        for name, changes in PADDED.items() if ranks == 0 else ():
+            changes = ["run.ds_config=null", *changes]
+            commands.append(training("llama", folder / "llama" / name, changes))
         for family in WHOLE:
             source = folder / family / "alone"
             for name, (on, placement, size) in WAVES.items():
@@ -152,6 +161,34 @@ def test_placements_train_the_same_adapter(folder: Path, family: str) -> None:
 @pytest.mark.parametrize("name", ["resumed", "alone_recomputing", "two_recomputing"])
 def test_resuming_and_recomputing_change_nothing(folder: Path, family: str, name: str) -> None:
     assert adapter_bytes(folder / family / name) == adapter_bytes(folder / family / "alone")
+
+
+@pytest.mark.parametrize(
+    ("packed", "padded"), [("alone", "padded"), ("adafactor", "adafactor_padded")]
+)
+def test_packed_rows_train_the_adapter_of_padded_ones(
+    folder: Path, packed: str, padded: str
+) -> None:
+    runs = folder / "llama" / packed, folder / "llama" / padded
+    ours, theirs = map(losses, runs)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    found, expected = (
+        {line["step"]: line["validation_loss"] for line in read_metrics(run) if "loss" not in line}
+        for run in runs
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    one, other = (load_file(run / "adapter" / "adapter.safetensors") for run in runs)
+    apart = sum(float((one[key] - other[key]).double().square().sum()) for key in one)
+    whole = sum(float(other[key].double().square().sum()) for key in other)
+    assert 0.0 < apart**0.5 <= 1e-6 * whole**0.5
+
+
+def test_no_pass_of_packed_rows_has_padding(folder: Path) -> None:
+    for metrics in (folder / "llama").glob("*/metrics.jsonl"):
+        lines = [line for line in read_metrics(metrics.parent) if "loss" in line]
+        is_padded = metrics.parent.name.endswith("padded")
+        assert all((line["padding_share"] > 0.1) == is_padded for line in lines)
+        assert is_padded or not any(line["padding_share"] for line in lines)
 
 
 def test_training_moved_every_tensor(folder: Path) -> None:

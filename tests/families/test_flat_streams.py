@@ -117,7 +117,7 @@ def test_attention_sees_rows_apart_inside_the_block_and_as_they_come_outside():
     assert seen == (spread, narrow, narrow, "mask", {"scaling": 2.0})
     assert torch.equal(found, q.transpose(1, 2))
     assert flat.in_use() is None
-    assert attend(None, q, k, k)[1][:2] == (q.shape, k.shape)
+    assert attend(None, q, k, k, None)[1] == (q.shape, k.shape, k.shape, None, {})
 
 
 def test_the_innermost_block_is_in_use_and_ends_with_an_error_too():

@@ -168,10 +168,9 @@ def token_counts(chunks):
 @quickly
 @given(shapes, sizes)
 def test_there_are_as_many_of_them_as_of_padded_rows_and_none_is_empty(shapes, size):
-    rows = make_rows(shapes)
-    chunks = cut_flat(rows, size)
-    assert len(chunks) == len(cut_batches(rows, max_rows=size))
+    chunks = cut_flat(make_rows(shapes), size)
     assert all(chunks)
+    assert len(chunks) == -(-len(shapes) // size)
     assert sorted(chain(*numbers(chunks))) == list(range(len(shapes)))
 
 
@@ -184,23 +183,24 @@ def test_none_has_more_than_its_share_and_a_row(shapes, size):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "size", "expected"),
+    ("shapes", "size", "expected"),
     [
         # equal rows: as padded rows are cut
-        ([5] * 6, 2, [[5, 5], [5, 5], [5, 5]]),
+        ([(4, 1)] * 6, 2, [[5, 5], [5, 5], [5, 5]]),
         # a long row stands for many short ones
-        ([12, 2, 2, 2, 2, 2, 2], 4, [[12], [2] * 6]),
+        ([(11, 1), *[(1, 1)] * 6], 4, [[12], [2] * 6]),
         # of two rows whose middle is the end of a share both ends are as near: it takes the row
-        ([4, 4, 4], 2, [[4, 4], [4]]),
+        ([(3, 1)] * 3, 2, [[4, 4], [4]]),
         # what a row takes beyond its share, all others divide
-        ([80, 10, 10, 10, 10, 10, 10, 10], 2, [[80], [10, 10], [10, 10, 10], [10, 10]]),
-        # every batch has a row, however long those before are
-        ([90, 50, 1, 1], 1, [[90], [50], [1], [1]]),
+        ([(79, 1), *[(9, 1)] * 7], 2, [[80], [10, 10], [10, 10, 10], [10, 10]]),
+        # every batch has a row, however long those before are, or those behind
+        ([(89, 1), (49, 1), (1, 1), (1, 1)], 1, [[90], [50], [2], [2]]),
+        ([(5, 1), (5, 1), (4, 40)], 1, [[6], [6], [44]]),
     ],
 )
-def test_they_are_cut_where_a_share_of_the_tokens_ends(lengths, size, expected):
-    chunks = cut_flat(make_rows([(0, length - 1, 1) for length in lengths]), size)
-    assert [[len(p.input_ids) + 1 for p in chunk] for chunk in chunks] == expected
+def test_they_are_cut_where_a_share_of_the_tokens_ends(shapes, size, expected):
+    chunks = cut_flat(make_rows([(0, *shape) for shape in shapes]), size)
+    assert [token_counts([[p] for p in chunk]) for chunk in chunks] == expected
 
 
 @quickly
