@@ -22,9 +22,10 @@ from torch import Tensor
 from typing_extensions import override
 
 #: Numbers of x times hidden columns of all slots, for each range of rows, up to which one product
-#: of all slots is faster than one for each range: measured on a CPU (tests/benchmarks/README.md);
-#: for GPUs reckoned, from 5 us for a launch and 300 Tflop/s.
-MOST_MASKED = 600_000
+#: of all slots is faster than one for each range: measured on a CPU (tests/benchmarks/README.md),
+#: where short products are slow in bfloat16; for GPUs reckoned, from 5 us for a launch and 300
+#: Tflop/s.
+MOST_MASKED = {torch.float32: 100_000, torch.bfloat16: 4_000_000}
 MOST_MASKED_ON_GPU = 700_000_000
 
 
@@ -158,7 +159,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Spans(BySlot):
-    """Ranges of rows, in order; a row in none of them reads no slot, and is left as it is."""
+    """Ranges of rows, one behind another; rows behind them read no slot, and stay as they are."""
 
     spans: tuple[Span, ...]
     n_rows: int
@@ -231,11 +232,12 @@ class Spans(BySlot):
             yield span, rows[span.start : span.stop]
 
     def _products(self, rows: Tensor, sides: Sequence[Tensor], width: int) -> Tensor:
-        make = rows.new_empty if self.is_covering else rows.new_zeros
-        found = make(rows.shape[0], width)
-        for span, of_slot in self._each(rows):
-            torch.mm(of_slot, sides[span.slot], out=found[span.start : span.stop])
-        return found
+        # each a tensor of its own: where it begins in memory decides how some products round
+        found = [torch.mm(of_slot, sides[span.slot]) for span, of_slot in self._each(rows)]
+        n_behind = self.n_rows - (self.spans[-1].stop if self.spans else 0)
+        if n_behind:
+            found.append(rows.new_zeros(n_behind, width))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _add_products_(self, total: Tensor, h: Tensor, sides: Sequence[Tensor]) -> None:
         rows = total.view(-1, total.shape[-1])

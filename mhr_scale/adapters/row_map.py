@@ -19,6 +19,7 @@ from mhr_scale.adapters.by_slot import (
 )
 from mhr_scale.families.flat import Stream
 from mhr_scale.families.fused import is_on_cpu
+from mhr_scale.families.packed import PAD_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +80,16 @@ class RowMap:
         if not self.streams:
             return EVEN
         n_tokens = _count(x)
-        spans = self._made.get(n_tokens)
+        spans: BySlot | None = self._made.get(n_tokens)
         if spans is None:
-            spans = self._made[n_tokens] = Spans(self._spans(n_tokens), n_tokens)
-        most = (MOST_MASKED if is_on_cpu(x) else MOST_MASKED_ON_GPU) * len(spans.spans)
-        n_columns *= self.n_slots
-        if self.is_exact or self.n_slots == 1 or not 0 < x.numel() * n_columns <= most:
+            spans = self._made[n_tokens] = self._find_spans(n_tokens)
+        if not isinstance(spans, Spans):
+            return spans
+        most = MOST_MASKED_ON_GPU
+        if is_on_cpu(x):
+            most = MOST_MASKED.get(x.dtype, MOST_MASKED[torch.float32])
+        size = x.numel() * n_columns * self.n_slots
+        if self.is_exact or self.n_slots == 1 or not 0 < size <= most * len(spans.spans):
             return spans
         key = n_tokens, x.dtype
         masked = self._made.get(key)
@@ -92,6 +97,17 @@ class RowMap:
             mask = _mask(spans.spans, n_tokens, self.n_slots).to(x)
             masked = self._made[key] = Masked(spans.spans, n_tokens, mask)
         return masked
+
+    def _find_spans(self, n_tokens: int) -> BySlot:
+        """Ranges of tokens; equally many for each slot, in order, need none.
+
+        In an exact map only where all begin at a multiple of 8 tokens, as padded rows do.
+        """
+        spans = self._spans(n_tokens)
+        length, rest = divmod(n_tokens, self.n_slots)
+        even = [Span(n, n * length, (n + 1) * length) for n in range(self.n_slots)]
+        is_aligned = not self.is_exact or length % PAD_MULTIPLE == 0
+        return EVEN if not rest and is_aligned and spans == tuple(even) else Spans(spans, n_tokens)
 
     def _spans(self, n_tokens: int) -> tuple[Span, ...]:
         """Ranges of the tokens of one slot."""

@@ -121,18 +121,9 @@ class OpenedBackbone:
         log.warning("%s was made for %d positions and may fail beyond", which, most)
 
     def check_packing(self, wanted: bool | None, setting: str) -> None:
-        """Raise `BackboneError` if rows are to be laid flat (`setting`), and cannot be.
-
-        One block of each stack is asked, without weights: attention is of one kind in all of them.
-        """
-        if not wanted:
-            return
-        config = self.blueprint.model_config
-        depths = dict.fromkeys(self.family.blocks(config), 1)
-        with torch.device("meta"):
-            model = self.family.build(self.family.resize(config, depths))
-        self.family.fuse(model, self.config)
-        lays_flat(self.family, model, wanted, setting)
+        """Raise `BackboneError` if rows are to be laid flat (`setting`), and cannot be."""
+        if wanted:
+            will_lay_flat(self.config, self.blueprint, wanted, setting)
 
     @contextmanager
     def placed(
@@ -159,6 +150,20 @@ def lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) -> 
     if why and wanted:
         raise BackboneError(f"{setting}: true, but {why}; leave it out, or set it to false")
     return why is None
+
+
+def will_lay_flat(
+    config: BackboneConfig, blueprint: Blueprint, wanted: bool | None, setting: str
+) -> bool:
+    """The same of a backbone that is not placed yet.
+
+    One block of each stack is asked, without weights: attention is of one kind in all of them.
+    """
+    family, sizes = blueprint.family, blueprint.model_config
+    with torch.device("meta"):
+        model = family.build(family.resize(sizes, dict.fromkeys(family.blocks(sizes), 1)))
+    family.fuse(model, config)
+    return lays_flat(family, model, wanted, setting)
 
 
 def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from mhr_scale.config import (
     PretrainConfig,
     WorkloadConfig,
 )
+from mhr_scale.engine.opened import will_lay_flat
 from mhr_scale.errors import BackboneError, ConfigError
 from mhr_scale.jobs.scheduling import LARGEST
 from mhr_scale.jobs.start import count_trained
@@ -31,7 +32,6 @@ from mhr_scale.planning.steps import (
     Shape,
     at_depth,
     fresh,
-    lays_flat,
     trace_pretraining,
     trace_scoring,
     trace_wave,
@@ -42,6 +42,8 @@ from mhr_scale.run.runlog import Progress
 #: Tokens of the two short answers whose counts are extrapolated to longer ones.
 SHORT, LONGER = 2, 4
 RECOMPUTES = ("none", "reentrant")
+#: A note on ranking where tasks' prompts share their beginnings.
+SHARED = "what prompts of a task begin with alike is counted for each of them, and runs once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def plan_pretraining(config: PretrainConfig, workload: WorkloadConfig, machines:
             "(hardware.gpus); use a multiple of it, or fewer cards"
         )
     blueprint, (tasks, source) = read_sizes(config.backbone), n_tasks(config, workload)
-    is_flat = lays_flat(blueprint, config.backbone, batch.packing, "batch.packing")
+    is_flat = will_lay_flat(config.backbone, blueprint, batch.packing, "batch.packing")
     lengths = lengths_of_run(config, workload, is_flat=is_flat)
     width, depth = lengths.most
     shape = Shape(rows=1, width=width, depth=depth)
@@ -131,7 +133,7 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         n_choices=1 if generates else workload.choices,
     )
     on_gpu = machines.on_gpu
-    is_flat = not generates and lays_flat(blueprint, frozen, options.packing, "scoring.packing")
+    is_flat = not generates and will_lay_flat(frozen, blueprint, options.packing, "scoring.packing")
     behind = shape.n_choices * shape.depth
     own = replace(workload, mean_target_tokens=None)
     lengths = lengths_of(own, (shape.width, behind), is_flat=is_flat)
@@ -179,7 +181,10 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
         chosen=choose(estimates, by=lambda estimate: estimate.step_seconds / estimate.rows),
         notes=("the time of generation is that of answers as long as they may be",)
         if generates
-        else tuple(lengths.notes("scoring.packing")),
+        else (
+            *lengths.notes("scoring.packing"),
+            *((SHARED,) if is_flat and blueprint.family.shares_prompts else ()),
+        ),
     )
 
 
@@ -196,7 +201,7 @@ def plan_adaptation(config: AdaptConfig, workload: WorkloadConfig, machines: Mac
         else workload.target_tokens or protocol.max_target_tokens,
         n_choices=workload.choices if ranks_choices else 1,
     )
-    is_flat = lays_flat(blueprint, frozen, config.waves.packing, "waves.packing")
+    is_flat = will_lay_flat(frozen, blueprint, config.waves.packing, "waves.packing")
     own = replace(workload, mean_target_tokens=None) if ranks_choices else workload
     lengths = lengths_of(own, (shape.width, shape.depth), is_flat=is_flat)
     sizes = {

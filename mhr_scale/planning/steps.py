@@ -142,19 +142,6 @@ def fresh(
     )
 
 
-def lays_flat(
-    blueprint: Blueprint, config: BackboneConfig, wanted: bool | None, setting: str
-) -> bool:
-    """Whether rows are laid flat for a backbone (`PlacedBackbone.lays_flat`): one block is asked.
-
-    Raises `BackboneError` as that does.
-    """
-    depths = dict.fromkeys(blueprint.family.blocks(blueprint.model_config), 1)
-    return imagine_model(_shallow(blueprint, depths), config, None).placed.lays_flat(
-        wanted, setting
-    )
-
-
 @contextmanager
 def counted(
     imagined: ImaginedModel, *, on_gpu: bool

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig, ScheduleConfig
 from mhr_scale.errors import RunError
+from mhr_scale.families.fused import is_on_cpu
 
 #: Optimizer state off the device: tensors as `<parameter>/<part>`, numbers by parameter and part.
 OptimizerState: TypeAlias = tuple[dict[str, Tensor], dict[str, dict[str, float]]]
@@ -78,7 +79,7 @@ def at_once(stack: Tensor) -> list[slice]:
     No linear is divided, and none is alone if there are several: torch may sum to one number in
     another order than to many.
     """
-    n_linears, most = stack.shape[0], AT_ONCE.get(stack.device.type, AT_ONCE_ON_DEVICES)
+    n_linears, most = stack.shape[0], AT_ONCE["cpu"] if is_on_cpu(stack) else AT_ONCE_ON_DEVICES
     count = max(2, most * n_linears // max(1, stack.numel()))
     firsts = list(range(0, max(1, n_linears - 1), count))
     return [slice(*ends) for ends in pairwise([*firsts, n_linears])]

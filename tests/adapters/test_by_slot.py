@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhr_scale.adapters import by_slot, row_map
+from mhr_scale.adapters import row_map
 from mhr_scale.adapters.by_slot import EVEN, BySlot, Masked, Spans
 from mhr_scale.adapters.products import Cut, products, scale, update
 from mhr_scale.adapters.row_map import RowMap
@@ -204,7 +204,7 @@ def test_one_product_of_all_slots_is_taken_up_to_a_number_of_columns(monkeypatch
     tokens = TOKENS["a slot in two places"]
     x, n_spans = x_of(tokens), 5
     # numbers of x times the hidden columns of all three slots, for each span
-    monkeypatch.setitem(by_slot.MOST_MASKED, "cpu", x.numel() * 3 * 4 / n_spans)
+    monkeypatch.setitem(row_map.MOST_MASKED, x.dtype, x.numel() * 3 * 4 / n_spans)
     assert type(tokens.map().by_slot(x, n_columns=4)) is Masked
     assert type(tokens.map().by_slot(x, n_columns=5)) is Spans
     assert type(tokens.map().by_slot(x)) is Spans

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.collapse import average
-from mhr_scale.families.packed import EncodedRow
+from mhr_scale.families.packed import IGNORE, EncodedRow
 from mhr_scale.training.optim import rate_factor
 
 Method = Literal["lora", "poly"]
-LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 #: The collator pads to the batch's longest row, rounded up to this.
 PAD_MULTIPLE = 8
 
@@ -63,18 +62,15 @@ class PeftLoop:
         from peft import LoraConfig, PolyConfig, get_peft_model
 
         (number,) = numbers
-        config = LoraConfig(
-            task_type="SEQ_2_SEQ_LM", r=1, lora_alpha=1, target_modules=LINEARS, lora_dropout=0.0
-        )
+        is_causal = not self.model.config.is_encoder_decoder
+        options: Any = {
+            "task_type": "CAUSAL_LM" if is_causal else "SEQ_2_SEQ_LM",
+            "r": 1,
+            "target_modules": sorted({site.name.rpartition(".")[2] for site in self.bench.sites}),
+        }
+        config = LoraConfig(**options, lora_alpha=1, lora_dropout=0.0)
         if self.method == "poly":
-            config = PolyConfig(
-                task_type="SEQ_2_SEQ_LM",
-                r=1,
-                n_tasks=1,
-                n_skills=8,
-                n_splits=8,
-                target_modules=LINEARS,
-            )
+            config = PolyConfig(**options, n_tasks=1, n_skills=8, n_splits=8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(self.model, config).train()
@@ -127,7 +123,8 @@ class PeftLoop:
     def step(self, job: PeftJob) -> list[float]:
         """One step of the job; returns its loss."""
         rows = self.bench.rows(job.number)
-        batch = collate(rows.batch(job.scheduler.last_epoch), self.device)
+        is_causal = not self.model.config.is_encoder_decoder
+        batch = collate(rows.batch(job.scheduler.last_epoch), self.device, is_causal=is_causal)
         if self.method == "poly":
             batch["task_ids"] = torch.zeros(len(batch["labels"]), dtype=torch.long).to(self.device)
         loss = job.model(**batch, use_cache=False).loss
@@ -143,8 +140,13 @@ class PeftLoop:
         job.model.unload()
 
 
-def collate(rows: Sequence[EncodedRow], device: torch.device) -> dict[str, Tensor]:
-    """A batch for transformers' own loss, padded to the longest row, labels with -100."""
+def collate(
+    rows: Sequence[EncodedRow], device: torch.device, *, is_causal: bool
+) -> dict[str, Tensor]:
+    """A batch for transformers' own loss, padded to the longest row, labels with -100.
+
+    Of a causal model these stand in prompts, too.
+    """
 
     def padded(lists: Sequence[Any], value: int) -> Tensor:
         width = -(-max(len(ids) for ids in lists) // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -154,8 +156,13 @@ def collate(rows: Sequence[EncodedRow], device: torch.device) -> dict[str, Tenso
         return torch.from_numpy(array)
 
     inputs = [row.input_ids for row in rows]
+    labels = [row.answers[0] for row in rows]
+    if is_causal:
+        prompts = [np.full_like(ids, IGNORE) for ids in inputs]
+        inputs = [np.append(*pair) for pair in zip(inputs, labels, strict=True)]
+        labels = [np.append(*pair) for pair in zip(prompts, labels, strict=True)]
     return {
         "input_ids": padded(inputs, 0).to(device),
         "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0).to(device),
-        "labels": padded([row.answers[0] for row in rows], -100).to(device),
+        "labels": padded(labels, IGNORE).to(device),
     }

@@ -2,14 +2,19 @@
 
 python tests/benchmarks/few_shot_waves.py [--json FILE] [--quick]
     24 jobs as waves of 24 and of 8, one by one in our own loop, and one by one with stock PEFT
+python tests/benchmarks/few_shot_waves.py --backbone FOLDER --rows 2 --input-tokens 16
+    the same over a stored backbone of either form; for one of billions of weights give also
+    --dtype bfloat16 --jobs 8 --alone 1 --sizes 8 --kinds full --steps 1 --turns 2 --forms packed
+    --no-peft --no-counts
 DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tests/benchmarks/few_shot_waves.py --placement zero3
     waves of 8 against one by one over a sharded (zero3_offload: offloaded) backbone
 python tests/benchmarks/few_shot_waves.py --model-gpu
     what a GPU would give, from operations and bytes counted at the real shapes of T5
 
-All ways take turns, in an order that is reversed every other time; times are medians over the
-turns and ratios medians over the ratios of a turn. Opening a job and its first step, which makes
-the optimizer's state, are not timed.
+Rows of our own ways lie flat, or are padded where a way says so. All ways take turns, in an order
+that is reversed every other time; times are medians over the turns and ratios medians over the
+ratios of a turn. Opening a job and its first step, which makes the optimizer's state, are not
+timed.
 """
 
 import argparse
@@ -45,6 +50,7 @@ from mhr_scale.run.runlog import Progress, rank, start_logging
 SETTINGS = {
     "d64-2x16": Setting(d_model=64, layers=2, rows=2, tokens=16),
     "d64-8x16": Setting(d_model=64, layers=2, rows=8, tokens=16),
+    "d64-8x4-48": Setting(d_model=64, layers=2, rows=8, tokens=48, fewest=4),
     "d64-8x48": Setting(d_model=64, layers=2, rows=8, tokens=48),
     "d128-8x32": Setting(d_model=128, layers=4, rows=8, tokens=32),
     "d256-8x64": Setting(d_model=256, layers=4, rows=8, tokens=64),
@@ -60,6 +66,8 @@ PLACEMENTS = {
 N_JOBS = 24
 #: Wave sizes that are compared with one by one.
 SIZES = (24, 8)
+#: How rows lie, and the setting `waves.packing`.
+FORMS = {"packed": None, "padded": False}
 #: Steps in which DeepSpeed learns the order of the modules, before it gathers ahead.
 TRACED_STEPS = 4
 #: Time of this process alone, and time that passes: ranks wait for each other.
@@ -79,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         printed = to_markdown(rows, skip=("counts",))
     else:
         rows = compare_placed(args) if args.placement else compare_all(args)
-        what = ["cpu_ms", "cpu_ratios", "operations", "kernels"]
+        what = ["cpu_ms", "cpu_ratios", "wall_ratios", "operations", "kernels"]
+        if args.no_counts:
+            what = ["wall_ms", "wall_ratios", "cpu_ms", "cpu_ratios"]
         if args.placement:
             what = ["wall_ms", "wall_ratios", "cpu_ms", "cpu_ratios", "gathers", "gathered_mib"]
         printed = "\n".join(pivot(rows, one) for one in what)
@@ -97,6 +107,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, help="backbones and batches (all)")
+    add("--backbone", help="a stored backbone instead, under --rows, --input-tokens and --dtype")
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="(float32)")
+    add("--rows", type=int, default=2, help="rows of a job's step (2)")
+    add("--input-tokens", type=int, default=16, help="tokens of an input (16)")
+    add("--fewest", type=int, default=0, help="inputs of so many tokens or more (all as long)")
+    add("--sizes", nargs="+", type=int, default=[*SIZES], help="jobs per wave (24 8)")
+    add("--alone", type=int, help="jobs that take turns one by one (all)")
+    add("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="how rows lie (both)")
+    add("--no-peft", action="store_true", help="our own ways alone")
+    add("--no-counts", action="store_true", help="without counting operations, which is slow")
     add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="what a job trains (all)")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"], help="(adamw)")
     add("--jobs", type=int, help="jobs in all (24), under --placement on each rank (8)")
@@ -112,9 +132,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the smallest of everything: does it run at all?")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    args.known = dict(SETTINGS)
+    if args.backbone:
+        args.settings = ["given"]
+        args.known["given"] = Setting(
+            folder=args.backbone,
+            dtype=args.dtype,
+            rows=args.rows,
+            tokens=args.input_tokens,
+            fewest=args.fewest,
+        )
     args.settings = args.settings or (["d64-2x16"] if args.quick else [*SETTINGS])
     args.turns = args.turns or (1 if args.quick else 7)
     args.jobs = args.jobs or (2 if args.quick else 8 if args.placement else N_JOBS)
+    args.alone = min(args.alone or args.jobs, args.jobs)
+    args.sizes = sorted({min(size, args.jobs) for size in args.sizes} | {1}, reverse=True)
     return args
 
 
@@ -124,14 +156,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare_all(args: argparse.Namespace) -> list[Row]:
     """Compare all ways for all settings and optimizers."""
     torch.set_num_threads(args.threads)
-    n_ways = sum(len(sizes(args.jobs)) + len(peft_methods(kind)) for kind in args.kinds)
+    n_ways = sum(
+        len(args.forms) * len(args.sizes) + len(peft_methods(args, kind)) for kind in args.kinds
+    )
     n_runs = len(args.settings) * len(args.optimizers) * n_ways * (args.turns + 1)
     progress = Progress(n_runs, start=0, what="few-shot", unit="run")
     rows = []
     for name in args.settings:
         engine = Engine(read_ds_config(None), timeout_seconds=600)
-        ours = Hall.build(SETTINGS[name], engine)
-        bare = build_bare(SETTINGS[name], engine)
+        ours = Hall.build(args.known[name], engine)
+        bare = None if args.no_peft else build_bare(args.known[name], engine)
         for optimizer in args.optimizers:
             rows += compare(args, name, optimizer, ours, bare, progress)
     progress.close()
@@ -142,37 +176,38 @@ def compare(
     args: argparse.Namespace, name: str, optimizer: str, ours: Hall, bare: Any, progress: Progress
 ) -> list[Row]:
     """Compare all ways and kinds for one setting and optimizer, in turn."""
+    setting = args.known[name]
     ways: dict[tuple[str, str], Way] = {}
     for kind in args.kinds:
-        bench = Bench(SETTINGS[name], kind, optimizer, ours.sites)
-        made: list[Way] = [ours.waves(bench, size=size) for size in sizes(args.jobs)]
-        made += [PeftLoop(bench, bare, method=method) for method in peft_methods(kind)]
+        made: list[Way] = []
+        for packing in (FORMS[form] for form in args.forms):
+            bench = Bench(setting, kind, optimizer, ours.sites, packing=packing)
+            made += [ours.waves(bench, size=size) for size in args.sizes]
+        made += [PeftLoop(bench, bare, method=method) for method in peft_methods(args, kind)]
         ways |= {(kind, way.name): way for way in made}
     counts = {}
     for key, way in ways.items():
-        counts[key] = counted(way)
+        counts[key] = counted(way, only_loss=args.no_counts)
         progress.advance(f"{name} {optimizer} {key}: counted")
-    check_losses({key: found["loss"] for key, found in counts.items()})
+    check_losses({key: found["loss"] for key, found in counts.items()}, setting.dtype)
     times: dict[tuple[str, str], list[Seconds]] = {key: [] for key in ways}
     for turn in range(args.turns):
         for key in [*ways][:: -1 if turn % 2 else 1]:
-            times[key].append(timed(ways[key], range(args.jobs), args.steps))
+            n_jobs = args.jobs if ways[key].size > 1 else args.alone
+            times[key].append(timed(ways[key], range(n_jobs), args.steps))
             progress.advance(f"{name} {optimizer} {key[0]}, {key[1]}")
     rows = []
-    head = {"setting": SETTINGS[name].name, "optimizer": optimizer}
+    head = {"setting": setting.name, "optimizer": optimizer}
     for kind, title in ways:
         own = {"kind": kind, "way": title}
         rows.append(head | own | figures(kind, title, times) | counts[kind, title])
     return rows
 
 
-def sizes(n_jobs: int) -> list[int]:
-    """Jobs per wave of our own ways, the last of them one by one."""
-    return sorted({min(size, n_jobs) for size in SIZES} | {1}, reverse=True)
-
-
-def peft_methods(kind: str) -> tuple[Method, ...]:
+def peft_methods(args: argparse.Namespace, kind: str) -> tuple[Method, ...]:
     """What the plain loop trains beside jobs of a kind: an average is a plain LoRA."""
+    if args.no_peft:
+        return ()
     return ("lora",) if kind == "average" else ("lora", "poly")
 
 
@@ -195,20 +230,23 @@ def timed(way: Way, numbers: Sequence[int], steps: int) -> Seconds:
     return {name: seconds / (len(numbers) * steps) for name, seconds in total.items()}
 
 
-def counted(way: Way) -> Row:
+def counted(way: Way, *, only_loss: bool) -> Row:
     """Operations and kernels per job-step, and the first job's first loss."""
     handle = way.open(range(way.size))
     loss = way.step(handle)[0]
+    if only_loss:
+        way.close(handle)
+        return {"loss": loss}
     found = count(lambda: way.step(handle))
     way.close(handle)
     return {**found.per(way.size), "loss": loss}
 
 
-def check_losses(losses: Mapping[tuple[str, str], float]) -> None:
+def check_losses(losses: Mapping[tuple[str, str], float], dtype: str) -> None:
     """All ways train the same job; PEFT's Poly draws noise and stays close only."""
     expected = next(iter(losses.values()))
     for (kind, way), loss in losses.items():
-        tolerance = 1e-2 if way == "PEFT Poly" else 1e-4
+        tolerance = 1e-2 if way == "PEFT Poly" or dtype == "bfloat16" else 1e-4
         assert abs(loss / expected - 1.0) < tolerance, (kind, way, loss, expected)
 
 
@@ -242,10 +280,10 @@ def compare_placed(args: argparse.Namespace) -> list[Row]:
     rows = []
     try:
         for name in args.settings:
-            hall = Hall.build(SETTINGS[name], engine)
+            hall = Hall.build(args.known[name], engine)
             for optimizer in args.optimizers:
                 for kind in args.kinds:
-                    bench = Bench(SETTINGS[name], kind, optimizer, hall.sites)
+                    bench = Bench(args.known[name], kind, optimizer, hall.sites)
                     ways: list[Way] = [
                         hall.waves(bench, size=size, turn=lambda: lockstep.turn("train"))
                         for size in (args.jobs, 1)

@@ -7,6 +7,7 @@ other one) have the same backbone weights, start from the same tensors and see t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from mhr_scale.config import (
     ProtocolConfig,
     ScheduleConfig,
     VariantConfig,
+    WavesConfig,
 )
 from mhr_scale.config.adaptation import AdaptRunConfig
 from mhr_scale.engine.engine import Engine
@@ -44,12 +46,19 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A T5 v1.1 and the batch of one job; `layers` per stack."""
+    """A T5 v1.1 of random weights, or a stored backbone, and the batch of one job.
 
-    d_model: int
-    layers: int
+    `layers` are those of each stack. Inputs have `fewest` to `tokens` tokens, all `tokens` where
+    `fewest` is 0.
+    """
+
+    d_model: int = 0
+    layers: int = 0
     rows: int
     tokens: int
+    fewest: int = 0
+    folder: str = ""
+    dtype: Literal["bfloat16", "float32"] = "float32"
     d_ff: int = 0
     heads: int = 0
     vocabulary: int = 512
@@ -57,11 +66,16 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """`d64 2+2 8x16`: width, blocks, rows x input tokens."""
-        return f"d{self.d_model} {self.layers}+{self.layers} {self.rows}x{self.tokens}"
+        """`d64 2+2 8x16`: width, blocks, rows x input tokens; or the folder's name."""
+        lengths = f"{self.fewest}-{self.tokens}" if self.fewest else str(self.tokens)
+        if self.folder:
+            return f"{Path(self.folder).name} {self.dtype} {self.rows}x{lengths}"
+        return f"d{self.d_model} {self.layers}+{self.layers} {self.rows}x{lengths}"
 
-    def backbone(self, *, dtype: Literal["bfloat16", "float32"] = "float32") -> BackboneConfig:
-        """Its backbone, of random weights."""
+    def backbone(self) -> BackboneConfig:
+        """Its backbone."""
+        if self.folder:
+            return BackboneConfig(name=self.folder, dtype=self.dtype)
         heads = self.heads or max(2, self.d_model // 32)
         fields = {
             "vocab_size": self.vocabulary,
@@ -74,7 +88,7 @@ class Setting:
             "feed_forward_proj": "gated-gelu",
             "tie_word_embeddings": False,
         }
-        return BackboneConfig(config=fields, dtype=dtype)
+        return BackboneConfig(config=fields, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +106,13 @@ class Rows:
         def ids(length: int) -> np.ndarray:
             return np.append(generator.integers(2, setting.vocabulary, length - 1), 1)
 
+        n_rows, longest = 4 * setting.rows, setting.tokens
+        lengths = np.full(n_rows, longest)
+        if setting.fewest:
+            lengths = generator.integers(setting.fewest, longest + 1, n_rows)
         return cls(
             setting,
-            tuple(
-                EncodedRow(ids(setting.tokens), (ids(setting.target_tokens),), 0)
-                for _ in range(4 * setting.rows)
-            ),
+            tuple(EncodedRow(ids(length), (ids(setting.target_tokens),), 0) for length in lengths),
         )
 
     @property
@@ -119,7 +134,13 @@ class Bench:
     """The jobs of one setting and kind: their configuration, rows and tensors at the start."""
 
     def __init__(
-        self, setting: Setting, kind: Kind, optimizer: str, sites: tuple[Site, ...]
+        self,
+        setting: Setting,
+        kind: Kind,
+        optimizer: str,
+        sites: tuple[Site, ...],
+        *,
+        packing: bool | None = None,
     ) -> None:
         self.setting, self.kind = setting, kind
         self.optim = OptimConfig(
@@ -135,6 +156,7 @@ class Bench:
             tasks=JsonlTasks(suite="jsonl", folder="."),
             protocol=ProtocolConfig(steps=STEPS, loss="language_model", batch_size=setting.rows),
             optim=self.optim,
+            waves=WavesConfig(packing=packing),
             run=AdaptRunConfig(folder="."),
         )
         self.sites = sites
@@ -221,6 +243,8 @@ class Waves:
         turn: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = f"waves of {size}" if size > 1 else "one by one"
+        if bench.config.waves.packing is False:
+            self.name += ", padded"
         self.bench, self.placed, self.size, self.turn = bench, placed, size, turn
 
     def open(self, numbers: Sequence[int]) -> Wave:
