@@ -15,8 +15,8 @@ folders. The harness is no dependency; to have it, in an environment of its own:
     python -m venv --system-site-packages VENV && VENV/bin/pip install lm_eval -c constraints.txt
 
 Then two to four choices behind 40 tokens, behind an instruction of 80 tokens and demonstrations of
-200 that all 64 rows of a task have; and, in MHR_SHARED/superni_sample, real rows of tasks with at
-most four answers behind their definition and two examples (the tokenizers of the folders):
+200 that all 32 rows of a task have; and of MHR_SHARED/data/superni_sample, with the models of the
+folders, rows of tasks with at most four answers behind their definition and two examples:
 
 padded             each row in a row of a rectangle, its choices behind it
 flat               all rows in one sequence, without padding
@@ -158,7 +158,7 @@ def make_alike(model: Any) -> list[EncodedRow]:
     rows: list[EncodedRow] = []
     for task in range(2):
         alike = ids(280)
-        for _ in range(64):
+        for _ in range(32):
             prompt = np.concatenate([alike, ids(int(draw.integers(20, 60)))])
             n_choices = int(draw.integers(2, N_CHOICES + 1))
             choices = tuple(ids(int(draw.integers(2, MAX_CHOICE + 1))) for _ in range(n_choices))
@@ -167,7 +167,7 @@ def make_alike(model: Any) -> list[EncodedRow]:
 
 
 def read_superni(folder: str) -> list[EncodedRow]:
-    """24 test rows each of 8 tasks of the sample whose rows have few different answers."""
+    """24 held-out rows each of 4 tasks of the sample whose rows have few different answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     suite = SuperNITasks(
         suite="superni",
@@ -181,7 +181,7 @@ def read_superni(folder: str) -> list[EncodedRow]:
     n_tasks = 0
     for task in suite.read_tasks(Intake(on_bad="skip")):
         answers = sorted({example.targets[0] for example in task.train})
-        if not 2 <= len(answers) <= N_CHOICES or n_tasks == 8:
+        if not 2 <= len(answers) <= N_CHOICES or n_tasks == 4:
             continue
         encoder = Encoder(task, tokenizer, lengths, CAUSAL)
         choices = tuple(encoder.answers(answers))
