@@ -1,11 +1,9 @@
 """Which slot the rows of a pass read: made once per step, on the host."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhr_scale.adapters.by_slot import (
@@ -94,8 +92,10 @@ class RowMap:
         key = n_tokens, x.dtype
         masked = self._made.get(key)
         if masked is None:
-            mask = _mask(spans.spans, n_tokens, self.n_slots).to(x)
-            masked = self._made[key] = Masked(spans.spans, n_tokens, mask)
+            mask_MU1 = x.new_zeros(n_tokens, self.n_slots, 1)
+            for span in spans.spans:  # filled where it lies: a copy from the host would wait
+                mask_MU1[span.start : span.stop, span.slot].fill_(1.0)
+            masked = self._made[key] = Masked(spans.spans, n_tokens, mask_MU1)
         return masked
 
     def _find_spans(self, n_tokens: int) -> BySlot:
@@ -127,11 +127,3 @@ class RowMap:
 def _count(x: Tensor) -> int:
     """The rows of an input (..., I)."""
     return x.shape[:-1].numel()
-
-
-def _mask(spans: Sequence[Span], n_tokens: int, n_slots: int) -> Tensor:
-    """1 where a slot is a token's own: (M, U, 1)."""
-    mask = torch.zeros(n_tokens, n_slots, 1)
-    for span in spans:
-        mask[span.start : span.stop, span.slot] = 1.0
-    return mask

@@ -1,7 +1,7 @@
 """The inputs of a run of few-shot jobs, read and validated before any weight is read."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,6 +69,15 @@ class AdaptInputs:
             depth=depth,
             scored_tokens=scored,
         )
+
+    def keep_rows(self, jobs: Iterable[Job]) -> None:
+        """Forget the rows, texts and token ids, of all jobs but these: others run on other ranks.
+
+        Estimates and `contents` need them all, so they have to be made before.
+        """
+        kept = {(job.task, job.seed) for job in jobs}
+        for key in self.data.keys() - kept:
+            del self.data[key]
 
     def list_sites(self) -> list[Site]:
         """Every linear that some variant adapts, in the order of the model."""

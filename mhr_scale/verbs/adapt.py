@@ -6,6 +6,7 @@
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def run_all(config: AdaptConfig) -> Path:
     inputs = open_jobs(config)
     contents = inputs.contents
     check_inputs(folder, contents)
+    selected_on = {task: data.selects_on for (task, _), data in inputs.data.items()}
     with inputs.backbone.placed(inputs.list_sites(), always_backward=True) as placed:
         engine = placed.engine
         engine.open_patient_group()
@@ -51,7 +53,7 @@ def run_all(config: AdaptConfig) -> Path:
         engine.wait_for_all()
         lost = sorted(itertools.chain(*engine.gather_objects(lost)))
         if engine.rank == 0:
-            report(inputs, folder.path)
+            report(inputs.jobs, selected_on, folder.path)
         engine.gather_barrier()
     if lost:
         raise DivergenceError(
@@ -65,7 +67,7 @@ def run_all(config: AdaptConfig) -> Path:
 def run_jobs(
     folder: RunFolder[AdaptConfig], inputs: AdaptInputs, placed: PlacedBackbone
 ) -> list[str]:
-    """Plan the waves and run this rank's; returns the jobs given up.
+    """Plan the waves and run this rank's; returns the jobs given up. Only its rows are kept.
 
     A rank without jobs left runs dummy passes until all ranks are done. Collective.
     """
@@ -98,6 +100,7 @@ def run_jobs(
         "packed" if placed.lays_flat(config.waves.packing, "waves.packing") else "padded",
     )
     own_waves = assign_waves(waves, engine.world_size)[engine.rank]
+    inputs.keep_rows([estimate.job for wave in own_waves for estimate in wave.jobs])
     runner = Runner(
         config,
         placed=placed,
@@ -113,13 +116,15 @@ def run_jobs(
     return runner.lost
 
 
-def report(inputs: AdaptInputs, folder: Path) -> None:
-    """Write the summary of all finished jobs and print its tables."""
-    results = read_results(inputs.jobs, folder)
+def report(jobs: Sequence[Job], selected_on: Mapping[str, str], folder: Path) -> None:
+    """Write the summary of all finished jobs and print its tables.
+
+    `selected_on` is what the checkpoints of each task's jobs were selected on.
+    """
+    results = read_results(jobs, folder)
     if not results:
         return
-    compared = comparison.compare(results, tasks={job.task for job in inputs.jobs})
-    selected_on = {task: data.selects_on for (task, _), data in inputs.data.items()}
+    compared = comparison.compare(results, tasks={job.task for job in jobs})
     write_json(folder / "summary.json", {**compared, "selected_on": selected_on})
     log.info("jobs in %s", folder / "jobs")
     write_result(comparison.table(compared))

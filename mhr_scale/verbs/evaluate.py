@@ -26,7 +26,7 @@ from mhr_scale.passes import scoring
 from mhr_scale.run import stopping
 from mhr_scale.run.files import append_text, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import RECIPE, REJECTS, RunFolder, owned_folder
-from mhr_scale.run.runlog import Progress, log
+from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.run.streams import write_result
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import (
@@ -40,10 +40,12 @@ from mhr_scale.scores.questions import (
     longest,
 )
 from mhr_scale.tasks.suites import read_evaluation
-from mhr_scale.tasks.task import Intake, Task, digest
+from mhr_scale.tasks.task import Example, Intake, Task, digest
 
 #: The folder of the bare backbone's scores beside those of averages.
 BARE = "bare"
+#: What a rank that judges nothing keeps of an example.
+NO_TEXTS = Example(id="", input="", targets=())
 #: Settings that may change between two starts of a run: those that do not affect its scores.
 FREE = ("run.", "backbone_moved_to", "soup.tasks", "soup.tasks.", "scoring.texts")
 
@@ -64,7 +66,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What all subjects are asked, and what tells its content."""
+    """What all subjects are asked, and what tells its content.
+
+    Texts are there on rank 0, those of `tasks` elsewhere only for a soup.
+    """
 
     tasks: Sequence[Task]
     questions: Sequence[Question]
@@ -148,16 +153,7 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
     for subject in subjects:
         if subject.card is not None:
             check_fit(str(subject.config.adapter), subject.card, opened.blueprint)
-    tasks, intake = read_evaluation(config.tasks, examples=config.scoring.examples)
-    questions = [question for task in tasks for question in ask(task, config.scoring)]
-    numbers = adapter_tasks(first.adapter, tasks, config)
-    asked = Asked(
-        tasks=tasks,
-        questions=questions,
-        rows=encode(tasks, questions, numbers, opened.tokenizer, opened.family, config.scoring),
-        intake=intake,
-        inputs=opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks},
-    )
+    asked = read_questions(config, first.adapter, opened)
     opened.check_length(*longest(asked.rows, config.scoring), LENGTHS)
     for subject in subjects:
         inputs = asked.inputs | subject.inputs
@@ -174,6 +170,24 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
             write_result(summary.side_by_side(columns))
         placed.engine.gather_barrier()
     return Path(config.run.folder)
+
+
+def read_questions(
+    config: EvaluateConfig, adapter: Adapter | None, opened: OpenedBackbone
+) -> Asked:
+    """Read the tasks and tokenise their questions; rank 0, which judges, keeps the texts.
+
+    For a soup every rank keeps those of the tasks, which are embedded.
+    """
+    tasks, intake = read_evaluation(config.tasks, examples=config.scoring.examples)
+    questions = [question for task in tasks for question in ask(task, config.scoring)]
+    numbers = adapter_tasks(adapter, tasks, config)
+    rows = encode(tasks, questions, numbers, opened.tokenizer, opened.family, config.scoring)
+    inputs = opened.inputs | {f"rows of {task.name}": digest(task.test) for task in tasks}
+    if rank() != 0:
+        questions = [replace(question, example=NO_TEXTS) for question in questions]
+        tasks = tasks if config.routing == "soup" else []
+    return Asked(tasks=tasks, questions=questions, rows=rows, intake=intake, inputs=inputs)
 
 
 def score_subject(

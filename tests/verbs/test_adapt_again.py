@@ -23,8 +23,10 @@ from mhr_scale.adapters import artefact
 from mhr_scale.config import AdaptConfig, VariantConfig, WavesConfig
 from mhr_scale.errors import RunError
 from mhr_scale.jobs import runner
+from mhr_scale.jobs.adapt_inputs import open_jobs
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.training import checkpoint, saved_steps
+from mhr_scale.verbs import adapt as verb
 from mhr_scale.verbs.adapt import adapt
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -227,3 +229,24 @@ def test_jobs_go_on_from_their_newest_saved_step(config, tmp_path):
         )
         adapt(stopped)
     assert sorted(steps) == [0, 1, 2, 3, 4, 4, 5, 5]
+
+
+# --- the memory of a rank
+
+
+def test_a_run_keeps_the_rows_of_the_jobs_that_are_left_alone(again, monkeypatch):
+    """As a rank keeps those of its own: the other jobs are finished, or run elsewhere."""
+    job = f"{TASKS[0]}/0/MHR"
+    shutil.rmtree(Path(again.run.folder) / "jobs" / job)
+    opened = []
+
+    def spy(config):
+        opened.append(open_jobs(config))
+        return opened[0]
+
+    monkeypatch.setattr(verb, "open_jobs", spy)
+    adapt(again)
+    assert list(opened[0].data) == [(TASKS[0], 0)]
+    assert (Path(again.run.folder) / "jobs" / job / "result.json").is_file()
+    summary = json.loads((Path(again.run.folder) / "summary.json").read_text())
+    assert summary["selected_on"].keys() == set(TASKS)

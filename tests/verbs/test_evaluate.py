@@ -18,11 +18,12 @@ from mhr_scale.config import (
     ScoringConfig,
     ToyTasks,
 )
+from mhr_scale.engine.opened import open_backbone
 from mhr_scale.errors import AdapterError, ConfigError, DataError, RunError
 from mhr_scale.scores import questions, summary
 from mhr_scale.tasks.suites import read_evaluation
 from mhr_scale.verbs.average import average
-from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.evaluate import evaluate, open_adapter_of, read_questions
 
 TASKS = ToyTasks(suite="toy", n_tasks=4, train_examples=10, validation_examples=5)
 
@@ -247,3 +248,23 @@ def test_another_job_in_the_same_folder_is_refused(source: Path, ranked: Path) -
 def test_an_adapter_and_a_backbone_are_one_too_many(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="brings its backbone"):
         settings(tmp_path, source, backbone=BARE)
+
+
+def test_a_rank_that_judges_nothing_keeps_no_texts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path / "run", source)
+    opened = open_backbone(
+        open_adapter_of(config)[2], ds_config=None, timeout_seconds=60.0, recipe=config
+    )
+    asked = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        asked.append(read_questions(config, None, opened))
+    first, second = asked
+    assert [q.id for q in second.questions] == [q.id for q in first.questions]
+    assert [(q.example.input, q.example.choices) for q in second.questions] == [("", ())] * 20
+    assert all(q.example.input for q in first.questions)
+    assert (len(first.tasks), second.tasks) == (4, [])
+    assert first.inputs == second.inputs
+    assert [r.input_ids.tolist() for r in second.rows] == [r.input_ids.tolist() for r in first.rows]
