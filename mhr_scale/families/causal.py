@@ -23,7 +23,7 @@ from mhr_scale.families import composed
 from mhr_scale.families.causal_masks import has_window, make_masks, masks_of_branches
 from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Settings, Side
-from mhr_scale.families.flat import Flat, SpreadStream
+from mhr_scale.families.flat import Flat, SpreadStream, group_alike, take
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed, Targets, read_at
 
 #: Model types that are named where another one is refused.
@@ -208,13 +208,17 @@ class Causal(Discovered):
         found: Tensor | Targets | None = torch.from_numpy(sources) if has_branches else None
         n_tokens, n_positions, flat = int((branches >= 0).sum()), ids.size, None
         if is_flat:
-            stream = SpreadStream.of(branches >= 0, n_tokens=fewest_tokens)
+            is_token = branches >= 0
+            groups = group_alike(is_token.sum(1)) if at_least == (0, 0) else ()
+            stream = SpreadStream.of(is_token, n_tokens=fewest_tokens, groups=groups)
             n_positions = stream.n_tokens
             flat = Flat((stream,), is_causal=not has_branches)
             inputs["columns"] = inputs["position_ids"]
             for name in ("input_ids", "position_ids"):
-                inputs[name] = torch.from_numpy(stream.take(arrays[name]))
-            inputs["reads"], found = read_at(stream.tokens_at(sources + width - 1), labels)
+                inputs[name] = torch.from_numpy(take(arrays[name], is_token, n_positions))
+            token_of = is_token.cumsum().reshape(is_token.shape) - 1
+            tokens = np.take_along_axis(token_of, sources + width - 1, 1)
+            inputs["reads"], found = read_at(tokens, labels)
         return Packed(
             rows=tuple(rows),
             inputs=inputs,

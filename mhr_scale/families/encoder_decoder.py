@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhr_scale.families.causal_masks import additive
 from mhr_scale.families.family import Family, Side
-from mhr_scale.families.flat import Flat, SpreadStream
+from mhr_scale.families.flat import Flat, SpreadStream, group_alike, take
 from mhr_scale.families.packed import (
     PAD_MULTIPLE,
     EncodedRow,
@@ -70,11 +70,14 @@ class EncoderDecoder(Family):
         n_positions, sources, flat = ids.size + labels.size, None, None
         if is_flat:
             targets = choices >= 0
-            of_input = SpreadStream.of(mask > 0, n_tokens=fewest_tokens)
-            of_target = SpreadStream.of(targets, n_tokens=fewest_tokens)
+            groups = group_alike(mask.sum(1)) if at_least == (0, 0) else ()
+            of_input = SpreadStream.of(mask > 0, n_tokens=fewest_tokens, groups=groups)
+            of_target = SpreadStream.of(targets, n_tokens=fewest_tokens, groups=groups)
             if of_target.n_tokens == of_input.n_tokens:  # they are told by their length
-                of_target = SpreadStream.of(targets, n_tokens=of_input.n_tokens + 1)
-            ids, read = of_input.take(ids), of_target.take(read)
+                one_more = of_input.n_tokens + 1
+                of_target = SpreadStream.of(targets, n_tokens=one_more, groups=groups)
+            ids = take(ids, mask > 0, of_input.n_tokens)
+            read = take(read, targets, of_target.n_tokens)
             sources = Targets(torch.from_numpy(np.flatnonzero(targets)), None)
             n_positions = of_input.n_tokens + of_target.n_tokens
             flat = Flat((of_input, of_target))

@@ -14,13 +14,18 @@ they are others than its queries, H heads, D width of a head.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+#: How long a row is at least that attention computes beside a longer one.
+ALIKE = 0.75
+#: Attention kernels want masks aligned to so many columns.
+ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,34 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of the rectangle that are alike in length, from one column to another."""
+
+    rows_B: Tensor
+    first: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows and columns."""
+        return len(self.rows_B), self.stop - self.first
+
+    def to(self, device: torch.device) -> "Part":
+        """The same on `device`."""
+        return replace(self, rows_B=self.rows_B.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
 class SpreadStream(Stream):
     """A sequence that a model computes, and where its tokens stand in a rectangle `shape` (B, L).
 
-    `places` tells it of each token of a row, by row and column in one; None: the sequence is the
-    rectangle. `places_N` are the same where the model is; `tokens_M` (B * L) is the token of each
-    place, any where there is none.
+    Attention computes `parts` of the rectangle, one behind another. `places` tells of each token of
+    a row where in those it stands; None: the sequence is the rectangle. `places_N` are the same
+    where the model is; `tokens_M` is the token of each place, any where there is none.
     """
 
     shape: tuple[int, int]
+    parts: tuple[Part, ...]
     places: Any
     bounds: Tensor
     """Where rows begin and the last one ends, int32."""
@@ -52,63 +76,105 @@ class SpreadStream(Stream):
     tokens_M: Tensor | None = None
 
     @classmethod
-    def of(cls, is_token_BL: Any, *, n_tokens: int = 0) -> "SpreadStream":
-        """The sequence of what is a token in an array (B, L), filled up to so many tokens."""
+    def of(
+        cls,
+        is_token_BL: Any,
+        *,
+        n_tokens: int = 0,
+        groups: Sequence[Sequence[int]] = (),
+    ) -> "SpreadStream":
+        """The sequence of what is a token in an array (B, L), filled up to so many tokens.
+
+        `groups` are the rows of each part; without any there is one, the rectangle.
+        """
         import numpy as np
 
         counts = tuple(int(count) for count in is_token_BL.sum(1))
-        n_tokens = max(n_tokens, sum(counts))
-        bounds = torch.from_numpy(np.cumsum((0, *counts), dtype=np.int32))
-        if n_tokens == is_token_BL.size and is_token_BL.all():
-            return cls(counts, n_tokens, is_token_BL.shape, None, bounds)
-        places = np.flatnonzero(is_token_BL)
-        tokens = np.zeros(is_token_BL.size, dtype=np.int64)
-        tokens[places] = np.arange(len(places))
-        indices = torch.from_numpy(places), torch.from_numpy(tokens)
-        return cls(counts, n_tokens, is_token_BL.shape, places, bounds, *indices)
-
-    def take(self, array_BL: Any) -> Any:
-        """What an array (B, L) has at the tokens, and zeros behind them: (1, N)."""
-        import numpy as np
-
-        if self.places is None:
-            return array_BL.reshape(1, -1)
-        taken = np.zeros((1, self.n_tokens), dtype=array_BL.dtype)
-        taken[0, : len(self.places)] = array_BL.reshape(-1)[self.places]
-        return taken
-
-    def tokens_at(self, columns_BX: Any) -> Any:
-        """The tokens in some columns of each row of the rectangle, any where there is none."""
-        import numpy as np
-
-        places_BX = columns_BX + np.arange(len(columns_BX))[:, None] * self.shape[1]
-        return places_BX if self.places is None else np.searchsorted(self.places, places_BX)
+        n_tokens, shape = max(n_tokens, sum(counts)), is_token_BL.shape
+        bounds = np.cumsum((0, *counts), dtype=np.int32)
+        places = np.zeros(sum(counts), dtype=np.int64)
+        parts: list[Part] = []
+        tokens: list[Any] = []
+        for rows in groups or [range(len(counts))]:
+            first, stop = _columns(is_token_BL[list(rows)]) if len(groups) > 1 else (0, shape[1])
+            own = is_token_BL[list(rows), first:stop]
+            numbers = np.zeros(own.size, dtype=np.int64)
+            of_rows = [np.arange(bounds[row], bounds[row + 1]) for row in rows]
+            numbers[np.flatnonzero(own)] = np.concatenate(of_rows)
+            places[np.concatenate(of_rows)] = np.flatnonzero(own) + sum(map(len, tokens))
+            tokens.append(numbers)
+            parts.append(Part(torch.from_numpy(np.array(rows)), first, stop))
+        found = cls(counts, n_tokens, shape, tuple(parts), None, torch.from_numpy(bounds))
+        if len(parts) == 1 and n_tokens == is_token_BL.size and is_token_BL.all():
+            return found
+        indices = torch.from_numpy(places), torch.from_numpy(np.concatenate(tokens))
+        return replace(found, places=places, places_N=indices[0], tokens_M=indices[1])
 
     def to(self, device: torch.device) -> "SpreadStream":
         """The same on `device`."""
-        bounds = self.bounds.to(device, non_blocking=True)
+        bounds, parts = self.bounds.to(device, non_blocking=True), self.parts
+        if len(parts) > 1:
+            parts = tuple(part.to(device) for part in parts)
         if self.places_N is None or self.tokens_M is None:
             return replace(self, bounds=bounds)
         return replace(
             self,
+            parts=parts,
             bounds=bounds,
             places_N=self.places_N.to(device, non_blocking=True),
             tokens_M=self.tokens_M.to(device, non_blocking=True),
         )
 
-    def spread(self, heads_1HND: Tensor) -> Tensor:
-        """The heads of a sequence (1, H, N, D) in the rectangle (B, H, L, D), any where padded."""
+    def spread(self, heads_1HND: Tensor) -> list[Tensor]:
+        """The heads of a sequence (1, H, N, D) in each part (B, H, L, D), any where padded."""
         heads_NHD = heads_1HND[0].transpose(0, 1)
         if self.places_N is not None:
             heads_NHD = _Spread.apply(heads_NHD, self.places_N, self.tokens_M)
-        return heads_NHD.unflatten(0, self.shape).transpose(1, 2)
+        shapes = [part.shape for part in self.parts]
+        parts = [heads_NHD]
+        if len(shapes) > 1:
+            parts = list(heads_NHD.split([math.prod(shape) for shape in shapes]))
+        return [
+            part.unflatten(0, shape).transpose(1, 2)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
 
-    def gather(self, heads_BLHD: Tensor) -> Tensor:
-        """What a rectangle (B, L, H, D) has at the tokens of the sequence: (1, N, H, D)."""
-        heads_NHD = heads_BLHD.flatten(0, 1)
+    def gather(self, heads_BLHD: Sequence[Tensor]) -> Tensor:
+        """What the parts (B, L, H, D) have at the tokens of the sequence: (1, N, H, D)."""
+        flat = [heads.flatten(0, 1) for heads in heads_BLHD]
+        heads_NHD = flat[0] if len(flat) == 1 else torch.cat(flat)
         if self.places_N is not None:
             heads_NHD = _Gather.apply(heads_NHD, self.places_N, self.n_tokens)
         return heads_NHD[None]
+
+
+def take(array_BL: Any, is_token_BL: Any, n_tokens: int) -> Any:
+    """What an array (B, L) has at the tokens, and zeros behind them: (1, N)."""
+    import numpy as np
+
+    taken = np.zeros((1, n_tokens), dtype=array_BL.dtype)
+    taken[0, : is_token_BL.sum()] = array_BL[is_token_BL]
+    return taken
+
+
+def _columns(is_token_BL: Any) -> tuple[int, int]:
+    """The columns from the first token to the last, a multiple of `ALIGNED` where there is room."""
+    columns, width = is_token_BL.any(0).nonzero()[0], is_token_BL.shape[1]
+    first, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
+    stop = min(width, first - (first - stop) // ALIGNED * ALIGNED)
+    return max(0, stop - -(-(stop - first) // ALIGNED) * ALIGNED), stop
+
+
+def group_alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows by length, none of a group much shorter than its longest."""
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if not groups or lengths[row] < ALIKE * longest:
+            groups.append([])
+            longest = lengths[row]
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -235,6 +301,9 @@ class Flat(AbstractContextManager["Flat"]):
     is_causal: bool = False
     """Whether each row is one text, of which a token sees those before it."""
 
+    _cut: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Masks that are in use, by their storage, with their pieces."""
+
     _in_use: ClassVar[list["Flat"]] = []
 
     def __post_init__(self) -> None:
@@ -243,7 +312,7 @@ class Flat(AbstractContextManager["Flat"]):
 
     def to(self, device: torch.device) -> "Flat":
         """The same on `device`."""
-        return replace(self, streams=tuple(stream.to(device) for stream in self.streams))
+        return Flat(tuple(stream.to(device) for stream in self.streams), self.is_causal)
 
     def __enter__(self) -> "Flat":
         Flat._in_use.append(self)
@@ -256,11 +325,29 @@ class Flat(AbstractContextManager["Flat"]):
         trace: TracebackType | None,
     ) -> None:
         Flat._in_use.pop()
+        self._cut.clear()
 
     def stream_of(self, n_tokens: int) -> SpreadStream:
         """The stream of so many tokens, in a rectangle."""
         spread = (stream for stream in self.streams if isinstance(stream, SpreadStream))
         return next(stream for stream in spread if stream.n_tokens == n_tokens)
+
+    def masks_of(
+        self, mask: Tensor | None, of_q: SpreadStream, of_k: SpreadStream
+    ) -> list[Tensor | None]:
+        """What a mask (B, 1, L or 1, K) has for each part; cut once, for all layers."""
+        if mask is None or len(of_q.parts) == 1:
+            return [mask] * len(of_q.parts)
+        storage = mask.untyped_storage()._cdata  # the same for what recomputation makes of it
+        if storage not in self._cut:
+            pieces: list[Tensor | None] = []
+            for part, keys in zip(of_q.parts, of_k.parts, strict=True):
+                piece = mask.index_select(0, part.rows_B)[..., keys.first : keys.stop]
+                if mask.shape[2] > 1:
+                    piece = piece[:, :, part.first : part.stop]
+                pieces.append(piece.contiguous())
+            self._cut[storage] = mask, pieces
+        return self._cut[storage][1]
 
     @property
     def branched(self) -> BranchedStream | None:
@@ -302,15 +389,13 @@ def apart(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
 
             return branched.attend(alone, (query, key, value), attention_mask), None
         of_q, of_k = flat.stream_of(query.shape[2]), flat.stream_of(key.shape[2])
-        found, weights = attention(
-            module,
-            of_q.spread(query),
-            of_k.spread(key),
-            of_k.spread(value),
-            attention_mask,
-            *args,
-            **kwargs,
-        )
-        return of_q.gather(found), weights
+        masks = flat.masks_of(attention_mask, of_q, of_k)
+        found = [
+            attention(module, *heads_and_mask, *args, **kwargs)[0]
+            for heads_and_mask in zip(
+                of_q.spread(query), of_k.spread(key), of_k.spread(value), masks, strict=True
+            )
+        ]
+        return of_q.gather(found), None
 
     return attend

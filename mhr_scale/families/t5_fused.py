@@ -10,6 +10,7 @@ fused_norm        T5's norm as one operation, which keeps less (a single kernel 
 Shape letters: B rows, L tokens, H heads, K keys, D width of a head.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 
 from mhr_scale.families.family import Settings
-from mhr_scale.families.flat import in_use
+from mhr_scale.families.flat import Flat, in_use
 from mhr_scale.families.fused import fused_class, gated, rms_norm
 from mhr_scale.families.siblings import call_together
 
@@ -76,17 +77,22 @@ class Attention:
         else:
             q = self._heads(self.q(hidden_states))
             k, v = self._cross(key_value_states, past_key_values)
-        flat = in_use()
-        if flat is not None:
-            of_q, of_k = flat.stream_of(q.shape[2]), flat.stream_of(k.shape[2])
-            q, k, v = of_q.spread(q), of_k.spread(k), of_k.spread(v)
-        if position_bias is None:
-            position_bias = self._additive_mask(
-                q, k, mask, seen, is_cross=key_value_states is not None
-            )
-        elif not self.o.weight.requires_grad:
+        if position_bias is not None and not self.o.weight.requires_grad:
             # reentrant recomputation marks whatever a block hands on as in need of a gradient
             position_bias = position_bias.detach()
+        is_cross = key_value_states is not None
+        flat = in_use()
+        if flat is not None:
+            bias = position_bias
+            out_BLHD, position_bias = self._attend_flat(flat, q, k, v, mask, bias, is_cross)
+        else:
+            if position_bias is None:
+                position_bias = self._additive_mask(q, k, mask, seen, is_cross=is_cross)
+            out_BLHD = self._attend(q, k, v, position_bias)
+        return self.o(out_BLHD.flatten(2)), position_bias, None
+
+    def _attend(self: Any, q: Tensor, k: Tensor, v: Tensor, position_bias: Tensor) -> Tensor:
+        """Attention of heads (B, H, L, D), as (B, L, H, D)."""
         out_BHLD = F.scaled_dot_product_attention(
             q,
             k,
@@ -95,10 +101,36 @@ class Attention:
             dropout_p=self.dropout if self.training else 0.0,
             scale=1.0,
         )
-        out_BLHD = out_BHLD.transpose(1, 2)
-        if flat is not None:
-            out_BLHD = of_q.gather(out_BLHD)
-        return self.o(out_BLHD.flatten(2)), position_bias, None
+        return out_BHLD.transpose(1, 2)
+
+    def _attend_flat(
+        self: Any,
+        flat: Flat,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position_bias: Tensor | None,
+        is_cross: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The same of rows laid flat: (1, N, H, D). The masks of all parts are handed on as one."""
+        of_q, of_k = flat.stream_of(q.shape[2]), flat.stream_of(k.shape[2])
+        parts = list(zip(of_q.spread(q), of_k.spread(k), of_k.spread(v), strict=True))
+        if position_bias is None:
+            merged = [
+                self._additive_mask(q, k, piece, 0, is_cross=is_cross)
+                for (q, k, _), piece in zip(parts, flat.masks_of(mask, of_q, of_k), strict=True)
+            ]
+            position_bias = torch.cat([piece.flatten() for piece in merged])
+        else:
+            shapes = [
+                (len(k), 1, 1, k.shape[2]) if is_cross else (*q.shape[:3], k.shape[2])
+                for q, k, _ in parts
+            ]
+            flattened = position_bias.split([math.prod(shape) for shape in shapes])
+            merged = [piece.view(shape) for piece, shape in zip(flattened, shapes, strict=True)]
+        outs = [self._attend(*heads, piece) for heads, piece in zip(parts, merged, strict=True)]
+        return of_q.gather(outs), position_bias
 
     def _heads(self: Any, states_BLI: Tensor) -> Tensor:
         return states_BLI.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)
