@@ -373,7 +373,7 @@ def apart(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
