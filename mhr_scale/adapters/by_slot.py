@@ -27,6 +27,9 @@ from typing_extensions import override
 MOST_MASKED = 600_000
 MOST_MASKED_ON_GPU = 700_000_000
 
+#: Bytes; memory that begins at a multiple of them is aligned as well as any.
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -183,7 +186,10 @@ class Spans(BySlot):
 
     @override
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+        if len(parts) == 1:
+            return parts[0]
+        whole = _hidden_columns(parts[0], sum(part.shape[1] for part in parts))
+        return torch.cat(list(parts), -1, out=whole)
 
     @override
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:
@@ -231,7 +237,7 @@ class Spans(BySlot):
             yield span, rows[span.start : span.stop]
 
     def _products(self, rows: Tensor, sides: Sequence[Tensor], width: int) -> Tensor:
-        found = rows.new_empty(rows.shape[0], width)  # nobody reads it outside of the spans
+        found = _hidden_columns(rows, width)  # nobody reads it outside of the spans
         for span, of_slot in self._each(rows):
             torch.mm(of_slot, sides[span.slot], out=found[span.start : span.stop])
         return found
@@ -252,6 +258,15 @@ class Spans(BySlot):
                 torch.mm(of_slot.mT, beside, out=by_number[span.slot])
             seen.add(span.slot)
         return found
+
+
+def _hidden_columns(rows: Tensor, width: int) -> Tensor:
+    """Room for so many hidden columns of each row, all rows aligned alike.
+
+    A product of few columns rounds by how its result is aligned: measured in float32, six of them.
+    """
+    step = ALIGNMENT // rows.element_size()
+    return rows.new_empty(rows.shape[0], -(-width // step) * step)[:, :width]
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Causal(Discovered):
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Padding, prompt and answers of each row; prompts end in the same column.
 
@@ -208,7 +208,7 @@ class Causal(Discovered):
         found: Tensor | Targets | None = torch.from_numpy(sources) if has_branches else None
         n_tokens, n_positions, flat = int((branches >= 0).sum()), ids.size, None
         if is_flat:
-            stream = SpreadStream.of(branches >= 0, n_tokens=fewest_tokens)
+            stream = SpreadStream.of(branches >= 0, multiple=token_multiple)
             n_positions = stream.n_tokens
             flat = Flat((stream,), is_causal=not has_branches)
             inputs["columns"] = inputs["position_ids"]

@@ -54,7 +54,7 @@ class EncoderDecoder(Family):
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Inputs for the encoder, answers side by side for the decoder."""
         import numpy as np
@@ -70,10 +70,10 @@ class EncoderDecoder(Family):
         n_positions, sources, flat = ids.size + labels.size, None, None
         if is_flat:
             targets = choices >= 0
-            of_input = SpreadStream.of(mask > 0, n_tokens=fewest_tokens)
-            of_target = SpreadStream.of(targets, n_tokens=fewest_tokens)
-            if of_target.n_tokens == of_input.n_tokens:  # they are told by their length
-                of_target = SpreadStream.of(targets, n_tokens=of_input.n_tokens + 1)
+            of_input = SpreadStream.of(mask > 0, multiple=token_multiple)
+            of_target = SpreadStream.of(
+                targets, multiple=token_multiple, other_than=of_input.n_tokens
+            )
             ids, read = of_input.take(ids), of_target.take(read)
             sources = Targets(torch.from_numpy(np.flatnonzero(targets)), None)
             n_positions = of_input.n_tokens + of_target.n_tokens

@@ -52,12 +52,20 @@ class SpreadStream(Stream):
     tokens_M: Tensor | None = None
 
     @classmethod
-    def of(cls, is_token_BL: Any, *, n_tokens: int = 0) -> "SpreadStream":
-        """The sequence of what is a token in an array (B, L), filled up to so many tokens."""
+    def of(
+        cls, is_token_BL: Any, *, multiple: int = 1, other_than: int | None = None
+    ) -> "SpreadStream":
+        """The sequence of what is a token in an array (B, L).
+
+        It is filled up to a multiple of so many tokens, and not to `other_than`, from which it is
+        told by its length.
+        """
         import numpy as np
 
         counts = tuple(int(count) for count in is_token_BL.sum(1))
-        n_tokens = max(n_tokens, sum(counts))
+        n_tokens = -(-sum(counts) // multiple) * multiple
+        if n_tokens == other_than:
+            n_tokens += multiple
         bounds = torch.from_numpy(np.cumsum((0, *counts), dtype=np.int32))
         if n_tokens == is_token_BL.size and is_token_BL.all():
             return cls(counts, n_tokens, is_token_BL.shape, None, bounds)

@@ -28,8 +28,8 @@ def mask(request) -> np.ndarray:
 
 @pytest.fixture(params=[0, 4], ids=["no-more", "four-behind"])
 def stream(request, mask) -> SpreadStream:
-    n_tokens = int(mask.sum()) + request.param if request.param else 0
-    return SpreadStream.of(mask, n_tokens=n_tokens)
+    multiple = int(mask.sum()) + request.param if request.param else 1
+    return SpreadStream.of(mask, multiple=multiple)
 
 
 def heads_of(stream: SpreadStream) -> Tensor:
@@ -42,6 +42,15 @@ def test_tokens_are_counted_by_row(mask, stream):
     assert stream.counts == tuple(mask.sum(1))
     assert stream.n_tokens - sum(stream.counts) in (0, 4)
     assert stream.shape == mask.shape
+
+
+def test_it_is_filled_up_to_a_multiple_and_never_to_the_length_of_another(mask):
+    n = int(mask.sum())
+    lengths = [
+        SpreadStream.of(mask, multiple=4, other_than=other).n_tokens
+        for other in (None, n, -(-n // 4) * 4)
+    ]
+    assert lengths[0] == lengths[1] - 4 * (n % 4 == 0) == lengths[2] - 4 == -(-n // 4) * 4
 
 
 def test_an_array_is_taken_row_by_row_with_zeros_behind(mask, stream):
@@ -106,7 +115,7 @@ def attention(module, query, key, value, *args, **kwargs):
 
 def test_attention_sees_rows_apart_inside_the_block_and_as_they_come_outside():
     mask = np.array(MASKS["left"], dtype=bool)
-    of_q, of_k = SpreadStream.of(mask), SpreadStream.of(mask[:, :2], n_tokens=9)
+    of_q, of_k = SpreadStream.of(mask), SpreadStream.of(mask[:, :2], multiple=9)
     q, k = heads_of(of_q), heads_of(of_k)
     attend = flat.apart(attention)
     assert flat.in_use() is None

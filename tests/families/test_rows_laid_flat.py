@@ -152,7 +152,7 @@ def test_losses_logits_and_gradients_are_those_of_padded_rows(name: str) -> None
     flat = pack(model, is_flat=True)
     assert flat.n_padding == 0
     assert_same(step(model, adapter, flat, label_smoothing=0.1), expected)
-    filled_up = pack(model, is_flat=True, fewest_tokens=150, at_least=(30, 0))
+    filled_up = pack(model, is_flat=True, token_multiple=150, at_least=(30, 0))
     assert filled_up.n_padding > 0
     assert_same(step(model, adapter, filled_up, label_smoothing=0.1), expected)
 
