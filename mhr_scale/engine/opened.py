@@ -47,7 +47,7 @@ class PlacedBackbone:
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Rows as the model takes them, on its device (`Family.pack`)."""
         packed = self.family.pack(
@@ -56,7 +56,7 @@ class PlacedBackbone:
             pad_multiple=pad_multiple,
             at_least=at_least,
             is_flat=is_flat,
-            fewest_tokens=fewest_tokens,
+            token_multiple=token_multiple,
         )
         return packed.to(self.device)
 

@@ -161,7 +161,7 @@ class Causal(Discovered):
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Padding, prompt and answers of each row; prompts end in the same column.
 
@@ -210,7 +210,7 @@ class Causal(Discovered):
         if is_flat:
             is_token = branches >= 0
             groups = group_alike(is_token.sum(1)) if at_least == (0, 0) else ()
-            stream = SpreadStream.of(is_token, n_tokens=fewest_tokens, groups=groups)
+            stream = SpreadStream.of(is_token, multiple=token_multiple, groups=groups)
             n_positions = stream.n_tokens
             flat = Flat((stream,), is_causal=not has_branches)
             inputs["columns"] = inputs["position_ids"]

@@ -54,7 +54,7 @@ class EncoderDecoder(Family):
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Inputs for the encoder, answers side by side for the decoder."""
         import numpy as np
@@ -71,11 +71,13 @@ class EncoderDecoder(Family):
         if is_flat:
             targets = choices >= 0
             groups = group_alike(mask.sum(1)) if at_least == (0, 0) else ()
-            of_input = SpreadStream.of(mask > 0, n_tokens=fewest_tokens, groups=groups)
-            of_target = SpreadStream.of(targets, n_tokens=fewest_tokens, groups=groups)
-            if of_target.n_tokens == of_input.n_tokens:  # they are told by their length
-                one_more = of_input.n_tokens + 1
-                of_target = SpreadStream.of(targets, n_tokens=one_more, groups=groups)
+            of_input = SpreadStream.of(mask > 0, multiple=token_multiple, groups=groups)
+            of_target = SpreadStream.of(
+                targets,
+                multiple=token_multiple,
+                other_than=of_input.n_tokens,
+                groups=groups,
+            )
             ids = take(ids, mask > 0, of_input.n_tokens)
             read = take(read, targets, of_target.n_tokens)
             sources = Targets(torch.from_numpy(np.flatnonzero(targets)), None)

@@ -302,13 +302,13 @@ class Family(ABC):
         pad_multiple: int = PAD_MULTIPLE,
         at_least: tuple[int, int] = (0, 0),
         is_flat: bool = False,
-        fewest_tokens: int = 0,
+        token_multiple: int = 1,
     ) -> Packed:
         """Rows as the model takes them, on the host: padded, or laid flat if it can (`cannot_lay`).
 
         Inputs are padded to a multiple of `pad_multiple`; inputs and targets to the lengths
         `at_least`, or wider. Rows that are laid flat are padded to these in attention only; their
-        sequences are filled up to `fewest_tokens`.
+        sequences are filled up to a multiple of `token_multiple` tokens.
         """
 
     def pack_shared(self, rows: Sequence[EncodedRow], config: Any) -> Packed:

@@ -62,14 +62,13 @@ class Part:
 class SpreadStream(Stream):
     """A sequence that a model computes, and where its tokens stand in a rectangle `shape` (B, L).
 
-    Attention computes `parts` of the rectangle, one behind another. `places` tells of each token of
-    a row where in those it stands; None: the sequence is the rectangle. `places_N` are the same
-    where the model is; `tokens_M` is the token of each place, any where there is none.
+    Attention computes `parts` of the rectangle, one behind another. `places_N` tells of each token
+    of a row where in those it stands, `tokens_M` which token each place has, any where there is
+    none; None: the sequence is the rectangle.
     """
 
     shape: tuple[int, int]
     parts: tuple[Part, ...]
-    places: Any
     bounds: Tensor
     """Where rows begin and the last one ends, int32."""
     places_N: Tensor | None = None
@@ -80,17 +79,22 @@ class SpreadStream(Stream):
         cls,
         is_token_BL: Any,
         *,
-        n_tokens: int = 0,
+        multiple: int = 1,
+        other_than: int | None = None,
         groups: Sequence[Sequence[int]] = (),
     ) -> "SpreadStream":
-        """The sequence of what is a token in an array (B, L), filled up to so many tokens.
+        """The sequence of what is a token in an array (B, L).
 
-        `groups` are the rows of each part; without any there is one, the rectangle.
+        It is filled up to a multiple of so many tokens, and not to `other_than`, from which it is
+        told by its length. `groups` are the rows of each part; without any there is one, the
+        rectangle.
         """
         import numpy as np
 
         counts = tuple(int(count) for count in is_token_BL.sum(1))
-        n_tokens, shape = max(n_tokens, sum(counts)), is_token_BL.shape
+        n_tokens, shape = -(-sum(counts) // multiple) * multiple, is_token_BL.shape
+        if n_tokens == other_than:
+            n_tokens += multiple
         bounds = np.cumsum((0, *counts), dtype=np.int32)
         places = np.zeros(sum(counts), dtype=np.int64)
         parts: list[Part] = []
@@ -104,11 +108,11 @@ class SpreadStream(Stream):
             places[np.concatenate(of_rows)] = np.flatnonzero(own) + sum(map(len, tokens))
             tokens.append(numbers)
             parts.append(Part(torch.from_numpy(np.array(rows)), first, stop))
-        found = cls(counts, n_tokens, shape, tuple(parts), None, torch.from_numpy(bounds))
+        found = cls(counts, n_tokens, shape, tuple(parts), torch.from_numpy(bounds))
         if len(parts) == 1 and n_tokens == is_token_BL.size and is_token_BL.all():
             return found
-        indices = torch.from_numpy(places), torch.from_numpy(np.concatenate(tokens))
-        return replace(found, places=places, places_N=indices[0], tokens_M=indices[1])
+        tokens_M = torch.from_numpy(np.concatenate(tokens))
+        return replace(found, places_N=torch.from_numpy(places), tokens_M=tokens_M)
 
     def to(self, device: torch.device) -> "SpreadStream":
         """The same on `device`."""

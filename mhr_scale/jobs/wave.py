@@ -32,9 +32,10 @@ from mhr_scale.passes.losses import Loss
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim, saved_steps
 
-#: Tokens for each thread that a sequence of a wave's rows has at least: a matrix product may round
-#: a row otherwise where there are fewer (measured in float32: below four).
-FEWEST_TOKENS = 8
+#: A sequence of a wave's rows has a multiple of so many tokens for each thread. With few of them a
+#: product may round otherwise (measured in float32: below four), and an activation rounds the last
+#: numbers of a thread's share otherwise if they fill no vector.
+TOKEN_MULTIPLE = 8
 
 
 @dataclass(slots=True)
@@ -140,7 +141,7 @@ class Wave:
             owned,
             at_least=self.members[0].data.shape,
             is_flat=placed.lays_flat(self.config.waves.packing, "waves.packing"),
-            fewest_tokens=FEWEST_TOKENS * torch.get_num_threads(),
+            token_multiple=TOKEN_MULTIPLE * torch.get_num_threads(),
         )
         factors = self._set_rates()
         with filled(self.adapter, packed, seeds=self._seeds(batches)) as slots:

@@ -170,26 +170,39 @@ def test_scaling_is_that_of_each_token(tokens):
         assert torch.equal(scaled[0, owned], rounded)
 
 
-def test_spans_give_a_slot_the_bits_that_it_has_alone():
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("n_siblings", [1, 2, 3])
+def test_spans_give_a_slot_the_bits_that_it_has_alone(n_siblings, rank):
     torch.manual_seed(0)
-    counts, n_in, n_out, rank = (16, 40, 24), 64, 48, 4
-    x, g = torch.randn(1, 80, n_in), torch.randn(1, 80, n_out)
-    a_UIX, b_URO = torch.randn(3, n_in, rank), torch.randn(3, rank, n_out)
-    weight = torch.randn(n_out, n_in)
+    counts, n_in, n_out = (15, 34, 23), 64, 48
+    n_tokens = sum(counts)
+    x, g = torch.randn(1, n_tokens, n_in), torch.randn(1, n_tokens, n_out)
+    a_UIX = torch.randn(3, n_in, rank * n_siblings)
+    pairs = [torch.randn(3, rank, n_out) for _ in range(n_siblings)]
+    frozen = [(torch.randn(n_out, n_in), None) for _ in range(n_siblings)]
 
-    def run(x, g, a, b, by):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
-        (y,) = products(leaves[0], leaves[1], [leaves[2]], [(weight, None)], by=by, cut=OPEN)
-        return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+    def run(x, g, a, pairs, slots, counts):
+        rows = RowMap(
+            slot_of_row=slots,
+            n_slots=len(slots),
+            streams=(Stream(counts, x.shape[1]),),
+            is_exact=True,
+        )
+        x, a, *pairs = (tensor.clone().requires_grad_() for tensor in (x, a, *pairs))
+        by = rows.by_slot(x, n_columns=rank)
+        ys = products(x, a, pairs, frozen, by=by, cut=OPEN)
+        found = torch.autograd.grad(ys, (x, a, *pairs), [g] * n_siblings)
+        return [*(y.detach() for y in ys), *found]
 
-    whole = RowMap(slot_of_row=(0, 1, 2), n_slots=3, streams=(Stream(counts, 80),), is_exact=True)
-    y, dx, da, db = run(x, g, a_UIX, b_URO, whole.by_slot(x, n_columns=rank))
+    together = run(x, g, a_UIX, pairs, (0, 1, 2), counts)
     start = 0
     for slot, count in enumerate(counts):
         own = slice(start, start + count)
-        alone = run(x[:, own], g[:, own], a_UIX[slot], b_URO[slot], EVEN)
-        for found, expected in zip((y[:, own], dx[:, own], da[slot], db[slot]), alone, strict=True):
-            assert torch.equal(found, expected)
+        sides = a_UIX[slot], [b[slot] for b in pairs]
+        alone = run(x[:, own], g[:, own], *sides, (0,), (count,))
+        for number, (found, expected) in enumerate(zip(together, alone, strict=True)):
+            part = found[:, own] if number <= n_siblings else found[slot]  # by token, or by slot
+            assert torch.equal(part, expected), number
         start += count
 
 

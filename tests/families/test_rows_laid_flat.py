@@ -152,7 +152,7 @@ def test_losses_logits_and_gradients_are_those_of_padded_rows(name: str) -> None
     flat = pack(model, is_flat=True)
     assert flat.n_padding == 0
     assert_same(step(model, adapter, flat, label_smoothing=0.1), expected)
-    filled_up = pack(model, is_flat=True, fewest_tokens=150, at_least=(30, 0))
+    filled_up = pack(model, is_flat=True, token_multiple=150, at_least=(30, 0))
     assert filled_up.n_padding > 0
     assert_same(step(model, adapter, filled_up, label_smoothing=0.1), expected)
 
@@ -195,7 +195,7 @@ def test_rows_of_one_length_are_flat_as_they_are(name: str) -> None:
     adapter = adapted(model)
     packed = pack(model, rows, is_flat=True, pad_multiple=4)
     assert packed.flat is not None
-    assert all(stream.places is None for stream in packed.flat.streams)
+    assert all(stream.places_N is None for stream in packed.flat.streams)
     expected = step(model, adapter, pack(model, rows))
     assert_same(step(model, adapter, packed), expected)
 

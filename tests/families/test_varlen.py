@@ -49,21 +49,21 @@ def calls(monkeypatch):
     return seen
 
 
-def losses_of(model, rows, *, is_flat, fewest_tokens=0):
-    packed = CAUSAL.pack(rows, model.config, is_flat=is_flat, fewest_tokens=fewest_tokens)
+def losses_of(model, rows, *, is_flat, token_multiple=1):
+    packed = CAUSAL.pack(rows, model.config, is_flat=is_flat, token_multiple=token_multiple)
     with torch.no_grad(), packed.in_use():
         return token_losses(CAUSAL.predictions(model, packed), packed.labels_BD, packed.sources)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi", "opt"])
-@pytest.mark.parametrize("fewest_tokens", [0, 200])
-def test_rows_of_one_answer_are_those_of_padded_rows(calls, name, fewest_tokens):
+@pytest.mark.parametrize("token_multiple", [1, 200])
+def test_rows_of_one_answer_are_those_of_padded_rows(calls, name, token_multiple):
     model = small_causal(name).eval()
     CAUSAL.fuse(model, BackboneConfig(name="x"))
     rows = [replace(row, answers=row.answers[:1]) for row in make_rows()]
     expected = losses_of(model, rows, is_flat=False)
     assert not calls
-    found = losses_of(model, rows, is_flat=True, fewest_tokens=fewest_tokens)
+    found = losses_of(model, rows, is_flat=True, token_multiple=token_multiple)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == model.config.num_hidden_layers
     window = getattr(model.config, "sliding_window", None)

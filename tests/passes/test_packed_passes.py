@@ -1,5 +1,7 @@
 """Validation, ranking and T-Few's losses of packed rows: the numbers of padded ones."""
 
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -8,14 +10,17 @@ import torch
 from adapters.tiny import make_t5, randomise, tensors_of
 from placed import place_model
 from small_causal import small_causal
+from torch import Tensor
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
 from mhr_scale.config import BackboneConfig, ProtocolConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.table import find_family
+from mhr_scale.jobs.wave import TOKEN_MULTIPLE
 from mhr_scale.passes import few_shot_loss
 from mhr_scale.passes.filled import filled
+from mhr_scale.passes.losses import token_losses
 from mhr_scale.passes.scoring import rank_choices
 from mhr_scale.passes.validation import reduce_losses
 
@@ -90,7 +95,7 @@ def test_t_few_s_losses_and_their_gradients_are_equal(
     counts = few_shot_loss.count(rows, ProtocolConfig(loss="t_few"))
     found = []
     for is_flat in (False, True):
-        packed = placed.pack(rows, is_flat=is_flat, fewest_tokens=300)
+        packed = placed.pack(rows, is_flat=is_flat, token_multiple=300)
         assert (packed.flat is not None) == is_flat
         adapter.zero_grad()
         with filled(adapter, packed) as slots:
@@ -109,3 +114,46 @@ def test_t_few_s_losses_and_their_gradients_are_equal(
         assert torch.allclose(
             gradients[name], gradient, rtol=0.0, atol=1e-5 * float(gradient.abs().max())
         )
+
+
+def test_jobs_have_the_bits_that_they_have_alone(placed: PlacedBackbone, adapter: Adapter) -> None:
+    config = AdapterConfig(n_skills=3, n_splits=4, rank=2, private=True)
+    names, sites = ("one", "two", "three"), adapter.sites
+    wave = randomise(Adapter(config, sites, task_names=names, is_wave=True))
+    draw = np.random.default_rng(2)
+
+    def run(adapter: Adapter, rows: list[EncodedRow]) -> tuple[Tensor, dict[str, Tensor]]:
+        adapter.bind(placed.adapted)
+        adapter.zero_grad()
+        packed = placed.pack(rows, is_flat=True, at_least=(24, 16), token_multiple=TOKEN_MULTIPLE)
+        with filled(adapter, packed) as slots:
+            losses = token_losses(placed.predictions(packed), packed.labels_BD, packed.sources)
+            slots.backward(losses.sum())
+        return losses.detach(), tensors_of(adapter, gradients=True)
+
+    def make_job(job: int) -> list[EncodedRow]:
+        lengths = draw.integers((2, 1), (20, 8), (3, 2))
+        return [
+            EncodedRow(draw.integers(5, 60, n), (draw.integers(5, 60, m),), task=job)
+            for n, m in lengths
+        ]
+
+    for _ in range(4):
+        jobs = [make_job(job) for job in range(len(names))]
+        losses, gradients = run(wave, list(chain(*jobs)))
+        for job, rows in enumerate(jobs):
+            single = Adapter(config, sites, task_names=names[job : job + 1], is_wave=True)
+            for name, tensor in single.named_parameters():
+                tensor.data.copy_(take(wave.get_parameter(name).data, like=tensor, job=job))
+            alone, own = run(single, [replace(row, task=0) for row in rows])
+            assert torch.equal(losses[3 * job : 3 * job + 3], alone)
+            for name, gradient in own.items():
+                assert torch.equal(take(gradients[name], like=gradient, job=job), gradient), name
+
+
+def take(tensor: Tensor, *, like: Tensor, job: int) -> Tensor:
+    """What is one job's of a tensor of three."""
+    axis = next(
+        n for n, pair in enumerate(zip(tensor.shape, like.shape, strict=True)) if pair == (3, 1)
+    )
+    return tensor.narrow(axis, job, 1)
