@@ -165,8 +165,9 @@ def _columns(is_token_BL: Any) -> tuple[int, int]:
     """The columns from the first token to the last, a multiple of `ALIGNED` where there is room."""
     columns, width = is_token_BL.any(0).nonzero()[0], is_token_BL.shape[1]
     first, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
-    stop = min(width, first - (first - stop) // ALIGNED * ALIGNED)
-    return max(0, stop - -(-(stop - first) // ALIGNED) * ALIGNED), stop
+    size = -(-(stop - first) // ALIGNED) * ALIGNED
+    stop = min(width, first + size)
+    return max(0, stop - size), stop
 
 
 def group_alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhr_scale.adapters import row_map
-from mhr_scale.adapters.by_slot import EVEN, BySlot, Masked, Spans
+from mhr_scale.adapters.by_slot import EVEN, BySlot, Even, Masked, Spans
 from mhr_scale.adapters.products import Cut, products, scale, update
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.families.flat import Stream
@@ -70,7 +70,8 @@ def ways_of(tokens: Tokens, x: Tensor) -> dict[str, BySlot]:
     spans = Spans(tokens.map()._spans(tokens.n_tokens), tokens.n_tokens)
     ways: dict[str, BySlot] = {"spans": spans}
     if tokens.n_slots > 1:
-        mask = row_map._mask(spans.spans, x, tokens.n_slots)
+        slots = torch.tensor([-1 if slot is None else slot for slot in tokens.slot_of_token])
+        mask = (slots[:, None, None] == torch.arange(tokens.n_slots)[:, None]).to(x)
         ways["masked"] = Masked(spans.spans, tokens.n_tokens, mask)
     if tokens.map().by_slot(x) is EVEN:
         ways["even"] = EVEN
@@ -157,7 +158,6 @@ def test_scaling_is_that_of_each_token(tokens):
     )[None]
     expected = with_gradients([plainly], (y, l_UO))
     ways = ways_of(tokens, y)
-    assert type(tokens.map().by_slot(y)) is Spans
     for by in ways.values():
         close(with_gradients([scale(y, l_UO, by=by, cut=OPEN)], (y, l_UO)), expected)
     small, of_slots = y.detach().bfloat16(), l_UO.detach().float()
@@ -172,9 +172,10 @@ def test_scaling_is_that_of_each_token(tokens):
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("n_siblings", [1, 2, 3])
-def test_spans_give_a_slot_the_bits_that_it_has_alone(n_siblings, rank):
+@pytest.mark.parametrize("counts", [(15, 34, 23), (24, 24, 24)], ids=["ragged", "even"])
+def test_spans_give_a_slot_the_bits_that_it_has_alone(counts, n_siblings, rank):
     torch.manual_seed(0)
-    counts, n_in, n_out = (15, 34, 23), 64, 48
+    n_in, n_out = 64, 48
     n_tokens = sum(counts)
     x, g = torch.randn(1, n_tokens, n_in), torch.randn(1, n_tokens, n_out)
     a_UIX = torch.randn(3, n_in, rank * n_siblings)
@@ -207,6 +208,17 @@ def test_spans_give_a_slot_the_bits_that_it_has_alone(n_siblings, rank):
 
 
 # -- which way -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "is_exact", "way"),
+    [(4, False, Even), (8, False, Even), (4, True, Spans), (8, True, Even)],
+)
+def test_equally_many_tokens_of_each_slot_need_no_ranges(length, is_exact, way):
+    tokens = Tokens((0, 1, 2), (length,) * 3, 3)
+    assert type(tokens.map(is_exact=is_exact).by_slot(x_of(tokens))) is way
+    unordered = Tokens((0, 2, 1), (length,) * 3, 3)
+    assert type(unordered.map(is_exact=is_exact).by_slot(x_of(tokens))) is Spans
 
 
 def x_of(tokens: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
