@@ -18,7 +18,6 @@ from mhr_scale.adapters.by_slot import (
 )
 from mhr_scale.families.flat import Stream
 from mhr_scale.families.fused import is_on_cpu
-from mhr_scale.families.packed import PAD_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +99,12 @@ class RowMap:
         return masked
 
     def _find_spans(self, n_tokens: int) -> BySlot:
-        """Ranges of tokens; equally many for each slot, in order, need none.
-
-        In an exact map only where all begin at a multiple of 8 tokens, as padded rows do.
-        """
+        """Ranges of tokens; equally many for each slot, in order, need none, if not to the bit."""
         spans = self._spans(n_tokens)
         length, rest = divmod(n_tokens, self.n_slots)
         even = [Span(n, n * length, (n + 1) * length) for n in range(self.n_slots)]
-        is_aligned = not self.is_exact or length % PAD_MULTIPLE == 0
-        return EVEN if not rest and is_aligned and spans == tuple(even) else Spans(spans, n_tokens)
+        is_even = not rest and spans == tuple(even) and not self.is_exact
+        return EVEN if is_even else Spans(spans, n_tokens)
 
     def _spans(self, n_tokens: int) -> tuple[Span, ...]:
         """Ranges of the tokens of one slot."""

@@ -212,7 +212,7 @@ def test_spans_give_a_slot_the_bits_that_it_has_alone(counts, n_siblings, rank):
 
 @pytest.mark.parametrize(
     ("length", "is_exact", "way"),
-    [(4, False, Even), (8, False, Even), (4, True, Spans), (8, True, Even)],
+    [(4, False, Even), (8, False, Even), (4, True, Spans), (8, True, Spans)],
 )
 def test_equally_many_tokens_of_each_slot_need_no_ranges(length, is_exact, way):
     tokens = Tokens((0, 1, 2), (length,) * 3, 3)
