@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mhr_scale.adapters.methods import Adapter, attach
     from mhr_scale.adapters.sites import find_sites
     from mhr_scale.adapters.wrapping import detach
-    from mhr_scale.families.flat import Stream
+    from mhr_scale.families.sequences import Stream
 
 __all__ = ["CARD", "Adapter", "AdapterConfig", "Stream", "attach", "detach", "find_sites"]
 

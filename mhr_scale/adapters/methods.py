@@ -30,7 +30,7 @@ from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
 from mhr_scale.errors import AdapterError, suggest
-from mhr_scale.families.flat import Stream
+from mhr_scale.families.sequences import Stream
 from mhr_scale.seeds import seed_from
 
 

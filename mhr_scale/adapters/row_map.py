@@ -16,8 +16,8 @@ from mhr_scale.adapters.by_slot import (
     Span,
     Spans,
 )
-from mhr_scale.families.flat import Stream
 from mhr_scale.families.fused import is_on_cpu
+from mhr_scale.families.sequences import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

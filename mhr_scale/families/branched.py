@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mhr_scale.families.flat import BranchedStream, Flat, Rectangle
+from mhr_scale.families.flat import Flat
 from mhr_scale.families.packed import EncodedRow, Ids, Packed, lay_answers, read_at
+from mhr_scale.families.sequences import BranchedStream, Rectangle
 
 #: Tokens that prompts have in common at least, for which it pays to have them once.
 FEWEST_ALIKE = 16

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from mhr_scale.errors import BackboneError, DataError
 from mhr_scale.families import composed
-from mhr_scale.families.causal_masks import has_window, make_masks, masks_of_branches
+from mhr_scale.families.causal_masks import has_window, masks_of
 from mhr_scale.families.discovered import Discovered, find
 from mhr_scale.families.family import Settings, Side
-from mhr_scale.families.flat import Flat, SpreadStream, group_alike, take
+from mhr_scale.families.flat import Flat
 from mhr_scale.families.packed import IGNORE, PAD_MULTIPLE, EncodedRow, Packed, Targets, read_at
+from mhr_scale.families.sequences import SpreadStream, group_alike, take
 
 #: Model types that are named where another one is refused.
 KNOWN_TYPES = (
@@ -259,7 +260,7 @@ class Causal(Discovered):
         """Logits of what comes behind the prompt and behind each token of an answer."""
         output = model(
             **_tokens(packed),
-            attention_mask=_masks(model, packed),
+            attention_mask=masks_of(model, packed),
             # not their number: for a slice of the states torch repeats a frozen head for each row
             logits_to_keep=packed.inputs["reads"],
             use_cache=False,
@@ -288,7 +289,7 @@ class Causal(Discovered):
     def states(self, model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
         """The last hidden states of prompts (B, L, H), and their mask (B, L)."""
         output = model.base_model(
-            **_tokens(packed), attention_mask=_masks(model, packed), use_cache=False
+            **_tokens(packed), attention_mask=masks_of(model, packed), use_cache=False
         )
         return output.last_hidden_state, (packed.inputs["branches"] == 0).long()
 
@@ -337,15 +338,6 @@ def _check_experts(config: Any, place: str) -> None:
 def _tokens(packed: Packed) -> dict[str, Tensor]:
     """What the model is called with, masks apart; others may have put more there than `pack`."""
     return {name: tensor for name, tensor in packed.inputs.items() if name not in OUR_OWN}
-
-
-def _masks(model: Any, packed: Packed) -> Any:
-    inputs, dtype = packed.inputs, model.get_input_embeddings().weight.dtype
-    stream = None if packed.flat is None else packed.flat.branched
-    if stream is not None:
-        return masks_of_branches(model.config, stream, inputs["position_ids"][0], dtype)
-    columns = inputs["columns" if "columns" in inputs else "position_ids"]
-    return make_masks(model.config, inputs["branches"], columns, dtype)
 
 
 def close_text(ids: list[int], side: Side, tokenizer: Any) -> list[int]:

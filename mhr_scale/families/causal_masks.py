@@ -9,10 +9,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mhr_scale.families.flat import BranchedStream
+from mhr_scale.families.packed import Packed
+from mhr_scale.families.sequences import BranchedStream
 
 #: A mask for all layers, or one for each kind of them, as a model takes it.
 Masks: TypeAlias = Tensor | dict[str, Tensor]
+
+
+def masks_of(model: Any, packed: Packed) -> Masks:
+    """The masks of packed rows, in the data type of the model's states."""
+    inputs, dtype = packed.inputs, model.get_input_embeddings().weight.dtype
+    stream = None if packed.flat is None else packed.flat.branched
+    if stream is not None:
+        return masks_of_branches(model.config, stream, inputs["position_ids"][0], dtype)
+    columns = inputs["columns" if "columns" in inputs else "position_ids"]
+    return make_masks(model.config, inputs["branches"], columns, dtype)
 
 
 def make_masks(config: Any, branches_BL: Tensor, positions_BL: Tensor, dtype: torch.dtype) -> Masks:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhr_scale.families.causal_masks import additive
 from mhr_scale.families.family import Family, Side
-from mhr_scale.families.flat import Flat, SpreadStream, group_alike, take
+from mhr_scale.families.flat import Flat
 from mhr_scale.families.packed import (
     PAD_MULTIPLE,
     EncodedRow,
@@ -27,6 +27,7 @@ from mhr_scale.families.packed import (
     lay_answers,
     pad_ids,
 )
+from mhr_scale.families.sequences import SpreadStream, group_alike, take
 
 
 @dataclass(frozen=True, kw_only=True)

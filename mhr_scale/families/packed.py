@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mhr_scale.errors import DataError
-from mhr_scale.families.flat import Flat, Stream
+from mhr_scale.families.flat import Flat
+from mhr_scale.families.sequences import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

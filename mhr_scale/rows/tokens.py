@@ -139,8 +139,15 @@ def open_tokens(
     manifest = describe(suite, tokenizer, batch, family)
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
-    def from_cache(folder: Path) -> TokenSet:
-        return _from_cache(folder, key, suite, tokenizer, batch, family, manifest, on_bad)
+    def from_cache(cache: Path) -> TokenSet:
+        folder = cache / key[:24]
+        if not (folder / "manifest.json").is_file():
+            suite.check_source()
+            cache.mkdir(parents=True, exist_ok=True)
+            with _lock(cache / f".{key[:24]}.lock"):
+                if not (folder / "manifest.json").is_file():
+                    _build(folder, suite, tokenizer, batch, family, manifest, on_bad)
+        return _load(folder, manifest, key)
 
     if cache is not None:
         return from_cache(Path(cache))
@@ -161,27 +168,6 @@ def open_tokens(
         rejects=reading.intake.rows(),
         fingerprint=key,
     )
-
-
-def _from_cache(
-    cache: Path,
-    key: str,
-    suite: Suite,
-    tokenizer: Any,
-    batch: BatchConfig,
-    family: Family,
-    manifest: dict[str, Any],
-    on_bad: str | None,
-) -> TokenSet:
-    """The tokens of this key in a cache folder, which are made where they are not there."""
-    folder = cache / key[:24]
-    if not (folder / "manifest.json").is_file():
-        suite.check_source()
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f".{key[:24]}.lock"):
-            if not (folder / "manifest.json").is_file():
-                _build(folder, suite, tokenizer, batch, family, manifest, on_bad)
-    return _load(folder, manifest, key)
 
 
 def find_tokens(

@@ -12,7 +12,7 @@ from mhr_scale.adapters import row_map
 from mhr_scale.adapters.by_slot import EVEN, BySlot, Even, Masked, Spans
 from mhr_scale.adapters.products import Cut, products, scale, update
 from mhr_scale.adapters.row_map import RowMap
-from mhr_scale.families.flat import Stream
+from mhr_scale.families.sequences import Stream
 
 OPEN = Cut(is_open=True)
 N_IN, N_OUT = 6, 5

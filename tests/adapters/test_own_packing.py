@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhr_scale import AdapterConfig, Stream, attach
 from mhr_scale.errors import AdapterError
-from mhr_scale.families.flat import Stream as DefinedStream
+from mhr_scale.families.sequences import Stream as DefinedStream
 
 MHR = AdapterConfig(layout="full", rank=2, n_skills=3, n_splits=4)
 TASKS = ("copy", "sort")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhr_scale.families import flat
-from mhr_scale.families.flat import Flat, SpreadStream
+from mhr_scale.families import flat, sequences
+from mhr_scale.families.flat import Flat
+from mhr_scale.families.sequences import SpreadStream
 
 #: Rows with padding on the right, on the left, in between; one without a token; full ones.
 MASKS = {
@@ -55,7 +56,7 @@ def test_it_is_filled_up_to_a_multiple_and_never_to_the_length_of_another(mask):
 
 def test_an_array_is_taken_row_by_row_with_zeros_behind(mask, stream):
     numbers = np.arange(1, mask.size + 1).reshape(mask.shape)
-    taken = flat.take(numbers, mask, stream.n_tokens)
+    taken = sequences.take(numbers, mask, stream.n_tokens)
     assert taken.shape == (1, stream.n_tokens)
     n = int(mask.sum())
     assert taken[0, :n].tolist() == numbers[mask].tolist()
@@ -110,8 +111,8 @@ def test_spread_refuses_second_derivatives():
 
 
 def test_rows_are_grouped_with_those_of_three_quarters_of_their_length_or_more():
-    assert flat.group_alike([8, 3, 6, 100, 76, 5, 8]) == [[3, 4], [0, 2, 6], [5], [1]]
-    assert flat.group_alike([4, 4]) == [[0, 1]]
+    assert sequences.group_alike([8, 3, 6, 100, 76, 5, 8]) == [[3, 4], [0, 2, 6], [5], [1]]
+    assert sequences.group_alike([4, 4]) == [[0, 1]]
 
 
 GROUPS = [[1], [0, 2]]
