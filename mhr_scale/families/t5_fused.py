@@ -117,8 +117,11 @@ class Attention:
         of_q, of_k = flat.stream_of(q.shape[2]), flat.stream_of(k.shape[2])
         parts = list(zip(of_q.spread(q), of_k.spread(k), of_k.spread(v), strict=True))
         if position_bias is None:
+            # once for all parts, whose number differs between ranks: its weight may be sharded
+            longest = (max(heads[n].shape[2] for heads in parts) for n in range(2))
+            bias = self._bias(q, *longest, seen=0)
             merged = [
-                self._additive_mask(q, k, piece, 0, is_cross=is_cross)
+                self._merged(bias[:, :, : q.shape[2], : k.shape[2]], q, k, piece, is_cross)
                 for (q, k, _), piece in zip(parts, flat.masks_of(mask, of_q, of_k), strict=True)
             ]
             position_bias = torch.cat([piece.flatten() for piece in merged])
@@ -149,10 +152,19 @@ class Attention:
     def _additive_mask(
         self: Any, q: Tensor, k: Tensor, mask: Tensor | None, seen: Any, *, is_cross: bool
     ) -> Tensor:
-        if self.has_relative_attention_bias:
-            bias = self.compute_bias(q.shape[2], k.shape[2], q.device, past_seen_tokens=seen)
-        else:
-            bias = q.new_zeros(1, 1, 1, 1)
+        bias = self._bias(q, q.shape[2], k.shape[2], seen=seen)
+        return self._merged(bias, q, k, mask, is_cross)
+
+    def _bias(self: Any, q: Tensor, n_queries: int, n_keys: int, *, seen: Any) -> Tensor:
+        """The bias of positions (1, H, L, K), or zero."""
+        if not self.has_relative_attention_bias:
+            return q.new_zeros(1, 1, 1, 1)
+        bias: Tensor = self.compute_bias(n_queries, n_keys, q.device, past_seen_tokens=seen)
+        return bias
+
+    def _merged(
+        self: Any, bias: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, is_cross: bool
+    ) -> Tensor:
         is_causal = self.is_causal and not is_cross and mask is None and q.shape[2] > 1
         merged: Tensor = create_position_bias_mask(bias, mask, is_causal, q, k)
         return merged

@@ -210,9 +210,10 @@ def plain_products(
     b_URO: Sequence[Tensor | None],
     frozen: Sequence[tuple[Tensor, Tensor | None]],
     *,
+    by: object,
     cut: object,
 ) -> tuple[Tensor, ...]:
-    """`products` as autograd's own operations, one after the other."""
+    """`products` of equally many rows a slot as autograd's own operations, one after the other."""
     slots = 1 if a_UIX.dim() == 2 else a_UIX.shape[0]
     hidden = x.reshape(slots, -1, x.shape[-1]) @ a_UIX
     ranks = [b.shape[-2] for b in b_URO if b is not None]
