@@ -17,7 +17,7 @@ from mhr_scale.adapters.by_slot import (
     Spans,
 )
 from mhr_scale.families.fused import is_on_cpu
-from mhr_scale.families.sequences import Stream
+from mhr_scale.families.sequences import ALIGNED, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,17 @@ class RowMap:
         return masked
 
     def _find_spans(self, n_tokens: int) -> BySlot:
-        """Ranges of tokens; equally many for each slot, in order, need none, if not to the bit."""
+        """Ranges of tokens; equally many for each slot, in order, need none.
+
+        In an exact map only where each begins at a multiple of `ALIGNED` tokens, as padded rows do:
+        one batched product then has the bits of one a slot, for ranks of two or more.
+        """
         spans = self._spans(n_tokens)
         length, rest = divmod(n_tokens, self.n_slots)
         even = [Span(n, n * length, (n + 1) * length) for n in range(self.n_slots)]
-        is_even = not rest and spans == tuple(even) and not self.is_exact
-        return EVEN if is_even else Spans(spans, n_tokens)
+        is_even = not rest and spans == tuple(even)
+        is_aligned = not self.is_exact or length % ALIGNED == 0
+        return EVEN if is_even and is_aligned else Spans(spans, n_tokens)
 
     def _spans(self, n_tokens: int) -> tuple[Span, ...]:
         """Ranges of the tokens of one slot."""
