@@ -49,13 +49,13 @@ class BySlot(ABC):
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
         """The hidden columns x A[slot]."""
 
-    @abstractmethod
     def columns(self, h: Tensor, ranks: Sequence[int]) -> list[Tensor]:
         """The hidden columns of each sibling."""
+        return [h] if len(ranks) == 1 else list(h.split(list(ranks), -1))
 
-    @abstractmethod
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The reverse of `columns`."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
     @abstractmethod
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:
@@ -96,14 +96,6 @@ class Even(BySlot):
     @override
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
         return _multiply(x, a_UIX)
-
-    @override
-    def columns(self, h: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-        return [h] if len(ranks) == 1 else list(h.split(list(ranks), -1))
-
-    @override
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
     @override
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:
@@ -177,14 +169,6 @@ class Spans(BySlot):
     @override
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
         return self._products(x, _by_number(a_UIX), a_UIX.shape[-1])
-
-    @override
-    def columns(self, h: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-        return [h] if len(ranks) == 1 else list(h.split(list(ranks), -1))
-
-    @override
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
     @override
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:

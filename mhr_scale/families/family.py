@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mhr_scale.errors import BackboneError
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed, Targets
 from mhr_scale.families.stored_names import AS_NAMED, Arrangement
 
@@ -312,8 +313,11 @@ class Family(ABC):
         """
 
     def pack_shared(self, rows: Sequence[EncodedRow], config: Any) -> Packed:
-        """Rows laid flat, tokens that a task's prompts begin with alike once: without gradients."""
-        raise NotImplementedError(f"{self.name}: prompts are not shared")
+        """Rows laid flat, tokens that a task's prompts begin with alike once: without gradients.
+
+        Raises `BackboneError` for a family that does not share them (`shares_prompts`).
+        """
+        raise BackboneError(f"{self.name}: prompts are not shared; use `pack`")
 
     # -- passes ----------------------------------------------------------------------------------
 

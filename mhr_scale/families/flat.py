@@ -1,7 +1,7 @@
 """Rows laid flat: the tokens of several rows one behind another in one sequence, without padding.
 
 Everything that a model computes token by token runs on the tokens alone. Attention is where rows
-meet: there queries, keys and values are spread into a rectangle, a row of it for each row, under
+meet: there queries, keys and values are spread into rectangles, for rows of like lengths one, under
 the masks that padded rows have, and what comes out is laid flat again. So a token sees what it sees
 in a row of its own, whatever lies beside it, and no operation is spent on padding outside of the
 products of attention (`sequences`).
