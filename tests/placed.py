@@ -1,4 +1,4 @@
-"""A model on the CPU as passes take it."""
+"""A model as passes take it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,16 @@ from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.table import find_family
 
+CPU = torch.device("cpu")
 
-def place_model(model: Any, sites: Sequence[Site] = ()) -> PlacedBackbone:
-    """The model with the linears of `sites` wrapped, alone on the CPU."""
+
+def place_model(
+    model: Any, sites: Sequence[Site] = (), *, device: torch.device = CPU
+) -> PlacedBackbone:
+    """The model with the linears of `sites` wrapped, alone on the device."""
     return PlacedBackbone(
-        engine=Engine({}, timeout_seconds=60.0, device=torch.device("cpu")),
+        engine=Engine({}, timeout_seconds=60.0, device=device),
         family=find_family(model.config),
-        model=model,
+        model=model.to(device),
         adapted=wrap(model, sites),
     )

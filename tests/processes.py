@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,12 +19,14 @@ def start(
     ranks: int = 0,
     launcher: tuple[str, ...] = (),
     folder: Path = ROOT,
+    accelerator: str = "cpu",
 ) -> subprocess.Popen[str]:
     """Start a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0.
 
-    `launcher` is another launcher and its options, `folder` another working directory.
+    `launcher` is another launcher and its options, `folder` another working directory, and
+    `accelerator` is DeepSpeed's name of what it runs on.
     """
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "HF_HUB_OFFLINE": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     binaries = Path(sys.executable).parent
@@ -58,7 +58,9 @@ def finish(process: subprocess.Popen[str], timeout: float) -> subprocess.Complet
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{process.args} took more than {timeout} s:\n{output[-4000:]}")
+        raise AssertionError(
+            f"{process.args} took more than {timeout} s:\n{output[-4000:]}"
+        ) from None
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
 
 
@@ -68,16 +70,23 @@ def run(
     ranks: int = 0,
     launcher: tuple[str, ...] = (),
     folder: Path = ROOT,
+    accelerator: str = "cpu",
     timeout: float = 240.0,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as `start` starts it."""
-    process = start(script, *arguments, ranks=ranks, launcher=launcher, folder=folder)
-    return finish(process, timeout)
+    options: dict[str, Any] = {"launcher": launcher, "folder": folder, "accelerator": accelerator}
+    return finish(start(script, *arguments, ranks=ranks, **options), timeout)
 
 
-def succeed(script: str, *arguments: str, ranks: int = 0, timeout: float = 240.0) -> str:
+def succeed(
+    script: str,
+    *arguments: str,
+    ranks: int = 0,
+    accelerator: str = "cpu",
+    timeout: float = 240.0,
+) -> str:
     """Run a script that must end well; returns what it printed."""
-    result = run(script, *arguments, ranks=ranks, timeout=timeout)
+    result = run(script, *arguments, ranks=ranks, accelerator=accelerator, timeout=timeout)
     assert result.returncode == 0, f"exit code {result.returncode}:\n{result.stdout[-6000:]}"
     return result.stdout
 

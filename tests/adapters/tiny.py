@@ -55,10 +55,11 @@ def make_adapted(
     *,
     tasks: Sequence[str] = TASKS,
     dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
     **changes: Any,
 ) -> tuple[nn.Module, Adapter]:
-    """A tiny T5 in training mode with a randomised adapter, both of `dtype`."""
-    model = make_t5(**changes).to(dtype).train()
+    """A tiny T5 in training mode with a randomised adapter, both of `dtype` on `device`."""
+    model = make_t5(**changes).to(device, dtype).train()
     adapter = attach(model, config, tasks=tasks).to(dtype)
     return model, randomise(adapter)
 
@@ -113,11 +114,16 @@ def make_batch(n_rows: int, *, n_inputs: int = 7, n_targets: int = 5, seed: int 
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def batch_for(model: Any, n_rows: int, **options: Any) -> dict[str, Tensor]:
+    """The same (`make_batch`) on the model's device."""
+    return {name: t.to(model.device) for name, t in make_batch(n_rows, **options).items()}
+
+
 def gradients(
     model: nn.Module, adapter: Adapter, task_ids: Sequence[int], *, seed: int = 0, **options: Any
 ) -> dict[str, Tensor]:
     """Gradients of one step on a fixed batch; the adapter's own are cleared again."""
-    batch = make_batch(len(task_ids), seed=seed)
+    batch = batch_for(model, len(task_ids), seed=seed)
     with adapter.slots(task_ids, **options) as slots:
         slots.backward(model(**batch).loss)
     found = tensors_of(adapter, gradients=True)
@@ -129,7 +135,7 @@ def logits(
     model: nn.Module, adapter: Adapter, task_ids: Sequence[int | str], **options: Any
 ) -> Tensor:
     """Logits of a fixed batch without gradients."""
-    batch = make_batch(len(task_ids))
+    batch = batch_for(model, len(task_ids))
     with torch.no_grad(), adapter.slots(task_ids, **options):
         return model(**batch).logits
 

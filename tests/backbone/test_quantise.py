@@ -5,30 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_backbones
 import torch
+from quantised_backbones import (
+    SIZES,
+    TASK_IDS,
+    batch,
+    gradients,
+    logits,
+    make_adapter,
+    quantised,
+    relative,
+    with_whole_weights,
+)
 from torch import Tensor, nn
 
-from mhr_scale.adapters import Adapter, attach, find_sites
+from mhr_scale.adapters import find_sites
 from mhr_scale.adapters.linear import Siblings
 from mhr_scale.backbone import quantise
 from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.backbone.quantised_parts import keep_format
-from mhr_scale.config import AdapterConfig, BackboneConfig
-from mhr_scale.engine.engine import Engine
+from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import BackboneError
 
-SIZES = {
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_heads": 4,
-    "num_layers": 2,
-    "vocab_size": 384,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-}
-MHR = AdapterConfig(layout="full", rank=2, n_skills=4, n_splits=4)
-TASK_IDS = (0, 1, 1, 2)
 DTYPES = ("float32", "bfloat16")
 KINDS = ("int8", "nf4")
 WO = "encoder.block.1.layer.1.DenseReluDense.wo"
@@ -38,75 +37,9 @@ Build = Callable[..., Any]
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Builds a backbone as a verb does, on CPU; by default random weights in float32."""
+    """Builds a backbone as a verb does, on CPU."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-
-    def build(kind: str, **settings: Any) -> Any:
-        given = {"dtype": "float32", **settings}
-        if "name" not in given:
-            given["config"] = given.get("config", SIZES)
-        config = BackboneConfig(quantise=kind, **given)  # type: ignore[arg-type]
-        return Engine({}, timeout_seconds=60).build(config, read_blueprint(config))
-
-    return build
-
-
-def batch(rows: int = 4) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "input_ids": torch.randint(3, 300, (rows, 9), generator=generator),
-        "labels": torch.randint(3, 300, (rows, 5), generator=generator),
-    }
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(**batch()).logits
-    return found
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def quantised(model: Any) -> dict[str, nn.Module]:
-    kinds = ("Linear8bitLt", "Linear4bit")
-    return {name: m for name, m in model.named_modules() if type(m).__name__ in kinds}
-
-
-def whole_weight(linear: Any) -> Tensor:
-    """The weight that a quantised linear stands for."""
-    functional = pytest.importorskip("bitsandbytes").functional
-    if type(linear).__name__ == "Linear4bit":
-        found: Tensor = functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        return found
-    scale = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
-    return linear.weight.data.float() * scale[:, None] / 127.0
-
-
-def with_whole_weights(model: Any, bare: Any) -> Any:
-    """`bare`, an unquantised model, with the weights that those of `model` stand for."""
-    for name, linear in quantised(model).items():
-        bare.get_submodule(name).weight.data.copy_(whole_weight(linear))
-    return bare
-
-
-def make_adapter(model: Any) -> Adapter:
-    adapter = attach(model, MHR, tasks=("a", "b", "c"))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapter
-
-
-def gradients(model: Any, adapter: Adapter) -> dict[str, Tensor]:
-    model.train()
-    with adapter.slots(TASK_IDS) as slots:
-        slots.backward(model(**batch()).loss)
-    found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
-    adapter.zero_grad(set_to_none=True)
-    return found
+    return quantised_backbones.build
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -240,7 +173,7 @@ def test_the_adapted_linear_keeps_the_type_of_the_frozen_product(
     for linear in adapter.linears:
         linear.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
     with torch.no_grad(), adapter.slots(TASK_IDS):
-        model(**batch())
+        model(**batch(model))
     assert set(seen) == {getattr(torch, dtype)}
 
 

@@ -10,114 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_causal import FAMILIES, enlarge, small_causal
-from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
+from laid_rows import FLAT, ON, PADDED_ONLY, T5S, adapted, make, make_rows, pack, step
+from small_causal import FAMILIES
 
-from mhr_scale.adapters import Adapter, AdapterConfig, attach, detach
-from mhr_scale.config import BackboneConfig
-from mhr_scale.families.modes import set_dropout, set_recompute
-from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.adapters import AdapterConfig
+from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.t5gemma import T5GEMMA
 from mhr_scale.families.table import find_family
 from mhr_scale.passes.filled import filled
-from mhr_scale.passes.losses import token_losses
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
 
-SIZES = {
-    **{"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    **{"decoder_start_token_id": 0, "dropout_rate": 0.0, "tie_word_embeddings": False},
-}
-T5S: dict[str, Any] = {
-    "t5 v1.0": (T5Config, {"feed_forward_proj": "relu"}),
-    "t5 v1.1": (T5Config, {"feed_forward_proj": "gated-gelu"}),
-    "mt5": (MT5Config, {"feed_forward_proj": "gated-gelu"}),
-    "umt5": (UMT5Config, {"feed_forward_proj": "gated-gelu"}),
-}
-#: Families whose attention takes padded rows only.
-PADDED_ONLY = ("falcon", "falcon new", "gptj", "umt5")
-FLAT = [name for name in (*FAMILIES, *T5S) if name not in PADDED_ONLY]
 #: One of each kind: grouped heads, capped scores under a window, positions looked up, two stacks.
 SOME = ("llama", "gemma2", "gpt2", "t5 v1.1")
-TASKS = ("a", "b", "c")
-MHR = AdapterConfig(layout="full", rank=2, n_skills=3, n_splits=2)
-ON = BackboneConfig(name="x")
-
-
-def make(name: str, settings: BackboneConfig = ON) -> Any:
-    """A frozen model with the faster parts, that trains without dropout."""
-    if name in FAMILIES:
-        model = small_causal(name)
-    else:
-        kind, fields = T5S[name]
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            model = enlarge(AutoModelForSeq2SeqLM.from_config(kind(**SIZES, **fields)))
-    find_family(model.config).fuse(model, settings)
-    set_dropout(model, 0.0)
-    return model.train().requires_grad_(False)
 
 
 @cache
 def made(name: str) -> Any:
     return make(name)
-
-
-def adapted(model: Any, config: AdapterConfig = MHR) -> Adapter:
-    """A new adapter in place of the model's own, none of whose tensors is trivial."""
-    detach(model)
-    adapter = attach(model, config, tasks=TASKS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapter
-
-
-def make_rows() -> list[EncodedRow]:
-    """Rows of three tasks that take turns, with one answer or several, some beyond the windows."""
-    draw = np.random.default_rng(0)
-    shapes = ((11, (3, 1, 4), 0), (7, (2,), 2), (13, (1, 9), 2), (21, (5,), 1), (3, (2, 2), 0))
-    return [
-        EncodedRow(
-            draw.integers(5, 90, n),
-            tuple(draw.integers(5, 90, m) for m in answers),
-            task=task,
-            number=number,
-        )
-        for number, (n, answers, task) in enumerate(shapes)
-    ]
-
-
-def pack(model: Any, rows: list[EncodedRow] | None = None, **options: Any) -> Packed:
-    family = find_family(model.config)
-    return family.pack(make_rows() if rows is None else rows, model.config, **options)
-
-
-def step(
-    model: Any, adapter: Adapter, packed: Packed, *, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Losses of all target positions, the logits there, gradients of the summed losses."""
-    family = find_family(model.config)
-    adapter.zero_grad(set_to_none=True)
-    seeds = [7 + row.number for row in packed.rows]
-    with filled(adapter, packed, seeds=seeds) as slots:
-        predicted = family.predictions(model, packed)
-        losses = token_losses(
-            predicted, packed.labels_BD, packed.sources, label_smoothing=label_smoothing
-        )
-        slots.backward(losses.sum())
-    with torch.no_grad(), filled(adapter, packed, seeds=seeds):
-        logits = family.logits(model, packed)
-    found = {
-        name: p.grad.to_dense() for name, p in adapter.named_parameters() if p.grad is not None
-    }
-    is_target = (packed.labels_BD >= 0)[..., None]
-    return losses.detach(), logits.where(is_target, 0.0), found
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -160,8 +73,7 @@ def test_losses_logits_and_gradients_are_those_of_padded_rows(name: str) -> None
 @pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize("mode", ["reentrant", "non_reentrant"])
 def test_blocks_that_are_computed_anew_find_the_same_rows(name: str, mode: str) -> None:
-    model, expected_of = make(name), made(name)
-    set_recompute(model, mode)
+    model, expected_of = make(name, replace(ON, recompute=mode)), made(name)
     expected = step(expected_of, adapted(expected_of), pack(expected_of))
     assert_same(step(model, adapted(model), pack(model, is_flat=True)), expected)
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from restated_varlen import counted
 from small_causal import make_rows, small_causal
-from torch.nn.attention import varlen as torch_varlen
 
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families import varlen
@@ -13,40 +13,11 @@ from mhr_scale.families.causal import CAUSAL
 from mhr_scale.passes.losses import token_losses
 
 
-def restated(q, k, v, bounds_q, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """The kernel by its documentation: queries (T, H, D) see keys of their own sequence."""
-    assert torch.equal(bounds_q, bounds_k)
-    assert bounds_q.dtype == torch.int32
-    assert int(bounds_q.diff().max()) == max_q == max_k
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    left, right = window_size
-    assert right == 0
-    k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
-    out = torch.zeros_like(q)
-    for start, stop in zip(bounds_q[:-1].tolist(), bounds_q[1:].tolist(), strict=True):
-        places = torch.arange(stop - start)
-        distance = places[:, None] - places
-        is_open = (distance >= 0) & ((left < 0) | (distance <= left))
-        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * scale
-        weights = scores.masked_fill(~is_open, -torch.inf).softmax(-1)
-        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, v[start:stop])
-    return out
-
-
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """Every attention of rows that are one text each goes to the restated kernel."""
-    seen = []
-
-    def attend(*args, **options):
-        seen.append(options["window_size"])
-        return restated(*args, **options)
-
-    monkeypatch.setattr(torch_varlen, "varlen_attn", attend)
-    monkeypatch.setattr(
-        varlen, "fits", lambda module, flat, query, *, dropout, options: flat.is_causal
-    )
-    return seen
+    with counted(is_restated=True) as seen:
+        yield seen
 
 
 def losses_of(model, rows, *, is_flat, token_multiple=1):

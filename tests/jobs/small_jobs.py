@@ -155,8 +155,8 @@ class Trained:
 class Bench:
     """A tiny frozen T5 that waves are bound to, one after the other."""
 
-    def __init__(self, layout: str = "full") -> None:
-        self.placed = place_model(make_t5(**SMALL), sites(layout))
+    def __init__(self, layout: str = "full", device: torch.device = CPU) -> None:
+        self.placed = place_model(make_t5(**SMALL), sites(layout), device=device)
         order_gradients(self.placed.model, self.placed.family)
 
     def step(self, wave: Wave) -> StepValues:
@@ -200,13 +200,13 @@ class Case:
     def variant(self) -> VariantConfig:
         return self.config.variants["v"]
 
-    def open(self, numbers: Sequence[int] | None = None) -> Wave:
+    def open(self, numbers: Sequence[int] | None = None, *, device: torch.device = CPU) -> Wave:
         """A wave at the start of some of the jobs, by default all."""
         chosen = self.members if numbers is None else [self.members[n] for n in numbers]
         layout = self.source.config.layout if self.source else self.variant.fresh.layout
         adapters = [start(m.job, self.variant, self.source, sites=sites(layout)) for m in chosen]
         members = [Member(m.job, m.data, m.steps) for m in chosen]
-        return Wave.open(self.config, self.variant, members, adapters, device=CPU)
+        return Wave.open(self.config, self.variant, members, adapters, device=device)
 
 
 def make_case(
@@ -221,7 +221,7 @@ def make_case(
     config = replace(make_config(variant, **protocol), optim=optim)
     members = []
     for number, n_steps in enumerate(steps):
-        name, seed = f"task{number}", (0, 0, 7, 1)[number]
-        data = make_data(config, name, n_rows=(10, 8, 9, 11)[number], seed=seed)
+        name, seed = f"task{number}", (0, 0, 7, 1)[number % 4]
+        data = make_data(config, name, n_rows=(10, 8, 9, 11)[number % 4], seed=seed)
         members.append(Member(Job(task=name, seed=seed, variant="v"), data, n_steps))
     return Case(config, source, members)
