@@ -2,31 +2,12 @@
 
 import pytest
 import torch
+from every_method import CONFIGS, SEEDS, TASK_IDS
 from tiny import TASKS, gradients, logits, make_adapted, tensors_of
 
 from mhr_scale.adapters import AdapterConfig
 from mhr_scale.adapters.collapse import average, collapse, take_task
 
-TASK_IDS = (2, 0, 2, 1, 0)
-SEEDS = (11, 12, 13, 14, 15)
-
-CONFIGS = {
-    "LoRA": AdapterConfig(n_skills=1, rank=2),
-    "(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1),
-    "Poly": AdapterConfig(n_skills=3, rank=2),
-    "MHR": AdapterConfig(n_skills=3, n_splits=4, rank=2),
-    "Poly-(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=3),
-    "MHR-(IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=3, n_splits=4),
-    "straight-through": AdapterConfig(n_skills=3, n_splits=4, policy="straight_through"),
-    "noisy": AdapterConfig(n_skills=3, n_splits=4, policy="noisy"),
-    # 1 / 4 is exact, whatever precision the mean is taken in
-    "Random": AdapterConfig(n_skills=4, rank=2, policy="random"),
-    "uniform": AdapterConfig(n_skills=4, rank=2, policy="uniform"),
-    "fixed": AdapterConfig(n_skills=3, n_splits=4, policy="fixed"),
-    "private": AdapterConfig(n_skills=1, rank=2, private=True),
-    "private MHR": AdapterConfig(n_skills=3, n_splits=2, rank=2, private=True),
-    "private (IA)3": AdapterConfig(kind="ia3", layout="light", n_skills=1, private=True),
-}
 ROUTED = [name for name, config in CONFIGS.items() if config.has_logits]
 
 

@@ -60,11 +60,15 @@ def make(
 def adapted(model: Any, config: AdapterConfig = MHR) -> Adapter:
     """A new adapter in place of the model's own, none of whose tensors is trivial."""
     detach(model)
-    adapter = attach(model, config, tasks=TASKS)
+    return perturb(attach(model, config, tasks=TASKS))
+
+
+@torch.no_grad()
+def perturb(adapter: Adapter) -> Adapter:
+    """Add to every tensor what tells tasks, skills and splits apart."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
+    for parameter in adapter.parameters():
+        parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
     return adapter
 
 

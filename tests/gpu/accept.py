@@ -37,6 +37,8 @@ class Part:
 
 PARTS = {
     "card": Part("part_card", 0.3, "rates of the card itself: products, memory, copies, launches"),
+    "layers": Part("part_layers", 0.4, "adapted linears and every method, against stored numbers"),
+    "models": Part("part_models", 1.0, "families in every form of a step, ranking, generation"),
 }
 
 
