@@ -91,7 +91,14 @@ def succeed(
     return result.stdout
 
 
-def succeed_together(commands: Sequence[Sequence[str]], folder: Path, *, ranks: int = 0) -> str:
+def succeed_together(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    ranks: int = 0,
+    accelerator: str = "cpu",
+    timeout: float = 480.0,
+) -> str:
     """Run commands one after the other in one launch, each a script and its arguments.
 
     Starting a launch takes longer than most of what is tested. Returns what they printed; `folder`
@@ -99,7 +106,8 @@ def succeed_together(commands: Sequence[Sequence[str]], folder: Path, *, ranks: 
     """
     file = folder / f"commands_of_{ranks}.json"
     file.write_text(json.dumps([(free_port(), command) for command in commands]))
-    return succeed("tests/distributed/programs/several.py", str(file), ranks=ranks, timeout=480.0)
+    script = "tests/distributed/programs/several.py"
+    return succeed(script, str(file), ranks=ranks, accelerator=accelerator, timeout=timeout)
 
 
 def run_code(code: str, *arguments: str, folder: Path) -> str:

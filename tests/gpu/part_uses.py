@@ -1,0 +1,224 @@
+"""What is done with backbones and adapters: 8 and 4 bits, few-shot waves, PEFT, real weights."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapters import tiny
+from backbone import quantised_backbones as quantised
+from board import Board, Found, Scale
+from compared import (
+    CPU,
+    EPS,
+    distance,
+    furthest,
+    furthest_of_numbers,
+    held,
+    on_cpu,
+    share_of_equal,
+    without_tf32,
+)
+from families.laid_rows import make_rows
+from jobs.small_jobs import Bench, make_case, make_source
+from peft import PeftModel
+from processes import ROOT
+from torch import Tensor
+
+from mhr_scale.adapters import Adapter, AdapterConfig, peft_folders
+from mhr_scale.adapters.collapse import average
+from mhr_scale.backbone.blueprint import read_blueprint
+from mhr_scale.config import BackboneConfig, OptimConfig, VariantConfig
+from mhr_scale.engine.engine import Engine
+from mhr_scale.engine.opened import place
+from mhr_scale.training.optim import make_optimizer
+
+SHARED = Path(os.environ.get("MHR_SHARED", ROOT.parent / "shared"))
+FLOAT32 = 1e-5
+BFLOAT16 = EPS[torch.bfloat16]
+#: Quantised backbones by kind and type, and how far logits may be from those of whole weights.
+#: In 8 bits activations are rounded too, to 1 of 127 of the largest of a token.
+QUANTISED = {
+    ("nf4", "float32"): FLOAT32,
+    ("nf4", "bfloat16"): 4 * BFLOAT16,
+    ("int8", "float32"): 0.03,
+    ("int8", "bfloat16"): 0.03 + 4 * BFLOAT16,
+}
+#: Waves by name: the variant, and settings of the protocol.
+WAVES: dict[str, tuple[VariantConfig, dict[str, Any]]] = {
+    "MHR": (VariantConfig(adapter="source"), {}),
+    "MHR, T-Few": (VariantConfig(adapter="source"), {"loss": "t_few"}),
+    "routing": (VariantConfig(adapter="source", kind="routing"), {}),
+    "LoRA": (VariantConfig(fresh=AdapterConfig(n_skills=1, rank=4), lr=1e-2), {}),
+}
+N_JOBS = 8
+#: AdamW moves numbers whose gradients are rounding alone: losses are compared, not adapters.
+JOBS = 1e-4
+EXPORTED = {
+    "average of MHR": (AdapterConfig(n_skills=3, n_splits=4, rank=2, alpha=3.0), True),
+    "MHR": (AdapterConfig(n_skills=3, n_splits=4, rank=2, alpha=1.0), False),
+    "(IA)3": (AdapterConfig(kind="ia3", layout="light", n_skills=1), False),
+}
+REAL = {"t5_mini_text": True, "smollm2_135m": False}
+TASK_IDS = (2, 0, 2, 1, 3, 3)
+
+
+def measure(board: Board, scale: Scale) -> None:
+    """Quantised backbones, waves, PEFT folders, real backbones."""
+    without_tf32()
+    context = on_cpu() if scale.is_tiny else nullcontext()
+    with context:
+        for kind, dtype in QUANTISED:
+            board.run(f"{kind}, {dtype}", lambda k=kind, d=dtype: in_few_bits(k, d))
+        for name in list(WAVES)[1:3] if scale.is_tiny else WAVES:
+            board.run(f"wave of {N_JOBS}: {name}", lambda name=name: wave(name, scale))
+        for name in EXPORTED:
+            board.run(f"PEFT folder: {name}", lambda name=name: exported(name, scale))
+        for name, is_small in REAL.items():
+            if is_small or not scale.is_tiny:
+                board.run(f"real backbone: {name}", lambda name=name: real(name))
+
+
+def in_few_bits(kind: str, dtype: str) -> Found:
+    """Logits and gradients against those of the weights that are stored; steps of training."""
+    model = quantised.build(kind, dtype=dtype)
+    whole = quantised.with_whole_weights(model, quantised.build("none", dtype=dtype))
+    logits = distance(*({"": quantised.logits(one)} for one in (model, whole)))
+    found, expected = (
+        quantised.gradients(one, quantised.make_adapter(one)) for one in (model, whole)
+    )
+    first, last = train(quantised.build(kind, dtype=dtype))
+    most = QUANTISED[kind, dtype]
+    gradients = distance(found, expected)
+    return Found(
+        {"logits": logits, "gradients": gradients, "first_loss": first, "last_loss": last},
+        holds=logits <= most and gradients <= 3 * most and last < 0.9 * first,
+        goal=f"logits within {most:.2g} and gradients within {3 * most:.2g} of the weights' that "
+        "are stored; ten steps take a tenth of the loss",
+    )
+
+
+def train(model: Any, steps: int = 10) -> tuple[float, float]:
+    """The losses of the first and the last step on one batch; NaN if one of them is none."""
+    adapter = quantised.make_adapter(model)
+    optimizer = make_optimizer(adapter, OptimConfig(name="adamw", lr=2e-2, routing_lr=0.1))
+    losses = []
+    model.train()
+    for _ in range(steps):
+        with adapter.slots(quantised.TASK_IDS) as slots:
+            loss = model(**quantised.batch(model)).loss
+            slots.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    values = torch.stack(losses).tolist()
+    return values[0], sum(values) - sum(values[:-1])
+
+
+def wave(name: str, scale: Scale) -> Found:
+    """Eight jobs together, of which some end before others, against each of them alone."""
+    variant, protocol = WAVES[name]
+    source = None if variant.fresh else make_source()
+    steps = [3 + number % 3 for number in range(N_JOBS)]
+    case = make_case(variant, source, steps=steps, **protocol)
+    bench = Bench(device=scale.device)
+    together = bench.train(case.open(device=scale.device))
+    far, n_equal = 0.0, 0
+    for number, member in enumerate(case.members):
+        alone = bench.train(case.open([number], device=scale.device))
+        job = member.job
+        ours, theirs = (
+            [values[key] for values in one.values[job] for key in ("loss", "grad_norm")]
+            for one in (together, alone)
+        )
+        far = max(far, furthest_of_numbers(ours, theirs))
+        tensors = share_of_equal(together.tensors[job], alone.tensors[job])
+        n_equal += ours == theirs and tensors == 1.0
+    is_exact = not scale.on_gpu
+    return Found(
+        {"losses": far, "jobs_equal_bit_for_bit": n_equal},
+        holds=n_equal == N_JOBS if is_exact else far <= JOBS,
+        goal="bit for bit" if is_exact else "losses and norms within 1e-4; bits are a figure",
+    )
+
+
+def exported(name: str, scale: Scale) -> Found:
+    """Logits of a folder in stock PEFT on the device, against the adapter it was written of."""
+    config, is_averaged = EXPORTED[name]
+    _, adapter = tiny.make_adapted(config, dtype=torch.float32)
+    if is_averaged:
+        adapter = average(adapter)
+    ids = TASK_IDS if adapter.config.is_routed else [0] * len(TASK_IDS)
+    truth = native(adapter, ids, CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        write_of(adapter)(adapter, Path(folder), base_model=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stock: Any = PeftModel.from_pretrained(tiny.make_t5(), folder)
+    stock = stock.to(scale.device).eval()
+    extra = {"task_ids": torch.tensor(ids, device=scale.device)} if config_routes(adapter) else {}
+    batch = tiny.batch_for(stock, len(ids))
+    with torch.no_grad():
+        theirs = stock(**batch, **extra).logits
+    ours = native(adapter, ids, scale.device)
+    bare = tiny.make_t5().to(scale.device).eval()
+    with torch.no_grad():
+        without = bare(**batch).logits
+    values = {
+        "stock_to_ours": furthest({"": theirs}, {"": ours}),
+        "ours_to_cpu": furthest({"": ours}, {"": truth}),
+    }
+    found = held(values, FLOAT32, "within 1e-5, and the adapter moves the logits by a tenth")
+    moved = furthest({"": without}, {"": ours})
+    return Found({**found.values, "adapter": moved}, found.holds and moved > 0.1, found.goal)
+
+
+def config_routes(adapter: Adapter) -> bool:
+    """Whether rows name their tasks."""
+    return adapter.config.is_routed
+
+
+def write_of(adapter: Adapter) -> Callable[..., Any]:
+    """The function that writes a folder for an adapter of this kind."""
+    if adapter.config.is_routed:
+        return peft_folders.write_peft_poly
+    kinds = {"lora": peft_folders.write_peft_lora, "ia3": peft_folders.write_peft_ia3}
+    return kinds[adapter.config.kind]
+
+
+def native(adapter: Adapter, ids: Any, device: torch.device) -> Tensor:
+    """Logits of our adapter on a device."""
+    model = tiny.make_t5().to(device).eval()
+    return tiny.logits(model, tiny.attach_copy(model, adapter), ids)
+
+
+def real(name: str) -> Found:
+    """Logits of rows laid flat over a backbone of ../shared, in float32 and bfloat16."""
+    folder = SHARED / "backbones" / name
+    if not folder.is_dir():
+        return Found({"skipped": f"there is no {folder} (variable MHR_SHARED)"})
+    with on_cpu():
+        truth = logits_of(folder, "float32")
+    values = {
+        "float32": distance({"": logits_of(folder, "float32", is_flat=True)}, {"": truth}),
+        "bfloat16": distance({"": logits_of(folder, "bfloat16", is_flat=True)}, {"": truth}),
+    }
+    return Found(
+        values,
+        holds=values["float32"] <= FLOAT32 and values["bfloat16"] <= 8 * BFLOAT16,
+        goal="norms of differences from the CPU's within 1e-5 and 8 eps of bfloat16 (0.0625)",
+    )
+
+
+def logits_of(folder: Path, dtype: str, *, is_flat: bool = False) -> Tensor:
+    """Logits at the targets, where this process runs."""
+    config = BackboneConfig(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    placed = place(Engine({}, timeout_seconds=60.0), config, read_blueprint(config), ())
+    packed = placed.pack(make_rows(), is_flat=is_flat)
+    with torch.no_grad(), packed.in_use():
+        logits = placed.logits(packed)
+    return logits.where((packed.labels_BD >= 0)[..., None], 0.0).float().cpu()
