@@ -37,9 +37,9 @@ class Part:
 
 PARTS = {
     "card": Part("part_card", 0.3, "rates of the card itself: products, memory, copies, launches"),
-    "layers": Part("part_layers", 0.4, "adapted linears and every method, against stored numbers"),
-    "models": Part("part_models", 1.0, "families in every form of a step, ranking, generation"),
-    "runs": Part("part_runs", 1.0, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
+    "layers": Part("part_layers", 0.3, "adapted linears and every method, against stored numbers"),
+    "models": Part("part_models", 0.8, "families in every form of a step, ranking, generation"),
+    "runs": Part("part_runs", 1.4, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
     "uses": Part("part_uses", 0.6, "8 and 4 bits, few-shot waves, PEFT folders, real backbones"),
 }
 

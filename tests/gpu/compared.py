@@ -5,11 +5,11 @@ A distance is a share of the largest number compared (`furthest`), or of all of 
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
-from board import Found
+from board import Found, Scale
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -21,6 +21,11 @@ def without_tf32() -> None:
     """Products of float32 are of float32 from here on, as they are by torch's default."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+
+
+def where(scale: Scale) -> AbstractContextManager[None]:
+    """The block in which what asks for this process's device gets that of the scale."""
+    return nullcontext() if scale.on_gpu else on_cpu()
 
 
 @contextmanager

@@ -7,15 +7,15 @@ as far as any other, so curves of losses are compared, and adapters only where b
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from board import Board, Found, Scale
-from compared import EPS, furthest_of_numbers, held, on_cpu, share_of_equal, without_tf32
+from compared import EPS, furthest_of_numbers, held, on_cpu, share_of_equal, where, without_tf32
 from processes import ROOT, read_metrics, succeed_together, timeless
 from safetensors.torch import load_file
 
@@ -39,7 +39,7 @@ DETERMINISTIC = "run.deterministic=true"
 def measure(board: Board, scale: Scale) -> None:
     """The device against the CPU, bfloat16, resumed and deterministic runs, ZeRO-3."""
     without_tf32()
-    with tempfile.TemporaryDirectory() as folder:
+    with where(scale), tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), scale)
         board.run("run on the device", lambda: on_device(runs))
         board.run("run in bf16", lambda: in_half(runs))
@@ -84,6 +84,14 @@ class Runs:
                     stack.enter_context(on_cpu())
                 pretrain(load(PretrainConfig, RECIPE, self.words(name, *overrides)))
         return folder
+
+    def make_apart(self, names: Sequence[str], *overrides: str) -> None:
+        """Runs in a process of their own on a GPU: CUDA reads some settings only as it starts."""
+        if self.scale.on_gpu:
+            self.launch(*(self.words(name, *overrides) for name in names), ranks=0)
+            return
+        for name in names:
+            self.get(name, *overrides)
 
     def stop_half_way(self, name: str, copy: str) -> None:
         """A copy of a run as it was after its first save."""
@@ -139,17 +147,9 @@ def deterministic(runs: Runs) -> Found:
     if "deterministic" not in {field.name for field in fields(RunConfig)}:
         return Found({"skipped": "there is no run.deterministic"})
     settings = (*NOISY, DETERMINISTIC)
-    if runs.scale.is_tiny:
-        make = [partial(runs.get, name, *settings) for name in ("first", "second", "again")]
-    else:  # torch reads cuBLAS' settings once in a process
-        make = [
-            partial(runs.launch, runs.words(name, *settings), ranks=0)
-            for name in ("first", "second", "again")
-        ]
-    make[0]()
+    runs.make_apart(["first", "second"], *settings)
     runs.stop_half_way("first", "again")
-    make[1]()
-    make[2]()
+    runs.make_apart(["again"], *settings)
     first, second, again = (runs.folder / name for name in ("first", "second", "again"))
     parts = [same(second, first, is_exact=True), same(again, first, is_exact=True)]
     values = {
@@ -176,6 +176,4 @@ def same(found: Path, expected: Path, *, is_exact: bool) -> Found:
 def sharded(runs: Runs) -> Found:
     """One card under ZeRO-3, through the launcher, against the same card replicated."""
     runs.launch(runs.words("zero3", "run.ds_config=ds_configs/cpu.json"), ranks=1)
-    return same(
-        runs.folder / "zero3", runs.get("float32"), is_exact=not runs.scale.on_gpu
-    )
+    return same(runs.folder / "zero3", runs.get("float32"), is_exact=not runs.scale.on_gpu)

@@ -1,10 +1,10 @@
 """What is done with backbones and adapters: 8 and 4 bits, few-shot waves, PEFT, real weights."""
 
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from compared import (
     held,
     on_cpu,
     share_of_equal,
+    where,
     without_tf32,
 )
 from families.laid_rows import make_rows
-from jobs.small_jobs import Bench, make_case, make_source
+from jobs.small_jobs import Bench, Case, make_case, make_source
 from peft import PeftModel
 from processes import ROOT
 from torch import Tensor
@@ -70,12 +71,16 @@ TASK_IDS = (2, 0, 2, 1, 3, 3)
 def measure(board: Board, scale: Scale) -> None:
     """Quantised backbones, waves, PEFT folders, real backbones."""
     without_tf32()
-    context = on_cpu() if scale.is_tiny else nullcontext()
-    with context:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    with where(scale):
         for kind, dtype in QUANTISED:
+            if scale.is_tiny and dtype == "float32":
+                continue
             board.run(f"{kind}, {dtype}", lambda k=kind, d=dtype: in_few_bits(k, d))
-        for name in list(WAVES)[1:3] if scale.is_tiny else WAVES:
-            board.run(f"wave of {N_JOBS}: {name}", lambda name=name: wave(name, scale))
+        for name in ("MHR, T-Few",) if scale.is_tiny else WAVES:
+            title = f"wave of {N_JOBS}: {name}"
+            board.run(title, lambda name=name: wave(name, scale))
+            board.run(f"{title}, deterministic", lambda name=name: repeated(name, scale))
         for name in EXPORTED:
             board.run(f"PEFT folder: {name}", lambda name=name: exported(name, scale))
         for name, is_small in REAL.items():
@@ -116,16 +121,12 @@ def train(model: Any, steps: int = 10) -> tuple[float, float]:
         optimizer.zero_grad()
         losses.append(loss.detach())
     values = torch.stack(losses).tolist()
-    return values[0], sum(values) - sum(values[:-1])
+    return values[0], values[-1] if all(map(math.isfinite, values)) else math.nan
 
 
 def wave(name: str, scale: Scale) -> Found:
     """Eight jobs together, of which some end before others, against each of them alone."""
-    variant, protocol = WAVES[name]
-    source = None if variant.fresh else make_source()
-    steps = [3 + number % 3 for number in range(N_JOBS)]
-    case = make_case(variant, source, steps=steps, **protocol)
-    bench = Bench(device=scale.device)
+    case, bench = make_jobs(name), Bench(device=scale.device)
     together = bench.train(case.open(device=scale.device))
     far, n_equal = 0.0, 0
     for number, member in enumerate(case.members):
@@ -146,6 +147,31 @@ def wave(name: str, scale: Scale) -> Found:
     )
 
 
+def repeated(name: str, scale: Scale) -> Found:
+    """The same under torch's deterministic forms, and the wave a second time."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = wave(name, scale)
+        case, bench = make_jobs(name), Bench(device=scale.device)
+        one, other = (bench.train(case.open(device=scale.device)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    is_same = one.values == other.values and all(
+        share_of_equal(one.tensors[job], tensors) == 1.0 for job, tensors in other.tensors.items()
+    )
+    values = {**found.values, "repeats": "bit for bit" if is_same else "not bit for bit"}
+    goal = f"together and alone: {found.goal}; a second time: bit for bit"
+    return Found(values, holds=found.holds and is_same, goal=goal)
+
+
+def make_jobs(name: str) -> Case:
+    """Eight jobs of three to five steps."""
+    variant, protocol = WAVES[name]
+    source = None if variant.fresh else make_source()
+    steps = [3 + number % 3 for number in range(N_JOBS)]
+    return make_case(variant, source, steps=steps, **protocol)
+
+
 def exported(name: str, scale: Scale) -> Found:
     """Logits of a folder in stock PEFT on the device, against the adapter it was written of."""
     config, is_averaged = EXPORTED[name]
@@ -160,7 +186,7 @@ def exported(name: str, scale: Scale) -> Found:
             warnings.simplefilter("ignore")
             stock: Any = PeftModel.from_pretrained(tiny.make_t5(), folder)
     stock = stock.to(scale.device).eval()
-    extra = {"task_ids": torch.tensor(ids, device=scale.device)} if config_routes(adapter) else {}
+    extra = {"task_ids": torch.tensor(ids, device=scale.device)} if adapter.config.is_routed else {}
     batch = tiny.batch_for(stock, len(ids))
     with torch.no_grad():
         theirs = stock(**batch, **extra).logits
@@ -175,11 +201,6 @@ def exported(name: str, scale: Scale) -> Found:
     found = held(values, FLOAT32, "within 1e-5, and the adapter moves the logits by a tenth")
     moved = furthest({"": without}, {"": ours})
     return Found({**found.values, "adapter": moved}, found.holds and moved > 0.1, found.goal)
-
-
-def config_routes(adapter: Adapter) -> bool:
-    """Whether rows name their tasks."""
-    return adapter.config.is_routed
 
 
 def write_of(adapter: Adapter) -> Callable[..., Any]:
