@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from adapters.tiny import randomise
 from board import Board, Found, Scale
 from compared import (
     CPU,
@@ -19,7 +20,7 @@ from compared import (
     share_of_equal,
     without_tf32,
 )
-from families.laid_rows import MHR, ON, TASKS, adapted, make, make_rows, pack, perturb, step
+from families.laid_rows import MHR, ON, TASKS, adapted, make, make_rows, pack, step
 from families.restated_varlen import counted
 from passes import shared_rows
 from placed import place_model
@@ -153,18 +154,18 @@ def ranking(name: str, scale: Scale) -> Found:
 
 def generation(name: str, beams: int, scale: Scale) -> Found:
     """Answers in float32, token by token."""
-    answers = []
-    for device, settings in ((CPU, BARE), (scale.device, ON)):
-        placed, adapter = place(name, device, settings)
-        answers.append(
-            generate_answers(placed, adapter, make_rows(), Ids(), beams=beams, max_new_tokens=8)
-        )
-    truth, found = answers
+
+    def answer(device: torch.device, settings: BackboneConfig, **changes: int) -> list[str]:
+        rows = [replace(row, **changes) for row in make_rows()]
+        options: dict[str, Any] = {"beams": beams, "max_new_tokens": 8}
+        return generate_answers(*place(name, device, settings), rows, Ids(), **options)
+
+    truth, found, of_one = answer(CPU, BARE), answer(scale.device, ON), answer(CPU, BARE, task=0)
     n_equal = sum(ours == theirs for ours, theirs in zip(found, truth, strict=True))
     return Found(
         {"equal": n_equal, "answers": len(truth), "different": len(set(truth))},
-        holds=n_equal == len(truth) and len(set(truth)) > 1,
-        goal="every answer is the CPU's, and they are not all one",
+        holds=n_equal == len(truth) and len(set(truth)) > 1 and of_one != truth,
+        goal="every answer is the CPU's, and they depend on their rows and on the task",
     )
 
 
@@ -183,7 +184,7 @@ def place(
     model = make(name, settings)
     sites = find_sites(model, MHR.layout)
     placed = place_model(model, sites, device=device)
-    adapter = perturb(Adapter(MHR, sites, task_names=TASKS))
+    adapter = randomise(Adapter(MHR, sites, task_names=TASKS))
     adapter.bind(placed.adapted)
     return placed, adapter
 
