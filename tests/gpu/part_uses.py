@@ -1,4 +1,4 @@
-"""What is done with backbones and adapters: 8 and 4 bits, few-shot waves, PEFT, real weights."""
+"""What is done with backbones and adapters: 8 and 4 bits, few-shot waves, PEFT, trained weights."""
 
 import math
 import os
@@ -64,12 +64,12 @@ EXPORTED = {
     "MHR": (AdapterConfig(n_skills=3, n_splits=4, rank=2, alpha=1.0), False),
     "(IA)3": (AdapterConfig(kind="ia3", layout="light", n_skills=1), False),
 }
-REAL = {"t5_mini_text": True, "smollm2_135m": False}
+REAL = SHARED / "backbones" / "t5_mini_text"
 TASK_IDS = (2, 0, 2, 1, 3, 3)
 
 
 def measure(board: Board, scale: Scale) -> None:
-    """Quantised backbones, waves, PEFT folders, real backbones."""
+    """Quantised backbones, waves, PEFT folders, a real backbone."""
     without_tf32()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     with where(scale):
@@ -83,9 +83,7 @@ def measure(board: Board, scale: Scale) -> None:
             board.run(f"{title}, deterministic", lambda name=name: repeated(name, scale))
         for name in EXPORTED:
             board.run(f"PEFT folder: {name}", lambda name=name: exported(name, scale))
-        for name, is_small in REAL.items():
-            if is_small or not scale.is_tiny:
-                board.run(f"real backbone: {name}", lambda name=name: real(name))
+        board.run("real backbone", real)
 
 
 def in_few_bits(kind: str, dtype: str) -> Found:
@@ -217,16 +215,15 @@ def native(adapter: Adapter, ids: Any, device: torch.device) -> Tensor:
     return tiny.logits(model, tiny.attach_copy(model, adapter), ids)
 
 
-def real(name: str) -> Found:
-    """Logits of rows laid flat over a backbone of ../shared, in float32 and bfloat16."""
-    folder = SHARED / "backbones" / name
-    if not folder.is_dir():
-        return Found({"skipped": f"there is no {folder} (variable MHR_SHARED)"})
+def real() -> Found:
+    """Logits of rows laid flat over a small T5 that was trained, in float32 and bfloat16."""
+    if not REAL.is_dir():
+        return Found({"skipped": f"there is no {REAL} (variable MHR_SHARED)"})
     with on_cpu():
-        truth = logits_of(folder, "float32")
+        truth = logits_of("float32")
     values = {
-        "float32": distance({"": logits_of(folder, "float32", is_flat=True)}, {"": truth}),
-        "bfloat16": distance({"": logits_of(folder, "bfloat16", is_flat=True)}, {"": truth}),
+        dtype: distance({"": logits_of(dtype, is_flat=True)}, {"": truth})
+        for dtype in ("float32", "bfloat16")
     }
     return Found(
         values,
@@ -235,9 +232,9 @@ def real(name: str) -> Found:
     )
 
 
-def logits_of(folder: Path, dtype: str, *, is_flat: bool = False) -> Tensor:
-    """Logits at the targets, where this process runs."""
-    config = BackboneConfig(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
+def logits_of(dtype: str, *, is_flat: bool = False) -> Tensor:
+    """Logits of its at the targets, where this process runs."""
+    config = BackboneConfig(name=str(REAL), dtype=dtype)  # type: ignore[arg-type]
     placed = place(Engine({}, timeout_seconds=60.0), config, read_blueprint(config), ())
     packed = placed.pack(make_rows(), is_flat=is_flat)
     with torch.no_grad(), packed.in_use():
