@@ -4,25 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_losses import find
 
-from mhr_scale.families.packed import IGNORE
-from mhr_scale.passes.losses import TFewLosses, tfew
+from mhr_scale.passes.losses import TFewLosses
 
 
 @pytest.fixture
 def found(losses: SimpleNamespace) -> TFewLosses:
-    """The losses of the same choices side by side: (B, C, L) as (B, C * L), padding in between."""
-    choices_BCL = losses.tensors["choices"]
-    blocks_C1 = torch.arange(choices_BCL.shape[1]).unsqueeze(-1)
-    is_padding_BCL = choices_BCL == losses.meta["pad_id"]
-    return tfew(
-        losses.tensors["logits"].flatten(1, 2),
-        choices_BCL.masked_fill(is_padding_BCL, IGNORE).flatten(1),
-        torch.where(is_padding_BCL, -1, blocks_C1).flatten(1),
-        losses.tensors["labels"],
-        n_choices=choices_BCL.shape[1],
-        length_norm=losses.meta["length_norm"],
-    )
+    return find(losses)
 
 
 @pytest.mark.parametrize("name", ["lm", "mc", "ul"])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import golden_layers
+import golden_losses
 import golden_models
 import golden_vectors
 import torch
@@ -26,6 +27,7 @@ def measure(board: Board, scale: Scale) -> None:
     without_tf32()
     board.run("float32 products", lambda: products(scale))
     board.run("golden layers", lambda: layers(scale))
+    board.run("golden losses", lambda: losses(scale))
     for path in golden_vectors.files("model_*.safetensors"):
         golden = golden_vectors.read(path)
         board.run(f"golden {path.stem}", lambda golden=golden: model(golden, scale))
@@ -60,6 +62,21 @@ def layers(scale: Scale) -> Found:
         holds=all(e < m for e, m in zip(values.values(), most.values(), strict=True)),
         goal="outputs and gradients within 1e-10 of the reference's in float64, 1e-5 in float32",
     )
+
+
+def losses(scale: Scale) -> Found:
+    """T-Few's three losses and the scores of choices, in float64."""
+    values = {}
+    for path in golden_vectors.files("tfew_losses_*.safetensors"):
+        stored = golden_vectors.read(path)
+        found = golden_losses.find(stored, scale.device)
+        ours = {
+            name: getattr(found, name).sum.sum() / getattr(found, name).count.sum()
+            for name in ("lm", "mc", "ul")
+        }
+        ours["scores"] = found.scores_BC
+        values[path.stem] = furthest(ours, {name: stored.tensors[name] for name in ours})
+    return held(values, 1e-8, "within 1e-8 of the reference's in float64")
 
 
 def model(golden: object, scale: Scale) -> Found:

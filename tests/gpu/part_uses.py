@@ -71,7 +71,8 @@ TASK_IDS = (2, 0, 2, 1, 3, 3)
 def measure(board: Board, scale: Scale) -> None:
     """Quantised backbones, waves, PEFT folders, a real backbone."""
     without_tf32()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    if scale.on_gpu:  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with where(scale):
         for kind, dtype in QUANTISED:
             if scale.is_tiny and dtype == "float32":
