@@ -39,7 +39,7 @@ PARTS = {
     "card": Part("part_card", 0.3, "rates of the card itself: products, memory, copies, launches"),
     "layers": Part("part_layers", 0.3, "adapted linears and every method, against stored numbers"),
     "models": Part("part_models", 0.8, "families in every form of a step, ranking, generation"),
-    "runs": Part("part_runs", 1.4, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
+    "runs": Part("part_runs", 1.6, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
     "uses": Part("part_uses", 0.6, "8 and 4 bits, few-shot waves, PEFT folders, a real backbone"),
 }
 

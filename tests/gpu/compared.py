@@ -20,7 +20,6 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16
 def without_tf32() -> None:
     """Products of float32 are of float32 from here on, as they are by torch's default."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def where(scale: Scale) -> AbstractContextManager[None]:

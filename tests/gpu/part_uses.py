@@ -127,17 +127,21 @@ def wave(name: str, scale: Scale) -> Found:
     """Eight jobs together, of which some end before others, against each of them alone."""
     case, bench = make_jobs(name), Bench(device=scale.device)
     together = bench.train(case.open(device=scale.device))
-    far, n_equal = 0.0, 0
+    ours: list[float] = []
+    theirs: list[float] = []
+    n_equal = 0
     for number, member in enumerate(case.members):
         alone = bench.train(case.open([number], device=scale.device))
         job = member.job
-        ours, theirs = (
+        numbers = [
             [values[key] for values in one.values[job] for key in ("loss", "grad_norm")]
             for one in (together, alone)
-        )
-        far = max(far, furthest_of_numbers(ours, theirs))
+        ]
+        ours += numbers[0]
+        theirs += numbers[1]
         tensors = share_of_equal(together.tensors[job], alone.tensors[job])
-        n_equal += ours == theirs and tensors == 1.0
+        n_equal += numbers[0] == numbers[1] and tensors == 1.0
+    far = furthest_of_numbers(ours, theirs)
     is_exact = not scale.on_gpu
     return Found(
         {"losses": far, "jobs_equal_bit_for_bit": n_equal},
