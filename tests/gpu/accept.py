@@ -12,13 +12,13 @@ what failed. Another commit starts anew (so does `--fresh`).
 
 import argparse
 import importlib
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from board import Board, Entry, Scale, facts_of_machine, to_markdown
 
 HERE = Path(__file__).parent
@@ -86,10 +86,13 @@ def run_apart(name: str, args: argparse.Namespace, folder: Path, until: float) -
     """Run one part in a process of its own, at most until its time is over."""
     command = [sys.executable, str(HERE / "accept.py"), "--part", name, "--until", str(until)]
     command += ["--folder", str(folder)]
+    process = psutil.Popen(command)
     try:
-        ended = subprocess.run(command, timeout=until + GRACE_SECONDS - time.time(), check=False)
-        why = f"its process ended with code {ended.returncode}" if ended.returncode else ""
-    except subprocess.TimeoutExpired:
+        code = process.wait(timeout=until + GRACE_SECONDS - time.time())
+        why = f"its process ended with code {code}" if code else ""
+    except psutil.TimeoutExpired:
+        for each in (*process.children(recursive=True), process):  # launches too
+            each.kill()
         why = "it was killed: its time was over"
     if why:
         entry = Entry(part=name, name="part", error=why)
