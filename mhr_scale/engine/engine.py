@@ -174,6 +174,7 @@ class Engine:
             "world_size": self.world_size,
             "device": str(self.device),
             "placement": self.placement,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def after_backward(self) -> None:
@@ -259,6 +260,12 @@ class Engine:
             raise EngineError(
                 f"{what} differ between ranks (checksums {values}); start again from the last save"
             )
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -54,6 +54,9 @@ _MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory",
     re.IGNORECASE,
 )
+_ANY_ORDER = re.compile(
+    r"(\S+) does not have a deterministic implementation|Deterministic behavior was enabled",
+)
 _TIMEOUT = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.IGNORECASE)
 _LOST = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exited|"
@@ -99,6 +102,12 @@ def explain(error: BaseException, settings: Collection[str] = ()) -> Explained |
         return Explained(describe_file_error(error, number))
     if not isinstance(error, RuntimeError):
         return None
+    in_any_order = _ANY_ORDER.search(text)
+    if in_any_order:
+        return Explained(
+            f"run.deterministic: torch has no deterministic form of {in_any_order[1] or 'a product'}"
+            f" on this device ({first_line(error)}); leave run.deterministic out"
+        )
     if _TIMEOUT.search(text):
         return Explained(
             "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them "
