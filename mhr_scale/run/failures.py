@@ -73,6 +73,15 @@ class Explained:
     code: int = ExitCode.MISTAKE
 
 
+STUCK_RANK = Explained(
+    "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them is stuck, "
+    "or slower than that; look at its last lines, or raise run.timeout_seconds"
+)
+LOST_RANK = Explained(
+    "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
+)
+
+
 def explain(error: BaseException, settings: Collection[str] = ()) -> Explained | None:
     """The explanation of an error whose cause is outside the program; None for any other.
 
@@ -109,14 +118,9 @@ def explain(error: BaseException, settings: Collection[str] = ()) -> Explained |
             f" on this device ({first_line(error)}); leave run.deterministic out"
         )
     if _TIMEOUT.search(text):
-        return Explained(
-            "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them "
-            "is stuck, or slower than that; look at its last lines, or raise run.timeout_seconds"
-        )
+        return STUCK_RANK
     if _LOST.search(text) or _names(error) & {"DistNetworkError"}:
-        return Explained(
-            "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
-        )
+        return LOST_RANK
     if _MEMORY.search(text):
         return used_up
     if "DataLoader worker" in text:
