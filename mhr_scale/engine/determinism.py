@@ -7,9 +7,10 @@ never run on a GPU.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic
+from torch.utils import deterministic as torch_deterministic
 
 from mhr_scale.errors import EngineError
 from mhr_scale.run.runlog import log
@@ -32,19 +33,20 @@ def switched(is_wanted: bool) -> Iterator[None]:
         yield
         return
     _prepare()
+    memory: Any = torch_deterministic
     old = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        deterministic.fill_uninitialized_memory,
+        memory.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True)
     # a safeguard for programs that read what they have not written, at the cost of writing it
-    deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(old[0], warn_only=old[1])
-        deterministic.fill_uninitialized_memory = old[2]  # type: ignore[assignment]
+        memory.fill_uninitialized_memory = old[2]
 
 
 def _prepare() -> None:

@@ -61,7 +61,7 @@ class Heartbeat:
         while it `is_stuck`.
         """
         self._rank, self._is_stuck = rank, is_stuck
-        self._group = dist.ProcessGroupGloo(
+        self._group: Any = dist.ProcessGroupGloo(
             dist.PrefixStore("mhr_scale/heartbeat", store), rank, world_size, timeout
         )
         self._state, self._has_left = State.HERE, threading.Event()
@@ -85,7 +85,7 @@ class Heartbeat:
             self._has_left.wait(BEAT_SECONDS)
             own = self._state
             least = torch.tensor([int(own)])
-            options = dist.AllreduceOptions()
+            options: Any = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp.MIN
             try:
                 self._group.allreduce([least], options).wait()
@@ -122,6 +122,7 @@ class DeviceWatch:
         self._since = 0.0
 
     def __call__(self) -> bool:
+        """Whether the last mark has been in its place for longer than the timeout."""
         if self._mark is None or self._mark.query():
             self._mark, self._since = self._put_mark(), time.monotonic()
         return time.monotonic() - self._since > self._seconds

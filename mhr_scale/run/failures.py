@@ -74,8 +74,8 @@ class Explained:
 
 
 STUCK_RANK = Explained(
-    "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them is stuck, "
-    "or slower than that; look at its last lines, or raise run.timeout_seconds"
+    "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them is "
+    "stuck, or slower than that; look at its last lines, or raise run.timeout_seconds"
 )
 LOST_RANK = Explained(
     "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
@@ -114,8 +114,9 @@ def explain(error: BaseException, settings: Collection[str] = ()) -> Explained |
     in_any_order = _ANY_ORDER.search(text)
     if in_any_order:
         return Explained(
-            f"run.deterministic: torch has no deterministic form of {in_any_order[1] or 'a product'}"
-            f" on this device ({first_line(error)}); leave run.deterministic out"
+            "run.deterministic: torch has no deterministic form of "
+            f"{in_any_order[1] or 'a product'} on this device ({first_line(error)}); leave "
+            "run.deterministic out"
         )
     if _TIMEOUT.search(text):
         return STUCK_RANK
