@@ -287,7 +287,9 @@ class Engine:
         """Leave the process group; if this rank `is_failing`, the others end too."""
         if self._heartbeat is not None:
             self._heartbeat.leave(is_failing=is_failing)
-        if dist.is_initialized():
+        # one that fails ends soon; to leave properly NCCL would wait for what others may never do
+        waits = is_failing and self.world_size > 1 and self.device.type == "cuda"
+        if dist.is_initialized() and not waits:
             dist.destroy_process_group()
 
 

@@ -95,8 +95,9 @@ class Heartbeat:
                 return None
             if least.item() == State.FAILING:
                 return failures.LOST_RANK
-            if self._is_stuck():
-                return failures.STUCK_RANK
+            with suppress(RuntimeError):  # of a device that fails the main thread is told, too
+                if self._is_stuck():
+                    return failures.STUCK_RANK
 
     def _end(self, explained: Explained) -> None:
         """End the process at once; saves are atomic, so the last one stays valid."""
