@@ -157,6 +157,9 @@ class AdaptRunConfig:
     """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
+    deterministic: bool = False
+    """Whether operations run in deterministic forms only: on GPUs the same command then gives the
+    same bits, more slowly; on CPUs it does anyway."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:

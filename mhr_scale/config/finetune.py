@@ -74,6 +74,9 @@ class FinetuneRunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 100
     """Steps between saves to go on from (0: none)."""
+    deterministic: bool = False
+    """Whether operations run in deterministic forms only: on GPUs the same command then gives the
+    same bits, more slowly; on CPUs it does anyway."""
     trackers: tuple[TrackerName, ...] = ()
     """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
 

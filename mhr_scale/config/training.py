@@ -177,6 +177,9 @@ class PlainRunConfig:
     """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
+    deterministic: bool = False
+    """Whether operations run in deterministic forms only: on GPUs the same command then gives the
+    same bits, more slowly; on CPUs it does anyway."""
 
     def __post_init__(self) -> None:
         check_timeout(self.timeout_seconds)
@@ -205,6 +208,9 @@ class RunConfig:
     """DeepSpeed file, or the name of one in ds_configs/ (zero3): placement; null: replicated."""
     timeout_seconds: float = 1800.0
     """How long a collective may wait for the other ranks."""
+    deterministic: bool = False
+    """Whether operations run in deterministic forms only: on GPUs the same command then gives the
+    same bits, more slowly; on CPUs it does anyway."""
     token_cache: str | None = None
     """Folder that keeps tokenised tasks between runs; null: tokenise at every start, once a
     machine."""

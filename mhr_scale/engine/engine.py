@@ -24,6 +24,7 @@ from mhr_scale.engine.compiling import load_operation
 from mhr_scale.engine.ds_config import deepspeed_config, import_deepspeed, is_sharded
 from mhr_scale.engine.filling import fill, map_weights
 from mhr_scale.engine.gradients import order_gradients, require_input_gradients
+from mhr_scale.engine.heartbeat import Heartbeat, watch_of
 from mhr_scale.engine.host_memory import give_back_freed_blocks
 from mhr_scale.engine.meeting import meet
 from mhr_scale.engine.prefetching import read_blocks_ahead
@@ -61,6 +62,7 @@ class Engine:
         self._runtime: Any = None
         self._sequence: _ModuleSequence | None = None
         self._patient: Any = None
+        self._heartbeat: Heartbeat | None = None
         self.device = torch.device("cpu") if device is None else device
         if device is not None:
             return
@@ -81,7 +83,8 @@ class Engine:
     def _join(self, recipe: str) -> None:
         """Join the process group, with a timeout and without the compiled collective on CPU."""
         deepspeed = import_deepspeed()
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        is_on_gpu = self.device.type == "cuda"
+        backend = "nccl" if is_on_gpu else "gloo"
         store: dist.Store = dist.HashStore()
         if self.world_size > 1:
             n_ranks = self.world_size
@@ -89,8 +92,21 @@ class Engine:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)  # DeepSpeed looks there
         dist.init_process_group(
-            backend, timeout=self.timeout, store=store, rank=self.rank, world_size=self.world_size
+            backend,
+            timeout=self.timeout,
+            store=store,
+            rank=self.rank,
+            world_size=self.world_size,
+            device_id=self.device if is_on_gpu else None,  # barriers know theirs, too
         )
+        if self.world_size > 1:
+            self._heartbeat = Heartbeat(
+                store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=self.timeout,
+                is_stuck=watch_of(self.device, self.timeout),
+            )
         deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
 
     # -- backbone ------------------------------------------------------------------------------
@@ -174,6 +190,7 @@ class Engine:
             "world_size": self.world_size,
             "device": str(self.device),
             "placement": self.placement,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def after_backward(self) -> None:
@@ -260,9 +277,19 @@ class Engine:
                 f"{what} differ between ranks (checksums {values}); start again from the last save"
             )
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self.close(is_failing=failure is not None)
+
+    def close(self, *, is_failing: bool = False) -> None:
+        """Leave the process group; if this rank `is_failing`, the others end too."""
+        if self._heartbeat is not None:
+            self._heartbeat.leave(is_failing=is_failing)
+        # one that fails ends soon; to leave properly NCCL would wait for what others may never do
+        waits = is_failing and self.world_size > 1 and self.device.type == "cuda"
+        if dist.is_initialized() and not waits:
             dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from mhr_scale.backbone.identity import identify
 from mhr_scale.backbone.of_adapter import backbone_facts, blueprint_of
 from mhr_scale.backbone.tokenizer import hash_tokenizer, load_tokenizer
 from mhr_scale.config import BackboneConfig
+from mhr_scale.engine import determinism
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.ds_config import is_sharded, read_ds_config
 from mhr_scale.engine.engine import Engine
@@ -90,6 +91,8 @@ class OpenedBackbone:
     ds_content: dict[str, Any]
     timeout_seconds: float
     recipe: str
+    deterministic: bool
+    """Whether operations run in deterministic forms only while it is placed."""
 
     @property
     def family(self) -> Family:
@@ -135,11 +138,13 @@ class OpenedBackbone:
         them are adapted, so that ranks with different adapters stay in step. Raises `BackboneError`
         if the backbone does not reproduce its stored logits.
         """
-        engine = Engine(self.ds_content, timeout_seconds=self.timeout_seconds, recipe=self.recipe)
-        try:
+        with (
+            determinism.switched(self.deterministic),
+            Engine(
+                self.ds_content, timeout_seconds=self.timeout_seconds, recipe=self.recipe
+            ) as engine,
+        ):
             yield place(engine, self.config, self.blueprint, sites, always_backward=always_backward)
-        finally:
-            engine.close()
 
 
 def lays_flat(
@@ -177,6 +182,7 @@ def open_backbone(
     ds_config: str | None,
     timeout_seconds: float,
     recipe: Any,
+    deterministic: bool = False,
     adapter: str | None = None,
 ) -> OpenedBackbone:
     """Read and check the DeepSpeed file, the backbone's configuration and files, its tokenizer.
@@ -195,6 +201,7 @@ def open_backbone(
         ds_content=ds_content,
         timeout_seconds=timeout_seconds,
         recipe=to_yaml(recipe),
+        deterministic=deterministic,
     )
 
 

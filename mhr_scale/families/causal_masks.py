@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mhr_scale.families.aligned import align
 from mhr_scale.families.packed import Packed
 from mhr_scale.families.sequences import BranchedStream
 
@@ -116,4 +117,4 @@ def additive(is_open: Tensor, dtype: torch.dtype) -> Tensor:
     Not boolean: eager attention would add it up as zeros and ones.
     """
     shut = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=is_open.device)
-    return torch.where(is_open, torch.zeros_like(shut), shut)[:, None]
+    return align(torch.where(is_open, torch.zeros_like(shut), shut)[:, None])

@@ -343,18 +343,24 @@ class Discovered(Family):
     # -- the module ------------------------------------------------------------------------------
 
     def fill_buffers(self, model: nn.Module, config: Any) -> None:
-        """Rotary frequencies and the like, in the data type that the module gives them.
+        """Rotary frequencies and the like, as transformers loads them: computed in float32, kept in
+        the data type that they have in a model of this one's.
 
         The model may have been cast since it was built, or built on the meta device.
         """
         from accelerate import init_empty_weights
+        from transformers.modeling_utils import local_torch_dtype
 
         with init_empty_weights(include_buffers=False):
             fresh = self.build(copy.deepcopy(config))
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        with local_torch_dtype(dtype), torch.device("meta"):
+            typed = dict(self.build(copy.deepcopy(config)).named_buffers())
         for name, buffer in fresh.named_buffers():
             place, _, last = name.rpartition(".")
             module = model.get_submodule(place)
-            setattr(module, last, buffer.to(module._buffers[last].device))  # type: ignore[union-attr]
+            device = module._buffers[last].device  # type: ignore[union-attr]
+            setattr(module, last, buffer.to(device, typed[name].dtype))
 
     def arrange(self, raw: Mapping[str, Any], names: frozenset[str]) -> Arrangement:
         """As transformers maps names and ignores some; a tied tensor may stand for the other."""

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mhr_scale.families.aligned import align
 from mhr_scale.families.sequences import BranchedStream, SpreadStream
 
 
@@ -78,7 +79,7 @@ class Flat(AbstractContextManager["Flat"]):
                 piece = mask.index_select(0, part.rows_B)[..., keys.first : keys.stop]
                 if mask.shape[2] > 1:
                     piece = piece[:, :, part.first : part.stop]
-                pieces.append(piece.contiguous())
+                pieces.append(align(piece.contiguous()))
             self._cut[storage] = mask, pieces
         return self._cut[storage][1]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mhr_scale.families.aligned import ALIGNED
+
 #: How long a row is at least that attention computes beside a longer one.
 ALIKE = 0.75
-#: Attention kernels want masks aligned to so many columns.
-ALIGNED = 8
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ fused_norm        T5's norm as one operation, which keeps less (a single kernel 
 Shape letters: B rows, L tokens, H heads, K keys, D width of a head.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 
+from mhr_scale.families import aligned
 from mhr_scale.families.family import Settings
 from mhr_scale.families.flat import Flat, in_use
 from mhr_scale.families.fused import fused_class, gated, rms_norm
@@ -124,14 +124,12 @@ class Attention:
                 self._merged(bias[:, :, : q.shape[2], : k.shape[2]], q, k, piece, is_cross)
                 for (q, k, _), piece in zip(parts, flat.masks_of(mask, of_q, of_k), strict=True)
             ]
-            position_bias = torch.cat([piece.flatten() for piece in merged])
-        else:
-            shapes = [
-                (len(k), 1, 1, k.shape[2]) if is_cross else (*q.shape[:3], k.shape[2])
-                for q, k, _ in parts
-            ]
-            flattened = position_bias.split([math.prod(shape) for shape in shapes])
-            merged = [piece.view(shape) for piece, shape in zip(flattened, shapes, strict=True)]
+            position_bias = aligned.join(merged)
+        shapes = [
+            (len(k), 1, 1, k.shape[2]) if is_cross else (*q.shape[:3], k.shape[2])
+            for q, k, _ in parts
+        ]
+        merged = aligned.split(position_bias, shapes)
         outs = [self._attend(*heads, piece) for heads, piece in zip(parts, merged, strict=True)]
         return of_q.gather(outs), position_bias
 
@@ -153,7 +151,7 @@ class Attention:
         self: Any, q: Tensor, k: Tensor, mask: Tensor | None, seen: Any, *, is_cross: bool
     ) -> Tensor:
         bias = self._bias(q, q.shape[2], k.shape[2], seen=seen)
-        return self._merged(bias, q, k, mask, is_cross)
+        return aligned.align(self._merged(bias, q, k, mask, is_cross))
 
     def _bias(self: Any, q: Tensor, n_queries: int, n_keys: int, *, seen: Any) -> Tensor:
         """The bias of positions (1, H, L, K), or zero."""

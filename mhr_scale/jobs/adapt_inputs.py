@@ -100,6 +100,7 @@ def open_jobs(config: AdaptConfig) -> AdaptInputs:
         one_backbone(config, {path: card for path, (card, _) in opened.items()}),
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        deterministic=config.run.deterministic,
         recipe=config,
         adapter=None if config.backbone is not None or not paths else paths[0],
     )

@@ -54,6 +54,9 @@ _MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory",
     re.IGNORECASE,
 )
+_ANY_ORDER = re.compile(
+    r"(\S+) does not have a deterministic implementation|Deterministic behavior was enabled",
+)
 _TIMEOUT = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.IGNORECASE)
 _LOST = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exited|"
@@ -68,6 +71,15 @@ class Explained:
 
     text: str
     code: int = ExitCode.MISTAKE
+
+
+STUCK_RANK = Explained(
+    "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them is "
+    "stuck, or slower than that; look at its last lines, or raise run.timeout_seconds"
+)
+LOST_RANK = Explained(
+    "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
+)
 
 
 def explain(error: BaseException, settings: Collection[str] = ()) -> Explained | None:
@@ -99,15 +111,17 @@ def explain(error: BaseException, settings: Collection[str] = ()) -> Explained |
         return Explained(describe_file_error(error, number))
     if not isinstance(error, RuntimeError):
         return None
+    in_any_order = _ANY_ORDER.search(text)
+    if in_any_order:
+        return Explained(
+            "run.deterministic: torch has no deterministic form of "
+            f"{in_any_order[1] or 'a product'} on this device ({first_line(error)}); leave "
+            "run.deterministic out"
+        )
     if _TIMEOUT.search(text):
-        return Explained(
-            "waited in vain for the other ranks, as long as run.timeout_seconds says: one of them "
-            "is stuck, or slower than that; look at its last lines, or raise run.timeout_seconds"
-        )
+        return STUCK_RANK
     if _LOST.search(text) or _names(error) & {"DistNetworkError"}:
-        return Explained(
-            "ends because another rank has ended, whose own lines say why", ExitCode.ANOTHER_RANK
-        )
+        return LOST_RANK
     if _MEMORY.search(text):
         return used_up
     if "DataLoader worker" in text:

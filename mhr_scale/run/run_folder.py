@@ -20,6 +20,8 @@ T = TypeVar("T")
 RECIPE, PROVENANCE, REJECTS = "config.yaml", "provenance.json", "rejects.jsonl"
 #: What the run has read, by name, as texts that tell contents apart.
 INPUTS = "inputs.json"
+#: Changes the numbers of a run on a GPU, wherever the other settings of its part are free.
+NEVER_FREE = ("run.deterministic",)
 #: What marks a folder without a recipe as something else than the place for a new run: a backbone,
 #: an adapter, other programs' results, or a run that has lost its recipe.
 NOT_OURS = (
@@ -114,7 +116,7 @@ class RunFolder(Generic[T]):
         return [path.name for path in self.path.glob(pattern)]
 
     def _is_free(self, name: str) -> bool:
-        return any(
+        return name not in NEVER_FREE and any(
             name.startswith(free) if free.endswith(".") else name == free for free in self._free
         )
 

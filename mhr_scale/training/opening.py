@@ -49,6 +49,7 @@ def opened_training(
         config.backbone,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        deterministic=config.run.deterministic,
         recipe=config,
     )
     opened.check_length(

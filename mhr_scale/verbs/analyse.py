@@ -124,6 +124,7 @@ def align(
         backbone_config,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        deterministic=config.run.deterministic,
         recipe=config,
         adapter=config.adapter,
     )

@@ -146,6 +146,7 @@ def score_subjects(config: EvaluateConfig, subjects: Sequence[Subject]) -> Path:
         first.backbone,
         ds_config=config.run.ds_config,
         timeout_seconds=config.run.timeout_seconds,
+        deterministic=config.run.deterministic,
         recipe=config,
         adapter=config.adapter,
     )

@@ -28,6 +28,7 @@ from mhr_scale.config import (
     ScheduleConfig,
     precision_of,
 )
+from mhr_scale.engine import determinism
 from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
@@ -84,7 +85,7 @@ def finetune(config: FinetuneConfig) -> Path:
             f"finetune is one process, and {world_size()} were started: "
             "python launch/finetune.py RECIPE"
         )
-    with owned_folder(config.run.folder):
+    with owned_folder(config.run.folder), determinism.switched(config.run.deterministic):
         return finetune_one(config)
 
 
@@ -147,6 +148,7 @@ def begin(
     inputs.intake.write(folder.path / REJECTS)
     folder.record_start(
         device=str(device),
+        deterministic=config.run.deterministic,
         backbone=backbone_facts(inputs.backbone, inputs.blueprint),
         adapter=str(inputs.source),
         stored_precision=inputs.card.precision,

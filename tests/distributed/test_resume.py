@@ -1,8 +1,10 @@
 """A run stopped after a save and started again equals one that was never stopped, bit for bit.
 
 Noisy routing on the toy suite: noise, data order, schedule and optimizer state all have to go on.
+In the deterministic forms of operations, which a run keeps when it goes on.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +25,7 @@ SETTINGS = (
     "batch.batch_size=8",
     "batch.micro_batch_size=4",
     "tasks.train_examples=20",
+    "run.deterministic=true",
 )
 SHARDED = "run.ds_config=ds_configs/cpu.json"
 
@@ -68,6 +71,11 @@ def resumed(request: pytest.FixtureRequest, whole: Path) -> Path:
 def test_the_adapter_is_that_of_the_unstopped_run(whole: Path, resumed: Path) -> None:
     ours, theirs = (f / "adapter" / "adapter.safetensors" for f in (resumed, whole))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_every_start_is_recorded_as_deterministic(resumed: Path) -> None:
+    starts = json.loads((resumed / "provenance.json").read_text())
+    assert [start["deterministic"] for start in starts] == [True, True]
 
 
 def test_the_metrics_have_no_gap_no_duplicate_and_the_same_values(

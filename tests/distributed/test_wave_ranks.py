@@ -31,6 +31,10 @@ RUNS = {
 }
 
 
+#: Those whose operations run in deterministic forms: the same numbers, on a CPU.
+DETERMINISTIC = ("waves_of_5", "two_sharded_ranks")
+
+
 def train_source(folder: Path) -> tuple[str, ...]:
     """The command that trains an inventory for some steps."""
     return (
@@ -77,7 +81,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     commands: dict[int, list[Sequence[str]]] = {0: [train_source(source)], 2: []}
     for name, (ranks, placement, size) in RUNS.items():
-        options = f"waves.size={size}", f"run.ds_config={placement}"
+        options = (
+            f"waves.size={size}",
+            f"run.ds_config={placement}",
+            f"run.deterministic={str(name in DETERMINISTIC).lower()}",
+        )
         words = settings(source, folder / name)
         commands[ranks].append(("launch/adapt.py", *words, *options))
     for ranks, together in commands.items():

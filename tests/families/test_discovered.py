@@ -10,6 +10,7 @@ from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
+from mhr_scale.exchange import stock
 from mhr_scale.families import discovered
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.first_weights import make_weight
@@ -98,17 +99,26 @@ def test_a_head_is_tied_where_it_is_said_and_absent_or_equal(is_said, head, is_t
 # -- buffers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "phi4", "neox", "gpt2"])
-def test_buffers_are_those_of_a_model_that_was_never_on_the_meta_device(family):
-    config = config_of(family)
-    model = on_meta(config).to(torch.bfloat16).to_empty(device="cpu")
-    CAUSAL.fill_buffers(model, config)
-    expected = dict(small_causal(family).named_buffers())
+def check_buffers(model, expected):
+    expected = dict(expected.named_buffers())
     assert dict(model.named_buffers()).keys() == expected.keys()
     for name, buffer in model.named_buffers():
-        assert buffer.dtype == expected[name].dtype
+        assert buffer.dtype == expected[name].dtype, name
         assert torch.equal(buffer, expected[name]), name
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buffers_are_those_that_transformers_loads(family, tmp_path):
+    """Which were never on the meta device, nor cast: as a rule float32, whatever weights are."""
+    small_causal(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for changes in ({}, {"mapped": False}, {"quantise": "int8"}, {"quantise": "nf4"}):
+        config = BackboneConfig(name=str(tmp_path), dtype="bfloat16", **changes)
+        blueprint = read_blueprint(config)
+        model = Engine({}, timeout_seconds=60).build(config, blueprint)
+        check_buffers(model, theirs)
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} <= {torch.bfloat16}
+        check_buffers(stock.load_backbone(config, blueprint, torch.device("cpu")), theirs)
 
 
 # -- first weights --------------------------------------------------------------------------------

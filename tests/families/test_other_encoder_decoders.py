@@ -17,7 +17,9 @@ from transformers import (
 from mhr_scale import AdapterConfig, attach
 from mhr_scale.adapters import find_sites, peft_folders
 from mhr_scale.adapters.sites import recognise_sites
+from mhr_scale.backbone.blueprint import read_blueprint
 from mhr_scale.config import BackboneConfig
+from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.families.table import FAMILIES, complete, find_family, make_config
@@ -99,6 +101,18 @@ def test_answers_side_by_side_are_transformers_own(name, is_fused):
             expected = model(**alone(model, row), labels=labels).logits[0]
             found = found_BDV[number, start : start + len(answer)]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_buffers_are_those_that_transformers_loads(tmp_path):
+    make("t5gemma").to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = MODELS["t5gemma"][0].from_pretrained(tmp_path, dtype=torch.bfloat16)
+    config = BackboneConfig(name=str(tmp_path), dtype="bfloat16")
+    model = Engine({}, timeout_seconds=60).build(config, read_blueprint(config))
+    found, expected = (dict(model.named_buffers()) for model in (model, theirs))
+    assert len(found) == len(expected) > 0
+    for buffer_name, buffer in found.items():
+        assert buffer.dtype == expected[buffer_name].dtype
+        assert torch.equal(buffer, expected[buffer_name]), buffer_name
 
 
 @torch.no_grad()

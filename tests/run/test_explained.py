@@ -36,6 +36,16 @@ CASES = [
     ),
     (RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [::1]"), "another rank", 69),
     (RuntimeError(f"{GLOO}pair.cc:537] Read error: Connection reset by peer"), "another rank", 69),
+    (
+        RuntimeError("put_ does not have a deterministic implementation, but you set"),
+        "run.deterministic: torch has no deterministic form of put_ on this device",
+        2,
+    ),
+    (
+        RuntimeError("Deterministic behavior was enabled with either, because it uses CuBLAS"),
+        "no deterministic form of a product",
+        2,
+    ),
     (RuntimeError("can't start new thread"), "memory or threads are limited too narrowly", 2),
     (ImportError("libx.so: failed to map segment from shared object"), "raise that limit", 2),
     (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "(or ulimit -u)", 2),

@@ -259,9 +259,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     }
     finetune(toy(exported, tmp_path / "whole", **settings))
     broken = toy(exported, tmp_path / "broken", **settings)
+    broken = replace(broken, run=replace(broken.run, deterministic=True))
     interrupted(broken, at=6, patch=monkeypatch)
     assert [folder.name for folder in (tmp_path / "broken" / "steps").iterdir()] == ["000004"]
     finetune(broken)
+    starts = json.loads((tmp_path / "broken" / "provenance.json").read_text())
+    assert [start["deterministic"] for start in starts] == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RunError, match=r"run\.deterministic"):
+        finetune(replace(broken, run=replace(broken.run, deterministic=False)))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

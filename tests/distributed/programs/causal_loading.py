@@ -31,17 +31,21 @@ SAME = ("llama", "qwen3", "qwen3 moe", "mixtral", "gpt2")
 
 
 def measure(engine: Engine, folder: Path, dtype: str) -> dict[str, Any]:
-    """How far logits are from a plain load's, and the data types of the buffers."""
+    """How far logits are from a plain load's, and whether buffers are its own, bit for bit."""
     config = BackboneConfig(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
     blueprint = read_blueprint(config)
     sites = find_sites_of(blueprint, AdapterConfig(layout="attention", n_skills=2, n_splits=2))
     placed = place(engine, config, blueprint, sites)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    theirs = dict(stock.named_buffers())
+    mine = dict(placed.model.named_buffers())
     with adapters_off(placed.model):
         ours = packed_logits(placed.model, placed.family)
     return {
         "difference": furthest(ours, plain_logits(plain)),
-        "buffers": sorted({str(b.dtype) for b in placed.model.buffers() if b.is_floating_point()}),
+        "same buffers": mine.keys() == theirs.keys()
+        and all(b.dtype == theirs[n].dtype and b.equal(theirs[n]) for n, b in mine.items()),
     }
 
 
@@ -62,7 +66,9 @@ def main() -> None:
         "float32": {
             path.name: measure(engine, path, "float32") for path in sorted(folders.iterdir())
         },
-        "bfloat16": {"llama": measure(engine, folders / "llama", "bfloat16")},
+        "bfloat16": {
+            name: measure(engine, folders / name, "bfloat16") for name in ("llama", "gemma3")
+        },
     }
     (out / f"causal{engine.rank}.json").write_text(json.dumps(found))
     engine.close()
