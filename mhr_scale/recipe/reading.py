@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mhr_scale.errors import ConfigError, describe_fault, did_you_mean, some
 from mhr_scale.recipe import shipped, strict_yaml
@@ -32,6 +30,9 @@ from mhr_scale.recipe.settings import (
     parts_of,
     tags_of,
 )
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
@@ -163,6 +164,8 @@ def _is_valid(schema: type[Any], tree: _Tree) -> bool:
 
 def _validate(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
+    from pydantic import TypeAdapter, ValidationError
+
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
     try:
@@ -220,7 +223,7 @@ def to_yaml(config: Any) -> str:
     return strict_yaml.write(json.loads(json.dumps(asdict(config))))
 
 
-def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> ConfigError:
+def _first_fault(schema: type[Any], tree: _Tree, error: "ValidationError") -> ConfigError:
     """The first error as one line; of a union of parts only the member chosen by its tag counts."""
     found = error.errors(include_url=False)
     places = [_resolve(schema, tree.values, [str(step) for step in one["loc"]]) for one in found]

@@ -7,8 +7,6 @@ whether a number is in its range, is found when the recipe is read.
 import json
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from mhr_scale.recipe.settings import field_helps, parts_below
 
 #: The version of JSON schema that pydantic writes.
@@ -22,6 +20,8 @@ def schema_text(schema: type[Any]) -> str:
 
 def json_schema(schema: type[Any]) -> dict[str, Any]:
     """The JSON schema of a recipe as plain values; the help of a setting is its description."""
+    from pydantic import TypeAdapter
+
     made = TypeAdapter(schema).json_schema()
     pages = {schema.__name__: made, **made.get("$defs", {})}
     for kind in parts_below(schema):

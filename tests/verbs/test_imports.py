@@ -84,7 +84,7 @@ def test_the_command_by_itself_needs_nothing_heavy_and_no_verb() -> None:
     assert codes == [0, 0, 0, 2, 2, 2]
     verbs = {name for name in modules if name.startswith("mhr_scale.verbs.")}
     assert verbs == {f"mhr_scale.verbs.{name}" for name in ("command", "launching", "recipes")}
-    assert not modules & {*HEAVY, "numpy", "mhr_scale.config"}
+    assert not modules & {*HEAVY, "numpy", "pydantic", "mhr_scale.config"}
 
 
 def test_names_of_the_package_are_imported_when_they_are_used() -> None:
