@@ -98,3 +98,16 @@ def test_names_of_the_package_are_imported_when_they_are_used() -> None:
         "assert attach is methods.attach and 'torch' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", programme], cwd=ROOT, check=True, timeout=120)
+
+
+def test_no_module_imports_at_its_door_what_only_some_of_its_uses_need() -> None:
+    programme = (
+        "import importlib, pkgutil, sys, mhr_scale\n"
+        "for found in pkgutil.walk_packages(mhr_scale.__path__, 'mhr_scale.'):\n"
+        "    if not found.name.endswith('__main__'): importlib.import_module(found.name)\n"
+        "later = {'deepspeed', 'datasets', 'peft', 'bitsandbytes', 'evaluate', 'sentencepiece',"
+        " 'accelerate', 'rouge_score', 'tensorboard', 'wandb', 'lm_eval'}\n"
+        "assert 'mhr_scale.verbs.pretrain' in sys.modules\n"
+        "assert not later & set(sys.modules), later & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", programme], cwd=ROOT, check=True, timeout=240)
