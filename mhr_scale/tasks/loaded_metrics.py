@@ -111,7 +111,8 @@ def _is_number(value: Any) -> bool:
 @cache
 def _load(source: str, config: str | None) -> Any:
     """A metric as the library has it; raises `DataError` if there is none."""
-    path = str(Path(source).resolve()) if Path(source).exists() else source
+    folder = Path(source).resolve()
+    path = str(folder) if (folder / f"{folder.name}.py").is_file() else source
     try:
         return _library().load(path, config, module_type="metric", keep_in_memory=True, seed=0)
     except Exception as error:
