@@ -32,6 +32,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 	@! grep -nrP '[^\x00-\x7F]' --include='*.py' mhr_scale launch || (echo 'source is ASCII'; exit 1)
 	@find mhr_scale launch tests -name '*.py' | xargs awk \
 		'FNR == 400 { print FILENAME ": 400 lines or more"; long = 1 } END { exit long }'

@@ -1,12 +1,6 @@
-"""Fine-tune an exported LoRA on one task, over a backbone in 4, 8 or 16 bits.
+"""`mhr_scale finetune`, from a checkout."""
 
-python launch/finetune.py RECIPE [a.b=value ...] [--print]
-"""
-
-from mhr_scale.verbs.launching import imported, later, main
-
-with imported():
-    from mhr_scale.config import FinetuneConfig
+from mhr_scale.verbs.command import run
 
 if __name__ == "__main__":
-    main(FinetuneConfig, later("finetune:finetune"), about=__doc__)
+    run("finetune")

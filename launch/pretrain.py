@@ -1,13 +1,6 @@
-"""Multi-task pre-training.
+"""`mhr_scale pretrain`, from a checkout."""
 
-python launch/pretrain.py RECIPE [a.b=value ...] [--print]           one process
-deepspeed --num_gpus N launch/pretrain.py RECIPE [a.b=value ...]     N processes
-"""
-
-from mhr_scale.verbs.launching import imported, later, main
-
-with imported():
-    from mhr_scale.config import PretrainConfig
+from mhr_scale.verbs.command import run
 
 if __name__ == "__main__":
-    main(PretrainConfig, later("pretrain:pretrain"), about=__doc__)
+    run("pretrain")

@@ -1,9 +1,6 @@
-"""One HTML file about runs of any kind, with pictures and tables.
+"""`mhr_scale report`, from a checkout."""
 
-python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]
-"""
-
-from mhr_scale.verbs.launching import later, main_of_words
+from mhr_scale.verbs.command import run
 
 if __name__ == "__main__":
-    main_of_words(later("report:report"))
+    run("report")

@@ -1,9 +1,6 @@
-"""Print the tables of evaluations again, and of several seeds their aggregates.
+"""`mhr_scale summarise`, from a checkout."""
 
-python launch/summarise.py RUN [RUN ...] [--format F]
-"""
-
-from mhr_scale.verbs.launching import later, main_of_words
+from mhr_scale.verbs.command import run
 
 if __name__ == "__main__":
-    main_of_words(later("summarise:summarise_runs"), has_tables=True)
+    run("summarise")

@@ -23,20 +23,21 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a script from the checkout: under the deepspeed launcher for `ranks`, alone for 0.
 
-    `launcher` is another launcher and its options, `folder` another working directory, and
-    `accelerator` is DeepSpeed's name of what it runs on.
+    What does not end in .py is a module. `launcher` is another launcher and its options, `folder`
+    another working directory, and `accelerator` is DeepSpeed's name of what it runs on.
     """
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, "HF_HUB_OFFLINE": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     binaries = Path(sys.executable).parent
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    command = [sys.executable, script]
+    is_module = not script.endswith(".py")
+    command = [sys.executable, *(["-m"] if is_module else []), script]
     if launcher:
         command = [str(binaries / launcher[0]), *launcher[1:], script]
     elif ranks:
         command = [str(binaries / "deepspeed"), "--num_gpus", str(ranks)]
-        command += ["--master_port", str(free_port()), script]
+        command += ["--master_port", str(free_port()), *(["--module"] if is_module else []), script]
     else:
         environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(

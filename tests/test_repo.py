@@ -11,6 +11,7 @@ from processes import ROOT, run
 
 from mhr_scale.config import PretrainConfig
 from mhr_scale.recipe.reading import load
+from mhr_scale.verbs.command import VERBS
 
 
 @pytest.mark.slow
@@ -39,27 +40,11 @@ def test_a_mistake_under_the_launcher_is_one_line_and_exit_code_two(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_an_installed_package_has_its_data_and_the_deepspeed_files_beside_it(
-    tmp_path: Path,
-) -> None:
-    command = "from setuptools import setup; setup()"
-    words = ["-q", "egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path)]
-    installed = tmp_path / "lib"
-    subprocess.run(
-        [sys.executable, "-c", command, *words, "--build-lib", str(installed)],
-        cwd=ROOT,
-        check=True,
-        timeout=100,
-        capture_output=True,
-    )
-    wanted = {
-        path.relative_to(ROOT)
-        for folder, pattern in (("mhr_scale", "*"), ("ds_configs", "*.json"))
-        for path in (ROOT / folder).rglob(pattern)
-        if path.is_file() and path.suffix != ".pyc"
-    }
-    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
-    assert wanted <= found
+def test_launch_stubs_are_verbs_of_the_command_and_nothing_else() -> None:
+    stubs = {stub.stem: stub.read_text() for stub in (ROOT / "launch").glob("*.py")}
+    assert set(stubs) - {"reproduce"} == set(VERBS) - {"recipes"}
+    same = {text.replace(name, "VERB") for name, text in stubs.items() if name != "reproduce"}
+    assert len(same) == 1
 
 
 def test_launch_stubs_have_no_loop_and_at_most_forty_lines() -> None:

@@ -5,12 +5,9 @@ request.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from mhr_scale.backbone.shards import FileFacts, first_cut
 from mhr_scale.backbone.weights import WeightSource
@@ -81,6 +78,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise BackboneError(
             f"{file}: schema {schema!r}, this version reads {SCHEMA}; convert the backbone anew"
         )
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(Manifest).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:

@@ -38,7 +38,7 @@ def check_backbone(
             f"{blueprint.folder}: the backbone in {how}, {engine.placement}, does not give the "
             f"logits it was stored with: they differ by {worst:.2g} of their spread, more than "
             f"{tolerance:g}; its weights are wrong or wrongly tied: check the folder with "
-            "`python launch/convert.py RECIPE verify=true`"
+            "`mhr_scale convert RECIPE verify=true`"
         )
     log.info("backbone: its stored logits to %.1e of their spread (%s)", worst, how)
 

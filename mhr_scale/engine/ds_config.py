@@ -9,13 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from mhr_scale.errors import EngineError, describe_fault, did_you_mean
+from mhr_scale.recipe import shipped
 from mhr_scale.run.files import read_object
 from mhr_scale.run.runlog import log
-
-#: Where the package lies, and `ds_configs/` beside it: a checkout, or an installation.
-CHECKOUT = Path(__file__).resolve().parents[2]
-SHIPPED = CHECKOUT / "ds_configs"
-
 
 #: Keys that a DeepSpeed file may have: placement and communication.
 ALLOWED = (
@@ -45,7 +41,7 @@ OWNED = {
 def read_ds_config(name: str | None, *, asks_deepspeed: bool = True) -> dict[str, Any]:
     """Read and check a DeepSpeed file; None: replicated.
 
-    A file of the current folder or the checkout, or one of `ds_configs/` by its name. Raises
+    A file of the current folder, or a shipped one by its path or name (`recipe.shipped`). Raises
     `EngineError` for a key that is unknown, repeated or owned by the recipe, for "auto", for what
     DeepSpeed itself refuses (which is to be imported, and asked, only if `asks_deepspeed`), and for
     a ZeRO stage other than 0 and 3: frozen weights have neither gradients nor optimizer states.
@@ -79,14 +75,12 @@ def read_ds_config(name: str | None, *, asks_deepspeed: bool = True) -> dict[str
 
 def _find(name: str) -> Path:
     """The file of this name; raises `EngineError` if there is none."""
-    candidates = [Path(name), CHECKOUT / name]
-    if Path(name).name == name:
-        candidates += [SHIPPED / name, SHIPPED / f"{name}.json"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    tried = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in candidates[:2]))
-    known = sorted(file.stem for file in SHIPPED.glob("*.json"))
+    path = shipped.find(name, shipped.DS_CONFIGS, ".json")
+    if path is not None:
+        return path
+    looked_at = shipped.candidates(name, shipped.DS_CONFIGS, ".json")[:2]
+    tried = ", ".join(dict.fromkeys(str(candidate.resolve()) for candidate in looked_at))
+    known = shipped.names(shipped.DS_CONFIGS, ".json")
     raise EngineError(
         f"run.ds_config: no file '{name}' (looked at {tried})"
         f"{did_you_mean(Path(name).stem, known)}; known by name: {', '.join(known)}"

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -121,6 +120,8 @@ class _Order:
 
 def room_for_weights() -> float:
     """Bytes of mapped files that this machine's memory holds beside its processes."""
+    import psutil
+
     memory = psutil.virtual_memory()
     return float(memory.available - SPARE * memory.total)
 

@@ -51,13 +51,13 @@ def open_lora(path: str, moved_to: str | None) -> tuple[Path, Card, Adapter]:
     if folder is None:
         raise AdapterError(
             f"{path}: no PEFT LoRA folder ({peft_files.CONFIG} is missing); export the adapter "
-            "first: python launch/export.py"
+            "first: mhr_scale export"
         )
     card, adapter = open_adapter(str(folder), moved_to)
     if card.origin["format"] != "PEFT LORA":
         raise AdapterError(
             f"{folder}: a {card.origin['format']}, and finetune trains a LoRA; export one first: "
-            "python launch/export.py"
+            "mhr_scale export"
         )
     return folder, card, adapter
 
@@ -146,7 +146,7 @@ def _load_folder(config: BackboneConfig, blueprint: Blueprint, device: torch.dev
     if blueprint.arrangement.is_part:
         raise BackboneError(
             f"backbone.name: {config.name} holds other models beside the text model, which "
-            "transformers does not load alone; convert it first: python launch/convert.py"
+            "transformers does not load alone; convert it first: mhr_scale convert"
         )
     kind, model_config = kind_of(config, blueprint), _config_for_transformers(blueprint)
     options: dict[str, Any] = {"config": model_config, "device_map": {"": device}}

@@ -5,29 +5,39 @@ Precedence: a field's default < the recipe < the command line. YAML is read by t
 line.
 """
 
-import ast
-import inspect
 import json
 import math
 import re
-import textwrap
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import reduce
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mhr_scale.errors import ConfigError, describe_fault, did_you_mean, some
-from mhr_scale.recipe import strict_yaml
+from mhr_scale.recipe import shipped, strict_yaml
 from mhr_scale.recipe.part import VERBS
+from mhr_scale.recipe.schema import schema_text
+from mhr_scale.recipe.settings import (
+    as_written,
+    help_text,
+    is_choice,
+    kind_as_written,
+    members,
+    named_part,
+    names_below,
+    parts_of,
+    tags_of,
+)
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
+#: The options of a command that reads a recipe, beside `--help`.
+OPTIONS = ("--print", "--schema")
 #: Pydantic's error types for a key that a part does not have.
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
@@ -80,6 +90,7 @@ class _Tree:
 
 
 def _read_file(path: Path) -> _Tree:
+    path = shipped.find(str(path), shipped.RECIPES, ".yaml") or path
     tree = _Tree(str(path))
     try:
         tree.values, tree.places = strict_yaml.read_file(path, error=ConfigError)
@@ -95,12 +106,16 @@ def _recipes_near(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
     if not names:
-        return "; give the path of a recipe, such as launch/recipes/toy.yaml"
+        hint = did_you_mean(path.stem, shipped.names(shipped.RECIPES, ".yaml"))
+        return hint or "; give the path of a recipe, or the name of a shipped one, such as toy"
     return did_you_mean(path.name, names) or f"; recipes in {folder}: {some(names)}"
 
 
 def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
-    """Read a recipe file into `schema`; raises `ConfigError` with file, line and way out."""
+    """Read a recipe file into `schema`; raises `ConfigError` with file, line and way out.
+
+    Where no file is of that path, a shipped recipe may be of that name.
+    """
     tree = _read_file(Path(path))
     for argument in overrides:
         tree.override(argument)
@@ -149,6 +164,8 @@ def _is_valid(schema: type[Any], tree: _Tree) -> bool:
 
 def _validate(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
+    from pydantic import TypeAdapter, ValidationError
+
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
     try:
@@ -178,15 +195,15 @@ def check_recipe_given(words: Sequence[str], *, usage: str) -> None:
         raise ConfigError(f"no recipe given; usage: {usage}")
 
 
-def help_page(schema: type[T], argv: Sequence[str], *, about: str) -> str | None:
-    """What `--help` asks for: how to call a command, and every setting; None without it."""
-    options, _ = split_words(argv, "--print")
-    if "--help" not in options:
-        return None
-    return (
-        f"{about.strip()}\n\n--print shows the complete recipe, and stops. The settings of a "
-        f"recipe:\n\n{help_text(schema)}"
-    )
+def page_of(schema: type[T], argv: Sequence[str], *, about: str) -> str | None:
+    """What `--help` asks for, how to call a command and every setting, or `--schema`; else None."""
+    options, _ = split_words(argv, *OPTIONS)
+    if "--help" in options:
+        return (
+            f"{about.strip()}\n\n--print shows the complete recipe, --schema the JSON schema by "
+            f"which editors complete one. The settings of a recipe:\n\n{help_text(schema)}"
+        )
+    return schema_text(schema) if "--schema" in options else None
 
 
 def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
@@ -194,7 +211,7 @@ def parse(schema: type[T], argv: Sequence[str], *, about: str) -> Command[T]:
 
     `about` is the help text of the command; its first line with RECIPE is the usage.
     """
-    options, words = split_words(argv, "--print")
+    options, words = split_words(argv, *OPTIONS)
     call = next(line for line in about.splitlines() if "RECIPE" in line)
     check_recipe_given(words, usage=call.partition("  ")[0])
     config = load(schema, words[0], words[1:])
@@ -206,83 +223,7 @@ def to_yaml(config: Any) -> str:
     return strict_yaml.write(json.loads(json.dumps(asdict(config))))
 
 
-def help_text(schema: type[Any], prefix: str = "") -> str:
-    """Every setting with its type, default and help line."""
-    lines = []
-    hints = typing.get_type_hints(schema)
-    helps = _field_helps(schema)
-    for item in fields(schema):
-        named = _named_part(hints[item.name])
-        if named is not None:
-            lines.append(help_text(named, f"{prefix}{item.name}.NAME."))
-            continue
-        kinds = _parts(hints[item.name])
-        if kinds:
-            lines += [help_text(kind, f"{prefix}{item.name}.") for kind in kinds]
-            continue
-        if item.default is not MISSING:
-            default = f"default {as_written(item.default)}"
-        elif item.default_factory is not MISSING:
-            default = f"default {as_written(item.default_factory())}"
-        else:
-            default = "required"
-        text = " ".join(helps.get(item.name, "").split())
-        kind = _kind_as_written(hints[item.name])
-        lines.append(f"{prefix}{item.name}: {kind} ({default})\n    {text}\n")
-    return "".join(lines)
-
-
-def settings_of(schema: type[Any], prefix: str = "") -> frozenset[str]:
-    """The dotted names of all settings of a recipe, but for those of parts with a name."""
-    names: set[str] = set()
-    hints = typing.get_type_hints(schema)
-    for item in fields(schema):
-        kinds = _parts(hints[item.name])
-        for kind in kinds:
-            names |= settings_of(kind, f"{prefix}{item.name}.")
-        if not kinds:
-            names.add(f"{prefix}{item.name}")
-    return frozenset(names)
-
-
-def as_written(value: Any) -> str:
-    """A value as a recipe spells it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _kind_as_written(kind: Any) -> str:
-    """How the values of a type look in a recipe; a choice lists its words."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return " | ".join(inner)
-    if origin is tuple:
-        return f"[{_kind_as_written(inner[0])}, ...]"
-    if origin is dict:
-        return f"{{name: {_kind_as_written(inner[1])}, ...}}"
-    if inner:
-        return " | ".join(map(_kind_as_written, inner))
-    return {type(None): "null", Any: "value"}.get(kind) or str(kind.__name__)
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return typing.get_args(kind)
-    return (kind,)
-
-
-def _field_helps(schema: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass, read from its source."""
-    helps = {}
-    for kind in filter(is_dataclass, reversed(schema.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-        for field_node, text_node in pairwise(body):
-            if isinstance(field_node, ast.AnnAssign) and isinstance(text_node, ast.Expr):
-                helps[field_node.target.id] = ast.literal_eval(text_node.value)  # type: ignore[union-attr]
-    return helps
-
-
-def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> ConfigError:
+def _first_fault(schema: type[Any], tree: _Tree, error: "ValidationError") -> ConfigError:
     """The first error as one line; of a union of parts only the member chosen by its tag counts."""
     found = error.errors(include_url=False)
     places = [_resolve(schema, tree.values, [str(step) for step in one["loc"]]) for one in found]
@@ -294,7 +235,7 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
     known = [item.name for item in fields(part)] if is_dataclass(part) else []
     if fault["type"] in UNKNOWN:
         hint = did_you_mean(path[-1], known)
-        inner = [f"{item}.{path[-1]}" for item in known if path[-1] in _names_below(part, item)]
+        inner = [f"{item}.{path[-1]}" for item in known if path[-1] in names_below(part, item)]
         if inner and not hint:
             hint = f"; did you mean '{'.'.join((*path[:-1], inner[0]))}'?"
         listed = f"; known here: {', '.join(known)}" if known else ""
@@ -303,9 +244,9 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
         return ConfigError(f"{place}: setting '{name}' is required")
     if fault["type"] == "value_error":
         return ConfigError(f"{place}: {fault['ctx']['error']}")
-    if _is_choice(kind := typing.get_type_hints(part).get(path[-1])):
+    if is_choice(kind := typing.get_type_hints(part).get(path[-1])):
         given = as_written(reduce(dict.__getitem__, path, tree.values))
-        return ConfigError(f"{place}: {name}: {given} is not {_kind_as_written(kind)}")
+        return ConfigError(f"{place}: {name}: {given} is not {kind_as_written(kind)}")
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         expected = fault["ctx"]["expected"]
         hint = did_you_mean(fault["input"], re.findall(r"'([^']+)'", expected))
@@ -313,41 +254,14 @@ def _first_fault(schema: type[Any], tree: _Tree, error: ValidationError) -> Conf
     return ConfigError(f"{place}: {describe_fault(fault, path)}")
 
 
-def _parts(kind: Any) -> tuple[Any, ...]:
-    """The dataclasses among the members of a type."""
-    return tuple(member for member in _members(kind) if is_dataclass(member))
-
-
-def _is_choice(kind: Any) -> bool:
-    """Whether a setting may be of several types, none of which is a part."""
-    return len({*_members(kind)} - {type(None)}) > 1 and not _parts(kind)
-
-
-def _names_below(part: Any, name: str) -> list[str]:
-    """The settings of the parts that a field may hold."""
-    kinds = _parts(typing.get_type_hints(part)[name])
-    return [item.name for kind in kinds for item in fields(kind)]
-
-
-def _named_part(kind: Any) -> Any:
-    """The dataclass whose values a mapping holds by name, or None."""
-    arguments = typing.get_args(kind) if typing.get_origin(kind) is dict else ()
-    return arguments[1] if len(arguments) == 2 and is_dataclass(arguments[1]) else None
-
-
-def _tags(parts: Sequence[Any]) -> dict[Any, str]:
-    """The `suite` tag of each member of a union of parts."""
-    return {kind: typing.get_args(typing.get_type_hints(kind)["suite"])[0] for kind in parts}
-
-
 def _check_tags(schema: type[Any], tree: _Tree) -> None:
     """Raise `ConfigError` if the tag that chooses a member of a union is missing or unknown."""
     for name, hint in typing.get_type_hints(schema).items():
-        if len(_parts(hint)) < 2 or name not in tree.values:
+        if len(parts_of(hint)) < 2 or name not in tree.values:
             continue
-        known = list(_tags(_parts(hint)).values())
+        known = list(tags_of(parts_of(hint)).values())
         values = tree.values[name]
-        if values is None and type(None) in _members(hint):
+        if values is None and type(None) in members(hint):
             continue
         tag = values.get("suite") if isinstance(values, dict) else None
         place, listed = tree.place((name, "suite")), ", ".join(known)
@@ -385,15 +299,15 @@ def _resolve(schema: Any, values: Any, steps: list[str]) -> tuple[list[str], Any
             continue
         if len(parts) > 1:
             parts = tuple(part for part in parts if part.__name__ == step)
-            if _tags(parts)[parts[0]] != values.get("suite"):
+            if tags_of(parts)[parts[0]] != values.get("suite"):
                 return [], None
             continue
         path.append(step)
         if parts:
             holder = parts[0]
             hint = typing.get_type_hints(holder).get(step)
-            parts, named = _parts(hint), _named_part(hint)
-            if _is_choice(hint):
+            parts, named = parts_of(hint), named_part(hint)
+            if is_choice(hint):
                 break
         values = values.get(step) if isinstance(values, dict) else None
     return path, holder

@@ -9,7 +9,7 @@ from typing import Any
 
 from mhr_scale.adapters import CARD
 from mhr_scale.errors import RunError
-from mhr_scale.recipe.reading import as_written
+from mhr_scale.recipe.settings import as_written
 from mhr_scale.report.runs import Run, extra_steps, method_of, part, read_tree
 from mhr_scale.run.files import read_object
 from mhr_scale.run.run_folder import INPUTS, dotted

@@ -7,7 +7,7 @@ from typing import Any
 
 from mhr_scale.errors import counted
 from mhr_scale.recipe import strict_yaml
-from mhr_scale.recipe.reading import as_written
+from mhr_scale.recipe.settings import as_written
 from mhr_scale.report.page import Block, Cell, Listing, Prose, Section, Table
 from mhr_scale.report.runs import Run, part
 from mhr_scale.run.run_folder import dotted

@@ -25,8 +25,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from mhr_scale.errors import ExitCode, RunError
 from mhr_scale.recipe import typed
 from mhr_scale.run.runlog import log, rank
@@ -176,9 +174,10 @@ def _is_beating(descriptor: int, owner: Owner) -> bool:
 def _is_running(owner: Owner) -> bool:
     """Whether a process of this machine is still the one that the file names."""
     try:
-        return abs(psutil.Process(owner.pid).create_time() - owner.process_start) < 1.0
-    except psutil.Error:
+        started = _process_start(owner.pid)
+    except ProcessLookupError:
         return False
+    return not (started and owner.process_start) or abs(started - owner.process_start) < 1.0
 
 
 def _refusal(lock: Path, owner: Owner | None, way_out: str) -> RunError:
@@ -195,10 +194,28 @@ def _this_process() -> Owner:
         host=platform.node(),
         boot=boot_id(),
         pid=os.getpid(),
-        process_start=psutil.Process().create_time(),
+        process_start=_process_start(os.getpid()),
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=shlex.join(sys.argv)[:200],
     )
+
+
+def _process_start(pid: int) -> float:
+    """When a process started, in seconds of the epoch; 0 where only that it runs can be told.
+
+    Adapters are exported where torch, safetensors and transformers alone are installed. Raises
+    `ProcessLookupError` if there is no such process.
+    """
+    try:
+        import psutil
+    except ImportError:
+        with suppress(PermissionError):  # of another user
+            os.kill(pid, 0)
+        return 0.0
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error as error:
+        raise ProcessLookupError(pid) from error
 
 
 def boot_id() -> str:
@@ -206,6 +223,8 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
+        import psutil
+
         return f"{platform.node()} {psutil.boot_time():.0f}"
 
 

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from mhr_scale.errors import ConfigError, RunError
-from mhr_scale.recipe.reading import as_written, load, to_yaml
+from mhr_scale.recipe.reading import load, to_yaml
+from mhr_scale.recipe.settings import as_written
 from mhr_scale.run.files import read_object, write_json, write_text
 from mhr_scale.run.folders import nearest_folder
 from mhr_scale.run.ownership import LOCK, owned

@@ -4,14 +4,14 @@
 on; without `run.trackers` no tracker's package is imported.
 """
 
-import importlib.util
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhr_scale.errors import ConfigError, first_line
+from mhr_scale.errors import first_line
+from mhr_scale.run import extras
 from mhr_scale.run.files import write_text
 from mhr_scale.run.runlog import log
 
@@ -92,12 +92,7 @@ KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb":
 def check(names: Sequence[str]) -> None:
     """Raise `ConfigError` for a tracker whose package is not installed."""
     for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a mere folder of that name has no origin
-            raise ConfigError(
-                f"run.trackers: '{name}' is not installed; "
-                f'pip install "mhr_scale[{name}]", or leave it out'
-            )
+        extras.check(name, what="run.trackers")
 
 
 @contextmanager

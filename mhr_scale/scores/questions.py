@@ -22,17 +22,19 @@ from mhr_scale.rows.batching import Batch, cut_batches
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks import metrics
+from mhr_scale.tasks.loaded_metrics import TextMetric
 from mhr_scale.tasks.task import Example, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One example to score: its global id, its task and its metric."""
+    """One example to score: its global id, its task and its metric; `score` is that of a text."""
 
     id: str
     task: str
     metric: str
     example: Example
+    score: TextMetric | None
 
 
 #: Rows of a scores.jsonl from which on it holds no texts unless the recipe asks for them.
@@ -55,20 +57,24 @@ def judge(question: Question, value: Any, *, with_texts: bool = False) -> dict[s
         "metric": question.metric,
     }
     line |= {"input": example.input} if with_texts else {}
-    if question.metric == "accuracy":
+    if question.score is None:
         label = example.label
         assert label is not None
         prediction = metrics.best_choice(value)
         line |= {"choices": list(example.choices)} if with_texts else {}
         line |= {"choice_scores": value, "prediction": prediction, "label": label}
         return {**line, "points": metrics.accuracy(value, example.choices, label)}
-    points = metrics.TEXT_METRICS[question.metric](value, example.targets)
+    points = question.score(value, example.targets)
     return {**line, "prediction": value, "references": list(example.targets), "points": points}
 
 
 def ask(task: Task, config: ScoringConfig) -> list[Question]:
-    """The questions of a task; raises `DataError` if one lacks choices or a label to rank."""
+    """The questions of a task.
+
+    Raises `DataError` if one lacks choices or a label to rank, or the metric cannot be loaded.
+    """
     metric = config.metric or task.metric
+    score = None if metric == "accuracy" else _score_of(task, metric)
     questions = []
     for example in task.test:
         if metric == "accuracy":
@@ -82,8 +88,16 @@ def ask(task: Task, config: ScoringConfig) -> list[Question]:
                     f"task {task.name}: example {example.id} has label {example.label} for "
                     f"{len(example.choices)} choices; hidden labels cannot be scored"
                 )
-        questions.append(Question(f"{task.name}/{example.id}", task.name, metric, example))
+        questions.append(Question(f"{task.name}/{example.id}", task.name, metric, example, score))
     return questions
+
+
+def _score_of(task: Task, metric: str) -> TextMetric:
+    """The metric of a task's texts; raises `DataError` with its name if it cannot be loaded."""
+    try:
+        return metrics.text_metric(metric, task.metric_options)
+    except DataError as error:
+        raise DataError(f"task {task.name}: {error}") from error
 
 
 def encode(
@@ -101,7 +115,7 @@ def encode(
         encoder = Encoder(task, tokenizer, config.lengths, family)
         for input_ids in encoder.inputs(task.test):
             number = len(rows)
-            is_ranked = questions[number].metric == "accuracy"
+            is_ranked = questions[number].score is None
             choices = questions[number].example.choices if is_ranked else ()
             answers = encoder.answers(choices)
             n_alike += len({ids.tobytes() for ids in answers}) < len(set(choices))

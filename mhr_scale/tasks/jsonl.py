@@ -32,20 +32,22 @@ the assistant becomes an example, conditioned on all turns before it (`messages`
 
 A task without a single validation row sets some of its training rows aside.
 `<folder>/tasks.yaml` may give `cap`, `weight`, `metric` and `max_input_tokens` by task. The default
-metric is accuracy where every row of a task has choices, rougeL elsewhere.
+metric is accuracy where every row of a task has choices, rougeL elsewhere; the evaluate library's
+are `evaluate:NAME_OR_FOLDER`, with `metric_options` (`loaded_metrics`).
 """
 
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mhr_scale.errors import ConfigError, DataError, did_you_mean, some, suggest
+from mhr_scale.errors import ConfigError, DataError, did_you_mean, first_line, some, suggest
 from mhr_scale.recipe import strict_yaml
 from mhr_scale.recipe.part import part
+from mhr_scale.recipe.typed import build
 from mhr_scale.tasks.jsonl_rows import (
     FIELDS,
     REQUIRED,
@@ -55,6 +57,7 @@ from mhr_scale.tasks.jsonl_rows import (
     rename,
     warn_unknown,
 )
+from mhr_scale.tasks.loaded_metrics import PREFIX, MetricOptions
 from mhr_scale.tasks.metrics import METRICS
 from mhr_scale.tasks.suite import Suite
 from mhr_scale.tasks.tabular import ENDINGS, iter_file
@@ -69,7 +72,7 @@ LAYOUTS = (
 )
 #: Beginnings of the names of files that nobody expects to be read.
 ABOUT = ("readme", "license", "licence")
-OPTIONS = ("cap", "weight", "metric", "max_input_tokens")
+OPTIONS = ("cap", "weight", "metric", "metric_options", "max_input_tokens")
 
 Rows = dict[str, dict[str, list[Example]]]  # task -> fold -> examples
 
@@ -296,9 +299,14 @@ def _checked_options(options: Mapping[Any, Any], *, where: str) -> dict[str, Any
         if key not in OPTIONS:
             known = f"{did_you_mean(str(key), OPTIONS)}; known: {', '.join(OPTIONS)}"
             raise DataError(f"{where}: unknown key '{key}'{known}")
+        if key == "metric_options":
+            made[key] = _checked_metric_options(value, options.get("metric"), where=where)
+            continue
         if key == "metric":
-            wanted = f"a metric{did_you_mean(str(value), METRICS)}; known: {', '.join(METRICS)}"
-            is_valid = value in METRICS
+            hint = did_you_mean(str(value), METRICS)
+            wanted = f"a metric{hint}; known: {', '.join(METRICS)}, {PREFIX}NAME_OR_FOLDER"
+            is_loaded = isinstance(value, str) and len(value) > len(PREFIX)
+            is_valid = value in METRICS or (is_loaded and value.startswith(PREFIX))
         elif key == "weight":
             wanted = "a finite number above 0"
             is_valid = type(value) in (int, float) and 0 < value < math.inf
@@ -309,3 +317,13 @@ def _checked_options(options: Mapping[Any, Any], *, where: str) -> dict[str, Any
             raise DataError(f"{where}: {key}: {value!r} is not {wanted}")
         made[key] = value
     return made
+
+
+def _checked_metric_options(options: Any, metric: Any, *, where: str) -> MetricOptions:
+    if not str(metric).startswith(PREFIX):
+        raise DataError(f"{where}: metric_options: only a metric '{PREFIX}NAME_OR_FOLDER' has some")
+    try:
+        return build(MetricOptions, options, name="metric_options")
+    except TypeError as error:
+        known = ", ".join(item.name for item in fields(MetricOptions))
+        raise DataError(f"{where}: {first_line(error)}; known: {known}") from error

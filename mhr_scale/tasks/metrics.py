@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from mhr_scale.run.runlog import log
+from mhr_scale.tasks.loaded_metrics import PREFIX, MetricOptions, TextMetric, open_metric
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _COUNTED = re.compile("[a-z0-9]")
@@ -40,7 +41,7 @@ def best_choice(scores: Sequence[float]) -> int:
 
 
 #: Metrics of generated texts: prediction and references to points.
-TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+TEXT_METRICS: dict[str, TextMetric] = {
     "exact_match": exact_match,
     "rougeL": rouge_l,
 }
@@ -49,6 +50,11 @@ RANK_METRICS: dict[str, Callable[[Sequence[float], Sequence[str], int], float]] 
     "accuracy": accuracy
 }
 METRICS: dict[str, Callable[..., float]] = {**RANK_METRICS, **TEXT_METRICS}
+
+
+def text_metric(name: str, options: MetricOptions | None = None) -> TextMetric:
+    """A metric of generated texts by its name; raises `DataError` for one that cannot be loaded."""
+    return open_metric(name, options) if name.startswith(PREFIX) else TEXT_METRICS[name]
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 from mhr_scale.errors import DataError
 from mhr_scale.recipe.part import part
 from mhr_scale.run.files import hash_parts, to_json_lines
+from mhr_scale.tasks.loaded_metrics import MetricOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +77,8 @@ class Task:
 
     `suffix` is an ending every input shares and that must survive a cut (SuperNI's `Output:`): an
     input that is too long loses tokens in front of it. `max_input_tokens` overrides the batch's.
-    `metric` names what evaluation reports; `cap` and `weight` steer the mixture. `chat` is the
-    suite's to say.
+    `metric` names what evaluation reports, with `metric_options` for one of the evaluate library;
+    `cap` and `weight` steer the mixture. `chat` is the suite's to say.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Task:
     validation: tuple[Example, ...] = ()
     test: tuple[Example, ...] = ()
     metric: str = "rougeL"
+    metric_options: MetricOptions | None = None
     cap: int | None = None
     weight: float | None = None
     max_input_tokens: int | None = None

@@ -1,4 +1,4 @@
-"""The verbs, one module each, and `launching`, which runs them from the command line.
+"""The verbs, one module each; `command`, the one way into them; `launching`, what each launch does.
 
-No other room imports from here: the launch stubs do.
+The package itself and the launch stubs come in here. Other rooms import: command.
 """

@@ -95,7 +95,7 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
             raise AdapterError(
                 f"{config.adapter}: its backbone {settings.name} holds other models beside the "
                 "text model, and transformers calls its linears otherwise there; convert the "
-                "backbone (python launch/convert.py) and set backbone_moved_to to that folder"
+                "backbone (mhr_scale convert) and set backbone_moved_to to that folder"
             )
         facts |= blueprint.facts
     if config.format == "merged":

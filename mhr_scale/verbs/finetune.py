@@ -82,8 +82,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     if world_size() > 1:
         raise ConfigError(
-            f"finetune is one process, and {world_size()} were started: "
-            "python launch/finetune.py RECIPE"
+            f"finetune is one process, and {world_size()} were started: mhr_scale finetune RECIPE"
         )
     with owned_folder(config.run.folder), determinism.switched(config.run.deterministic):
         return finetune_one(config)

@@ -1,4 +1,4 @@
-"""What every launch stub does: parse a recipe, run the verb, turn errors into exit codes.
+"""What every launch does: parse a recipe, run the verb, turn errors into exit codes.
 
 The codes are `errors.ExitCode`. Results go to standard output by `streams.write_result`, all else
 to standard error. An error that all ranks find is printed once, an error of one rank by that rank.
@@ -16,7 +16,8 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
 from mhr_scale.errors import EngineError, ExitCode, UserError
-from mhr_scale.recipe.reading import help_page, parse, settings_of, to_yaml
+from mhr_scale.recipe.reading import page_of, parse, to_yaml
+from mhr_scale.recipe.settings import settings_of
 from mhr_scale.run import failures, launch_environment, stopping, streams, tables
 from mhr_scale.run.runlog import log, rank, start_logging, world_size
 
@@ -139,16 +140,23 @@ def leave(code: int) -> NoReturn:
 
 
 def main(
-    schema: type[T], verb: Callable[[T], object], *, about: str, has_tables: bool = False
+    schema: type[T],
+    verb: Callable[[T], object],
+    *,
+    about: str,
+    words: Sequence[str] | None = None,
+    has_tables: bool = False,
 ) -> NoReturn:
     """Run `verb` on the recipe named on the command line, or print it under `--print`.
 
-    A verb that `has_tables` prints them as `--format` says.
+    `words` are those of the command line that follow the verb, by default all. A verb that
+    `has_tables` prints them as `--format` says.
     """
+    argv = sys.argv[1:] if words is None else words
 
     def action() -> None:
-        words, name = take_format(sys.argv[1:]) if has_tables else (sys.argv[1:], "text")
-        page = help_page(schema, words, about=about)
+        words, name = take_format(argv) if has_tables else (argv, "text")
+        page = page_of(schema, words, about=about)
         if page is None:
             command = parse(schema, words, about=about)
             if not command.print_only:
@@ -162,17 +170,19 @@ def main(
     guarded(action, settings=settings_of(schema))
 
 
-def main_of_words(verb: Callable[[Sequence[str]], str], *, has_tables: bool = False) -> NoReturn:
+def main_of_words(
+    verb: Callable[[Sequence[str]], str], *, words: Sequence[str], has_tables: bool = False
+) -> NoReturn:
     """Run a verb that parses the command line itself, and print the text it returns.
 
     Only rank 0 works; other processes of a launcher return at once.
     """
 
     def action() -> None:
-        words, name = take_format(sys.argv[1:]) if has_tables else (sys.argv[1:], "text")
+        rest, name = take_format(words) if has_tables else (words, "text")
         if rank() == 0:
             with tables.printed_as(name):
-                streams.write_result(verb(words))
+                streams.write_result(verb(rest))
 
     guarded(action)
 

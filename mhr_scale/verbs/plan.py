@@ -10,15 +10,15 @@ from mhr_scale.errors import ConfigError
 from mhr_scale.planning.hardware import find_machines
 from mhr_scale.recipe.reading import (
     check_recipe_given,
-    help_text,
     load,
     load_settings,
     read_names,
     split_words,
 )
+from mhr_scale.recipe.settings import help_text
 
 USAGE = (
-    "python launch/plan.py RECIPE [hardware.x=value ...] [workload.x=value ...] [a.b=value ...] "
+    "mhr_scale plan RECIPE [hardware.x=value ...] [workload.x=value ...] [a.b=value ...] "
     "[--json] [--format text|markdown|csv|latex]"
 )
 #: Settings of the plan itself; every other one overrides the recipe.

@@ -10,7 +10,7 @@ from mhr_scale.errors import ConfigError, RunError, counted, did_you_mean
 from mhr_scale.report.runs import open_runs
 from mhr_scale.run.files import write_text
 
-USAGE = "python launch/report.py FOLDER [FOLDER ...] [--file report.html] [--title TITLE]"
+USAGE = "mhr_scale report FOLDER [FOLDER ...] [--file report.html] [--title TITLE]"
 OPTIONS = ("--file", "--title")
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.errors import ConfigError, RunError, counted
-from mhr_scale.recipe.reading import as_written, split_words
+from mhr_scale.recipe.reading import split_words
+from mhr_scale.recipe.settings import as_written
 from mhr_scale.report.runs import Run, open_runs
 from mhr_scale.report.scored_adapters import find_differences, scored_adapter
 from mhr_scale.run.tables import prose
 from mhr_scale.scores import summary
 
-USAGE = "python launch/summarise.py RUN [RUN ...] [--format text|markdown|csv|latex]"
+USAGE = "mhr_scale summarise RUN [RUN ...] [--format text|markdown|csv|latex]"
 #: How many differing settings are listed at most.
 SHOWN = 8
 

@@ -106,7 +106,7 @@ def test_wrong_weights_are_noticed(
 ) -> None:
     text = refused(folder, change, dtype=dtype)
     assert text.startswith(f"{folder}: the backbone in {dtype}, replicated, does not give the")
-    assert text.endswith("`python launch/convert.py RECIPE verify=true`")
+    assert text.endswith("`mhr_scale convert RECIPE verify=true`")
 
 
 def test_a_tied_head_is_noticed_in_eight_bits_too(folder: Path) -> None:

@@ -10,9 +10,10 @@ branches           mhr_scale.passes.scoring.rank_choices, choices as branches be
 
 The same model in float32, rows and likelihoods (to 1e-4). The ways take turns; times are those of
 the processor, ratios medians over turns. A small Llama of random weights, and the models of the
-folders. The harness is no dependency; to have it, in an environment of its own:
+folders. The harness is an extra; to have it, in an environment of its own:
 
-    python -m venv --system-site-packages VENV && VENV/bin/pip install lm_eval -c constraints.txt
+    python -m venv --system-site-packages VENV
+    VENV/bin/pip install ".[harness]" -c constraints.txt
 
 Then two to four choices behind 40 tokens, behind an instruction of 80 tokens and demonstrations of
 200 that all 32 rows of a task have; and of MHR_SHARED/data/superni_sample, with the models of the
@@ -47,11 +48,13 @@ from transformers import (
 
 from mhr_scale.config import BackboneConfig, BatchConfig
 from mhr_scale.engine.opened import PlacedBackbone
+from mhr_scale.errors import ConfigError
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.packed import EncodedRow
 from mhr_scale.passes.scoring import rank_choices, split
 from mhr_scale.rows.batching import cut_batches
 from mhr_scale.rows.encode import Encoder
+from mhr_scale.run import extras
 from mhr_scale.tasks.superni import SuperNITasks
 from mhr_scale.tasks.task import Intake
 
@@ -239,10 +242,12 @@ def rank(placed: PlacedBackbone, rows: list[EncodedRow]) -> list[float]:
 def make_harness(model: Any, alone: list[EncodedRow]) -> Way | None:
     """The harness's way to score the same requests; None, and why, without it."""
     try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        print(f"  no lm-evaluation-harness ({error}); this file says how to have it")
+        extras.check("lm_eval", what="the harness")
+    except ConfigError as error:
+        print(f"  {error}")
         return None
+    from lm_eval.models.huggingface import HFLM
+
     tokenizer = ByT5Tokenizer()  # requests come as tokens; it is never asked
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=len(alone), max_length=2048)
     requests = [

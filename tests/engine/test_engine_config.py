@@ -8,7 +8,6 @@ import pytest
 
 from mhr_scale.engine.ds_config import (
     ALLOWED,
-    CHECKOUT,
     OWNED,
     deepspeed_config,
     read_ds_config,
@@ -253,7 +252,3 @@ def test_a_shipped_sharded_file_keeps_torchs_linear(name):
     """DeepSpeed's own would save the inputs of frozen linears for gradients nobody wants."""
     content = read_ds_config(f"ds_configs/{name}")
     assert content["zero_optimization"]["memory_efficient_linear"] is False
-
-
-def test_the_checkout_is_the_folder_above_the_package():
-    assert CHECKOUT == ROOT

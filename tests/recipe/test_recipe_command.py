@@ -8,7 +8,7 @@ from recipe_parts import GOOD, PARTS, VERBS, parts_in
 
 from mhr_scale.config import PretrainConfig
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe import reading
+from mhr_scale.recipe import reading, settings
 
 #: What a launch stub says of itself.
 ABOUT = "Trains.\n\npretrain RECIPE [a.b=value ...]     one process"
@@ -46,9 +46,9 @@ def test_without_print_a_command_runs(parse):
         ("", "no recipe given; usage: pretrain RECIPE [a.b=value ...]"),
         ("--print", "no recipe given; usage: pretrain RECIPE [a.b=value ...]"),
         ("adapter.rank=1", "no recipe given; usage: pretrain RECIPE [a.b=value ...]"),
-        ("r.yaml --dry-run", "unknown option --dry-run; options: --print, --help"),
-        ("--rank=3 r.yaml", "unknown option --rank=3; options: --print, --help"),
-        ("r.yaml -v", "unknown option -v; options: --print, --help"),
+        ("r.yaml --dry-run", "unknown option --dry-run; options: --print, --schema, --help"),
+        ("--rank=3 r.yaml", "unknown option --rank=3; options: --print, --schema, --help"),
+        ("r.yaml -v", "unknown option -v; options: --print, --schema, --help"),
         ("r.yaml r.yaml", "'r.yaml': overrides read a.b=value"),
         (
             "other.yaml",
@@ -64,22 +64,22 @@ def test_a_wrong_command_line_is_refused(parse, words, expected):
 
 @pytest.mark.parametrize("words", ["--help", "-h", "r.yaml --help", "--local_rank=0 --help"])
 def test_help_may_stand_anywhere_and_needs_no_recipe(words):
-    assert reading.help_page(PretrainConfig, shlex.split(words), about=ABOUT)
+    assert reading.page_of(PretrainConfig, shlex.split(words), about=ABOUT)
 
 
-def settings_of(kind, prefix=""):
+def names_of(kind, prefix=""):
     """Dotted names of all settings below a part."""
     for name, parts in parts_in(kind):
         for part in parts:
             is_named = typing.get_origin(typing.get_type_hints(kind)[name]) is dict
-            yield from settings_of(part, f"{prefix}{name}.{'NAME.' if is_named else ''}")
+            yield from names_of(part, f"{prefix}{name}.{'NAME.' if is_named else ''}")
         if not parts:
             yield prefix + name
 
 
 def help_of(kind):
     """Each entry of a help page: name, and the line below it."""
-    page = reading.help_text(kind).splitlines()
+    page = settings.help_text(kind).splitlines()
     return [(above.split(":")[0], below.strip()) for above, below in zip(page[::2], page[1::2])]
 
 
@@ -90,7 +90,7 @@ def test_every_field_of_every_part_has_a_help_text():
 
 def test_the_help_page_of_every_verb_has_every_setting():
     for kind in VERBS:
-        assert [name for name, _ in help_of(kind)] == list(settings_of(kind)), kind
+        assert [name for name, _ in help_of(kind)] == list(names_of(kind)), kind
 
 
 def test_the_help_page_says_what_a_setting_is():
@@ -98,10 +98,10 @@ def test_the_help_page_says_what_a_setting_is():
 
 
 def test_the_help_page_says_how_to_call_and_what_to_set():
-    assert reading.help_page(PretrainConfig, ["r.yaml"], about=ABOUT) is None
-    page = reading.help_page(PretrainConfig, ["--help"], about=ABOUT)
+    assert reading.page_of(PretrainConfig, ["r.yaml"], about=ABOUT) is None
+    page = reading.page_of(PretrainConfig, ["--help"], about=ABOUT)
     assert page.startswith(ABOUT)
-    assert page.endswith(reading.help_text(PretrainConfig))
+    assert page.endswith(settings.help_text(PretrainConfig))
 
 
 def test_the_help_page_shows_type_and_default():
@@ -118,5 +118,5 @@ def test_the_help_page_shows_type_and_default():
         "backbone.config: {name: value, ...} | null (default null)",
         "mixture.weights: {name: float, ...} (default {})",
     ]
-    page = reading.help_text(PretrainConfig).splitlines()
+    page = settings.help_text(PretrainConfig).splitlines()
     assert [line for line in expected if line not in page] == []

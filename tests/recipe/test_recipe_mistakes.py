@@ -174,7 +174,8 @@ def test_a_recipe_that_is_not_there_comes_with_those_that_are(tmp_path):
     for path, expected in (
         ("tpy.yaml", "did you mean 'toy.yaml'?"),
         (".", f"recipes in {tmp_path}: other.yaml, toy.yaml"),
-        ("none/toy.yaml", "give the path of a recipe, such as launch/recipes/toy.yaml"),
+        ("none/toi.yaml", "did you mean 'toy'?"),
+        ("none/mine", "give the path of a recipe, or the name of a shipped one, such as toy"),
     ):
         with pytest.raises(ConfigError, match=f"; {re.escape(expected)}$"):
             reading.load(PretrainConfig, tmp_path / path)

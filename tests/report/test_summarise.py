@@ -122,7 +122,7 @@ def test_scores_without_a_recipe_are_averaged_with_nothing(tmp_path: Path) -> No
 
 
 def test_help_says_how() -> None:
-    assert summarise_runs(["--help"]).startswith("python launch/summarise.py RUN [RUN ...]")
+    assert summarise_runs(["--help"]).startswith("mhr_scale summarise RUN [RUN ...]")
 
 
 def test_a_folder_without_scores_is_refused(tmp_path: Path) -> None:

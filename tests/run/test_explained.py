@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from mhr_scale.config import ExportConfig, PretrainConfig
 from mhr_scale.errors import ExitCode, RunError
 from mhr_scale.recipe.part import VERBS
-from mhr_scale.recipe.reading import settings_of
+from mhr_scale.recipe.settings import settings_of
 from mhr_scale.run import failures, stopping
 from mhr_scale.run.runlog import start_logging
 from mhr_scale.verbs import launching

@@ -39,6 +39,20 @@ def test_an_empty_options_file_is_allowed(tmp_path):
     [
         ("u: {cap: 5}", r"tasks\.yaml: no task 'u' in .*; there are: t$"),
         ("t: {cpa: 5}", r"tasks\.yaml:1: t: unknown key 'cpa'; did you mean 'cap'\?"),
+        (
+            "t: {metric: 'evaluate:'}",
+            r"t: metric: 'evaluate:' is not a metric; known: acc.*",
+        ),
+        ("t: {metric_options: {times: 1}}", "only a metric 'evaluate:NAME_OR_FOLDER' has some"),
+        ("t: {metric: rougeL, metric_options: {}}", "t: metric_options: only a metric 'evaluate:"),
+        (
+            "t: {metric: 'evaluate:x', metric_options: {tims: 1}}",
+            "unexpected keyword argument 'tims'; known: value, times, config, arguments",
+        ),
+        (
+            "t: {metric: 'evaluate:x', metric_options: {times: ten}}",
+            "t: metric_options.times is 'ten'; known: value, times, config, arguments",
+        ),
         ("t: {metric: rouge}", r"t: metric: 'rouge' is not a metric; did you mean 'rougeL'\?"),
         ("t: {cap: 0}", "t: cap: 0 is not a whole number above 0"),
         ("t: {cap: true}", "t: cap: True is not a whole number above 0"),

@@ -17,8 +17,9 @@ import json, runpy, sys
 codes = []
 for words in json.loads(sys.argv[1]):
     sys.argv = words
+    start = runpy.run_path if words[0].endswith(".py") else runpy.run_module
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        start(words[0], run_name="__main__")
     except SystemExit as end:
         codes.append(end.code)
 print(json.dumps([codes, sorted(sys.modules)]))
@@ -37,8 +38,8 @@ RECIPES = {
 
 
 def launch(commands: list[str]) -> tuple[list[int], set[str]]:
-    """Exit codes of `launch/` command lines in one process, and all that it imported."""
-    words = [f"launch/{command}".split() for command in commands]
+    """Exit codes of command lines in one process, and all that it imported."""
+    words = [command.split() for command in commands]
     command = [sys.executable, "-c", PROGRAMME, json.dumps(words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -51,12 +52,13 @@ def test_help_a_printed_recipe_and_a_mistake_in_it_need_nothing_heavy(verb: str)
     recipes = [f"launch/recipes/{recipe}" for recipe in RECIPES[verb]]
     commands = [
         "--help",
+        "--schema",
         *(f"{recipe} --print" for recipe in recipes),
         f"{recipes[0]} nothing=1",
         "nowhere.yaml",
     ]
-    codes, modules = launch([f"{verb}.py {command}" for command in commands])
-    assert codes == [0, *(0 for _ in recipes), 2, 2]
+    codes, modules = launch([f"launch/{verb}.py {command}" for command in commands])
+    assert codes == [0, 0, *(0 for _ in recipes), 2, 2]
     assert not modules & HEAVY
 
 
@@ -64,16 +66,25 @@ def test_plan_finds_mistakes_before_it_counts() -> None:
     recipe = "launch/recipes/toy.yaml"
     mistakes = ["optim.lrr=1", "hardware.gpu_s=8", "workload.choices=0", "hardware.gpu=A100-40GB"]
     commands = ["--help", *(f"{recipe} {mistake}" for mistake in mistakes), "nowhere.yaml"]
-    codes, modules = launch([f"plan.py {command}" for command in commands])
+    codes, modules = launch([f"mhr_scale plan {command}" for command in commands])
     assert codes == [0, 2, 2, 2, 2, 2]
     assert not modules & HEAVY
 
 
 def test_tables_and_reports_of_what_is_no_run_need_nothing_heavy() -> None:
-    commands = ["summarise.py --help", "summarise.py nowhere", "report.py --help", "report.py docs"]
-    codes, modules = launch(commands)
+    commands = ["summarise --help", "summarise nowhere", "report --help", "report docs"]
+    codes, modules = launch([f"mhr_scale {command}" for command in commands])
     assert codes == [0, 2, 0, 2]
     assert not modules & HEAVY
+
+
+def test_the_command_by_itself_needs_nothing_heavy_and_no_verb() -> None:
+    commands = ["--help", "recipes", "recipes toy", "", "pretrian", "recipes nowhere"]
+    codes, modules = launch([f"mhr_scale {command}" for command in commands])
+    assert codes == [0, 0, 0, 2, 2, 2]
+    verbs = {name for name in modules if name.startswith("mhr_scale.verbs.")}
+    assert verbs == {f"mhr_scale.verbs.{name}" for name in ("command", "launching", "recipes")}
+    assert not modules & {*HEAVY, "numpy", "pydantic", "mhr_scale.config"}
 
 
 def test_names_of_the_package_are_imported_when_they_are_used() -> None:
@@ -87,3 +98,16 @@ def test_names_of_the_package_are_imported_when_they_are_used() -> None:
         "assert attach is methods.attach and 'torch' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", programme], cwd=ROOT, check=True, timeout=120)
+
+
+def test_no_module_imports_at_its_door_what_only_some_of_its_uses_need() -> None:
+    programme = (
+        "import importlib, pkgutil, sys, mhr_scale\n"
+        "for found in pkgutil.walk_packages(mhr_scale.__path__, 'mhr_scale.'):\n"
+        "    if not found.name.endswith('__main__'): importlib.import_module(found.name)\n"
+        "later = {'deepspeed', 'datasets', 'peft', 'bitsandbytes', 'evaluate', 'sentencepiece',"
+        " 'accelerate', 'rouge_score', 'tensorboard', 'wandb', 'lm_eval'}\n"
+        "assert 'mhr_scale.verbs.pretrain' in sys.modules\n"
+        "assert not later & set(sys.modules), later & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", programme], cwd=ROOT, check=True, timeout=240)

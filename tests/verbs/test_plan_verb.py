@@ -34,7 +34,7 @@ def refused(*words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((), "no recipe given; usage: python launch/plan.py RECIPE"),
+        ((), "no recipe given; usage: mhr_scale plan RECIPE"),
         (("hardware.gpus=8",), "no recipe given"),
         ((TOY, "--fast"), "unknown option --fast; options: --json, --help"),
         ((TOY, "hardware.gpu_s=8"), "unknown setting 'hardware.gpu_s'; did you mean 'gpus'?"),

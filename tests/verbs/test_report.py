@@ -109,7 +109,7 @@ def test_an_interrupted_run_is_reported_as_unfinished(runs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "kind", "text"),
     [
-        ([], ConfigError, "no run given; usage: python launch/report.py FOLDER"),
+        ([], ConfigError, "no run given; usage: mhr_scale report FOLDER"),
         (["--file"], ConfigError, "--file: no value"),
         (["--fiel=x", "a"], ConfigError, "unknown option --fiel; options: .*did you mean"),
         (["nowhere"], RunError, "'nowhere': no such folder"),
@@ -144,4 +144,4 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_two(tmp_path: Path) -
 
 
 def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(["--help"]).startswith("python launch/report.py FOLDER [FOLDER ...]")
+    assert report(["--help"]).startswith("mhr_scale report FOLDER [FOLDER ...]")
