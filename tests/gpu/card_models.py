@@ -18,6 +18,7 @@ from step_time_ways import SHAPES, randomise
 from torch import nn
 
 from mhr_scale.adapters import Adapter, AdapterConfig, find_sites
+from mhr_scale.adapters.sites import Site
 from mhr_scale.backbone.blueprint import make_model, read_blueprint, tie
 from mhr_scale.config import (
     BackboneConfig,
@@ -81,15 +82,21 @@ class Backbones:
         """Theirs."""
         return self.blueprint.family
 
+    def bare(self) -> nn.Module:
+        """A model on the meta device, whose linears adapters are made for."""
+        with torch.device("meta"):
+            return make_model(self.blueprint)
+
+    def sites(self, adapter: AdapterConfig) -> tuple[Site, ...]:
+        """The linears that an adapter of these settings is for."""
+        return find_sites(self.bare(), adapter.layout, adapter.blocks)
+
     def place(self, adapter: AdapterConfig | None, **changes: Any) -> PlacedBackbone:
         """Modules anew, as a run places them, with the linears of an adapter wrapped.
 
         `changes` are settings of the backbone.
         """
-        sites: Sequence[Any] = ()
-        if adapter is not None:
-            with torch.device("meta"):
-                sites = find_sites(make_model(self.blueprint), adapter.layout, adapter.blocks)
+        sites = () if adapter is None else self.sites(adapter)
         given = mock.patch.object(engine_module, "fill", self._share)
         with given:
             placed = place(self.engine, replace(self.config, **changes), self.blueprint, sites)
@@ -185,9 +192,7 @@ class TrainerStep:
         config = step.recipe(backbones.config)
         placed = backbones.place(step.adapter, **step.changes)
         make = fresh(step.adapter, N_TASKS, row_gradients=has_row_gradients(config.optim))
-        with torch.device("meta"):
-            bare = make_model(backbones.blueprint)
-        adapter: Adapter = make(bare).to(placed.device)
+        adapter: Adapter = make(backbones.bare()).to(placed.device)
         adapter.bind(placed.adapted)
         self.model = nn.ModuleList([placed.model, adapter])
         rows = step.rows()

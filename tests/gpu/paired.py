@@ -190,14 +190,18 @@ def found_of(
 def with_goal(
     entries: dict[str, Found | str], name: str, limits: dict[str, tuple[str, float]], scale: Scale
 ) -> None:
-    """Hold an entry's values against limits, ("<=" or ">=", number) by value; at toy size none."""
+    """Hold an entry's values against limits, ("<=" or ">=", number) by value, too.
+
+    At toy size they are said, and not held.
+    """
     entry = entries.get(name)
     if not isinstance(entry, Found):
         return
-    holds = []
-    for value, (sign, limit) in limits.items():
+    holds = [] if entry.holds is None else [entry.holds]
+    for value, (sign, limit) in ({} if scale.is_tiny else limits).items():
         own = entry.values.get(value)
         assert not isinstance(own, str)
         holds.append(own is not None and (own <= limit if sign == "<=" else own >= limit))
-    goal = ", ".join(f"{value} {sign} {limit:g}" for value, (sign, limit) in limits.items())
-    entries[name] = Found(entry.values, None if scale.is_tiny else all(holds), goal)
+    goals = [f"{value} {sign} {limit:g}" for value, (sign, limit) in limits.items()]
+    goal = ", ".join([entry.goal, *goals] if entry.goal else goals)
+    entries[name] = Found(entry.values, all(holds) if holds else None, goal)
