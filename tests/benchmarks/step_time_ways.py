@@ -190,6 +190,7 @@ def ours(
 ) -> Way:
     """Our adapter: slots are filled in `forward`, mixed gradients delivered in `backward`."""
     adapter = attach(model, config, tasks=[f"task {number}" for number in range(N_TASKS)])
+    adapter.to(setting.device)
     adapter.row_gradients = True
     update = make_optimizer(adapter, OptimConfig()).step if setting.updates else None
     filled: list[Any] = []

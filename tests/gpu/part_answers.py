@@ -61,7 +61,11 @@ def answer(name: str, layings: Sequence[str], scale: Scale) -> dict[str, Found |
     backbones = Backbones(name, scale)
     placed = backbones.place(MHR_8)
     placed.model.eval()
-    adapter = fresh(MHR_8, 2)(backbones.bare()).to(placed.device)
+    adapter = fresh(MHR_8, 2)(backbones.bare())
+    for own, tensor in adapter.inventory.named_tensors():
+        if own.endswith(".B"):
+            tensor.normal_(0.0, 0.02)
+    adapter.to(placed.device)
     adapter.bind(placed.adapted)
     model = nn.ModuleList([placed.model, adapter])
     rows = make_alike(placed.model)[:: 16 if scale.is_tiny else 1]
