@@ -158,6 +158,7 @@ def peft(name: str, model: Any, setting: Setting, packed: Packed, *, at_targets:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config).train()
+    wrapped.to(setting.device)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     if not at_targets:
         return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained, setting)

@@ -263,6 +263,7 @@ def peft(name: str, model: Any, setting: Setting, kind: str, *, is_float32: bool
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=is_float32).train()
+    wrapped.to(setting.device)
     batch: dict[str, Any] = {**setting.batch(), "use_cache": False}
     if kind == "poly":
         batch["task_ids"] = torch.tensor(setting.task_ids, device=setting.device)

@@ -45,10 +45,10 @@ PARTS = {
     "t5": Part(
         "part_t5", 2.0, "steps at the shapes of T5-XXL, against the frozen one and PEFT", True
     ),
-    "llama": Part("part_llama", 1.0, "the same at the shapes of Llama-8B", True),
+    "llama": Part("part_llama", 1.2, "the same at the shapes of Llama-8B", True),
     "waves": Part("part_waves", 0.9, "few-shot jobs in waves over T5-large and T5-XL", True),
     "answers": Part("part_answers", 0.7, "ranking and generating over T5-XXL and Llama-8B"),
-    "plan": Part("part_plan", 0.5, "what `plan` predicts of these steps, and the rates it assumes"),
+    "plan": Part("part_plan", 0.9, "what `plan` predicts of these steps, and the rates it assumes"),
 }
 
 

@@ -179,9 +179,15 @@ class Step:
         )
 
 
-def can_compile() -> bool:
-    """Whether blocks can be compiled at all."""
-    return "compile" in BackboneConfig.__dataclass_fields__
+def compiled(step: Step, scale: Scale) -> list[Step]:
+    """A step once more and with compiled blocks: none at toy size, where compiling takes longest.
+
+    Measured last: compiling may take the rest of a part's time.
+    """
+    if scale.is_tiny or "compile" not in BackboneConfig.__dataclass_fields__:
+        return []
+    again = replace(step, name=f"{step.name}, again")
+    return [again, replace(step, name=f"{step.name}, compiled", compile=True)]
 
 
 class TrainerStep:
@@ -237,6 +243,8 @@ def run_steps(
     The share of the card's rate is by the FLOP of whichever takes least: without padding, without
     recomputation. `goals` are those of the first.
     """
+    if not steps:
+        return
     first, scale = steps[0], backbones.scale
 
     def measure() -> dict[str, Found | str]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from board import Board, Found, Scale
-from card_models import LLAMA_8B, LORA, MHR_8, Backbones, Step, can_compile, run_steps
+from card_models import LLAMA_8B, LORA, MHR_8, Backbones, Step, compiled, run_steps
 from paired import flops_of, found_of, take_turns, with_goal
 from part_card import matrix_rate
 from step_time_causal import CAUSAL_SHAPES, causal_ways
@@ -49,15 +49,12 @@ def steps(scale: Scale) -> list[Step]:
         packing=True,
     )
     mhr = replace(lora, name="MHR 8, packed", adapter=MHR_8)
-    found = [
+    return [
         lora,
         mhr,
         replace(mhr, name="MHR 8, padded", packing=False),
         replace(mhr, name="MHR 8, recomputing", recompute="non_reentrant"),
     ]
-    if can_compile():
-        found.append(replace(mhr, name="MHR 8, compiled", compile=True))
-    return found
 
 
 def published(scale: Scale) -> dict[str, tuple[str, float]]:
@@ -86,3 +83,4 @@ def measure(board: Board, scale: Scale) -> None:
 
     board.run_together([f"{batch}, {way}" for way in WAYS], compare)
     run_steps(board, backbones, steps(scale), rate, goals=published(scale))
+    run_steps(board, backbones, compiled(steps(scale)[1], scale), rate)

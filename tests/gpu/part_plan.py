@@ -46,7 +46,7 @@ def measure(board: Board, scale: Scale) -> None:
     steps = [("t5", step) for step in part_t5.all_steps(scale)]
     steps += [("llama", step) for step in part_llama.steps(scale)]
     if not any(board.values(part, step.name) for part, step in steps):
-        own = part_t5.steps(scale)[:3]
+        own = part_t5.steps(scale)[: 2 if scale.is_tiny else 3]
         run_steps(board, Backbones(own[0].backbone, scale), own, matrix_rate(board, scale))
         steps = [("plan", step) for step in own]
     measured = with_measured_rates(machines, board)
@@ -86,6 +86,10 @@ def rates(board: Board, machines: Machines) -> Found:
         "assumed launch_us": 1e6 * hardware.LAUNCH_SECONDS,
     }
     known = hardware.CARDS.get(machines.name)
+    if machines.on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        values["context_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
+        values["assumed context_gib"] = hardware.CONTEXT_GIB
     if known is not None:
         pairs = {
             "product_share": (card["matrix products"], "flops_per_s", 1e12 * known.bf16_tflops),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from board import Board, Found, Scale
-from card_models import T0_11B, Backbones, Step, can_compile, run_steps
+from card_models import T0_11B, Backbones, Step, compiled, run_steps
 from paired import flops_of, found_of, take_turns, with_goal
 from part_card import matrix_rate
 from step_time_ways import SHAPES, Setting, all_ways
@@ -61,17 +61,13 @@ def steps(scale: Scale) -> list[Step]:
         backbone=T0_11B,
         shape=Shape(rows=rows, width=width, depth=depth, n_tasks=rows),
     )
-    found = [
+    return [
         whole,
         replace(whole, name="packed", packing=True),
         replace(whole, name="recomputing", recompute="non_reentrant"),
         replace(whole, name="recomputing, reentrant", recompute="reentrant"),
         replace(whole, name="packed, recomputing", packing=True, recompute="non_reentrant"),
     ]
-    if can_compile():
-        found.append(replace(whole, name="compiled", compile=True))
-        found.append(replace(whole, name="packed, compiled", packing=True, compile=True))
-    return found
 
 
 def mixed_steps(scale: Scale) -> list[Step]:
@@ -113,6 +109,7 @@ def measure(board: Board, scale: Scale) -> None:
         run_steps(board, backbones, group, rate)
     goals = {"share_of_rate": (">=", LEAST_SHARE)}
     run_steps(board, backbones, [large_step(scale)], rate, goals=goals)
+    run_steps(board, backbones, compiled(steps(scale)[1], scale), rate)
 
 
 def compare(
