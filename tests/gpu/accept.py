@@ -43,12 +43,12 @@ class Part:
 PARTS = {
     "card": Part("part_card", 0.3, "rates of the card itself: products, memory, copies, launches"),
     "t5": Part(
-        "part_t5", 2.0, "steps at the shapes of T5-XXL, against the frozen one and PEFT", True
+        "part_t5", 2.6, "steps at the shapes of T5-XXL, against the frozen one and PEFT", True
     ),
-    "llama": Part("part_llama", 1.2, "the same at the shapes of Llama-8B", True),
-    "waves": Part("part_waves", 0.9, "few-shot jobs in waves over T5-large and T5-XL", True),
-    "answers": Part("part_answers", 0.7, "ranking and generating over T5-XXL and Llama-8B"),
-    "plan": Part("part_plan", 0.9, "what `plan` predicts of these steps, and the rates it assumes"),
+    "llama": Part("part_llama", 1.0, "the same at the shapes of Llama-8B", True),
+    "waves": Part("part_waves", 0.8, "few-shot jobs in waves over T5-large and T5-XL", True),
+    "answers": Part("part_answers", 0.6, "ranking and generating over T5-XXL and Llama-8B"),
+    "plan": Part("part_plan", 0.7, "what `plan` predicts of these steps, and the rates it assumes"),
 }
 
 

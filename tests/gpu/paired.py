@@ -53,14 +53,12 @@ class Timed:
         return statistics.median(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
 
 
-def take_turns(
-    ways: Sequence[Way], scale: Scale, *, turns: int = 5, repeats: int = 2
-) -> dict[str, Timed]:
+def take_turns(ways: Sequence[Way], scale: Scale, *, turns: int = 4) -> dict[str, Timed]:
     """Steps of all ways in turns, in an order that is reversed every other time.
 
     Two steps of each come first: one loads its kernels, one is watched for memory. A turn is
-    `repeats` steps one behind another, between two waits for the device. What fails, for want of
-    memory above all, leaves the turns.
+    a step between two waits for the device. What fails, for want of memory above all, leaves the
+    turns.
     """
     found = {way.name: Timed() for way in ways}
     alive = {way.name: way for way in ways}
@@ -69,10 +67,10 @@ def take_turns(
         timed.peak, timed.above = measure_peak(way, scale)
 
     def time_once(way: Way, timed: Timed) -> None:
-        timed.seconds.append(seconds_of(way.step, scale, repeats=repeats))
+        timed.seconds.append(seconds_of(way.step, scale))
 
     if scale.is_tiny:
-        turns = repeats = 1
+        turns = 1
     for name in list(alive):
         _try(watch, alive, found, name, scale)
     with no_collections():
@@ -100,14 +98,13 @@ def _try(
         torch.cuda.empty_cache()
 
 
-def seconds_of(step: Callable[[], object], scale: Scale, *, repeats: int = 1) -> float:
-    """Seconds of one of `repeats` calls, from an idle device to an idle device."""
+def seconds_of(step: Callable[[], object], scale: Scale) -> float:
+    """Seconds of a call, from an idle device to an idle device."""
     synchronize(scale)
     begun = time.perf_counter()
-    for _ in range(repeats):
-        step()
+    step()
     synchronize(scale)
-    return (time.perf_counter() - begun) / repeats
+    return time.perf_counter() - begun
 
 
 @contextmanager

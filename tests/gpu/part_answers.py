@@ -91,7 +91,7 @@ def answer(name: str, layings: Sequence[str], scale: Scale) -> dict[str, Found |
         for one in layings
     ]
     ways.append(Answering("generating", model, n_answered, generate))
-    found = take_turns(ways, scale, turns=3, repeats=1)
+    found = take_turns(ways, scale, turns=3)
     return {way.name: entry_of(found[way.name], way, ways[0]) for way in ways}
 
 

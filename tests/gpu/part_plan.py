@@ -45,6 +45,7 @@ def measure(board: Board, scale: Scale) -> None:
     board.run("rates", lambda: rates(board, machines))
     steps = [("t5", step) for step in part_t5.all_steps(scale)]
     steps += [("llama", step) for step in part_llama.steps(scale)]
+    steps = steps[:: 3 if scale.is_tiny else 1]
     if not any(board.values(part, step.name) for part, step in steps):
         own = part_t5.steps(scale)[: 2 if scale.is_tiny else 3]
         run_steps(board, Backbones(own[0].backbone, scale), own, matrix_rate(board, scale))

@@ -38,7 +38,7 @@ LENGTHS = (
 
 def settings(scale: Scale) -> dict[str, Setting]:
     """Batches of the compared ways."""
-    sizes = ((4, 16, 8), (4, 8, 8)) if scale.is_tiny else ((8, 256, 64), (32, 128, 32))
+    sizes = ((4, 16, 8),) if scale.is_tiny else ((8, 256, 64), (32, 128, 32))
     model = "tiny" if scale.is_tiny else "xxl"
     return {
         f"{rows} x ({tokens} + {targets})": Setting(
@@ -105,10 +105,10 @@ def measure(board: Board, scale: Scale) -> None:
     for batch, setting in settings(scale).items():
         names = [f"{batch}, {way}" for way in WAYS]
         board.run_together(names, lambda s=setting, b=batch: compare(backbones, s, b, scale, rate))
-    for group in (steps(scale), mixed_steps(scale)):
-        run_steps(board, backbones, group, rate)
     goals = {"share_of_rate": (">=", LEAST_SHARE)}
     run_steps(board, backbones, [large_step(scale)], rate, goals=goals)
+    for group in (steps(scale), mixed_steps(scale)):
+        run_steps(board, backbones, group, rate)
     run_steps(board, backbones, compiled(steps(scale)[1], scale), rate)
 
 

@@ -60,6 +60,7 @@ def rehearse(part: Any, board: Board, machines: Machines) -> None:
     replaced: dict[str, Any] = {
         "take_turns": once,
         "run_steps": run_steps,
+        "flops_of": lambda way: 1.0,
         "matrix_rate": lambda *_: machines.bf16_flops,
     }
     own = {name: value for name, value in replaced.items() if hasattr(part, name)}
