@@ -200,6 +200,9 @@ def like_a_gpu() -> Iterator[None]:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         bias = None
+        if options.get("enable_gqa"):
+            shared = query.shape[-3] // key.shape[-3]
+            key, value = (t.repeat_interleave(shared, dim=-3) for t in (key, value))
         if attn_mask is not None:
             shape = (*query.shape[:-1], key.shape[-2])
             bias = attn_mask.to(query.dtype).expand(shape)

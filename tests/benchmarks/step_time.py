@@ -137,10 +137,10 @@ def keep(file: Path, found: Row) -> None:
 def time_ways(model: Any, setting: Setting, turns: int, names: Sequence[str] = ()) -> list[Row]:
     """Every way's medians, ratios to each of `BASES`, and counts."""
     is_causal = setting.model in CAUSAL_SHAPES
-    ways = (causal_ways if is_causal else all_ways)(model, setting)
-    names = {*names, *BASES[:2]} if names else {way.name for way in ways}
-    ways = [way for way in ways if way.name in names]
-    bases = [name for name in (CAUSAL_BASES if is_causal else BASES) if name in names]
+    wanted = {*names, *BASES[:2]} if names else None
+    ways = (causal_ways if is_causal else all_ways)(model, setting, wanted)
+    timed = {way.name for way in ways}
+    bases = [name for name in (CAUSAL_BASES if is_causal else BASES) if name in timed]
     progress = Progress(len(ways) * (turns + 1), start=0, what=f"L {setting.tokens}", unit="pass")
     counts = {}
     for way in ways:

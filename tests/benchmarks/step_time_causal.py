@@ -7,12 +7,24 @@ D target positions, V vocabulary, H width.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from step_time_ways import CPU, N_TASKS, SWITCHES, Setting, Way, ours, plain_way, same_weights
+from step_time_ways import (
+    CPU,
+    N_TASKS,
+    SWITCHES,
+    Maker,
+    Setting,
+    Way,
+    made,
+    ours,
+    plain_way,
+    same_weights,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +32,7 @@ from mhr_scale.adapters import AdapterConfig
 from mhr_scale.config import BackboneConfig
 from mhr_scale.families.causal import CAUSAL
 from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.families.table import known_fields
 from mhr_scale.passes.losses import language_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,6 +54,7 @@ CAUSAL_SHAPES = {
         "intermediate_size": 256,
         "num_hidden_layers": 3,
     },
+    "llama-8b": known_fields("meta-llama/Llama-3.1-8B") or {},
 }
 #: Ways that others are compared with.
 CAUSAL_BASES = (
@@ -57,7 +71,7 @@ def build_causal(setting: Setting) -> Any:
     """A frozen Llama of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**CAUSAL_SHAPES[setting.model], tie_word_embeddings=False)
+    config = LlamaConfig(**{"tie_word_embeddings": False, **CAUSAL_SHAPES[setting.model]})
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(setting.dtype).to(setting.device)
     return model.train().requires_grad_(False)
@@ -74,7 +88,8 @@ def fuse_causal(model: Any, *names: str) -> Any:
 def pack(setting: Setting) -> Packed:
     """Random tokens; every other prompt is shorter by a fifth."""
     random = np.random.default_rng(1)
-    top = CAUSAL_SHAPES[setting.model]["vocab_size"]
+    shape = CAUSAL_SHAPES[setting.model]
+    top = shape["vocab_size"]
     rows = [
         EncodedRow(
             random.integers(3, top, setting.tokens - (row % 2 == 0) * (setting.tokens // 5)),
@@ -83,7 +98,7 @@ def pack(setting: Setting) -> Packed:
         )
         for row, task in enumerate(setting.task_ids)
     ]
-    packed = CAUSAL.pack(rows, CAUSAL.make_config({**LLAMA, "model_type": "llama"}))
+    packed = CAUSAL.pack(rows, CAUSAL.make_config({**shape, "model_type": "llama"}))
     return packed if setting.device == CPU else packed.to(setting.device)
 
 
@@ -143,9 +158,10 @@ def peft(name: str, model: Any, setting: Setting, packed: Packed, *, at_targets:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config).train()
+    wrapped.to(setting.device)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     if not at_targets:
-        return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained)
+        return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained, setting)
     del batch["labels"]
     n_targets, length = packed.labels_BD.shape[1], packed.inputs["input_ids"].shape[1]
     batch["logits_to_keep"] = torch.arange(length - n_targets, length, device=setting.device)
@@ -153,11 +169,11 @@ def peft(name: str, model: Any, setting: Setting, packed: Packed, *, at_targets:
     def forward() -> Tensor:
         return plain_loss(wrapped(**batch).logits, packed.labels_BD)
 
-    return plain_way(name, wrapped, forward, trained)
+    return plain_way(name, wrapped, forward, trained, setting)
 
 
-def causal_ways(model: Any, setting: Setting) -> Sequence[Way]:
-    """Every way, around the weights of one backbone."""
+def causal_ways(model: Any, setting: Setting, names: Container[str] | None = None) -> list[Way]:
+    """Every way, or those of these names, around the weights of one backbone."""
     packed = pack(setting)
 
     def bare() -> Any:
@@ -173,25 +189,34 @@ def causal_ways(model: Any, setting: Setting) -> Sequence[Way]:
         loss: Tensor = one(**whole_rows(rows), use_cache=False).loss
         return loss
 
-    def mine(name: str, model: Any, **options: Any) -> Way:
-        config = AdapterConfig(**{"n_skills": 8, "rank": 1, **options})
-        return ours(name, model, setting, config, loss_of=lambda one: our_loss(one, packed))
+    def still(make: Callable[[], Any], loss_of: Callable[[Any, Packed], Tensor]) -> Maker:
+        return lambda name: frozen(name, make(), packed, loss_of)
 
-    return [
-        frozen("frozen stock", bare(), packed, stock_loss),
-        frozen("frozen stock, all logits", bare(), packed, whole_loss),
-        frozen("frozen fused", fused(), packed, our_loss),
-        *(
-            frozen(f"frozen, {switch} alone", fuse_causal(model, switch), packed, our_loss)
-            for switch in SWITCHES
-        ),
-        mine("LoRA", fused(), n_skills=1),
-        mine("Poly", fused()),
-        mine("MHR 8", fused(), n_splits=8),
-        mine("MHR 64", fused(), n_splits=64),
-        mine("MHR 8, stock Llama", bare(), n_splits=8),
-        peft("PEFT LoRA, all logits", bare(), setting, packed, at_targets=False),
-        peft("PEFT LoRA", bare(), setting, packed, at_targets=True),
-        peft("PEFT Poly, all logits", bare(), setting, packed, at_targets=False),
-        peft("PEFT Poly", bare(), setting, packed, at_targets=True),
-    ]
+    def mine(make: Callable[[], Any], **options: Any) -> Maker:
+        config = AdapterConfig(**{"n_skills": 8, "rank": 1, **options})
+        return lambda name: ours(
+            name, make(), setting, config, loss_of=lambda one: our_loss(one, packed)
+        )
+
+    def theirs(*, at_targets: bool) -> Maker:
+        return lambda name: peft(name, bare(), setting, packed, at_targets=at_targets)
+
+    makers: dict[str, Maker] = {
+        "frozen stock": still(bare, stock_loss),
+        "frozen stock, all logits": still(bare, whole_loss),
+        "frozen fused": still(fused, our_loss),
+        **{
+            f"frozen, {one} alone": still(partial(fuse_causal, model, one), our_loss)
+            for one in SWITCHES
+        },
+        "LoRA": mine(fused, n_skills=1),
+        "Poly": mine(fused),
+        "MHR 8": mine(fused, n_splits=8),
+        "MHR 64": mine(fused, n_splits=64),
+        "MHR 8, stock Llama": mine(bare, n_splits=8),
+        "PEFT LoRA, all logits": theirs(at_targets=False),
+        "PEFT LoRA": theirs(at_targets=True),
+        "PEFT Poly, all logits": theirs(at_targets=False),
+        "PEFT Poly": theirs(at_targets=True),
+    }
+    return made(makers, names)

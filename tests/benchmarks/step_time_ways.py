@@ -6,9 +6,10 @@ B rows, L tokens, I and O features, R rank, T tasks, Q splits, S skills.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhr_scale.adapters import AdapterConfig, attach, linear
-from mhr_scale.config import BackboneConfig
+from mhr_scale.config import BackboneConfig, OptimConfig
 from mhr_scale.families import t5_fused
 from mhr_scale.families.modes import set_recompute
+from mhr_scale.training.optim import make_optimizer
 
 LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 SWITCHES = ("attention", "gate", "norm")
@@ -58,11 +60,13 @@ class Setting:
     targets: int = 16
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = CPU
+    updates: bool = False
+    """Whether a step has the optimizer's pass too: ours Adafactor, PEFT's torch's AdamW."""
 
     @property
     def task_ids(self) -> tuple[int, ...]:
         """Distinct tasks out of all, one per row."""
-        return tuple(5 + 37 * row for row in range(self.rows))
+        return tuple((5 + 37 * row) % N_TASKS for row in range(self.rows))
 
     def batch(self) -> dict[str, Tensor]:
         """Random tokens."""
@@ -91,15 +95,22 @@ def build_t5(setting: Setting) -> Any:
         model = T5ForConditionalGeneration(config)
     model = model.to(setting.dtype).to_empty(device=setting.device)
     model.tie_weights()
+    randomise(model)
+    return model.train().requires_grad_(False)
+
+
+def randomise(model: Any) -> None:
+    """Random weights, made where they lie, that keep activations in their range."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.normal_(1.0, 0.2)
         else:
             # queries are not scaled in T5: its own initialisation makes them that much smaller
-            width = parameter.shape[-1] * (config.d_kv if name.endswith("q.weight") else 1)
-            parameter.data.normal_(0.0, 1.0 if "shared" in name else width**-0.5)
-    return model.train().requires_grad_(False)
+            is_query = name.endswith(".q.weight")
+            width = parameter.shape[-1] * (model.config.d_kv if is_query else 1)
+            is_embedding = "shared" in name or "embed_tokens" in name
+            parameter.data.normal_(0.0, 1.0 if is_embedding else width**-0.5)
 
 
 def same_weights(model: Any) -> Any:
@@ -127,11 +138,14 @@ class Way:
     clear: Callable[[], None]
     around: Callable[[], Any] = nullcontext
     n_linears: int = 0
+    update: Callable[[], object] | None = None
 
     def step(self) -> None:
-        """One forward and backward pass."""
+        """One forward and backward pass, and the optimizer's if it has one."""
         with self.around():
             self.backward(self.forward())
+        if self.update is not None:
+            self.update()
         self.clear()
 
 
@@ -176,7 +190,9 @@ def ours(
 ) -> Way:
     """Our adapter: slots are filled in `forward`, mixed gradients delivered in `backward`."""
     adapter = attach(model, config, tasks=[f"task {number}" for number in range(N_TASKS)])
+    adapter.to(setting.device)
     adapter.row_gradients = True
+    update = make_optimizer(adapter, OptimConfig()).step if setting.updates else None
     filled: list[Any] = []
 
     def forward() -> Tensor:
@@ -201,6 +217,7 @@ def ours(
         clear=clear,
         around=around,
         n_linears=len(adapter.linears),
+        update=update,
     )
 
 
@@ -246,11 +263,12 @@ def peft(name: str, model: Any, setting: Setting, kind: str, *, is_float32: bool
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=is_float32).train()
+    wrapped.to(setting.device)
     batch: dict[str, Any] = {**setting.batch(), "use_cache": False}
     if kind == "poly":
         batch["task_ids"] = torch.tensor(setting.task_ids, device=setting.device)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained)
+    return plain_way(name, wrapped, lambda: wrapped(**batch).loss, trained, setting)
 
 
 class Mixing(nn.Module):
@@ -293,13 +311,18 @@ def reference(name: str, model: Any, setting: Setting) -> Way:
                 setattr(parent, child, mixing)
                 trained += [mixing.logits_TQS, mixing.a_QSIR, mixing.b_QSRO]
     batch = setting.batch()
-    return plain_way(name, model, lambda: model(**batch, use_cache=False).loss, trained)
+    return plain_way(name, model, lambda: model(**batch, use_cache=False).loss, trained, setting)
 
 
 def plain_way(
-    name: str, model: Any, forward: Callable[[], Tensor], trained: Sequence[nn.Parameter]
+    name: str,
+    model: Any,
+    forward: Callable[[], Tensor],
+    trained: Sequence[nn.Parameter],
+    setting: Setting,
 ) -> Way:
     """One whose gradients autograd leaves in the trained parameters."""
+    update = torch.optim.AdamW(trained).step if setting.updates else None
 
     def clear() -> None:
         for parameter in trained:
@@ -311,21 +334,21 @@ def plain_way(
         forward=forward,
         backward=Tensor.backward,
         clear=clear,
+        update=update,
     )
 
 
 # -- all of them -----------------------------------------------------------------------------------
 
+#: What makes a way of a name.
+Maker = Callable[[str], Way]
 #: Ways that others are compared with.
 BASES = ("frozen stock", "frozen fused", "PEFT LoRA", "PEFT Poly")
 
 
-def all_ways(model: Any, setting: Setting) -> list[Way]:
-    """Every way, around the weights of one backbone."""
-    lora = AdapterConfig(n_skills=1, rank=1)
-    poly = AdapterConfig(n_skills=8, rank=1)
-    mhr8 = AdapterConfig(n_skills=8, n_splits=8, rank=1)
-    mhr64 = AdapterConfig(n_skills=8, n_splits=64, rank=1)
+def all_ways(model: Any, setting: Setting, names: Container[str] | None = None) -> list[Way]:
+    """Every way, or those of these names, around the weights of one backbone."""
+    mhr8 = {"n_skills": 8, "n_splits": 8}
 
     def bare() -> Any:
         return same_weights(model)
@@ -339,25 +362,37 @@ def all_ways(model: Any, setting: Setting) -> list[Way]:
         found: Tensor = one(**batch, use_cache=False).loss
         return found
 
-    def mine(name: str, one: Any, config: AdapterConfig, *, around: Any = nullcontext) -> Way:
-        return ours(name, one, setting, config, loss_of=loss, around=around)
+    def still(make: Callable[[], Any], **options: Any) -> Maker:
+        return lambda name: frozen(name, make(), setting, **options)
 
-    again = "non_reentrant"
-    return [
-        frozen("frozen stock", bare(), setting),
-        frozen("frozen fused", fused(), setting),
-        *(frozen(f"frozen, {switch} alone", fuse(model, switch), setting) for switch in SWITCHES),
-        frozen("frozen stock, recomputing", bare(), setting, recompute=again),
-        frozen("frozen fused, recomputing", fused(), setting, recompute=again),
-        mine("LoRA", fused(), lora),
-        mine("Poly", fused(), poly),
-        mine("MHR 8", fused(), mhr8),
-        mine("MHR 64", fused(), mhr64),
-        mine("MHR 8, stock T5", bare(), mhr8),
-        mine("MHR 8, plain autograd", fused(), mhr8, around=without_function),
-        peft("PEFT LoRA", bare(), setting, "lora"),
-        peft("PEFT LoRA, bf16", bare(), setting, "lora", is_float32=False),
-        peft("PEFT Poly", bare(), setting, "poly"),
-        peft("PEFT Poly, bf16", bare(), setting, "poly", is_float32=False),
-        reference("reference", bare(), setting),
-    ]
+    def mine(make: Callable[[], Any], *, around: Any = nullcontext, **options: Any) -> Maker:
+        config = AdapterConfig(rank=1, **options)
+        return lambda name: ours(name, make(), setting, config, loss_of=loss, around=around)
+
+    def theirs(kind: str, **options: Any) -> Maker:
+        return lambda name: peft(name, bare(), setting, kind, **options)
+
+    makers: dict[str, Maker] = {
+        "frozen stock": still(bare),
+        "frozen fused": still(fused),
+        **{f"frozen, {one} alone": still(partial(fuse, model, one)) for one in SWITCHES},
+        "frozen stock, recomputing": still(bare, recompute="non_reentrant"),
+        "frozen fused, recomputing": still(fused, recompute="non_reentrant"),
+        "LoRA": mine(fused, n_skills=1),
+        "Poly": mine(fused, n_skills=8),
+        "MHR 8": mine(fused, **mhr8),
+        "MHR 64": mine(fused, n_skills=8, n_splits=64),
+        "MHR 8, stock T5": mine(bare, **mhr8),
+        "MHR 8, plain autograd": mine(fused, around=without_function, **mhr8),
+        "PEFT LoRA": theirs("lora"),
+        "PEFT LoRA, bf16": theirs("lora", is_float32=False),
+        "PEFT Poly": theirs("poly"),
+        "PEFT Poly, bf16": theirs("poly", is_float32=False),
+        "reference": lambda name: reference(name, bare(), setting),
+    }
+    return made(makers, names)
+
+
+def made(makers: Mapping[str, Maker], names: Container[str] | None) -> list[Way]:
+    """The ways of these names, or all."""
+    return [make(name) for name, make in makers.items() if names is None or name in names]

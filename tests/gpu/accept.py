@@ -4,6 +4,8 @@ python tests/gpu/accept.py [--only card steps] [--folder runs/gpu] [--minutes 9]
     on the GPU of this machine (80 GB or more): a table, and FOLDER/accept.json
 python tests/gpu/accept.py --tiny
     the same code at toy sizes on the CPU, whose figures tell nothing
+python tests/gpu/accept.py --rehearse A100-80G [--only t5]
+    the measuring parts at their full shapes without a GPU: whether they run, and fit that card
 
 Each part runs in a process of its own, so that a kernel that fails ends its part alone; `--tiny`
 runs all in one. What is done stays done: the same command resumes where it was stopped and repeats
@@ -12,6 +14,7 @@ what failed. Another commit starts anew (so does `--fresh`).
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +36,8 @@ class Part:
     module: str
     share: float
     about: str
+    rehearsed: bool = False
+    """Whether `--rehearse` knows it: it trains ways that take turns."""
 
 
 PARTS = {
@@ -41,12 +46,23 @@ PARTS = {
     "models": Part("part_models", 0.8, "families in every form of a step, ranking, generation"),
     "runs": Part("part_runs", 1.6, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
     "uses": Part("part_uses", 0.6, "8 and 4 bits, few-shot waves, PEFT folders, a real backbone"),
+    "t5": Part(
+        "part_t5", 2.6, "steps at the shapes of T5-XXL, against the frozen one and PEFT", True
+    ),
+    "llama": Part("part_llama", 1.0, "the same at the shapes of Llama-8B", True),
+    "waves": Part("part_waves", 0.8, "few-shot jobs in waves over T5-large and T5-XL", True),
+    "answers": Part("part_answers", 0.6, "ranking and generating over T5-XXL and Llama-8B"),
+    "plan": Part("part_plan", 0.7, "what `plan` predicts of these steps, and the rates it assumes"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts asked for and print the table; 0 if everything holds, else 1."""
     args = parse(arguments)
+    if args.rehearse:
+        known = [name for name, part in PARTS.items() if part.rehearsed]
+        parts = {n: importlib.import_module(PARTS[n].module) for n in args.only or known}
+        return int(importlib.import_module("rehearse").rehearse_all(parts, args.rehearse))
     scale = Scale.tiny() if args.tiny else Scale.full()
     folder = Path(args.folder or ("runs/gpu_tiny" if args.tiny else "runs/gpu"))
     board = Board.opened(folder, scale=scale, is_fresh=args.fresh)
@@ -86,7 +102,9 @@ def run_apart(name: str, args: argparse.Namespace, folder: Path, until: float) -
     """Run one part in a process of its own, at most until its time is over."""
     command = [sys.executable, str(HERE / "accept.py"), "--part", name, "--until", str(until)]
     command += ["--folder", str(folder)]
-    process = psutil.Popen(command)
+    # blocks that can grow: ways of other shapes take turns in one process
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    process = psutil.Popen(command, env=environment)
     try:
         code = process.wait(timeout=until + GRACE_SECONDS - time.time())
         why = f"its process ended with code {code}" if code else ""
@@ -106,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tiny", action="store_true", help="toy sizes on the CPU")
+    add("--rehearse", metavar="CARD", help="a card of the table of `plan`; minutes, no figures")
     about = "; ".join(f"{name}: {part.about}" for name, part in PARTS.items())
     add("--only", nargs="+", choices=list(PARTS), help=f"these parts (all). {about}")
     add("--folder", help="where entries and accept.json go (runs/gpu, runs/gpu_tiny)")

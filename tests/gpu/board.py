@@ -1,5 +1,6 @@
 """What the parts of `accept.py` write on: entries, each kept the moment it is there."""
 
+import gc
 import json
 import os
 import platform
@@ -134,34 +135,60 @@ class Board:
 
         An exception is an entry too, with its traceback; the part goes on.
         """
-        done = self.entries.get((self.part, name))
-        if done is not None and not done.error and done.holds is not False:
+        self.run_together([name], lambda: {name: measure()})
+
+    def run_together(
+        self, names: Sequence[str], measure: Callable[[], Mapping[str, Found | str]]
+    ) -> None:
+        """Measure several entries at once, such as ways that take turns, unless all are done.
+
+        `measure` gives a text in place of an entry that failed alone.
+        """
+        missing = [name for name in names if not self.is_done(name)]
+        if not missing:
             return
         if time.time() > self.until:
-            self.left.append((self.part, name))
-            self.keep(Entry(part=self.part, name=name, error="not run: the part's time was over"))
+            for name in missing:
+                self.left.append((self.part, name))
+                self.keep(
+                    Entry(part=self.part, name=name, error="not run: the part's time was over")
+                )
             return
         begun = time.time()
         on_gpu = self.scale.on_gpu
         if on_gpu:
+            gc.collect()  # what a failed entry left in circles holds memory
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             found = measure()
         except Exception:
-            self.keep_error(name)
+            for name in missing:
+                self.keep_error(name)
             return
-        self.keep(
-            Entry(
-                part=self.part,
-                name=name,
-                values=found.values,
-                holds=None if found.holds is None else bool(found.holds),
-                goal=found.goal,
-                seconds=time.time() - begun,
-                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        seconds = (time.time() - begun) / len(names)
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        for name in names:
+            one = found[name]
+            if isinstance(one, str):
+                self.keep(Entry(part=self.part, name=name, error=one, seconds=seconds))
+                continue
+            self.keep(
+                Entry(
+                    part=self.part,
+                    name=name,
+                    values=one.values,
+                    holds=None if one.holds is None else bool(one.holds),
+                    goal=one.goal,
+                    seconds=seconds,
+                    peak_gib=peak_gib,
+                )
             )
-        )
+
+    def is_done(self, name: str) -> bool:
+        """Whether an entry of this part is there, and neither failed nor missed its goal."""
+        done = self.entries.get((self.part, name))
+        return done is not None and not done.error and done.holds is not False
 
     def write(self, parts: Sequence[str], machine: Mapping[str, Any], *, seconds: float) -> Any:
         """Write `accept.json` and return it."""

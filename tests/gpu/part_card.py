@@ -25,10 +25,8 @@ def matrix_rate(board: Board, scale: Scale) -> float:
     return float(known or matrix_products(scale).values["flops_per_s"] or 0.0)
 
 
-def seconds(
-    work: Callable[[], object], scale: Scale, *, turns: int = 7, repeats: int = 10
-) -> float:
-    """Median seconds of one call among `turns` series of `repeats` calls; one series warms up."""
+def seconds(work: Callable[[], object], scale: Scale, *, repeats: int = 10) -> float:
+    """Median seconds of one call among `TURNS` series of `repeats` calls; one series warms up."""
     found = []
     for _ in range(TURNS + 1):
         synchronize(scale)
