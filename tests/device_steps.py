@@ -89,7 +89,7 @@ def _any_fused() -> Any:
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices as known
 
     name = "torch.optim.optimizer._get_fused_kernels_supported_devices"
-    return mock.patch(name, lambda: [*known(), "meta"])
+    return mock.patch(name, return_value=[*known(), "meta"])
 
 
 def wave_step(

@@ -11,8 +11,8 @@ import linecache
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,8 +52,8 @@ def counted() -> Iterator[Waits]:
     """Count on the meta device. What autocast would do there, which has none, is left out."""
     waits: Waits = Counter()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *_: False))
+        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))
         stack.enter_context(mock.patch.object(sending, "BESIDE", ("cuda", "meta")))
         pinned: set[int] = set()
         stack.enter_context(_Functions(waits, pinned))
@@ -84,6 +84,7 @@ class _Functions(TorchFunctionMode):
     def __init__(self, waits: Waits, pinned: set[int]) -> None:
         super().__init__()
         self.waits, self.pinned = waits, pinned
+        self.kept: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -112,7 +113,7 @@ class _Functions(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor) -> Tensor:
         self.pinned.add(tensor.untyped_storage()._cdata)
-        tensor.untyped_storage()._is_ours = True  # type: ignore[attr-defined]
+        self.kept.append(tensor)  # or another would have its place
         return tensor
 
     def _index(self, name: str, tensor: Tensor, index: Any, *values: Any) -> Any:
@@ -120,9 +121,7 @@ class _Functions(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         for part in parts:
             is_tensor = isinstance(part, Tensor)
-            if is_tensor and part.is_cpu and part.dim():
-                self.waits[f"{_place()} indexes by a tensor of the host"] += 1
-            elif isinstance(part, list) or type(part).__module__ == "numpy":
+            if isinstance(part, list) or type(part).__module__ == "numpy":
                 self.waits[f"{_place()} indexes by a list"] += 1
             elif is_tensor and part.is_meta and part.dtype in (torch.bool, torch.uint8):
                 is_filled = values and not (isinstance(values[0], Tensor) and values[0].dim())
@@ -152,7 +151,7 @@ class _Operations(TorchDispatchMode):
             return _answer(name, args)
         hosts = [t for t in tensors if t.is_cpu and t.dim()]
         if hosts and name != "set_":
-            self.waits[f"{_place()} {name} mixes devices"] += 1
+            self.waits[f"{_place()} {name} takes a tensor of the host"] += 1
         return func(*args, **kwargs)
 
     def _copy(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -165,9 +164,8 @@ class _Operations(TorchDispatchMode):
         target = torch.device(target)
         if source.is_meta and target.type == "cpu":
             self.waits[f"{_place()} reads"] += 1
-            dtype = kwargs.get("dtype") or (args[0].dtype if name == "copy_" else source.dtype)
-            ones = torch.ones(source.shape, dtype=dtype) if dtype != torch.bool else None
-            found = torch.zeros(source.shape, dtype=dtype) if ones is None else ones
+            dtype = kwargs.get("dtype") or source.dtype
+            found = torch.full(source.shape, dtype != torch.bool, dtype=dtype)
             return args[0].copy_(found) if name == "copy_" else found
         if source.is_cpu and target == META and source.numel():
             if is_blocking:
@@ -210,11 +208,3 @@ def _place() -> str:
 
 def _short(file: str) -> str:
     return file.rsplit("site-packages/", 1)[-1].removeprefix(str(Path(ROOT).parent) + "/")
-
-
-def devices() -> Iterable[torch.device]:
-    """The GPU where there is one, and what stands for it."""
-    return [torch.device("cuda", 0)] if torch.cuda.is_available() else [META]
-
-
-Block = AbstractContextManager[Waits]

@@ -34,7 +34,6 @@ from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim, saved_steps
 from mhr_scale.training.optim import OptimizerState
 
-
 #: Counts cross ranks as two float32 numbers each, multiples of this and the rest: exact up to
 #: 2**36, over 4096 ranks.
 LOW = 2**12

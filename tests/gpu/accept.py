@@ -37,6 +37,7 @@ class Part:
 
 PARTS = {
     "card": Part("part_card", 0.3, "rates of the card itself: products, memory, copies, launches"),
+    "waits": Part("part_waits", 0.3, "waits of the host in a step, kernels of an adapted linear"),
 }
 
 

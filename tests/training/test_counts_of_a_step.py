@@ -1,0 +1,88 @@
+"""Counts of a step cross ranks in float32, and stay exact."""
+
+from typing import Any
+
+import pytest
+import torch
+from device_steps import Training
+
+from mhr_scale.config import (
+    AdapterConfig,
+    BackboneConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    ScheduleConfig,
+    ToyTasks,
+)
+from mhr_scale.planning.steps import Shape
+from mhr_scale.training import optim
+from mhr_scale.training.trainer import StepSums, Trainer
+
+T5 = {
+    "vocab_size": 32,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+}
+#: The first whole number that float32 does not have, and more.
+TOKENS, POSITIONS = 2**24 + 1, 2**30 + 3
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    config = PretrainConfig(
+        backbone=BackboneConfig(config=T5, dtype="float32"),
+        adapter=AdapterConfig(n_skills=2, rank=2),
+        tasks=ToyTasks(suite="toy"),
+        optim=OptimConfig(),
+        schedule=ScheduleConfig(steps=10),
+        run=RunConfig(folder="unused"),
+    )
+    shape = Shape(rows=3, width=8, depth=4, n_tasks=2)
+    steps = Training(config, [shape, shape], torch.device("cpu"))
+    steps.trainer.micro_batches = steps.micro_batches  # type: ignore[attr-defined]
+    return steps.trainer
+
+
+def read(trainer: Trainer, sums: StepSums) -> dict[str, float]:
+    facts = trainer.reduce_gradients(sums)
+    return trainer._read(facts, optim.gradient_norm(trainer.adapter.parameters()), sums)
+
+
+def test_of_three_ranks_with_more_than_float32_can_count(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    micro_batches: Any = trainer.micro_batches  # type: ignore[attr-defined]
+    alone = read(trainer, trainer.accumulate(micro_batches))
+    trainer.optimizer.zero_grad()
+    sums = trainer.accumulate(micro_batches)
+    sums.tokens, sums.positions, sums.padding = TOKENS, POSITIONS, 0
+    sums.loss_tokens *= 2**20
+    monkeypatch.setattr(trainer.engine, "world_size", 3)
+    seen = []
+
+    def reduce_sum(flat: torch.Tensor) -> torch.Tensor:
+        seen.append(flat.dtype)
+        return flat.mul_(3.0)
+
+    monkeypatch.setattr(trainer.engine, "reduce_sum", reduce_sum)
+    found = read(trainer, sums)
+    assert seen == [torch.float32]
+    assert found["tokens"] == 3 * TOKENS
+    assert found["examples"] == 3 * alone["examples"]
+    assert found["loss"] == pytest.approx(alone["loss"] / 2**20, rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(alone["grad_norm"] / 2**20, rel=1e-5)
+
+
+def test_gradients_are_divided_by_the_very_count(trainer: Trainer) -> None:
+    micro_batches: Any = trainer.micro_batches  # type: ignore[attr-defined]
+    sums = trainer.accumulate(micro_batches)
+    parameters = list(trainer.adapter.inventory.parameters())
+    expected = [p.grad / sums.loss_tokens for p in parameters if p.grad is not None]
+    trainer.reduce_gradients(sums)
+    for parameter, quotient in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, quotient)  # type: ignore[arg-type]
