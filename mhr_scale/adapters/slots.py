@@ -5,7 +5,7 @@ split. K inventories: 1 that all slots share, or U, one per slot.
 
 Layers never see the mixing graph. They get mixed pairs as detached leaves, one B per linear and one
 A per linear or group of siblings, whose columns are concatenated; padded rows that are not sorted
-evenly by slot each become a slot, by one index per shape. After the backward pass the leaves'
+evenly by slot each become a slot, before sides are rounded. After the backward pass the leaves'
 gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
 recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method. A
 backward pass that would leave gradients in the leaves is refused where it meets them.

@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step is fetch, forward and backward, reduce, check, update.
+"""The training loop: one optimizer step is fetch, forward and backward, reduce, update, check.
 
 Every rank holds the full adapter and makes the same update. Gradients of summed losses are reduced
 over ranks once per step, as one flat buffer together with the loss and its count, and then divided

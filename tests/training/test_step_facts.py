@@ -1,6 +1,4 @@
-"""Counts of a step cross ranks in float32, and stay exact."""
-
-from typing import Any
+"""What a step reads at its end: counts that crossed ranks in float32, exact, and divergence."""
 
 import pytest
 import torch
@@ -15,6 +13,8 @@ from mhr_scale.config import (
     ScheduleConfig,
     ToyTasks,
 )
+from mhr_scale.errors import DivergenceError
+from mhr_scale.families.packed import Packed
 from mhr_scale.planning.steps import Shape
 from mhr_scale.training import optim
 from mhr_scale.training.trainer import StepSums, Trainer
@@ -33,7 +33,7 @@ TOKENS, POSITIONS = 2**24 + 1, 2**30 + 3
 
 
 @pytest.fixture
-def trainer() -> Trainer:
+def steps() -> Training:
     config = PretrainConfig(
         backbone=BackboneConfig(config=T5, dtype="float32"),
         adapter=AdapterConfig(n_skills=2, rank=2),
@@ -43,9 +43,7 @@ def trainer() -> Trainer:
         run=RunConfig(folder="unused"),
     )
     shape = Shape(rows=3, width=8, depth=4, n_tasks=2)
-    steps = Training(config, [shape, shape], torch.device("cpu"))
-    steps.trainer.micro_batches = steps.micro_batches  # type: ignore[attr-defined]
-    return steps.trainer
+    return Training(config, [shape, shape], torch.device("cpu"))
 
 
 def read(trainer: Trainer, sums: StepSums) -> dict[str, float]:
@@ -54,12 +52,12 @@ def read(trainer: Trainer, sums: StepSums) -> dict[str, float]:
 
 
 def test_of_three_ranks_with_more_than_float32_can_count(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    steps: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    micro_batches: Any = trainer.micro_batches  # type: ignore[attr-defined]
-    alone = read(trainer, trainer.accumulate(micro_batches))
+    trainer = steps.trainer
+    alone = read(trainer, trainer.accumulate(steps.micro_batches))
     trainer.optimizer.zero_grad()
-    sums = trainer.accumulate(micro_batches)
+    sums = trainer.accumulate(steps.micro_batches)
     sums.tokens, sums.positions, sums.padding = TOKENS, POSITIONS, 0
     sums.loss_tokens *= 2**20
     monkeypatch.setattr(trainer.engine, "world_size", 3)
@@ -78,11 +76,38 @@ def test_of_three_ranks_with_more_than_float32_can_count(
     assert found["grad_norm"] == pytest.approx(alone["grad_norm"] / 2**20, rel=1e-5)
 
 
-def test_gradients_are_divided_by_the_very_count(trainer: Trainer) -> None:
-    micro_batches: Any = trainer.micro_batches  # type: ignore[attr-defined]
-    sums = trainer.accumulate(micro_batches)
+def test_gradients_are_divided_by_the_very_count(steps: Training) -> None:
+    trainer = steps.trainer
+    sums = trainer.accumulate(steps.micro_batches)
     parameters = list(trainer.adapter.inventory.parameters())
     expected = [p.grad / sums.loss_tokens for p in parameters if p.grad is not None]
     trainer.reduce_gradients(sums)
     for parameter, quotient in zip(parameters, expected, strict=True):
         assert torch.equal(parameter.grad, quotient)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [("A", "loss is not finite in 0, 1;"), ("gradient", "the gradient is not finite though")],
+)
+def test_a_step_that_diverged_ends_the_run_after_its_update(
+    steps: Training, monkeypatch: pytest.MonkeyPatch, spoilt: str, message: str
+) -> None:
+    trainer = steps.trainer
+    steps.step()
+    inventory = next(steps.adapter.inventory.parameters())
+    if spoilt == "A":
+        inventory.data.fill_(float("nan"))
+    else:
+        accumulate = trainer.accumulate
+
+        def spoil(micro_batches: list[Packed]) -> StepSums:
+            sums = accumulate(micro_batches)
+            assert inventory.grad is not None
+            inventory.grad.view(-1)[0] = float("inf")
+            return sums
+
+        monkeypatch.setattr(trainer, "accumulate", spoil)
+    with pytest.raises(DivergenceError, match=f"step 2: {message}.*nothing is saved yet"):
+        steps.step()
+    assert trainer.step == 1
