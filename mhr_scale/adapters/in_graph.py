@@ -8,6 +8,7 @@ that run without compilation, with the same bits. Around them everything is the 
 Shape letters as in `products`, M rows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,7 +151,7 @@ def _add_updates_(
 
 def _hidden(x: Tensor, a_UIX: Tensor) -> Tensor:
     """A tensor of the shape of the hidden columns that are kept (M, X)."""
-    return x.new_empty(x.shape[:-1].numel(), a_UIX.shape[-1])
+    return x.new_empty(math.prod(x.shape[:-1]), a_UIX.shape[-1])
 
 
 @torch.library.custom_op("mhr_scale::products_backward", mutates_args=())

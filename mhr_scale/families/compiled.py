@@ -7,12 +7,16 @@ what only the host knows as it is (`adapters.in_graph`). Graphs differ by what P
 one is made, such as the number of attention's rectangles.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config
 
+from mhr_scale.families.flat import Flat, in_use, using
 from mhr_scale.families.fused import fused_class
 
 #: Graphs of one block class at most; one more is an error, not a pass that runs without.
@@ -24,22 +28,40 @@ class Compiled:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """What the class itself computes."""
-        return self.graph(self, *args, **kwargs)
+        with _sizes_apart():
+            return self.graph(in_use(), self, *args, **kwargs)
+
+
+@contextmanager
+def _sizes_apart() -> Iterator[None]:
+    """Inside, sizes that happen to be equal are not taken for one when a graph is made."""
+    before = _config.use_duck_shape
+    _config.use_duck_shape = False
+    try:
+        yield
+    finally:
+        _config.use_duck_shape = before
 
 
 def compile_blocks(blocks: Iterable[nn.Module], *, backend: Any = "inductor") -> None:
     """Let each block run as one graph, made when it is first called; a break of it is an error."""
     for block in blocks:
-        original: Any = type(block)
-        kind = fused_class(Compiled, original)
-        if "graph" not in vars(kind):
-            kind.graph = staticmethod(
-                torch.compile(
-                    original.forward,
-                    fullgraph=True,
-                    dynamic=True,
-                    backend=backend,
-                    recompile_limit=MOST_GRAPHS,
-                )
-            )
+        kind = fused_class(Compiled, type(block))
+        kind.graph = staticmethod(_compiled(type(block), backend))
         block.__class__ = kind
+
+
+@cache
+def _compiled(kind: Any, backend: Any) -> Any:
+    """The forward of a class of blocks as a function of the sequences in use, block and arguments.
+
+    Numbers that Python finds in an argument are sizes; in a global they would be constants.
+    """
+
+    def run(flat: Flat | None, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with using(flat):
+            return kind.forward(block, *args, **kwargs)
+
+    return torch.compile(
+        run, fullgraph=True, dynamic=True, backend=backend, recompile_limit=MOST_GRAPHS
+    )
