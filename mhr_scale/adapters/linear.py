@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters import in_graph, products
+from mhr_scale.adapters import opaque, products
 from mhr_scale.adapters.products import Cut
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
+
+if opaque.ARE_KNOWN:
+    from mhr_scale.adapters import in_graph
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,6 @@ A graph is made for types of objects and for shapes of tensors. What is in an `O
 it: neither read when it is made, nor compared when it is used.
 """
 
-import torch
-
 try:
     from torch._library.opaque_object import register_opaque_type
     from torch._opaque_base import OpaqueBase as Opaque

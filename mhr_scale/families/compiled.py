@@ -21,13 +21,17 @@ from mhr_scale.families.fused import fused_class
 
 #: Graphs of one block class at most; one more is an error, not a pass that runs without.
 MOST_GRAPHS = 64
+#: What makes programs of graphs; tests exchange it for one that runs them as they are.
+BACKEND = "inductor"
 
 
 class Compiled:
     """In front of a block's class."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the class itself computes."""
+        """What the class itself computes; over a cache, which grows with every token, without."""
+        if any(hasattr(argument, "get_seq_length") for argument in (*args, *kwargs.values())):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _sizes_apart():
             return self.graph(in_use(), self, *args, **kwargs)
 
@@ -43,11 +47,12 @@ def _sizes_apart() -> Iterator[None]:
         _config.use_duck_shape = before
 
 
-def compile_blocks(blocks: Iterable[nn.Module], *, backend: Any = "inductor") -> None:
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Let each block run as one graph, made when it is first called; a break of it is an error."""
     for block in blocks:
-        kind = fused_class(Compiled, type(block))
-        kind.graph = staticmethod(_compiled(type(block), backend))
+        original: Any = type(block)
+        kind = fused_class(Compiled, original)
+        kind.graph = staticmethod(_compiled(original, BACKEND))
         block.__class__ = kind
 
 
@@ -62,6 +67,5 @@ def _compiled(kind: Any, backend: Any) -> Any:
         with using(flat):
             return kind.forward(block, *args, **kwargs)
 
-    return torch.compile(
-        run, fullgraph=True, dynamic=True, backend=backend, recompile_limit=MOST_GRAPHS
-    )
+    compiler: Any = torch.compile
+    return compiler(run, fullgraph=True, dynamic=True, backend=backend, recompile_limit=MOST_GRAPHS)
