@@ -176,7 +176,7 @@ def _products_backward(
         cut.check()
     dx = None
     if needs_x:
-        dx = frozen_gradient(gradients, weights, x.shape) if weights else torch.zeros_like(x)
+        dx = frozen_gradient(gradients, weights, x.shape) if weights else x.new_zeros(x.shape)
     by = _way(rows, x, n_columns=a_UIX.shape[-1])
     is_needed = iter(needs_b)
     da, dbs = update_gradients(
@@ -307,7 +307,8 @@ _update.register_autograd(_update_gradients, setup_context=_keep_update)
 @torch.library.custom_op("mhr_scale::scale", mutates_args=())
 def _scale(y: Tensor, l_UO: Tensor, rows: RowMap, cut: Cut) -> Tensor:
     """y * l[slot]."""
-    return _way(rows, y).times(y, l_UO).to(y.dtype)
+    # contiguous, as the graph was told: gradients may lie otherwise
+    return _way(rows, y).times(y, l_UO).to(y.dtype).contiguous()
 
 
 @_scale.register_fake

@@ -44,7 +44,7 @@ class BackboneConfig:
     compile: bool = False
     """Run each block as one graph of torch.compile: whole weights in replicated placements only.
     Off until a GPU says what it gains; a graph takes from seconds to a minute to be made, and is
-    made anew where rows laid flat need another number of rectangles (docs/method.md 15)."""
+    made anew where rows laid flat need another number of rectangles (docs/method.md 16)."""
     fused_attention: bool = True
     """Run q, k and v together, and attention's parts with less copied (masks, shared heads)."""
     fused_gate: bool = True

@@ -152,8 +152,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"{_figure(machines.host_rate / 1e9)} GB/s",
         "gathers, copies and products overlap; the longest of them is the time of a pass",
         "int8 and nf4 are counted as bf16 whose weights are unpacked for every product",
-        "kernels are counted as without backbone.compile, which joins some and takes as much "
-        "memory at most as it saves; under it only replicated whole weights are considered",
+        "kernels and bytes are counted as without backbone.compile, which joins some; under it "
+        "only replicated whole weights are considered",
     ]
     if machines.on_gpu:
         of_peaks = (
