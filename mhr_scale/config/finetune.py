@@ -34,6 +34,11 @@ class FinetuneBackboneConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+        if self.compile:
+            raise ConfigError(
+                "backbone.compile: true, and finetune runs PEFT's layers, which are not compiled; "
+                "leave it out"
+            )
 
 
 @part

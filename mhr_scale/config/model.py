@@ -41,6 +41,10 @@ class BackboneConfig:
     """Dropout of the backbone while training; null keeps the rate of its configuration."""
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"
     """Activation checkpointing; `reentrant` gathers less under ZeRO-3, and keeps less with int8."""
+    compile: bool = False
+    """Run each block as one graph of torch.compile: whole weights in replicated placements only.
+    Off until a GPU says what it gains; a graph takes from seconds to a minute to be made, and is
+    made anew where rows laid flat need another number of rectangles (docs/method.md 16)."""
     fused_attention: bool = True
     """Run q, k and v together, and attention's parts with less copied (masks, shared heads)."""
     fused_gate: bool = True

@@ -67,6 +67,10 @@ class SpreadStream(Stream):
     parts: tuple[Part, ...]
     bounds: Tensor
     """Where rows begin and the last one ends, int32."""
+    n_in_rows: int
+    """Tokens of rows, without those behind them."""
+    longest: int
+    """Tokens of the longest row."""
     places_N: Tensor | None = None
     tokens_M: Tensor | None = None
 
@@ -104,7 +108,15 @@ class SpreadStream(Stream):
             places[np.concatenate(of_rows)] = np.flatnonzero(own) + sum(map(len, tokens))
             tokens.append(numbers)
             parts.append(Part(torch.from_numpy(np.array(rows)), first, stop))
-        found = cls(counts, n_tokens, shape, tuple(parts), torch.from_numpy(bounds))
+        found = cls(
+            counts,
+            n_tokens,
+            shape,
+            tuple(parts),
+            torch.from_numpy(bounds),
+            n_in_rows=sum(counts),
+            longest=max(counts),
+        )
         if len(parts) == 1 and n_tokens == is_token_BL.size and is_token_BL.all():
             return found
         tokens_M = torch.from_numpy(np.concatenate(tokens))
