@@ -25,7 +25,7 @@ from mhr_scale.adapters import CARD
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter, attach
-from mhr_scale.adapters.places import find_place
+from mhr_scale.adapters.places import find_place, hint
 from mhr_scale.adapters.sites import Site, find_sites
 from mhr_scale.adapters.wrapping import check_bare, detach
 from mhr_scale.errors import AdapterError, LayoutError, UserError
@@ -140,7 +140,9 @@ def find(path: Path | str) -> Path:
     for folder in (path, path / "adapter"):
         if (folder / CARD).is_file():
             return folder
-    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter")
+    raise AdapterError(
+        f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter{hint(str(path))}"
+    )
 
 
 def read_card(path: Path | str) -> Card:

@@ -38,7 +38,7 @@ from mhr_scale.adapters.peft_singles import (
     to_outputs,
     to_pairs,
 )
-from mhr_scale.adapters.places import find_place
+from mhr_scale.adapters.places import find_place, hint
 from mhr_scale.adapters.rebuilding import (
     FindSizes,
     fill,
@@ -337,11 +337,10 @@ def open_adapter(
     elif path.is_file() and path.suffix in (".safetensors", *PICKLED):
         (adapter, facts), source = open_published(path, sizes=sizes), "published checkpoint"
     else:
-        of_the_hub = f"; of the hub, write {given}@{repositories.MAIN}"
         raise AdapterError(
             f"{path}: no adapter here; looked for a run or adapter folder ({artefact.CARD}), a "
             f"PEFT folder ({CONFIG}) and a checkpoint file (.safetensors, {', '.join(PICKLED)})"
-            f"{'' if path.exists() or repositories.parse(given) is None else of_the_hub}"
+            f"{hint(given)}"
         )
     card = artefact.Card(
         adapter=adapter.config,

@@ -25,6 +25,14 @@ def find_place(path: Path | str) -> Found:
     return repositories.find(text, lambda place: _fetch(text, place))
 
 
+def hint(text: str) -> str:
+    """What helps if a name that is no path was meant to be one of the hub."""
+    place = repositories.parse(text)
+    if place is None or "/" not in place.id or repositories.is_here(text):
+        return ""
+    return f"; of the hub, write {repositories.joined(text, place.revision or repositories.MAIN)}"
+
+
 def _fetch(text: str, place: Place) -> Found:
     def choose(files: Sequence[str]) -> list[str]:
         chosen = choose_files(files)

@@ -44,7 +44,7 @@ def find(
         return Found(BUILTIN[name])
     path = Path(name).expanduser()
     if path.is_dir():
-        return Found(path if path.name else path.absolute())  # "." would be no name in errors
+        return repositories.here(name, path if path.name else path.absolute())  # "." names nothing
     if path.is_file():
         raise BackboneError(f"{setting}: {name} is a file; give the folder that it lies in")
     place = None if name.startswith((".", "/", "~")) else repositories.parse(name)

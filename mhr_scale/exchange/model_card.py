@@ -25,6 +25,8 @@ LIBRARIES = {
     "merged": "transformers",
     "native": "mhr_scale",
 }
+#: As long as a commit is.
+COMMIT = 40 * "0"
 UNKNOWN_BASE = "FOLDER OF THE BACKBONE"
 
 
@@ -75,11 +77,12 @@ def write_card(exported: Exported) -> str:
 
 
 def _id_of_base(exported: Exported) -> str | None:
-    converted = exported.facts.get("converted_from") or {}
-    for name in (exported.facts.get("name"), converted.get("name")):
-        place = repositories.parse(str(name or ""))
-        if place is not None and "/" in place.id and not repositories.is_here(str(name)):
-            return place.id
+    for facts in (exported.facts, exported.facts.get("converted_from") or {}):
+        place = repositories.parse(str(facts.get("name") or ""))
+        # cards without a commit say of the hub's copy the commit, of a folder its name
+        copy = str(facts.get("commit") or facts.get("folder") or COMMIT)
+        if place is not None and "/" in place.id and len(copy) == len(COMMIT):
+            return None if repositories.is_here(place.name) else place.id
     return None
 
 

@@ -118,12 +118,17 @@ def find(text: str, get: Callable[[Place], Found]) -> Found:
     Without a revision it is a path.
     """
     place = parse(text)
-    if place is None or place.revision is None:
-        return remember(text, Found(Path(text)))
-    if is_here(text):
-        log.info("%s: is read here, and not from the hub", text)
-        return remember(text, Found(Path(text)))
+    if place is None or place.revision is None or is_here(text):
+        return here(text, Path(text))
     return remember(text, get(place))
+
+
+def here(text: str, path: Path) -> Found:
+    """A path that a name leads to, which is told of a name that reads like one of the hub."""
+    place = parse(text)
+    if place is not None and place.revision is not None:
+        log.info("%s: is read here, and not from the hub", text)
+    return remember(text, Found(path))
 
 
 def remember(text: str, found: Found) -> Found:
@@ -138,8 +143,11 @@ def last_found(text: str) -> Found:
 
 
 def commits(*names: str | None) -> dict[str, str]:
-    """At which commits this process has fetched things, as inputs of a run (`RunFolder`)."""
-    found = [_found[name] for name in names if name in _found]
+    """At which commits this process has fetched things, as inputs of a run (`RunFolder`).
+
+    Without names, everything that it has.
+    """
+    found = [_found[name] for name in names or _found if name in _found]
     return {f"{COMMIT_OF}{one.place.name}": str(one.commit) for one in found if one.place}
 
 

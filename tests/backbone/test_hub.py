@@ -1,6 +1,7 @@
 """What is fetched from the hub, of which revision and folder, and what its refusals say."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def test_what_lies_here_by_that_name_comes_first(
     monkeypatch.chdir(tmp_path)
     Path("o/n@main").mkdir(parents=True)
     assert BackboneConfig(name="o/n@main").revision is None
-    assert find_folder("o/n@main", None) == Path("o/n@main")
-    with caplog.at_level("INFO", "mhr_scale"):
-        assert find_place("o/n@main").path == Path("o/n@main")
-    assert "o/n@main: is read here, and not from the hub" in caplog.text
+    for find_here in (partial(find, revision=None), find_place):
+        caplog.clear()
+        with caplog.at_level("INFO", "mhr_scale"):
+            assert find_here("o/n@main").path == Path("o/n@main")
+        assert "o/n@main: is read here, and not from the hub" in caplog.text
     assert hub.calls == []
 
 

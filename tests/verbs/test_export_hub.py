@@ -47,6 +47,7 @@ from mhr_scale.config import (
     ToyTasks,
     VariantConfig,
 )
+from mhr_scale.engine.meeting import describe_launch
 from mhr_scale.errors import AdapterError, ConfigError, RunError
 from mhr_scale.exchange.stock import open_lora
 from mhr_scale.jobs.adapt_inputs import open_jobs
@@ -323,6 +324,23 @@ def test_nothing_is_made_public_by_oversight_and_nothing_pushed_without_a_token(
 # --- reading
 
 
+def test_a_published_checkpoint_is_a_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    sides = {"A": "lora_a", "B": "lora_b"}
+    tensors = {
+        f"model.{linear}.{sides[side]}": tensor.contiguous()
+        for name, tensor in artefact.named_tensors(make("LoRA")).items()
+        for linear, _, side in [name.rpartition(".")]
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    hub.add("o/published", {"a/b.safetensors": (tmp_path / "lora.safetensors").read_bytes()})
+    name = "o/published@main:a/b.safetensors"
+    card, found = open_adapter(name, "builtin:toy")
+    assert_same(found, open_adapter(str(tmp_path / "lora.safetensors"), "builtin:toy")[1])
+    assert card.origin["path"] == name.replace(
+        "main", hub.repositories["o/published"].branches["main"]
+    )
+
+
 def test_what_is_no_adapter_on_the_hub_is_refused_in_one_line(
     hub: Hub, pushed: Path, tmp_path: Path
 ) -> None:
@@ -335,8 +353,9 @@ def test_what_is_no_adapter_on_the_hub_is_refused_in_one_line(
         pytest.raises(AdapterError, match=r"no such repository, or a private one: .*HF_TOKEN\);"),
     ):
         load_adapter("o/all@v1:whole")
-    with pytest.raises(AdapterError, match=r"^o/peft: no adapter here; .*write o/peft@main"):
-        open_adapter("o/peft")
+    for reads in (open_adapter, load_adapter):
+        with pytest.raises(AdapterError, match=r"^o/peft: no adapter.* here.*write o/peft@main$"):
+            reads("o/peft")
 
 
 def test_a_revision_that_moves_is_noticed(
@@ -423,3 +442,4 @@ def test_every_verb_takes_a_place_on_the_hub(hub: Hub, run: str, tmp_path: Path)
     base = hub.repositories["o/base"].branches["main"]
     assert backbone_facts(tokenized, blueprint)["tokenizer"] == f"o/base@{base}"
     assert not any("steps/" in file for file in hub.fetched())
+    assert describe_launch("", 2)["commit of o/run"] == commit
