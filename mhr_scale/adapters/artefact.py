@@ -140,9 +140,8 @@ def find(path: Path | str) -> Path:
     for folder in (path, path / "adapter"):
         if (folder / CARD).is_file():
             return folder
-    raise AdapterError(
-        f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter{hint(str(path))}"
-    )
+    way_out = f"name a run or an adapter{hint(str(path))}"
+    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; {way_out}")
 
 
 def read_card(path: Path | str) -> Card:

@@ -45,7 +45,8 @@ class BackboneConfig:
     config_seed: int = 0
     """Seed of the random weights."""
     tokenizer: str | None = None
-    """Hub id (as in `name`), folder, or `byt5`; default: the backbone's own, `byt5` for random weights."""
+    """Hub id (as in `name`), folder, or `byt5`; default: the backbone's own, `byt5` for random
+    weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the computation; adapters stay float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"
