@@ -77,7 +77,9 @@ def write_card(exported: Exported) -> str:
 
 
 def _id_of_base(exported: Exported) -> str | None:
-    for facts in (exported.facts, exported.facts.get("converted_from") or {}):
+    for facts in (exported.facts, exported.facts.get("converted_from")):
+        if not isinstance(facts, Mapping):
+            continue
         place = repositories.parse(str(facts.get("name") or ""))
         # cards without a commit say of the hub's copy the commit, of a folder its name
         copy = str(facts.get("commit") or facts.get("folder") or COMMIT)
@@ -164,7 +166,8 @@ def scores_of(found: repositories.Found) -> list[str]:
     lines = []
     for folder in (found.path, found.path.parent):
         if (folder / "metrics.jsonl").is_file():
-            losses = read_metric(folder / "metrics.jsonl", "validation_loss")
+            measured = read_metric(folder / "metrics.jsonl", "validation_loss")
+            losses = [loss for loss in measured if isinstance(loss, float)]
             if len(losses) > 1:
                 lines.append(
                     "loss per target token on held-out rows of the training tasks: "

@@ -81,6 +81,8 @@ def parse(text: str) -> Place | None:
     parts = folder.split("/") if folder else []
     if any(part in ("", ".", "..") for part in parts) or (match["folder"] and not parts):
         return None
+    if parts and "/" not in match["id"]:
+        return None
     return Place(match["id"], match["revision"], folder)
 
 

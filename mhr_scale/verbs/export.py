@@ -286,10 +286,9 @@ def base_name(facts: dict[str, Any]) -> str | None:
 
     Of the hub with the commit, or the revision where that is all that is known.
     """
-    name = facts.get("name")
-    if not name:
+    if not facts.get("name"):
         return None
-    revision = facts.get("commit") or facts.get("revision")
+    name, revision = str(facts["name"]), facts.get("commit") or facts.get("revision")
     return str(hub.BUILTIN.get(name, repositories.joined(name, revision)))
 
 

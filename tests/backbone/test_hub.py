@@ -88,6 +88,7 @@ def test_a_place_is_a_revision_and_a_folder_of_a_repository(hub: Hub) -> None:
         ("o/n@main:../a", None),
         ("o/n@main:/", None),
         ("o/n@", None),
+        ("builtin:tpy", None),
         ("o/n@a:b:c", None),
     ],
 )
