@@ -4,7 +4,7 @@ Adapters need torch alone; reading and writing files also needs safetensors. Set
 need neither: a recipe is read before torch is imported.
 
 Other rooms import: artefact, collapse, config, layouts, linear, opaque, peft_files, peft_folders,
-policies, rebuilding, routing, sites, slots, wrapping.
+places, policies, rebuilding, routing, sites, slots, wrapping.
 """
 
 from importlib import import_module

@@ -26,6 +26,7 @@ from mhr_scale.families.compiled import compile_blocks
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run.repositories import COMMIT_OF
 from mhr_scale.run.runlog import log
 
 
@@ -175,7 +176,10 @@ def _lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) ->
 
 def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:
     """What a run reads of a backbone and its tokenizer, by content (`RunFolder.check_inputs`)."""
-    return {"backbone": identify(blueprint), "tokenizer": hash_tokenizer(tokenizer)[:16]}
+    facts = blueprint.facts
+    commit = {f"{COMMIT_OF}{facts['name']}": facts["commit"]} if "commit" in facts else {}
+    known = {"backbone": identify(blueprint), "tokenizer": hash_tokenizer(tokenizer)[:16]}
+    return {**known, **commit}
 
 
 def open_backbone(
