@@ -2,5 +2,5 @@
 
 Exported folders are checked and trained with stock parts; PEFT's LoRAs become inventories.
 
-Other rooms import: reloading, stock.
+Other rooms import: from_peft, harness, reloading, routed_trainer, stock.
 """
