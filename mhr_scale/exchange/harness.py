@@ -245,16 +245,11 @@ class RoutedLM(HFLM):
                     f"max_gen_toks: {n_new} is all that the backbone can read ({self.max_length})"
                 )
             rows = [EncodedRow(self._prompt(requests[n].args[0], room), number=n) for n in numbers]
+            options |= {"max_new_tokens": n_new}
             for batch in self._batches(rows, "generate_until", disable_tqdm):
-                stop = [_Endings(self.tokenizer, until)]
-                ids = generate_ids(
-                    self.placed,
-                    self._single,
-                    batch,
-                    max_new_tokens=n_new,
-                    stopping_criteria=stop,
-                    **options,
-                )
+                if options.get("num_beams", 1) == 1:  # beams change places
+                    options["stopping_criteria"] = [_Endings(self.tokenizer, until)]
+                ids = generate_ids(self.placed, self._single, batch, **options)
                 for row, written in zip(batch, ids, strict=True):
                     text = postprocess_generated_text(self.tok_decode(written), until, None)
                     found[row.number] = text

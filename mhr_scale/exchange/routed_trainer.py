@@ -67,7 +67,7 @@ class Routed(Base):
                 "`pretrain`, which trains on many"
             )
         adapter.to(adapter.linears[0].weight.device)
-        self.data_collator = TaskCollator(self.data_collator, task_column, adapter)
+        self.data_collator = TaskCollator(self.data_collator, task_column, adapter.task_names)
 
     def _check_rows(self, rows: Any, what: str) -> None:
         """Raise `DataError` for a dataset whose column of tasks is missing or names none."""
@@ -81,7 +81,8 @@ class Routed(Base):
                     f"{suggest(self.task_column, columns)}; set task_column"
                 )
             if hasattr(part, "unique"):
-                check_tasks(part.unique(self.task_column), self.adapter, f"{name}: a row")
+                known = self.adapter.task_names
+                check_tasks(part.unique(self.task_column), known, f"{name}: a row")
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -190,30 +191,28 @@ class TaskCollator:
     """A collator that hands on the tasks of its rows, which no tensor can hold."""
 
     def __init__(
-        self, collate: Callable[[list[Any]], dict[str, Any]], column: str, adapter: Adapter
+        self, collate: Callable[[list[Any]], dict[str, Any]], column: str, known: Sequence[str]
     ) -> None:
-        self.collate, self.column, self.adapter = collate, column, adapter
+        self.collate, self.column, self.known = collate, column, known
         self.tokenizer = getattr(collate, "tokenizer", None)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate the rows without their tasks, and put those beside."""
         tasks = [row.get(self.column) for row in rows]
-        check_tasks(tasks, self.adapter, f"column '{self.column}': a row")
+        check_tasks(tasks, self.known, f"column '{self.column}': a row")
         rest = [{name: row[name] for name in row if name != self.column} for row in rows]
         return {**self.collate(rest), self.column: tasks}
 
 
-def check_tasks(tasks: Iterable[Any], adapter: Adapter, place: str) -> None:
-    """Raise `DataError` for a task that the adapter lacks, or for none."""
+def check_tasks(tasks: Iterable[Any], known: Sequence[str], place: str) -> None:
+    """Raise `DataError` for what is neither the name nor the number of a known task."""
     for task in tasks:
         if task is None or task == "":
             raise DataError(f"{place} has no task; give each the name of one, or leave it out")
-        if type(task) not in (int, str):
-            raise DataError(f"{place} has task {shortened(str(task))}, no name and no number")
-        try:
-            adapter.check_task_ids([task])
-        except AdapterError as error:
-            raise DataError(f"{place}: {error}") from error
+        is_known = task in known if isinstance(task, str) else task in range(len(known))
+        if not is_known:
+            hint = suggest(str(task), known)
+            raise DataError(f"{place} has task {shortened(str(task))}, not in the adapter{hint}")
 
 
 def _check_attached(adapter: Adapter, model: nn.Module) -> None:

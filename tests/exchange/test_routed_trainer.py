@@ -230,7 +230,10 @@ def test_what_cannot_be_trained_is_one_line_with_a_way_out(tmp_path: Path) -> No
     assert "no column 'tasks'" in text
     assert "did you mean 'task'?" in text
     unknown = rows.map(lambda row, n: {"task": "cont" if n == 2 else "copy"}, with_indices=True)
-    assert "task 'cont' is not in this adapter; did you mean 'count'?" in refusal(tmp_path, unknown)
+    assert "has task 'cont', not in the adapter; did you mean 'count'?" in refusal(
+        tmp_path, unknown
+    )
+    assert "task '3', not in the adapter" in refusal(tmp_path, [{**rows[0], "task": 3}])
     missing = rows.map(lambda row, n: {"task": None if n == 2 else "copy"}, with_indices=True)
     assert "a row has no task" in refusal(tmp_path, missing)
     bare = [{name: row[name] for name in row if name != "task"} for row in rows]
