@@ -2,9 +2,9 @@
 
 [MHR_SHARED=FOLDER] python tests/benchmarks/harness.py [TURNS] [FOLDER ...]
 
-The same requests to both: 4 choices behind each of 16 questions of some 150 tokens, of which an
-instruction and two examples of 120 are alike; the texts of 16 questions continued by 24 tokens. A
-small Llama of random weights, and the models of the folders, in float32 with a LoRA on all linears
+The same requests to both: 4 choices behind each of 8 questions, which an instruction and two
+examples come before, alike for all; 24 tokens more behind each question. A small Llama of random
+weights (its tokens are bytes), and the models of the folders, in float32 with a LoRA on all linears
 of the blocks: the averaged adapter of an MHR, as PEFT has it and as it is. Answers are compared
 first (log-likelihoods to 1e-4 of the largest, texts whole), then the models take turns; times are
 those of the processor, ratios medians over turns. The harness's model gets 16 requests a batch.
@@ -33,7 +33,7 @@ from mhr_scale import AdapterConfig, attach, average, save_adapter
 from mhr_scale.adapters import peft_folders
 from mhr_scale.exchange.harness import RoutedLM
 
-N_QUESTIONS, N_CHOICES, N_NEW = 16, 4, 24
+N_QUESTIONS, N_CHOICES, N_NEW = 8, 4, 24
 INSTRUCTION = (
     "You are given a short story and a question about it. Choose the answer that fits the story "
     "best, and nothing else. Story: Anna takes the red bus to town every morning, and walks home "
