@@ -12,9 +12,10 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 | private | the distinct tasks | an inventory per task, mixed as above |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -320,6 +321,11 @@ class Adapter(nn.Module):
         weight = self.linears[0].weight
         if weight.device.type != "meta":
             self.to(weight.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Adapter":
+        """Move the tensors; who uses them holds indices, which are made anew on their device."""
+        self._users = None
+        return super()._apply(fn, recurse)
 
     def release(self) -> None:
         """Detach from the model."""

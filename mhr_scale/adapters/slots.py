@@ -11,8 +11,8 @@ recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatev
 backward pass that would leave gradients in the leaves is refused where it meets them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -149,13 +149,23 @@ class Slots(AbstractContextManager["Slots"]):
         Gradients accumulate in the adapter's parameters, as after `loss.backward()`. Call it once
         per forward pass: the mixing graph is freed.
         """
+        with self.collecting():
+            loss.backward()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """The same where another program runs the backward pass: somewhere in the block, once."""
         if not self._parts:
             raise AdapterError("call slots.backward(loss) inside its own `with` block")
         self._cut.is_open = True
         try:
-            loss.backward()
+            yield
         finally:
             self._cut.is_open = False
+        self._push()
+
+    def _push(self) -> None:
+        """Push the leaves' gradients through the mixing graph."""
         mixed: list[Tensor] = []
         gradients: list[Tensor] = []
         for side, leaves in self._parts:
