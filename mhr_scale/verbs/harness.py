@@ -11,6 +11,11 @@ from io import StringIO
 
 from mhr_scale.run import extras
 
+ABOUT = """mhr_scale harness ARGUMENTS: all arguments are those of lm_eval, which follow. The model:
+    --model mhr_scale --model_args adapter=RUN,task=NAME
+
+"""
+
 
 def run_harness(words: Sequence[str]) -> str:
     """Run `lm_eval` with these arguments, and return what it prints: its tables, its help.
@@ -22,6 +27,7 @@ def run_harness(words: Sequence[str]) -> str:
 
     from mhr_scale.exchange import harness  # noqa: F401 - puts the model into its table
 
+    about = ABOUT if {"-h", "--help"} & set(words[:1]) else ""
     printed, own = StringIO(), sys.argv
     sys.argv = ["lm_eval", *words]
     try:
@@ -32,4 +38,4 @@ def run_harness(words: Sequence[str]) -> str:
             raise
     finally:
         sys.argv = own
-    return printed.getvalue()
+    return about + printed.getvalue()
