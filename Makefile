@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-LAUNCHING := tests/distributed tests/robustness tests/test_readme.py
+LAUNCHING := tests/distributed tests/robustness tests/test_readme.py tests/gpu
 
 .PHONY: demo test lint install clean
 

@@ -15,7 +15,7 @@ EXTRAS = {
     "mlflow": "trackers",
     "sqlalchemy": "trackers",
     "alembic": "trackers",
-    "lm_eval": "harness",
+    "lm_eval": "lm-eval",
 }
 
 
