@@ -1,17 +1,18 @@
 """The worked examples in docs/examples: their files, commands and code, with tiny backbones."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from fast_tokenizers import make_tokenizer
 from held_out_files import RTE, RTE_TEMPLATES, write_rows, write_templates
-from peft import PeftModel
-from processes import ROOT, read_metrics
+from processes import ROOT, read_metrics, succeed_together
+from safetensors.torch import load_file
 from small_causal import small_causal
 from small_t5 import small_t5
-from tours import Tour
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from tours import Tour, blocks, commands_in
+from transformers import ByT5Tokenizer
 
 EXAMPLES = ROOT / "docs" / "examples"
 #: In the place of the hub's models.
@@ -24,7 +25,6 @@ SHORTER = {
     "own_tasks": {"pretrain": STEPS, "evaluate": ("scoring.max_new_tokens=2",)},
     "t0_11b": {
         "convert": (f"backbone={{name: {TINY_T5}}}",),
-        "plan": ("workload.steps=2",),
         "pretrain": (*STEPS, BATCH, "tasks={suite: t0, source: p3, missing: skip}"),
         "average": ("steps=[0, 2]",),
     },
@@ -60,8 +60,19 @@ def write_t0(folder: Path) -> None:
     write_rows(folder / "data" / "t0_eval" / "rte.validation.jsonl", RTE, {**RTE, "idx": 8})
 
 
-def follow(name: str, folder: Path) -> str:
-    return Tour(folder, SHORTER[name]).follow_page(page(name))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all pages have been followed, in one process, which takes the time of its imports
+    once; what they printed is in `printed.txt`."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_causal(folder / TINY)
+    write_t0(folder)
+    steps: list[list[str]] = []
+    for name, shorter in SHORTER.items():
+        steps += Tour(folder, shorter).steps_of(name, page(name))
+    printed = succeed_together(steps, folder, inside=folder)
+    (folder / "printed.txt").write_text(printed)
+    return folder
 
 
 def test_every_example_is_followed_here() -> None:
@@ -69,31 +80,33 @@ def test_every_example_is_followed_here() -> None:
 
 
 @pytest.mark.slow
-def test_own_tasks_become_adapters_that_peft_serves(tmp_path: Path) -> None:
-    write_causal(tmp_path / TINY)
-    printed = follow("own_tasks", tmp_path)
-    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "my_tasks")] == [1, 2]
-    scores = json.loads((tmp_path / "runs" / "my_scores" / "summary.json").read_text())
-    assert {"capital", "plural", "sentiment"} <= set(json.dumps(scores).split('"'))
-    assert printed
+@pytest.mark.parametrize("name", SHORTER)
+def test_the_commands_of_an_example_leave_what_they_should(name: str, folder: Path) -> None:
+    tour = Tour(folder, SHORTER[name])
+    for command in commands_in("".join(blocks(page(name), "bash"))):
+        tour.check(command)
 
 
 @pytest.mark.slow
-def test_t0_becomes_a_table(tmp_path: Path) -> None:
-    write_t0(tmp_path)
-    printed = follow("t0_11b", tmp_path)
-    assert "rte" in printed
-    assert "chance" in printed
+def test_own_tasks_become_adapters_that_peft_serves(folder: Path) -> None:
+    assert [line["step"] for line in read_metrics(folder / "runs" / "my_tasks")] == [1, 2]
+    summary = json.loads((folder / "runs" / "my_scores" / "summary.json").read_text())
+    assert summary["tasks"].keys() == {"capital", "plural", "sentiment"}
+    names = {path.name for path in (folder / "exports" / "my_tasks").iterdir() if path.is_dir()}
+    assert names == {"capital", "plural", "sentiment"}
 
 
 @pytest.mark.slow
-def test_a_lora_of_peft_becomes_mhr_and_loras_again(tmp_path: Path) -> None:
-    write_causal(tmp_path / TINY)
-    follow("from_peft", tmp_path)
-    loras = []
-    for task in ("capital", "plural"):
-        backbone = AutoModelForCausalLM.from_pretrained(tmp_path / TINY)
-        model = PeftModel.from_pretrained(backbone, tmp_path / "exports" / "from_mhr" / task)
-        loras.append({name: p for name, p in model.named_parameters() if "lora_B" in name})
-    assert all(p.any() for p in loras[0].values())
-    assert any(not p.equal(loras[1][name]) for name, p in loras[0].items())
+def test_t0_becomes_a_table(folder: Path) -> None:
+    printed = (folder / "printed.txt").read_text()
+    assert re.search(r"task +k = 0 +k = 2 +bare +chance\nrte ", printed)
+
+
+@pytest.mark.slow
+def test_a_lora_of_peft_becomes_mhr_and_loras_again(folder: Path) -> None:
+    tensors = [
+        load_file(folder / "exports" / "from_mhr" / task / "adapter_model.safetensors")
+        for task in ("capital", "plural")
+    ]
+    assert all(one.any() for name, one in tensors[0].items() if "lora_B" in name)
+    assert any(not one.equal(tensors[1][name]) for name, one in tensors[0].items())

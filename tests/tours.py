@@ -1,13 +1,12 @@
 """Following a page of the documentation: its files, commands and code, in their order."""
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
-from processes import ROOT, free_port, run
+from processes import ROOT, run
 
 from mhr_scale.recipe import shipped
 
@@ -15,7 +14,7 @@ from mhr_scale.recipe import shipped
 LEFT = {
     "pretrain": "adapter/adapter.safetensors",
     "average": "adapter/adapter.safetensors",
-    "evaluate": "summary.json",
+    "evaluate": "**/summary.json",
     "adapt": "summary.json",
     "analyse": "analysis.json",
     "export": "**/adapter_model.safetensors",
@@ -28,8 +27,6 @@ LEFT = {
 #: Blocks of a page that are files: the paragraph before them names them.
 FILES = ("yaml", "jsonl")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-#: Runs commands one after the other in one process.
-TOGETHER = str(ROOT / "tests" / "distributed" / "programs" / "several.py")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -83,35 +80,28 @@ class Tour:
         self.check(command)
         return result.stdout
 
-    def follow_page(self, text: str) -> str:
-        """Write all files of a page and run its commands and its code, all in one process, which
-        takes the time of its imports once; what it printed."""
-        steps: list[tuple[int, list[str]]] = []
-        done: list[str] = []
+    def steps_of(self, page: str, text: str) -> list[list[str]]:
+        """Write the files of a page; its commands and its code, as scripts with arguments."""
+        steps = []
         for number, found in enumerate(FENCE.finditer(text)):
             language, block = found.groups()
             if language in FILES:
                 (name, *_) = re.findall(rf"`([\w/]+\.{language})`", paragraph(text, found.start()))
-                file = self.folder / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(block, encoding="utf-8")
+                write(self.folder / name, block)
             elif language == "python":
-                script = self.folder / f"step_{number}.py"
-                script.write_text(block, encoding="utf-8")
-                steps.append((free_port(), [str(script)]))
+                steps.append([str(write(self.folder / f"{page}_{number}.py", block))])
             elif language == "bash":
                 for command in commands_in(block):
                     verb, words, _ = self.words_of(command)
-                    script = ROOT / "launch" / f"{verb}.py"
-                    steps.append((free_port(), [str(script), *words]))
-                    done.append(command)
-        file = self.folder / "steps.json"
-        file.write_text(json.dumps(steps), encoding="utf-8")
-        result = run(TOGETHER, str(file), folder=self.folder)
-        assert result.returncode == 0, result.stdout[-5000:]
-        for command in done:
-            self.check(command)
-        return result.stdout
+                    steps.append([str(ROOT / "launch" / f"{verb}.py"), *words])
+        return steps
+
+
+def write(file: Path, text: str) -> Path:
+    """A new file, in a folder that is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def paragraph(text: str, end: int) -> str:
