@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from laid_rows import SIZES, T5S, make_rows, pack
 from small_causal import enlarge, small_causal
-from test_rows_laid_flat import SIZES, T5S, make_rows, pack
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSeq2SeqLM

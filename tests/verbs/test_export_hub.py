@@ -39,7 +39,6 @@ from mhr_scale.config import (
     AverageConfig,
     BackboneConfig,
     EvaluateConfig,
-    ExportConfig,
     PlainRunConfig,
     PretrainConfig,
     RunConfig,
@@ -48,7 +47,7 @@ from mhr_scale.config import (
     VariantConfig,
 )
 from mhr_scale.engine.meeting import describe_launch
-from mhr_scale.errors import AdapterError, ConfigError, RunError
+from mhr_scale.errors import AdapterError, RunError
 from mhr_scale.exchange.stock import open_lora
 from mhr_scale.jobs.adapt_inputs import open_jobs
 from mhr_scale.recipe.reading import load
@@ -222,36 +221,6 @@ def test_the_card_says_what_it_is_to_people_and_to_the_hub(hub: Hub, pushed: Pat
     assert ModelCard.load(pushed / "merged" / "README.md").data.library_name == "transformers"
 
 
-def test_a_card_has_the_licence_and_the_scores_of_its_run(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", make("LoRA"), backbone={"name": "builtin:toy"})
-    lines = ['{"step": 0, "validation_loss": 2.5}', '{"step": 9, "validation_loss": 1.25}']
-    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "run" / "result.json").write_text('{"task": "t", "metric": "accuracy", "score": 5}')
-    settings = {"licence": "other", "licence_name": "ours", "licence_link": "https://x.test/l"}
-    out = run_export(run, tmp_path / "out", check=False, **settings)
-    card = ModelCard.load(out / "README.md")
-    assert (card.data.license, card.data.license_name) == ("other", "ours")
-    assert card.data.base_model is None
-    assert "rows of the training tasks: 2.5000 at the start, 1.2500 at the end\n" in card.text
-    assert "- t: accuracy 5.00, all rows\n" in card.text
-    assert "## Licence\n\nours (https://x.test/l)." in card.text
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"licence": "other"}, "^licence_name: "),
-        ({"licence": "mit", "licence_name": "x"}, "^licence_name: "),
-        ({"licence_link": "x"}, "^licence_link: "),
-        ({"hub_message": "x"}, "^hub: "),
-        ({"hub_private": False}, "^hub: "),
-    ],
-)
-def test_settings_of_cards_and_pushes_that_say_nothing(settings: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        ExportConfig(adapter="x", folder="y", **settings)
-
-
 # --- pushing again
 
 
@@ -322,23 +291,6 @@ def test_nothing_is_made_public_by_oversight_and_nothing_pushed_without_a_token(
 
 
 # --- reading
-
-
-def test_a_published_checkpoint_is_a_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
-    sides = {"A": "lora_a", "B": "lora_b"}
-    tensors = {
-        f"model.{linear}.{sides[side]}": tensor.contiguous()
-        for name, tensor in artefact.named_tensors(make("LoRA")).items()
-        for linear, _, side in [name.rpartition(".")]
-    }
-    save_file(tensors, tmp_path / "lora.safetensors")
-    hub.add("o/published", {"a/b.safetensors": (tmp_path / "lora.safetensors").read_bytes()})
-    name = "o/published@main:a/b.safetensors"
-    card, found = open_adapter(name, "builtin:toy")
-    assert_same(found, open_adapter(str(tmp_path / "lora.safetensors"), "builtin:toy")[1])
-    assert card.origin["path"] == name.replace(
-        "main", hub.repositories["o/published"].branches["main"]
-    )
 
 
 def test_what_is_no_adapter_on_the_hub_is_refused_in_one_line(
