@@ -84,11 +84,14 @@ def trackio_shown(folder: Path, project: str) -> Shown:
 
 
 def mlflow_shown(folder: Path, run: Path, names: Any) -> Shown:
-    """What MLflow has of a folder's run."""
+    """What MLflow has of a job's run, which has ended, in the group of its run folder."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{run.resolve()}/mlflow/mlflow.db")
     run_id = kept_id(folder, "mlflow", str)
+    found = client.get_run(run_id)
+    assert found.info.run_name == str(folder.relative_to(run / "jobs"))
+    assert (found.info.status, found.data.tags["group"]) == ("FINISHED", run.name)
     histories = {name: client.get_metric_history(run_id, name) for name in names}
     return {
         name: [(one.step, one.value) for one in history]

@@ -9,6 +9,7 @@ from small_runs import BARE, LORA, TASKS, job_folders, make_config, results, wri
 from tracked import expected, tensorboard_steps, wandb_history, wandb_records
 
 from mhr_scale.config import WavesConfig
+from mhr_scale.errors import ConfigError
 from mhr_scale.jobs.wave import Wave
 from mhr_scale.run.trackers import kept_id
 from mhr_scale.verbs.adapt import adapt
@@ -44,6 +45,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapt(config)
     assert len(results(base / "few")) == 2
     return base / "few"
+
+
+def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    made = make_config(tmp_path / "few", tmp_path / "rows", {"LoRA": LORA}, backbone=BARE)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"run\.trackers: 'trackio' is not installed; pip"):
+        adapt(replace(made, run=replace(made.run, trackers=("trackio",))))
+    assert not (tmp_path / "few" / "config.yaml").exists()
 
 
 def test_tensorboard_shows_what_each_jobs_record_has(run):
