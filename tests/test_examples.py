@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fast_tokenizers import make_tokenizer
+from fast_tokenizers import TEMPLATE, make_tokenizer
 from held_out_files import RTE, RTE_TEMPLATES, write_rows, write_templates
 from processes import ROOT, read_metrics, succeed_together
 from safetensors.torch import load_file
@@ -34,12 +34,12 @@ SHORTER = {
 
 def page(name: str) -> str:
     text = (EXAMPLES / f"{name}.md").read_text(encoding="utf-8")
-    return text.replace(HUB, TINY).replace("max_steps=20", "max_steps=2, use_cpu=True")
+    return text.replace(HUB, TINY).replace("max_steps=20", "max_steps=2")
 
 
 def write_causal(folder: Path) -> None:
     """A Llama of a few thousand weights with a tokenizer of bytes."""
-    tokenizer = make_tokenizer("gpt 2")
+    tokenizer = make_tokenizer("gpt 2", chat_template=TEMPLATE)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     small_causal("llama", **sizes, **ids).save_pretrained(folder)
