@@ -6,6 +6,7 @@ is there once: a resumed run repeats steps with the same values, and the first o
 """
 
 import contextvars
+import fcntl
 import os
 import re
 import secrets
@@ -172,11 +173,6 @@ class MLflow:
         from mlflow import MlflowClient, is_tracking_uri_set
         from mlflow.exceptions import MlflowException
 
-        local = curves.root / "mlflow"
-        local.mkdir(parents=True, exist_ok=True)
-        uri = None if is_tracking_uri_set() else f"sqlite:///{local / 'mlflow.db'}"
-        self._client = client = MlflowClient(tracking_uri=uri)
-
         def find_experiment() -> str | None:
             found = client.get_experiment_by_name(curves.project)
             return None if found is None else str(found.experiment_id)
@@ -184,7 +180,6 @@ class MLflow:
         def create() -> str:
             experiment = find_experiment()
             if experiment is None:
-                place = None if uri is None else (local / "artifacts").as_uri()
                 try:
                     experiment = client.create_experiment(curves.project, artifact_location=place)
                 except MlflowException:  # another rank was faster
@@ -194,7 +189,15 @@ class MLflow:
             tags = {"group": curves.group} if curves.group else None
             return str(client.create_run(experiment, run_name=curves.name, tags=tags).info.run_id)
 
-        self._id = kept_id(curves.folder, "mlflow", create)
+        uri = place = None
+        local = curves.root / "mlflow"
+        local.mkdir(parents=True, exist_ok=True)
+        if not is_tracking_uri_set():
+            uri, place = f"sqlite:///{local / 'mlflow.db'}", (local / "artifacts").as_uri()
+        with (local / "making").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # two ranks that make its tables both fail
+            self._client = client = MlflowClient(tracking_uri=uri)
+            self._id = kept_id(curves.folder, "mlflow", create)
         client.update_run(self._id, status="RUNNING")
         self._resume_step = curves.resume_step
         self._last: dict[str, int] = {}

@@ -1,5 +1,6 @@
 """Trackers get what metrics.jsonl gets, and stop no run."""
 
+import fcntl
 import importlib.util
 import logging
 import subprocess
@@ -175,6 +176,28 @@ def test_jobs_that_go_on_twice_send_every_number_once(
         assert [step for step, _ in made["score"]] == [2, 3, 4, 6, 8]
     assert "run.trackers" not in caplog.text
     assert capsys.readouterr().out == ""
+
+
+def test_one_rank_at_a_time_makes_the_tables_of_mlflow(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch, "mlflow", is_real=False)
+    client: Any = importlib.import_module("mlflow").MlflowClient
+    opened, was_held = client.__init__, []
+
+    def watched(self: Any, tracking_uri: str) -> None:
+        with (tmp_path / "mlflow" / "making").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                was_held.append(False)
+            except BlockingIOError:
+                was_held.append(True)
+        opened(self, tracking_uri)
+
+    monkeypatch.setattr(client, "__init__", watched)
+    with Tracking(("mlflow",)).opened(Curves(folder=tmp_path, resume_step=-1)) as track:
+        assert track is not None
+    assert was_held == [True]
 
 
 # -- at the door -----------------------------------------------------------------------------------
