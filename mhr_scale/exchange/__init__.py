@@ -1,4 +1,4 @@
 """Stock PEFT and transformers: checks of exported folders, and training with stock parts.
 
-Other rooms import: reloading, stock.
+Other rooms import: reloading, serving, stock.
 """

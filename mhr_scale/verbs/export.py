@@ -35,6 +35,7 @@ from mhr_scale.run.files import as_size, write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.run.streams import write_result
+from mhr_scale.verbs.serving import serve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,8 @@ def export(config: ExportConfig) -> Path:
     target = Path(config.folder)
     if rank():
         return target
+    if config.format == "serving":
+        return serve(config)
     check_target(target)
     inputs = open_inputs(config)
     parts = choose(config, inputs)
