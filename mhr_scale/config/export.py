@@ -34,9 +34,9 @@ class ExportConfig:
     that are served; empty: all."""
     also: tuple[str, ...] = ()
     """serving: further adapters and run folders of `adapt`, over the same backbone."""
-    jobs: str = "*"
-    """serving: which finished jobs of a run folder of `adapt`, as TASK/SEED/VARIANT, where `*`
-    stands for anything (`*/0/MHR`)."""
+    jobs: tuple[str, ...] = ()
+    """serving: which finished jobs of run folders of `adapt`, by the ends of their names
+    TASK/SEED/VARIANT (`MHR`, `0/MHR`), where `*` stands for anything (`TASK/*/MHR`); empty: all."""
     format: Literal["peft", "peft_poly", "merged", "native", "serving"] = "peft"
     """peft: a LoRA or IA3 folder; peft_poly: inventory and routing; merged: the backbone with the
     adapter added into its weights; native: this package's own artefact; serving: a LoRA for each
@@ -74,7 +74,7 @@ class ExportConfig:
             )
         if self.dtype is not None and self.format != "merged":
             raise ConfigError("dtype: adapters are written in float32; only format merged reads it")
-        if not is_serving and (self.also or self.jobs != "*" or self.max_loras is not None):
+        if not is_serving and (self.also or self.jobs or self.max_loras is not None):
             raise ConfigError("also, jobs, max_loras: only format: serving reads them")
         if self.max_loras is not None and self.max_loras < 1:
             raise ConfigError(f"max_loras: {self.max_loras} is not at least 1")

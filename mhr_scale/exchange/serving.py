@@ -148,7 +148,9 @@ class Serving:
     def readme(self, folder: Path) -> str:
         """The folder's own page: what is served, and how."""
         n_folders = len(self.folders)
-        front = {"base_model": self.base, "library_name": "peft", "tags": ["lora"]}
+        front: dict[str, Any] = {"library_name": "peft", "tags": ["lora"]}
+        if not Path(self.base).is_absolute():  # else it is no model of the hub
+            front = {"base_model": self.base, **front}
         rows = [
             f"| {_cell(lora.name)} | {_cell(lora.folder)} | {lora.rank} ({lora.trained_rank}) |"
             for lora in self.loras

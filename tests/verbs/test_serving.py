@@ -275,7 +275,7 @@ def test_the_page_and_the_last_words_say_how_servers_start(
         assert f"{task}=loras/copy" in text
         assert f"lorax-launcher --model-id {runs.base} --max-active-adapters 1" in text
         assert request in text
-    assert page.startswith(f'---\nbase_model: "{runs.base}"\n')
+    assert page.startswith('---\nlibrary_name: "peft"\n')  # a folder is no model of the hub
     assert files(out) == ["README.md", "export.yaml", "loras", "manifest.json", "vllm.sh"]
 
 
@@ -287,16 +287,18 @@ def test_a_backbone_of_the_hub_is_served_at_its_revision() -> None:
     serving = Serving(base="me/it", revision="ab1", targets=["q"], loras=[lora], max_loras=None)
     assert serving.vllm()[0] == "vllm serve me/it --revision ab1 \\"
     assert serving.lorax(Path("x"))[0].startswith("lorax-launcher --model-id me/it --revision ab1 ")
-    assert "Revision of the backbone: `ab1`." in serving.readme(Path("x"))
+    page = serving.readme(Path("x"))
+    assert "Revision of the backbone: `ab1`." in page
+    assert page.startswith('---\nbase_model: "me/it"\n')
 
 
 def test_jobs_are_chosen_by_pattern_and_tasks_by_name(runs: Runs, tmp_path: Path) -> None:
     run = str(runs.few_shot)
-    out = run_export(run, tmp_path / "out", format="serving", jobs="*/0/*", check=False)
+    out = run_export(run, tmp_path / "out", format="serving", jobs=("0/*",), check=False)
     assert [lora["name"] for lora in read(out)["loras"]] == ["new one/0/LoRA", "new one/0/MHR"]
     routed = str(runs.folder / "MHR")
     settings: dict[str, Any] = {"also": (run,), "tasks": ("copy", "new one"), "check": False}
-    out = run_export(routed, tmp_path / "both", format="serving", jobs="*/1/*", **settings)
+    out = run_export(routed, tmp_path / "both", format="serving", jobs=("1/LoRA",), **settings)
     assert [lora["name"] for lora in read(out)["loras"]] == ["copy", "new one/1/LoRA"]
 
 
@@ -308,7 +310,7 @@ def test_a_lora_that_a_bit_was_changed_of_is_found(
         next(padded.inventory.parameters()).data.mul_(1.1)
         return padded
 
-    monkeypatch.setattr("mhr_scale.verbs.serving.pad", damaged)
+    monkeypatch.setattr("mhr_scale.jobs.served_loras.pad", damaged)
     with pytest.raises(AdapterError, match=r"/out: not exported: the logits of what stock PEFT"):
         run_export(str(runs.folder / "MHR"), tmp_path / "out", format="serving")
     assert files(tmp_path) == []
@@ -332,7 +334,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     [
         ({"what": "average", "format": "serving"}, "^format: serving .*what: average;"),
         ({"also": ("x",)}, "^also, jobs, max_loras: .*serving"),
-        ({"jobs": "*/0/*"}, "^also, jobs, max_loras: .*serving"),
+        ({"jobs": ("MHR",)}, "^also, jobs, max_loras: .*serving"),
         ({"max_loras": 2}, "^also, jobs, max_loras: .*serving"),
         ({"max_loras": 0, "format": "serving"}, "^max_loras: 0 "),
     ],
@@ -347,6 +349,7 @@ def odd(runs: Runs) -> Runs:
     """Runs that no server takes beside those that they do."""
     lora, folder = make(runs.model, "LoRA"), runs.folder
     runs.save(folder / "moved", lora, backbone={"name": "elsewhere"})
+    runs.save(folder / "older", lora, backbone={"name": str(runs.base), "revision": "v1"})
     runs.save(folder / "random", lora, backbone={"config": {"model_type": "llama"}})
     runs.save(folder / "whole", lora, origin={"backbone": "backbone.safetensors"})
     runs.job(0, "LoRA", run=folder / "unfinished", done=False)
@@ -360,10 +363,11 @@ def odd(runs: Runs) -> Runs:
         ("IA3", {}, r"/IA3: cannot be served: \(IA\)3 .*format: merged"),
         ("wide", {}, "/wide: rank 513 .*512"),
         ("MHR", {"tasks": ("cop",)}, "^tasks: none is called 'cop'; did you mean 'copy'"),
-        ("MHR", {"jobs": "*/0/*"}, r"^jobs: '\*/0/\*', and no run folder of adapt"),
-        ("few_shot", {"jobs": "*/7/*"}, r"/few_shot: jobs: '\*/7/\*' is none of new one/0/LoRA"),
+        ("MHR", {"jobs": ("0/*",)}, r"^jobs: 0/\*, and no run folder of adapt"),
+        ("few_shot", {"jobs": ("MHR", "RA")}, "/few_shot: jobs: 'RA' is none of new one/0/LoRA"),
         ("MHR", {"also": ("middle",)}, "^also: .*/MHR and .*/middle both .* 'sort/it'"),
         ("LoRA", {"also": ("moved",)}, "/LoRA was trained on .*/base, .*/moved on elsewhere: "),
+        ("LoRA", {"also": ("older",)}, "/LoRA was trained on .*/base, .*/older on .*/base at v1: "),
         ("random", {}, "/random: its backbone has random weights"),
         ("unfinished", {}, "/unfinished: no job has finished yet"),
         ("whole", {}, "/whole: cannot be served: it trained the backbone's weights"),
