@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from mhr_scale.adapters.artefact import load as load_adapter
     from mhr_scale.adapters.artefact import save as save_adapter
     from mhr_scale.adapters.collapse import average, collapse
+    from mhr_scale.exchange.from_peft import from_peft
+    from mhr_scale.exchange.routed_trainer import RoutedTrainer
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "RoutedTrainer",
     "Stream",
     "attach",
     "average",
     "collapse",
     "detach",
+    "from_peft",
     "load_adapter",
     "save_adapter",
 ]
@@ -29,11 +33,13 @@ __all__ = [
 _LATER = {
     "Adapter": ("mhr_scale.adapters.methods", "Adapter"),
     "AdapterConfig": ("mhr_scale.adapters.config", "AdapterConfig"),
+    "RoutedTrainer": ("mhr_scale.exchange.routed_trainer", "RoutedTrainer"),
     "Stream": ("mhr_scale.adapters", "Stream"),
     "attach": ("mhr_scale.adapters.methods", "attach"),
     "detach": ("mhr_scale.adapters", "detach"),
     "average": ("mhr_scale.adapters.collapse", "average"),
     "collapse": ("mhr_scale.adapters.collapse", "collapse"),
+    "from_peft": ("mhr_scale.exchange.from_peft", "from_peft"),
     "load_adapter": ("mhr_scale.adapters.artefact", "load"),
     "save_adapter": ("mhr_scale.adapters.artefact", "save"),
 }

@@ -114,7 +114,7 @@ def succeed_together(
 def run_code(code: str, *arguments: str, folder: Path) -> str:
     """Run code that must end well, in a process of its own that knows nothing of this one's paths;
     returns what it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments],

@@ -146,7 +146,7 @@ def test_the_commands_of_the_readme_run(
 @pytest.mark.slow
 def test_the_python_examples_of_the_readme_run(tmp_path: Path) -> None:
     examples = [code for code in blocks("python") if "mhr_scale import" in code]
-    assert len(examples) == 2
+    assert len(examples) == 3
     run_code("\n".join(examples), folder=tmp_path)
     assert (tmp_path / "averaged_adapter" / "adapter.safetensors").is_file()
 

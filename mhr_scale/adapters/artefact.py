@@ -25,6 +25,7 @@ from mhr_scale.adapters import CARD
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.methods import Adapter, attach
+from mhr_scale.adapters.places import find_place, hint
 from mhr_scale.adapters.sites import Site, find_sites
 from mhr_scale.adapters.wrapping import check_bare, detach
 from mhr_scale.errors import AdapterError, LayoutError, UserError
@@ -131,12 +132,16 @@ def copy(source: Path, target: Path) -> None:
 
 
 def find(path: Path | str) -> Path:
-    """Return the folder that holds the artefact: `path` itself, or a run folder's `adapter/`."""
-    path = Path(path)
+    """Return the folder that holds the artefact: `path` itself, or a run folder's `adapter/`.
+
+    `path` may be a place on the hub (`find_place`), which is then fetched.
+    """
+    path = find_place(path).path
     for folder in (path, path / "adapter"):
         if (folder / CARD).is_file():
             return folder
-    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; name a run or an adapter")
+    way_out = f"name a run or an adapter{hint(str(path))}"
+    raise AdapterError(f"{path}: no {CARD} here or in {path / 'adapter'}; {way_out}")
 
 
 def read_card(path: Path | str) -> Card:
@@ -186,7 +191,8 @@ def _build_card(card: dict[str, Any]) -> Card:
 def load(path: Path | str, *, model: nn.Module | None = None) -> Adapter:
     """Load an artefact strictly; with `model`, attach it there.
 
-    `path` is an adapter folder or a run folder. Raises `AdapterError` if a tensor is missing,
+    `path` is an adapter folder or a run folder, or `owner/name@revision` of the hub, a folder in it
+    after a `:`. Raises `AdapterError` if a tensor is missing,
     extra, of another shape or not finite, if the files do not belong together, or if the
     adapter was made for a backbone with other linears.
     """

@@ -57,6 +57,14 @@ class BySlot(ABC):
         """The reverse of `columns`."""
         return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
+    def narrowed(self, h: Tensor) -> Tensor:
+        """The hidden columns (M, X) that rows have of their own slots."""
+        return h.flatten(0, -2)
+
+    def widened(self, h_MX: Tensor, a_UIX: Tensor) -> Tensor:
+        """The reverse of `narrowed`."""
+        return h_MX
+
     @abstractmethod
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:
         """Add h B[slot] to `total` in place."""
@@ -96,6 +104,10 @@ class Even(BySlot):
     @override
     def down(self, x: Tensor, a_UIX: Tensor) -> Tensor:
         return _multiply(x, a_UIX)
+
+    @override
+    def widened(self, h_MX: Tensor, a_UIX: Tensor) -> Tensor:
+        return h_MX.unflatten(0, (*a_UIX.shape[:-2], -1))
 
     @override
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:
@@ -275,6 +287,14 @@ class Masked(Spans):
             return parts[0]
         n_slots = self.mask_MU1.shape[1]
         return torch.cat([part.unflatten(1, (n_slots, -1)) for part in parts], -1).flatten(1)
+
+    @override
+    def narrowed(self, h: Tensor) -> Tensor:
+        return h.unflatten(1, (self.mask_MU1.shape[1], -1)).sum(1)
+
+    @override
+    def widened(self, h_MX: Tensor, a_UIX: Tensor) -> Tensor:
+        return (h_MX[:, None] * self.mask_MU1).flatten(1)
 
     @override
     def add_up_(self, total: Tensor, h: Tensor, b_URO: Tensor) -> None:

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.products import Cut, products, scale, update
+from mhr_scale.adapters import opaque, products
+from mhr_scale.adapters.products import Cut
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
+
+if opaque.ARE_KNOWN:
+    from mhr_scale.adapters import in_graph
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +38,13 @@ class LowRankSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return W x + (x A[slot]) B[slot] of every base, for x (B * k, ..., I)."""
-        by = self.rows.by_slot(x, n_columns=self.a_UIX.shape[-1])
+        ways, how = _ways(self.rows, x, n_columns=self.a_UIX.shape[-1])
         frozen: list[Any] = [(base.weight, base.bias) for base in bases]
         is_plain = all(type(base) is nn.Linear for base in bases)
         if is_plain and not any(p is not None and p.requires_grad for pair in frozen for p in pair):
-            return products(x, self.a_UIX, self.b_URO, frozen, by=by, cut=self.cut)
+            return ways.products(x, self.a_UIX, self.b_URO, frozen, **how, cut=self.cut)
         ys = [base(x) for base in bases]
-        return update(x, self.a_UIX, self.b_URO, ys, by=by, cut=self.cut)
+        return ways.update(x, self.a_UIX, self.b_URO, ys, **how, cut=self.cut)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +57,18 @@ class ScalingSlots:
 
     def apply(self, x: Tensor, bases: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return (W x) * l[slot] of every base, for x (B * k, ..., I)."""
-        by = self.rows.by_slot(x)
+        ways, how = _ways(self.rows, x)
         return tuple(
-            base(x) if l_UO is None else scale(base(x), l_UO, by=by, cut=self.cut)
+            base(x) if l_UO is None else ways.scale(base(x), l_UO, **how, cut=self.cut)
             for base, l_UO in zip(bases, self.l_UO, strict=True)
         )
+
+
+def _ways(rows: RowMap, x: Tensor, *, n_columns: int = 0) -> tuple[Any, dict[str, Any]]:
+    """Where products are, and how rows find their slots there."""
+    if torch.compiler.is_compiling():
+        return in_graph, {"rows": rows}
+    return products, {"by": rows.by_slot(x, n_columns=n_columns)}
 
 
 class _Adapted(nn.Module):
@@ -83,7 +94,7 @@ class _Adapted(nn.Module):
                 f"{self.name} has no slots: call the model inside `with adapter.slots(task_ids)`, "
                 "or inside `with adapter.off()` for the bare backbone"
             )
-        if not slots.rows.fits(x):
+        if not torch.compiler.is_compiling() and not slots.rows.fits(x):
             raise AdapterError(f"{self.name} got {slots.rows.describe_misfit(x)}")
         return slots.apply(x, bases)
 

@@ -12,9 +12,10 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 | private | the distinct tasks | an inventory per task, mixed as above |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from mhr_scale.adapters.sites import Site, check_splits, find_sites
 from mhr_scale.adapters.slots import Slots, Users, find_users, mix_pairs, mix_vectors
 from mhr_scale.adapters.wrapping import AdaptedModel, check_bare, wrap
 from mhr_scale.errors import AdapterError, suggest
+from mhr_scale.families.sending import send_numbers
 from mhr_scale.families.sequences import Stream
 from mhr_scale.seeds import seed_from
 
@@ -64,6 +66,8 @@ class Adapter(nn.Module):
         self.sites = sites
         self.task_names = tuple(task_names)
         self.row_gradients = row_gradients
+        #: Tasks of the rows that a sparse gradient of routing has: the host never asks the device.
+        self.gradient_tasks: tuple[int, ...] = ()
         self.is_wave = is_wave
         self.linears: list[AdaptedLinear] = []
         self._adapted: AdaptedModel | None = None
@@ -122,8 +126,8 @@ class Adapter(nn.Module):
             is_exact=self.is_wave,
         )
         leaf = None
-        dtype = self.compute_dtype()
-        with torch.autocast(next(self.inventory.parameters()).device.type, enabled=False):
+        dtype, device = self.compute_dtype(), next(self.inventory.parameters()).device
+        with torch.autocast(device.type, enabled=False):
             weights_UGQS = None
             if config.is_routed:
                 weights_UGQS, leaf = self._weights(ids, distinct, seeds)
@@ -131,6 +135,10 @@ class Adapter(nn.Module):
                     mean = uniform_share / config.n_skills
                     weights_UGQS = (1.0 - uniform_share) * weights_UGQS + mean
             mixed = self.mix(weights_UGQS, ids if per_row else distinct)
+            if not (rows.streams or rows.is_even):
+                # before they are rounded: the gradients of a slot's rows are summed as they are
+                index = send_numbers(slot_of_row, device)
+                mixed = [tuple(side.index_select(1, index) for side in sides) for sides in mixed]
             if config.kind == "lora":
                 mixed = [tuple(side.to(dtype) for side in sides) for sides in mixed]
             if self.is_wave and config.kind == "lora" and config.rank == 1:
@@ -160,25 +168,29 @@ class Adapter(nn.Module):
                 for stacks in zip(*singles, strict=True)
             ]
         mixed: list[tuple[Tensor, ...]] = []
+        index = None
+        if config.private and tasks != tuple(range(len(self.task_names))):
+            index = send_numbers(tasks, next(self.inventory.parameters()).device)
         for stack in self.inventory.stacks:
             w_UNQS = None
             if weights_UGQS is not None:
                 w_UNQS = weights_UGQS.index_select(1, self.get_buffer(f"groups_{stack.key}"))
             if config.kind == "ia3":
-                mixed.append((mix_vectors(self._inventories(stack, "l", tasks), w_UNQS),))
+                mixed.append((mix_vectors(self._inventories(stack, "l", index), w_UNQS),))
             else:
-                a_NKQSIR, b_NKQSRO = (self._inventories(stack, side, tasks) for side in "AB")
+                a_NKQSIR, b_NKQSRO = (self._inventories(stack, side, index) for side in "AB")
                 mixed.append(mix_pairs(a_NKQSIR, b_NKQSRO, w_UNQS, scale=config.scale))
         return mixed
 
-    def _inventories(self, stack: Stack, side: str, tasks: tuple[int, ...]) -> Tensor:
-        """The stacked tensor as (N, K, Q, S, ...): K = 1 if shared, else one per slot."""
+    def _inventories(self, stack: Stack, side: str, index: Tensor | None) -> Tensor:
+        """The stacked tensor as (N, K, Q, S, ...): K = 1 if shared, else one per slot.
+
+        `index` are the slots' tasks where those are not all, in order.
+        """
         tensor = self.inventory.stacked(stack, side)
         if not self.config.private:
             return tensor.unsqueeze(1)
-        if tasks == tuple(range(tensor.shape[1])):
-            return tensor
-        return tensor.index_select(1, torch.tensor(tasks, device=tensor.device))
+        return tensor if index is None else tensor.index_select(1, index)
 
     def _weights(
         self, ids: tuple[int, ...], distinct: tuple[int, ...], seeds: Sequence[int] | None
@@ -193,12 +205,12 @@ class Adapter(nn.Module):
             n_slots = len(ids) if draws else len(distinct) if config.private else 1
             zeros_UGQS = like.new_zeros((n_slots, *shape_GQS))
             return routing.mixing_weights(zeros_UGQS, config.routing, seeds=seeds), None
-        rows = torch.tensor(distinct, device=device)
+        rows = send_numbers(distinct, device)
         leaf = self.routing_logits.detach().index_select(0, rows)
         leaf.requires_grad_(self.routing_logits.requires_grad and torch.is_grad_enabled())
         logits_UGQS = leaf
         if draws:
-            positions = torch.tensor([distinct.index(task) for task in ids], device=device)
+            positions = send_numbers([distinct.index(task) for task in ids], device)
             logits_UGQS = leaf.index_select(0, positions)
         if self.is_wave:  # the last elements of a vectorised sigmoid round differently
             singles = logits_UGQS.split(1)
@@ -221,19 +233,45 @@ class Adapter(nn.Module):
         return seeds
 
     def add_routing_gradient(self, task_ids: tuple[int, ...], gradient_UGQS: Tensor) -> None:
-        """Accumulate the gradient of some routing rows: sparse if `row_gradients`, else dense."""
+        """Accumulate the gradient of some distinct routing rows, dense unless `row_gradients`."""
         logits = self.routing_logits
         assert logits is not None
-        index = torch.tensor([task_ids], device=gradient_UGQS.device)
         if self.row_gradients:
-            rows = torch.sparse_coo_tensor(
-                index, gradient_UGQS, logits.shape, check_invariants=False
-            )
-            logits.grad = rows if logits.grad is None else (logits.grad + rows).coalesce()
+            before = () if logits.grad is None else self.gradient_tasks
+            tasks = tuple(sorted({*before, *task_ids}))
+            rows = self.gradient_rows(tasks)
+            rows.index_add_(0, self._places(task_ids, tasks), gradient_UGQS)
+            self.set_gradient_rows(tasks, rows)
             return
         if logits.grad is None:
             logits.grad = torch.zeros_like(logits)
-        logits.grad.index_add_(0, index[0], gradient_UGQS)
+        logits.grad.index_add_(0, send_numbers(task_ids, logits.device), gradient_UGQS)
+
+    def gradient_rows(self, tasks: Sequence[int]) -> Tensor:
+        """A copy of the sparse gradient's rows of some tasks, zeros where it has none."""
+        logits = self.routing_logits
+        assert logits is not None
+        rows = logits.new_zeros(len(tasks), *logits.shape[1:])
+        if logits.grad is not None:
+            places = self._places(self.gradient_tasks, tasks)
+            rows.index_copy_(0, places, logits.grad.values())
+        return rows
+
+    def set_gradient_rows(self, tasks: Sequence[int], rows: Tensor) -> None:
+        """Make the sparse gradient of routing one of the rows of these tasks, ascending."""
+        logits = self.routing_logits
+        assert logits is not None
+        self.gradient_tasks = tuple(tasks)
+        index = send_numbers(tasks, rows.device)[None]
+        logits.grad = torch.sparse_coo_tensor(
+            index, rows, logits.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def _places(self, some: Sequence[int], tasks: Sequence[int]) -> Tensor:
+        """Where some of the tasks stand among them."""
+        place_of = {task: place for place, task in enumerate(tasks)}
+        device = next(self.inventory.parameters()).device
+        return send_numbers([place_of[task] for task in some], device)
 
     # -- the model it is attached to -----------------------------------------------------------
 
@@ -283,6 +321,11 @@ class Adapter(nn.Module):
         weight = self.linears[0].weight
         if weight.device.type != "meta":
             self.to(weight.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Adapter":
+        """Move the tensors; who uses them holds indices, which are made anew on their device."""
+        self._users = None
+        return super()._apply(fn, recurse)
 
     def release(self) -> None:
         """Detach from the model."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from mhr_scale.adapters.config import AdapterConfig, block_ranges
 from mhr_scale.adapters.rebuilding import check_tensors, read_pickled, read_safetensors
 from mhr_scale.errors import AdapterError, ConfigError, shortened
+from mhr_scale.run import repositories
 from mhr_scale.run.files import read_object
 
 CONFIG = "adapter_config.json"
@@ -79,6 +80,25 @@ def read_config(folder: Path, kind: str, *, numbers: Sequence[str] = ()) -> dict
     return config
 
 
+def split_base(name: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a configuration and our note say of the backbone: PEFT has no field for a folder."""
+    rest, revision = repositories.split(name or "")
+    place = repositories.parse(rest)
+    if revision is None or place is None:
+        return {"base_model_name_or_path": name}, {}
+    note = {"backbone_folder": place.folder} if place.folder else {}
+    return {"base_model_name_or_path": place.id, "revision": revision}, note
+
+
+def base_of(config: Mapping[str, Any], folder: Path) -> str | None:
+    """The backbone that a folder names, with its revision where that is named."""
+    name = config.get("base_model_name_or_path")
+    if not name:
+        return None
+    inside = read_note(folder).get("backbone_folder")
+    return repositories.joined(f"{name}:{inside}" if inside else name, config.get("revision"))
+
+
 def check_number(folder: Path, name: str, value: Any, *, is_integer: bool) -> None:
     """Raise `AdapterError` for a setting that is no number."""
     if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
@@ -127,6 +147,7 @@ def read_note(folder: Path) -> dict[str, Any]:
         "width": int,
         "blocks": str,
         "reads": dict,
+        "backbone_folder": str,
     }
     for name, kind in kinds.items():
         if not isinstance(note.get(name, kind()), kind):

@@ -23,12 +23,14 @@ from mhr_scale.adapters.peft_files import (
     NOTE,
     PREFIX,
     TENSORS,
+    base_of,
     find_tensors,
     read_config,
     read_note,
     read_stored,
     refusal,
     rename,
+    split_base,
 )
 from mhr_scale.adapters.peft_singles import (
     check_targets,
@@ -36,6 +38,7 @@ from mhr_scale.adapters.peft_singles import (
     to_outputs,
     to_pairs,
 )
+from mhr_scale.adapters.places import find_place, hint
 from mhr_scale.adapters.rebuilding import (
     FindSizes,
     fill,
@@ -50,6 +53,7 @@ from mhr_scale.adapters.sites import Site, backbone_width, family_of_sites
 from mhr_scale.errors import AdapterError
 from mhr_scale.families.linear_names import are_transposed
 from mhr_scale.families.table import family_of_linears
+from mhr_scale.run import repositories
 from mhr_scale.run.files import put_in_place, read_object, write_json
 from mhr_scale.run.tensors import save_tensors
 
@@ -76,12 +80,11 @@ def write_peft_lora(adapter: Adapter, folder: Path | str, *, base_model: str | N
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": family_of_sites(adapter.sites).peft_task_type,
-        "base_model_name_or_path": base_model,
         "r": adapter.config.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "fan_in_fan_out": are_transposed(site.name for site in adapter.sites),
     }
-    return _write(adapter, folder, tensors, settings)
+    return _write(adapter, folder, tensors, settings, base_model)
 
 
 def write_peft_ia3(adapter: Adapter, folder: Path | str, *, base_model: str | None) -> Path:
@@ -96,11 +99,10 @@ def write_peft_ia3(adapter: Adapter, folder: Path | str, *, base_model: str | No
     settings: dict[str, Any] = {
         "peft_type": "IA3",
         "task_type": family_of_sites(adapter.sites).peft_task_type,
-        "base_model_name_or_path": base_model,
         "feedforward_modules": [],
         "fan_in_fan_out": are_transposed(site.name for site in adapter.sites),
     }
-    return _write(adapter, folder, tensors, settings)
+    return _write(adapter, folder, tensors, settings, base_model)
 
 
 def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | None) -> Path:
@@ -135,14 +137,13 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
     settings: dict[str, Any] = {
         "peft_type": "POLY",
         "task_type": family_of_sites(adapter.sites).peft_task_type,
-        "base_model_name_or_path": base_model,
         "r": config.rank,
         "n_tasks": len(adapter.task_names),
         "n_skills": config.n_skills,
         "n_splits": config.n_splits,
         "poly_type": "poly",
     }
-    return _write(adapter, folder, tensors, settings)
+    return _write(adapter, folder, tensors, settings, base_model)
 
 
 def _check_single(adapter: Adapter, folder: Path | str, *, kind: str) -> None:
@@ -169,7 +170,11 @@ def _stored(adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _write(
-    adapter: Adapter, folder: Path | str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    adapter: Adapter,
+    folder: Path | str,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    base_model: str | None,
 ) -> Path:
     """Write the three files; the configuration last, since it makes the folder an adapter."""
     folder = Path(folder)
@@ -180,7 +185,9 @@ def _write(
     save_tensors(contiguous, partial, metadata={"format": "pt"})
     put_in_place(partial, folder / TENSORS)
     width = backbone_width(adapter.sites)
+    base, base_folder = split_base(base_model)
     note = {
+        **base_folder,
         "task_names": list(adapter.task_names),
         "policy": adapter.config.policy,
         "temperature": float(adapter.config.temperature),
@@ -190,6 +197,7 @@ def _write(
     }
     config = {
         **settings,
+        **base,
         "inference_mode": True,
         "target_modules": [site.name for site in adapter.sites],
     }
@@ -246,7 +254,7 @@ def _read_ia3(folder: Path, width: int | None, sizes: FindSizes) -> tuple[Adapte
     stored, file = read_stored(folder), find_tensors(folder)
     note = read_note(folder)
     width = width or note.get("width")
-    raw = sizes(config.get("base_model_name_or_path"), is_needed=width is None)
+    raw = sizes(base_of(config, folder), is_needed=width is None)
     tensors = to_outputs(rename(stored, r"ia3_(?P<side>l)", file), config, folder, raw)
     reads = note.get("reads", {})
     if raw is not None:
@@ -302,9 +310,10 @@ def open_adapter(
     """Open an adapter of any known format; its card says what is known of its backbone.
 
     `path` is a run folder, an adapter folder, a PEFT LoRA, IA3 or Poly folder, or the file of a
-    published checkpoint. `sizes` finds what their backbone alone tells.
+    published checkpoint; or a place on the hub that holds one of these, which is fetched. `sizes`
+    finds what their backbone alone tells.
     """
-    path = Path(path)
+    given, path = str(path), find_place(path).path
     if any((folder / artefact.CARD).is_file() for folder in (path, path / "adapter")):
         return artefact.read(path)
     backbone: dict[str, Any] = {}
@@ -322,22 +331,23 @@ def open_adapter(
         else:
             raise refusal(path, f"peft_type {kind!r} is none of LORA, IA3, POLY")
         source = f"PEFT {kind}"
-        named = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-        if named["name"]:
-            backbone = {key: value for key, value in named.items() if value}
+        if base := base_of(config, path):
+            name, revision = repositories.split(base)
+            backbone = {"name": name, **({"revision": revision} if revision else {})}
     elif path.is_file() and path.suffix in (".safetensors", *PICKLED):
         (adapter, facts), source = open_published(path, sizes=sizes), "published checkpoint"
     else:
         raise AdapterError(
             f"{path}: no adapter here; looked for a run or adapter folder ({artefact.CARD}), a "
             f"PEFT folder ({CONFIG}) and a checkpoint file (.safetensors, {', '.join(PICKLED)})"
+            f"{hint(given)}"
         )
     card = artefact.Card(
         adapter=adapter.config,
         sites=adapter.sites,
         task_names=adapter.task_names,
         backbone=backbone,
-        origin={"format": source, "path": str(path), **facts},
+        origin={"format": source, "path": repositories.pinned(given), **facts},
     )
     return card, adapter
 

@@ -28,6 +28,7 @@ from mhr_scale.adapters.layouts import Layout
 from mhr_scale.adapters.peft_files import (
     CONFIG,
     MERGE,
+    base_of,
     blocks_of,
     check_number,
     find_tensors,
@@ -162,7 +163,7 @@ def complete_pairs(
     Raises `AdapterError` if no layout has all the linears, if one is missing that the configuration
     names, or if linears are left out of a backbone that is not found.
     """
-    place, name = str(find_tensors(folder)), config.get("base_model_name_or_path")
+    place, name = str(find_tensors(folder)), base_of(config, folder)
     widths = widths_of(pairs.tensors, n_splits=1, place=place)
     layout, fault = None, ""
     try:

@@ -21,14 +21,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mhr_scale.adapters.by_slot import EVEN, BySlot
+from mhr_scale.adapters.opaque import Opaque
 from mhr_scale.errors import AdapterError
 
 #: Weight (O, I) and bias (O,) of a frozen linear.
 Frozen: TypeAlias = tuple[Tensor, Tensor | None]
 
 
-@dataclass
-class Cut:
+@dataclass(eq=False)
+class Cut(Opaque):
     """Where gradients leave the model's graph for that of the mixing: the slots' tensors.
 
     It is open while somebody waits for them. A backward pass that meets it shut would end in
@@ -61,15 +62,21 @@ def products(
     The frozen weights (O, I) and biases (O,) get no gradient. `by` tells which slots the rows of
     x (..., I) read. Without U in A and B there is one.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, a_UIX = x.to(dtype), a_UIX.to(dtype)
-        frozen = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen]
-        with torch.autocast(device, enabled=False):
-            pairs = [None if b is None else b.to(dtype) for b in b_URO]
-            return _Products.apply(x, a_UIX, tuple(frozen), by, cut, *pairs)
+    if torch.is_autocast_enabled(x.device.type):
+        x, a_UIX, b_URO, frozen = as_autocast(x, a_UIX, b_URO, frozen)
+        with torch.autocast(x.device.type, enabled=False):
+            return _Products.apply(x, a_UIX, tuple(frozen), by, cut, *b_URO)
     return _Products.apply(x, a_UIX, tuple(frozen), by, cut, *b_URO)
+
+
+def as_autocast(
+    x: Tensor, a_UIX: Tensor, b_URO: Sequence[Tensor | None], frozen: Sequence[Frozen]
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Sequence[Frozen]]:
+    """Arguments of `products` in the data type of autocast, which is on."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    pairs = [None if b is None else b.to(dtype) for b in b_URO]
+    frozen = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen]
+    return x.to(dtype), a_UIX.to(dtype), pairs, frozen
 
 
 def update(
@@ -111,23 +118,77 @@ def _ranks(pairs: Sequence[Tensor | None]) -> list[int]:
     return [b.shape[-2] for b in pairs if b is not None]
 
 
-def _forward(
-    ctx: Any,
-    x: Tensor,
-    a_UIX: Tensor,
-    pairs: Sequence[Tensor | None],
-    ys: list[Tensor],
-    by: BySlot,
-) -> None:
-    """Add the low-rank products to `ys` in place, and save what backward needs."""
-    rows = by.rows(x, a_UIX)
-    h = by.down(rows, a_UIX)
+def add_updates_(
+    ys: Sequence[Tensor], x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], by: BySlot
+) -> Tensor:
+    """Add the low-rank products of rows x to `ys` in place; returns their hidden columns."""
+    h = by.down(x, a_UIX)
     parts = iter(by.columns(h, _ranks(pairs)))
     for y, b in zip(ys, pairs, strict=True):
         if b is not None:
             by.add_up_(y, next(parts), b)
-    ctx.shape, ctx.by = x.shape, by
-    ctx.has_pair = tuple(b is not None for b in pairs)
+    return h
+
+
+def update_gradients(
+    gradients: Sequence[Tensor | None],
+    x: Tensor,
+    h: Tensor,
+    a_UIX: Tensor,
+    pairs: Sequence[Tensor | None],
+    by: BySlot,
+    *,
+    dx: Tensor | None,
+    needs: tuple[bool, Sequence[bool]],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of A and the Bs, of rows x and their hidden columns; that of x is added to `dx`.
+
+    `needs` tells for A, and for each B, whether theirs is wanted.
+    """
+    needs_a, needs_b = needs
+    dhs: list[Tensor] = []
+    dbs: list[Tensor | None] = []
+    parts = iter(by.columns(h, _ranks(pairs)))
+    for g, b, needs_own in zip(gradients, pairs, needs_b, strict=True):
+        db = None
+        if b is not None:
+            part = next(parts)
+            if g is None:
+                dhs.append(torch.zeros_like(part))
+            else:
+                g_rows = by.rows(g, b)
+                dhs.append(by.pull(g_rows, b))
+                if needs_own:
+                    db = by.grad_b(part, g_rows, b)
+        dbs.append(db)
+    dh = by.joined(dhs)
+    if dx is not None:
+        by.add_down_(dx, dh, a_UIX)
+    return by.grad_a(x, dh, a_UIX) if needs_a else None, dbs
+
+
+def frozen_gradient(
+    gradients: Sequence[Tensor | None], weights: Sequence[Tensor], shape: Sequence[int]
+) -> Tensor | None:
+    """The gradient of x (`shape`) through the frozen products; None if no output has one."""
+    dx = None
+    for g, weight in zip(gradients, weights, strict=True):
+        if g is not None:
+            g_rows = g.reshape(-1, g.shape[-1])
+            if dx is None:
+                dx = torch.mm(g_rows, weight)
+            else:
+                dx.addmm_(g_rows, weight)
+    return None if dx is None else dx.view(shape)
+
+
+def _keep(
+    ctx: Any, x: Tensor, a_UIX: Tensor, pairs: Sequence[Tensor | None], ys: list[Tensor]
+) -> None:
+    """Add the low-rank products to `ys` in place, and save what backward needs."""
+    rows = ctx.by.rows(x, a_UIX)
+    h = add_updates_(ys, rows, a_UIX, pairs, ctx.by)
+    ctx.shape, ctx.has_pair = x.shape, tuple(b is not None for b in pairs)
     ctx.save_for_backward(rows, h, a_UIX, *(b for b in pairs if b is not None))
     ctx.set_materialize_grads(False)
 
@@ -137,34 +198,16 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x (added to `dx`, if given), A and the Bs."""
     x, h, a_UIX, *rest = ctx.saved_tensors
-    by: BySlot = ctx.by
     saved_bs = iter(rest)
     pairs = [next(saved_bs) if has else None for has in ctx.has_pair]
-    dhs: list[Tensor] = []
-    dbs: list[Tensor | None] = []
-    first_b = len(ctx.needs_input_grad) - len(pairs)
-    if ctx.needs_input_grad[1] or any(ctx.needs_input_grad[first_b:]):
+    needs_x, needs_a, *_ = ctx.needs_input_grad
+    needs_b = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(pairs) :]
+    if needs_a or any(needs_b):
         ctx.cut.check()
-    parts = iter(by.columns(h, _ranks(pairs)))
-    for i, (g, b) in enumerate(zip(gradients, pairs, strict=True)):
-        db = None
-        if b is not None:
-            part = next(parts)
-            if g is None:
-                dhs.append(torch.zeros_like(part))
-            else:
-                g_rows = by.rows(g, b)
-                dhs.append(by.pull(g_rows, b))
-                if ctx.needs_input_grad[first_b + i]:
-                    db = by.grad_b(part, g_rows, b)
-        dbs.append(db)
-    dh = by.joined(dhs)
-    if ctx.needs_input_grad[0]:
-        if dx is None:
-            dx = x.new_zeros(ctx.shape)
-        by.add_down_(dx, dh, a_UIX)
-    da = by.grad_a(x, dh, a_UIX) if ctx.needs_input_grad[1] else None
-    return dx, da, dbs
+    if needs_x and dx is None:
+        dx = x.new_zeros(ctx.shape)
+    needs = needs_a, needs_b
+    return dx, *update_gradients(gradients, x, h, a_UIX, pairs, ctx.by, dx=dx, needs=needs)
 
 
 class _Products(torch.autograd.Function):
@@ -181,8 +224,8 @@ class _Products(torch.autograd.Function):
         *pairs: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ys = [F.linear(x, weight, bias) for weight, bias in frozen]
-        _forward(ctx, x, a_UIX, pairs, ys, by)
-        ctx.frozen, ctx.cut = frozen, cut
+        ctx.frozen, ctx.by, ctx.cut = frozen, by, cut
+        _keep(ctx, x, a_UIX, pairs, ys)
         return tuple(ys)
 
     @staticmethod
@@ -190,15 +233,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dx = None
         if ctx.needs_input_grad[0]:
-            for g, (weight, _) in zip(gradients, ctx.frozen, strict=True):
-                if g is not None:
-                    g_rows = g.reshape(-1, g.shape[-1])
-                    if dx is None:
-                        dx = torch.mm(g_rows, weight)
-                    else:
-                        dx.addmm_(g_rows, weight)
-            if dx is not None:
-                dx = dx.view(ctx.shape)
+            dx = frozen_gradient(gradients, [weight for weight, _ in ctx.frozen], ctx.shape)
         dx, da, dbs = _backward(ctx, gradients, dx)
         return dx, da, None, None, None, *dbs
 
@@ -212,8 +247,8 @@ class _Update(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ys, pairs = [y for y in tensors[:n] if y is not None], tensors[n:]
         ctx.mark_dirty(*ys)
-        _forward(ctx, x, a_UIX, pairs, ys, by)
-        ctx.cut = cut
+        ctx.by, ctx.cut = by, cut
+        _keep(ctx, x, a_UIX, pairs, ys)
         return tuple(ys)
 
     @staticmethod

@@ -24,6 +24,7 @@ from mhr_scale.adapters.sites import Site, recognise_sites
 from mhr_scale.errors import AdapterError, ConfigError, LayoutError, first_line
 from mhr_scale.families.family import last_part
 from mhr_scale.families.table import family_of_linears, known_fields
+from mhr_scale.run import repositories
 from mhr_scale.run.files import read_object
 
 #: Dimensions of A (Q, S, I, R), B (Q, S, R, O) and l (Q, S, O) that hold the features of a split.
@@ -54,7 +55,7 @@ def local_sizes(name: str | None, *, is_needed: bool = False) -> Mapping[str, An
     with suppress(OSError):  # a name that is no path
         if file.is_file():
             return read_object(file, AdapterError)
-    return known_fields(name)
+    return known_fields(repositories.name_of(name))
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhr_scale.adapters.policies import POLICIES, Routing
+from mhr_scale.families.sending import send
 
 EPS = 1e-12
 INIT_BOUND = 1e-3
@@ -50,7 +51,8 @@ def noisy(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) ->
     """Relaxed Bernoulli: p = sigmoid((z + log u - log(1 - u)) / temperature) while training."""
     if seeds is None:
         return torch.sigmoid(logits_UGQS)
-    u = uniform_numbers(seeds, logits_UGQS.shape[1:]).to(logits_UGQS)
+    u = uniform_numbers(seeds, logits_UGQS.shape[1:])
+    u = send(u, logits_UGQS.device).to(logits_UGQS.dtype)
     u = u.clamp(torch.finfo(u.dtype).tiny, 1.0 - torch.finfo(torch.float32).eps)
     return torch.sigmoid((logits_UGQS + u.log() - (-u).log1p()) / routing.temperature)
 
@@ -76,7 +78,8 @@ def random(logits_UGQS: Tensor, routing: Routing, seeds: Sequence[int] | None) -
         return uniform(logits_UGQS, routing, seeds)
     _, n_groups, _, n_skills = logits_UGQS.shape
     u = uniform_numbers(seeds, (n_groups, 1, n_skills))
-    mask = (u < routing.random_probability).to(logits_UGQS)
+    mask = (u < routing.random_probability).to(logits_UGQS.dtype)
+    mask = send(mask, logits_UGQS.device)
     if routing.random_empty == "uniform":
         mask = torch.where(mask.sum(-1, keepdim=True) == 0, torch.ones_like(mask), mask)
     return mask.expand_as(logits_UGQS)

@@ -16,12 +16,13 @@ from mhr_scale.adapters.by_slot import (
     Span,
     Spans,
 )
+from mhr_scale.adapters.opaque import Opaque
 from mhr_scale.families.fused import is_on_cpu
 from mhr_scale.families.sequences import ALIGNED, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowMap:
+class RowMap(Opaque):
     """Which slot each batch row uses. `slot_of_row` has one entry per example.
 
     A pass has one row per example or, consecutive as `repeat_interleave` makes them, so many as

@@ -5,14 +5,14 @@ split. K inventories: 1 that all slots share, or U, one per slot.
 
 Layers never see the mixing graph. They get mixed pairs as detached leaves, one B per linear and one
 A per linear or group of siblings, whose columns are concatenated; padded rows that are not sorted
-evenly by slot each become a slot, by one index per shape. After the backward pass the leaves'
+evenly by slot each become a slot, before sides are rounded. After the backward pass the leaves'
 gradients are stacked per shape and pushed once through the mixing graph ("the cut"). Activation
 recomputation, accumulation and sharding hooks therefore meet plain LoRA, whatever the method. A
 backward pass that would leave gradients in the leaves is refused where it meets them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -24,6 +24,7 @@ from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, ScalingSlots,
 from mhr_scale.adapters.products import Cut
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
+from mhr_scale.families.sending import send_numbers
 
 
 def mix_pairs(
@@ -90,14 +91,10 @@ class Slots(AbstractContextManager["Slots"]):
     def __enter__(self) -> "Slots":
         if any(user.slots is not None for group in self._users for user, _ in group.members):
             raise AdapterError("slots are in use already; leave the outer `with` block first")
-        rows, mixed = self._rows, self._mixed
-        if not (rows.streams or rows.is_even):
-            index = torch.tensor(rows.slot_of_row, device=mixed[0][0].device)
-            mixed = [tuple(side.index_select(1, index) for side in sides) for sides in mixed]
         if self._kind == "ia3":
-            self._fill_scaling(mixed)
+            self._fill_scaling(self._mixed)
         else:
-            self._fill_low_rank(mixed)
+            self._fill_low_rank(self._mixed)
         return self
 
     def _fill_low_rank(self, mixed: Sequence[tuple[Tensor, ...]]) -> None:
@@ -152,13 +149,23 @@ class Slots(AbstractContextManager["Slots"]):
         Gradients accumulate in the adapter's parameters, as after `loss.backward()`. Call it once
         per forward pass: the mixing graph is freed.
         """
+        with self.collecting():
+            loss.backward()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """The same where another program runs the backward pass: somewhere in the block, once."""
         if not self._parts:
             raise AdapterError("call slots.backward(loss) inside its own `with` block")
         self._cut.is_open = True
         try:
-            loss.backward()
+            yield
         finally:
             self._cut.is_open = False
+        self._push()
+
+    def _push(self) -> None:
+        """Push the leaves' gradients through the mixing graph."""
         mixed: list[Tensor] = []
         gradients: list[Tensor] = []
         for side, leaves in self._parts:
@@ -224,6 +231,6 @@ def find_users(stacks: Sequence[Sequence[AdaptedLinear]]) -> Users:
         order = [offsets[at] for _, places in members_of_group for at in places if at is not None]
         index = None
         if order != list(range(len(every))):
-            index = torch.tensor(order, device=stacks[0][0].weight.device)
+            index = send_numbers(order, stacks[0][0].weight.device)
         users.append(UserGroup(stacks=numbers, size=size, members=members_of_group, index=index))
     return users

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mhr_scale.backbone.arranged import ArrangedSource
-from mhr_scale.backbone.hub import find_folder
+from mhr_scale.backbone.hub import find
 from mhr_scale.backbone.manifest import (
     WAY_OUT,
     Manifest,
@@ -58,7 +58,8 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
     """Find and check the backbone; raises `BackboneError` if it is missing or cannot be used."""
     if config.name is None:
         return _random_blueprint(config)
-    folder = find_folder(config.name, config.revision)
+    found = find(config.name, config.revision)
+    folder = found.path
     family, model_config, raw = read_config(folder)
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -88,6 +89,8 @@ def read_blueprint(config: BackboneConfig) -> Blueprint:
         "revision": config.revision,
         "folder": folder.name,
     }
+    if found.commit is not None:
+        facts["commit"] = found.commit
     if manifest is not None:
         facts["converted_from"] = manifest.source
     return Blueprint(

@@ -2,14 +2,18 @@
 
 import fnmatch
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mhr_scale.backbone.weight_files import SUFFIXES, choose_weights
-from mhr_scale.errors import BackboneError, first_line
+from mhr_scale.errors import BackboneError
+from mhr_scale.run import repositories
+from mhr_scale.run.repositories import Found
 
 BUILTIN = {"builtin:toy": Path(__file__).parents[1] / "tasks" / "toy_backbone"}
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+WAY_OUT = f"give a folder, a hub id or {', '.join(BUILTIN)}"
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.bin")
 
 
@@ -20,63 +24,40 @@ def find_folder(
     setting: str = "backbone.name",
     files: Sequence[str] = HUB_FILES,
 ) -> Path:
-    """Local folder of a builtin, a path or a hub id, whose `files` are downloaded if needed.
+    """Local folder of a builtin, a path or a place on the hub (`repositories.parse`).
 
-    `setting` is the name of the setting in errors.
+    Of the hub, those of its `files` are downloaded that are not here yet. `setting` is the name of
+    the setting in errors.
     """
+    return find(name, revision, setting=setting, files=files).path
+
+
+def find(
+    name: str,
+    revision: str | None,
+    *,
+    setting: str = "backbone.name",
+    files: Sequence[str] = HUB_FILES,
+) -> Found:
+    """The same with the commit at which the hub gave it."""
     if name in BUILTIN:
-        return BUILTIN[name]
+        return Found(BUILTIN[name])
     path = Path(name).expanduser()
     if path.is_dir():
-        return path if path.name else path.absolute()  # "." would be no name in errors
+        return repositories.here(name, path if path.name else path.absolute())  # "." names nothing
     if path.is_file():
         raise BackboneError(f"{setting}: {name} is a file; give the folder that it lies in")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name:
-        raise BackboneError(
-            f"{setting}: no folder '{name}' (looked in {Path.cwd()}); "
-            f"give a folder, a hub id or {', '.join(BUILTIN)}"
-        )
-    return _fetch(name, revision, setting=setting, patterns=files)
-
-
-def _fetch(name: str, revision: str | None, *, setting: str, patterns: Sequence[str]) -> Path:
-    """The local copy of a hub id, after downloading what it lacks.
-
-    The hub is asked once, and in vain for `HF_HUB_ETAG_TIMEOUT` seconds at most; what was fetched
-    before counts then. Downloads have the hub's own patience.
-    """
-    from huggingface_hub import (
-        constants,
-        get_cached_repo_tree,
-        model_info,
-        snapshot_download,
+    place = None if name.startswith((".", "/", "~")) else repositories.parse(name)
+    if place is None:
+        raise BackboneError(f"{setting}: no folder '{name}' (looked in {Path.cwd()}); {WAY_OUT}")
+    found = repositories.fetch(
+        replace(place, revision=place.revision or revision),
+        partial(choose_files, patterns=files),
+        what=setting,
+        error=BackboneError,
+        way_out=WAY_OUT,
     )
-
-    refusal: Exception | None = None
-    repo_files: list[str] | None = None
-    try:
-        info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        repo_files = [file.rfilename for file in info.siblings or ()]
-    except Exception as error:
-        refusal = error
-        with suppress(Exception):  # fetched by an earlier version of the hub's library
-            repo_files = [file.path for file in get_cached_repo_tree(name, revision=revision)]
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=None if repo_files is None else choose_files(repo_files, patterns),
-                local_files_only=refusal is not None,
-            )
-        )
-    except Exception as error:
-        reason = refusal or error
-        raise BackboneError(
-            f"{setting}: '{name}' is no local folder and the hub does not give it "
-            f"({type(reason).__name__}: {first_line(reason)}); "
-            f"give a folder, a hub id or {', '.join(BUILTIN)}"
-        ) from error
+    return repositories.remember(name, found)
 
 
 def choose_files(repo_files: Sequence[str], patterns: Sequence[str]) -> list[str]:

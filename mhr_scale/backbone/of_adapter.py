@@ -18,6 +18,7 @@ from mhr_scale.backbone.hub import find_folder
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError
 from mhr_scale.recipe import typed
+from mhr_scale.run import repositories
 from mhr_scale.run.runlog import log
 
 #: What a reader may have had to change to make a foreign adapter one of ours.
@@ -27,7 +28,9 @@ CHANGES = ("linears", "ranks", "scales")
 def open_adapter(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapter]:
     """Open an adapter of any known format; what its files leave out, its backbone tells.
 
-    Every verb reads adapters through here. Raises `AdapterError` for what none of ours can express.
+    `adapter` is a path or a place on the hub (`find_place`); `repositories.last_found` then knows
+    where it lies. Every verb reads adapters through here. Raises `AdapterError` for what none of
+    ours can express.
     """
 
     def find_sizes(name: str | None, *, is_needed: bool) -> Mapping[str, Any] | None:
@@ -56,7 +59,7 @@ def _not_found(adapter: str, error: BackboneError) -> BackboneError:
 
 def backbone_facts(config: BackboneConfig, blueprint: Blueprint) -> dict[str, Any]:
     """The `backbone` entry of an adapter's card."""
-    settings = {name: getattr(config, name) for name in ("dtype", "tokenizer")}
+    settings = {"dtype": config.dtype, "tokenizer": repositories.pinned(config.tokenizer)}
     return {**blueprint.facts, **settings, "quantise": quantisation.kind_of(config, blueprint)}
 
 
@@ -68,7 +71,7 @@ def backbone_of(
     dtype: str | None = None,
     quantise: str | None = None,
 ) -> BackboneConfig:
-    """The backbone an adapter was trained on, which may have moved since.
+    """The backbone an adapter was trained on, which may have moved since; of the hub its commit.
 
     `dtype` and `quantise` override those of the training. Raises `AdapterError` if the adapter's
     card does not name it, or if the adapter was trained together with the backbone's weights.
@@ -81,8 +84,10 @@ def backbone_of(
         )
     known = {item.name for item in fields(BackboneConfig)}
     settings = {key: value for key, value in facts.items() if key in known}
+    if facts.get("commit"):
+        settings["revision"] = facts["commit"]
     if moved_to is not None:
-        settings["name"] = moved_to
+        settings |= {"name": moved_to, "revision": None}
     overrides = {"dtype": dtype, "quantise": quantise}
     settings |= {key: value for key, value in overrides.items() if value is not None}
     if not settings.get("name") and not settings.get("config"):

@@ -18,7 +18,8 @@ class VariantConfig:
     """One way to adapt: what a job starts from and which of its tensors train."""
 
     adapter: str | None = None
-    """The run or adapter to start from; null: fresh tensors of the settings under `fresh`."""
+    """The run or adapter to start from, a folder or `owner/name@revision:folder` of the hub; null:
+    fresh tensors of the settings under `fresh`."""
     fresh: AdapterConfig | None = None
     """Settings of an adapter that starts from nothing."""
     kind: Literal["full", "routing", "average", "soup", "backbone"] = "full"

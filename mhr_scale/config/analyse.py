@@ -70,7 +70,7 @@ class AnalyseConfig:
     """Everything `analyse` reads; the model part comes from the adapter."""
 
     adapter: str
-    """The run or adapter to look at."""
+    """The run or adapter to look at, a folder or `owner/name@revision:folder` of the hub."""
     tasks: TasksConfig | None = None
     """Tasks whose gradients are compared; null: those of the run, if `adapter` is one."""
     alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)

@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
+from mhr_scale.config.model import take_revision
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part, recipe
 
@@ -12,9 +13,13 @@ class OriginConfig:
     """The backbone that is converted."""
 
     name: str
-    """Hub id, local folder, or `builtin:toy`."""
+    """Hub id (`owner/name@revision:folder`, the last two as needed), local folder, or
+    `builtin:toy`."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
+    """Hub revision (branch, tag or commit), if the name does not say it."""
+
+    def __post_init__(self) -> None:
+        take_revision(self, name="backbone")
 
 
 @part

@@ -21,7 +21,8 @@ class ExportConfig:
     """Everything `export` reads; the model part comes from the adapter."""
 
     adapter: str
-    """A run, adapter or job folder, a PEFT LoRA, IA3 or Poly folder, or a published checkpoint."""
+    """A run, adapter or job folder, a PEFT LoRA, IA3 or Poly folder, or a published checkpoint; or
+    one of these on the hub: `owner/name@revision`, and a folder or file in it after a `:`."""
     what: Literal["average", "task", "all_tasks", "soup", "whole"] | None = None
     """average: the mean of the inventory; task: one training task under its routing; all_tasks: a
     folder for each; soup: the mean of some private adapters; whole: the adapter as it is. null:
@@ -46,7 +47,23 @@ class ExportConfig:
     """serving: how many different LoRAs a batch may mix, in the commands that start the servers;
     null: all, 16 at most."""
     folder: str
-    """Where to write: a folder that is absent or empty."""
+    """Where to write: a folder that is absent or empty; with `hub` also one that this recipe has
+    written before, which is then pushed as it is."""
+    hub: str | None = None
+    """Where to push the folder once it is whole: `owner/name`, `owner/name@branch`, or a folder in
+    it, `owner/name@branch:folder`; what is not there is made. The token is huggingface_hub's own
+    (`hf auth login`, HF_TOKEN). null: nowhere."""
+    hub_private: bool = True
+    """Push to a private repository; false: make a new one public, or push to one that is."""
+    hub_message: str | None = None
+    """The message of the commit; null: what was exported, and from where."""
+    licence: str | None = None
+    """The licence in the model card, by its name on the hub (apache-2.0, mit, ..., other); null:
+    the card says none."""
+    licence_name: str | None = None
+    """licence other: what it is called."""
+    licence_link: str | None = None
+    """licence other: where its text is."""
     backbone_moved_to: str | None = None
     """Where the adapter's backbone is now, if it has moved since training."""
     check: bool = True
@@ -78,5 +95,11 @@ class ExportConfig:
             raise ConfigError("also, jobs, max_loras: only format: serving reads them")
         if self.max_loras is not None and self.max_loras < 1:
             raise ConfigError(f"max_loras: {self.max_loras} is not at least 1")
+        if (self.licence == "other") != bool(self.licence_name):
+            raise ConfigError("licence_name: name the licence for licence: other, and only for it")
+        if self.licence_link is not None and self.licence_name is None:
+            raise ConfigError("licence_link: only licence: other has one; set licence_name too")
+        if self.hub is None and (self.hub_message is not None or not self.hub_private):
+            raise ConfigError("hub: names no repository, and hub_* say how to push; set hub")
         if self.max_shard_bytes < 1:
             raise ConfigError(f"max_shard_bytes: {self.max_shard_bytes} is not at least 1")

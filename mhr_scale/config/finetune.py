@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from mhr_scale.config.adaptation import ProtocolConfig
-from mhr_scale.config.model import BackboneConfig, check_dropout
+from mhr_scale.config.model import BackboneConfig, check_dropout, take_revision
 from mhr_scale.config.training import TrackerName, check_betas, check_trackers
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
@@ -33,7 +33,13 @@ class FinetuneBackboneConfig(BackboneConfig):
     """The frozen backbone; without a `name`, the one that the adapter's folder names."""
 
     def __post_init__(self) -> None:
+        take_revision(self, name="backbone")
         check_dropout(self.dropout)
+        if self.compile:
+            raise ConfigError(
+                "backbone.compile: true, and finetune runs PEFT's layers, which are not compiled; "
+                "leave it out"
+            )
 
 
 @part
@@ -93,7 +99,8 @@ class FinetuneConfig:
     """Everything `finetune` reads."""
 
     adapter: str
-    """A PEFT LoRA folder, as `export` and PEFT write it."""
+    """A PEFT LoRA folder, as `export` and PEFT write it, or `owner/name@revision:folder` of the
+    hub."""
     backbone: FinetuneBackboneConfig = field(default_factory=FinetuneBackboneConfig)
     """The backbone that transformers loads, in 4 or 8 bits by `quantise` (`wo` stays in `dtype`
     there); `recompute` is activation checkpointing. Without `name`: the one the adapter's folder

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
+from mhr_scale.run import repositories
 
 
 def check_dropout(rate: float | None) -> None:
@@ -13,21 +14,39 @@ def check_dropout(rate: float | None) -> None:
         raise ConfigError(f"backbone.dropout: {rate} is not in [0, 1)")
 
 
+def take_revision(part: Any, *, name: str) -> None:
+    """Move the revision in a part's name, as in `owner/name@revision:folder`, to its own field.
+
+    A folder here that is called so stays as it is. Raises `ConfigError` if both say one.
+    """
+    rest, revision = repositories.split(part.name or "")
+    if revision is None:
+        return
+    if part.revision not in (None, revision):
+        raise ConfigError(
+            f"{name}.revision: {part.revision}, but {name}.name says {revision}; give one of them"
+        )
+    object.__setattr__(part, "name", rest)  # parts are frozen once they are made
+    object.__setattr__(part, "revision", revision)
+
+
 @part
 class BackboneConfig:
     """The frozen backbone."""
 
     name: str | None = None
-    """Hub id, local folder, or `builtin:toy`. Without it, `config` gives random weights."""
+    """Hub id (`owner/name@revision:folder`, the last two as needed), local folder, or
+    `builtin:toy`. Without it, `config` gives random weights."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
+    """Hub revision (branch, tag or commit), if the name does not say it."""
     config: dict[str, Any] | None = None
     """Fields of transformers' configuration for random weights, its `model_type` among them
     (default: t5); used only where `name` is absent."""
     config_seed: int = 0
     """Seed of the random weights."""
     tokenizer: str | None = None
-    """Hub id, folder, or `byt5`; default: the backbone's own, `byt5` for random weights."""
+    """Hub id (as in `name`), folder, or `byt5`; default: the backbone's own, `byt5` for random
+    weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights and of the computation; adapters stay float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"
@@ -41,6 +60,10 @@ class BackboneConfig:
     """Dropout of the backbone while training; null keeps the rate of its configuration."""
     recompute: Literal["none", "reentrant", "non_reentrant"] = "none"
     """Activation checkpointing; `reentrant` gathers less under ZeRO-3, and keeps less with int8."""
+    compile: bool = False
+    """Run each block as one graph of torch.compile: whole weights in replicated placements only.
+    Off until a GPU says what it gains; a graph takes from seconds to a minute to be made, and is
+    made anew where rows laid flat need another number of rectangles (docs/method.md 16)."""
     fused_attention: bool = True
     """Run q, k and v together, and attention's parts with less copied (masks, shared heads)."""
     fused_gate: bool = True
@@ -51,6 +74,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.name is None and self.config is None:
             raise ConfigError("backbone: give a name (hub id or folder) or a config")
+        take_revision(self, name="backbone")
         check_dropout(self.dropout)
 
 

@@ -16,6 +16,9 @@ class HardwareConfig:
     """GPUs over all nodes, or processes of `cpu`; null: what this machine has."""
     nodes: int = 1
     """Machines that share the GPUs evenly."""
+    measured: str | None = None
+    """An accept.json of `tests/gpu/accept.py`: rates measured on a card of this name, in place of
+    shares of its maker's peaks."""
     memory_gib: float | None = None
     """Memory of a GPU, GiB."""
     host_memory_gib: float | None = None
@@ -44,6 +47,12 @@ class HardwareConfig:
             value = getattr(self, name)
             if isinstance(value, float) and value <= 0.0:
                 raise ConfigError(f"hardware.{name}: {value} is not above 0")
+        for name in ("tflops", "memory_gb_s", "host_gb_s"):
+            if self.measured is not None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"hardware.{name}: {getattr(self, name)}, and hardware.measured says another; "
+                    "leave one of them out"
+                )
         if self.gpus is not None and self.gpus % self.nodes:
             raise ConfigError(
                 f"hardware.nodes: {self.gpus} cards do not divide over {self.nodes} machines; "

@@ -30,8 +30,9 @@ class PretrainConfig:
     adapter: AdapterConfig
     """The adapter trained on it."""
     source: str | None = None
-    """The run or adapter to start from, of the same settings; null: fresh tensors. Tasks that it
-    does not know get fresh rows of the routing tensor."""
+    """The run or adapter to start from, of the same settings: a folder, or `owner/name@revision` of
+    the hub (a folder in it after a `:`); null: fresh tensors. Tasks that it does not know get fresh
+    rows of the routing tensor."""
     tasks: TasksConfig
     """The training tasks; `suite` chooses the kind."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -62,7 +63,8 @@ class AverageConfig:
     """Everything `average` reads; model, tasks and training come from the source run."""
 
     source: str
-    """The run to average; without extra steps an adapter folder will do."""
+    """The run to average; without extra steps an adapter folder will do, and one of the hub
+    (`owner/name@revision:folder`)."""
     steps: tuple[int, ...] = (0,)
     """Numbers of extra steps after which the averaged adapter is written; 0 trains nothing."""
     trainable: Literal["mean", "inventory"] = "mean"
@@ -140,7 +142,8 @@ class EvaluateConfig:
     """Everything `evaluate` reads; with an adapter, the model part comes from it."""
 
     adapter: str | None = None
-    """The run or adapter to evaluate; null: the bare backbone."""
+    """The run or adapter to evaluate, a folder or `owner/name@revision:folder` of the hub; null:
+    the bare backbone."""
     backbone: BackboneConfig | None = None
     """The bare backbone; an adapter brings its own."""
     backbone_moved_to: str | None = None

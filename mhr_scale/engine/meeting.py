@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mhr_scale.errors import EngineError, first_line, some
 from mhr_scale.run import stopping
 from mhr_scale.run.ownership import boot_id
+from mhr_scale.run.repositories import commits
 from mhr_scale.run.runlog import log, versions_of
 
 #: Where several launches share a port: how each gets its own.
@@ -113,6 +114,7 @@ def describe_launch(recipe: str, world_size: int) -> dict[str, str]:
         "code": _hash_code(),
         "world size": str(world_size),
         **versions_of(PACKAGES),
+        **commits(),  # a revision may have moved between the looks of two ranks
     }
     facts |= {name: os.environ[name] for name in JOB_IDS if name in os.environ}
     launchers = stopping.find_launchers()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhr_scale.adapters import opaque
 from mhr_scale.adapters.sites import Site
 from mhr_scale.adapters.wrapping import AdaptedModel, wrap
 from mhr_scale.backbone import quantise
@@ -21,9 +22,11 @@ from mhr_scale.engine.check_backbone import check_backbone
 from mhr_scale.engine.ds_config import is_sharded, read_ds_config
 from mhr_scale.engine.engine import Engine
 from mhr_scale.errors import BackboneError
+from mhr_scale.families.compiled import compile_blocks
 from mhr_scale.families.family import Family
 from mhr_scale.families.packed import PAD_MULTIPLE, EncodedRow, Packed
 from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run.repositories import COMMIT_OF
 from mhr_scale.run.runlog import log
 
 
@@ -173,7 +176,10 @@ def _lays_flat(family: Family, model: Any, wanted: bool | None, setting: str) ->
 
 def inputs_of(blueprint: Blueprint, tokenizer: Any) -> dict[str, str]:
     """What a run reads of a backbone and its tokenizer, by content (`RunFolder.check_inputs`)."""
-    return {"backbone": identify(blueprint), "tokenizer": hash_tokenizer(tokenizer)[:16]}
+    facts = blueprint.facts
+    commit = {f"{COMMIT_OF}{facts['name']}": facts["commit"]} if "commit" in facts else {}
+    known = {"backbone": identify(blueprint), "tokenizer": hash_tokenizer(tokenizer)[:16]}
+    return {**known, **commit}
 
 
 def open_backbone(
@@ -193,7 +199,9 @@ def open_backbone(
     """
     ds_content = read_ds_config(ds_config)
     blueprint = blueprint_of(adapter, config)
-    quantise.check(config, blueprint, ds_config=ds_config if is_sharded(ds_content) else None)
+    sharded_by = ds_config if is_sharded(ds_content) else None
+    quantise.check(config, blueprint, ds_config=sharded_by)
+    _check_compile(config, blueprint, sharded_by)
     return OpenedBackbone(
         config=config,
         blueprint=blueprint,
@@ -203,6 +211,22 @@ def open_backbone(
         recipe=to_yaml(recipe),
         deterministic=deterministic,
     )
+
+
+def _check_compile(config: BackboneConfig, blueprint: Blueprint, sharded_by: str | None) -> None:
+    """Raise `BackboneError` if blocks are to be compiled, and cannot be."""
+    kind = quantise.kind_of(config, blueprint)
+    if not config.compile:
+        return
+    why = None
+    if not opaque.ARE_KNOWN:
+        why = f"torch {torch.__version__} has no objects that graphs do not read; use 2.13"
+    elif sharded_by is not None:
+        why = f"{sharded_by} shards the backbone, whose weights come while a block runs"
+    elif kind != "none":
+        why = f"the weights are {kind}, whose products were never compiled here"
+    if why:
+        raise BackboneError(f"backbone.compile: true, but {why}; set it to false")
 
 
 def place(
@@ -220,4 +244,8 @@ def place(
     model = engine.prepare(model, family, config, always_backward=always_backward)
     if engine.device.type != "meta":
         check_backbone(model, blueprint, config, engine)
+        if config.compile:
+            stacks = family.blocks(model.config).values()
+            names = [name for stack in stacks for name in stack.list_modules()]
+            compile_blocks(model.get_submodule(name) for name in names)
     return PlacedBackbone(engine=engine, family=family, model=model, adapted=adapted)

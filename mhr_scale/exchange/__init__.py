@@ -1,4 +1,7 @@
-"""Stock PEFT and transformers: checks of exported folders, and training with stock parts.
+"""What speaks to other libraries: PEFT, transformers' Trainer, lm-evaluation-harness.
 
-Other rooms import: reloading, serving, stock.
+Exported folders are checked and trained with stock parts; PEFT's LoRAs become inventories.
+
+Other rooms import: export_record, from_peft, harness, model_card, reloading, routed_trainer,
+serving, stock.
 """

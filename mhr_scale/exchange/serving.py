@@ -11,7 +11,7 @@ leaves a kind of linear out of an adapter that lacks it in one layer.
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 MOST_AT_ONCE = 16
 #: Longer lists of LoRAs are not printed.
 SHOWN = 8
-MANIFEST, README, SCRIPT, LORAS = "manifest.json", "README.md", "vllm.sh", "loras"
+MANIFEST, SCRIPT, LORAS = "manifest.json", "vllm.sh", "loras"
 
 
 def served_rank(rank: int) -> int:
@@ -71,6 +71,8 @@ class Serving:
     targets: Sequence[str]
     loras: Sequence[Served]
     max_loras: int | None
+    licence: Mapping[str, str] = field(default_factory=dict)
+    """By the hub's names of its fields."""
 
     @property
     def folders(self) -> list[str]:
@@ -148,7 +150,7 @@ class Serving:
     def readme(self, folder: Path) -> str:
         """The folder's own page: what is served, and how."""
         n_folders = len(self.folders)
-        front: dict[str, Any] = {"library_name": "peft", "tags": ["lora"]}
+        front = {"library_name": "peft", "tags": ["lora"], **self.licence}
         if not Path(self.base).is_absolute():  # else it is no model of the hub
             front = {"base_model": self.base, **front}
         rows = [

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from mhr_scale.adapters import Adapter, peft_files
 from mhr_scale.adapters.artefact import Card
+from mhr_scale.adapters.places import find_place
 from mhr_scale.backbone import hub
 from mhr_scale.backbone.blueprint import Blueprint, make_model, plan_copies
 from mhr_scale.backbone.of_adapter import open_adapter
@@ -32,6 +33,7 @@ from mhr_scale.engine.prefetching import read_blocks_ahead
 from mhr_scale.errors import AdapterError, BackboneError, ConfigError, RunError, first_line, some
 from mhr_scale.families.modes import set_dropout, set_recompute
 from mhr_scale.families.table import QUANTISED, read_config
+from mhr_scale.run import repositories
 from mhr_scale.run.files import read_object, write_json
 from mhr_scale.run.folders import sealed
 from mhr_scale.run.runlog import log
@@ -44,9 +46,11 @@ OPTIMIZER = "optimizer.pt"
 def open_lora(path: str, moved_to: str | None) -> tuple[Path, Card, Adapter]:
     """The folder of a PEFT LoRA, `path` itself or its `adapter/`, its card, and what it computes.
 
+    `path` may be a place on the hub (`find_place`).
     Raises `AdapterError` if it is another adapter, or one that the other verbs could not read.
     """
-    folders = [Path(path), Path(path) / "adapter"]
+    found = find_place(path).path
+    folders = [found, found / "adapter"]
     folder = next((path for path in folders if (path / peft_files.CONFIG).is_file()), None)
     if folder is None:
         raise AdapterError(
@@ -86,9 +90,10 @@ def load_model(
         raise AdapterError(
             f"{folder}: not the tensors that PEFT trains, such as {odd}; export it again"
         )
-    model.active_peft_config.base_model_name_or_path = str(
-        hub.BUILTIN.get(str(config.name), config.name)
-    )
+    named = repositories.joined(str(config.name), blueprint.facts.get("commit"))
+    base, _ = peft_files.split_base(str(hub.BUILTIN.get(named, named)))
+    for name, value in base.items():
+        setattr(model.active_peft_config, name, value)
     return model
 
 

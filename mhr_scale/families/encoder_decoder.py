@@ -27,6 +27,7 @@ from mhr_scale.families.packed import (
     lay_answers,
     pad_ids,
 )
+from mhr_scale.families.sending import send
 from mhr_scale.families.sequences import SpreadStream, group_alike, take
 
 
@@ -101,15 +102,19 @@ class EncoderDecoder(Family):
 
     def predictions(self, model: Any, packed: Packed) -> Tensor:
         """Logits of the decoder; of several answers a row each sees itself alone."""
-        inputs = dict(packed.inputs)
-        if packed.flat is not None:
-            is_token_BL = inputs["attention_mask"][:, None] > 0
-            inputs["attention_mask"] = additive(is_token_BL, self._dtype(model))
+        inputs = {**packed.inputs, "attention_mask": self.input_mask(model, packed)}
         output = model(**inputs, **self.decoder_inputs(model, packed), use_cache=False)
         logits: Tensor = output.logits
         if isinstance(packed.sources, Targets):
             logits = logits[0, : len(packed.sources.places_N)]
         return logits
+
+    def input_mask(self, model: Any, packed: Packed) -> Tensor:
+        """The mask of the inputs as attention adds it: (B, 1, 1, L).
+
+        Of the tokens (B, L) transformers would read, and wait, whether it needs a mask at all.
+        """
+        return additive(packed.inputs["attention_mask"][:, None] > 0, self._dtype(model))
 
     def decoder_inputs(self, model: Any, packed: Packed) -> dict[str, Any]:
         """What lets each answer see itself alone: a mask, where there are several in a row.
@@ -161,7 +166,7 @@ class EncoderDecoder(Family):
     ) -> dict[str, Tensor]:
         ids, mask = pad_ids([row.input_ids for row in rows], pad_id=config.pad_token_id)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        return {name: send(torch.from_numpy(array), device) for name, array in inputs.items()}
 
 
 def _new_cache() -> Any:

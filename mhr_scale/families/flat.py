@@ -10,8 +10,8 @@ Shape letters: N tokens of all rows, B rows, L width of the rectangle, K keys of
 heads, D width of a head.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar
@@ -69,18 +69,17 @@ class Flat(AbstractContextManager["Flat"]):
     def masks_of(
         self, mask: Tensor | None, of_q: SpreadStream, of_k: SpreadStream
     ) -> list[Tensor | None]:
-        """What a mask (B, 1, L or 1, K) has for each part; cut once, for all layers."""
+        """What a mask (B, 1, L or 1, K) has for each part; cut once, for all layers.
+
+        Not in a compiled graph, which reads no storage and has what it cuts to itself.
+        """
         if mask is None or len(of_q.parts) == 1:
             return [mask] * len(of_q.parts)
+        if torch.compiler.is_compiling():
+            return _pieces(mask, of_q, of_k)
         storage = mask.untyped_storage()._cdata  # the same for what recomputation makes of it
         if storage not in self._cut:
-            pieces: list[Tensor | None] = []
-            for part, keys in zip(of_q.parts, of_k.parts, strict=True):
-                piece = mask.index_select(0, part.rows_B)[..., keys.first : keys.stop]
-                if mask.shape[2] > 1:
-                    piece = piece[:, :, part.first : part.stop]
-                pieces.append(align(piece.contiguous()))
-            self._cut[storage] = mask, pieces
+            self._cut[storage] = mask, _pieces(mask, of_q, of_k)
         return self._cut[storage][1]
 
     @property
@@ -90,9 +89,32 @@ class Flat(AbstractContextManager["Flat"]):
         return first if isinstance(first, BranchedStream) else None
 
 
+def _pieces(mask: Tensor, of_q: SpreadStream, of_k: SpreadStream) -> list[Tensor | None]:
+    pieces: list[Tensor | None] = []
+    for part, keys in zip(of_q.parts, of_k.parts, strict=True):
+        piece = mask.index_select(0, part.rows_B)[..., keys.first : keys.stop]
+        if mask.shape[2] > 1:
+            piece = piece[:, :, part.first : part.stop]
+        pieces.append(align(piece.contiguous()))
+    return pieces
+
+
 def in_use() -> Flat | None:
     """The sequences of the pass that is running; None: rows are padded."""
     return Flat._in_use[-1] if Flat._in_use else None
+
+
+@contextmanager
+def using(flat: Flat | None) -> Iterator[None]:
+    """Inside, this is what is in use: in a graph, of which it is an argument."""
+    if flat is None:
+        yield
+        return
+    Flat._in_use.append(flat)
+    try:
+        yield
+    finally:
+        Flat._in_use.pop()
 
 
 def apart(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:

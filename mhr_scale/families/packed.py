@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhr_scale.errors import DataError
 from mhr_scale.families.flat import Flat
+from mhr_scale.families.sending import send
 from mhr_scale.families.sequences import Stream
 
 if TYPE_CHECKING:
@@ -113,20 +114,18 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         """The same rows with their tensors on `device`."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
         sources = self.sources
         if isinstance(sources, Targets):
             own = sources.sources_N
-            sources = Targets(move(sources.places_N), None if own is None else move(own))
+            own = None if own is None else send(own, device)
+            sources = Targets(send(sources.places_N, device), own)
         elif sources is not None:
-            sources = move(sources)
+            sources = send(sources, device)
         return replace(
             self,
-            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
-            labels_BD=move(self.labels_BD),
-            choices_BD=move(self.choices_BD),
+            inputs={name: send(tensor, device) for name, tensor in self.inputs.items()},
+            labels_BD=send(self.labels_BD, device),
+            choices_BD=send(self.choices_BD, device),
             sources=sources,
             flat=None if self.flat is None else self.flat.to(device),
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhr_scale.families.aligned import ALIGNED
+from mhr_scale.families.sending import send
 
 #: How long a row is at least that attention computes beside a longer one.
 ALIKE = 0.75
@@ -50,7 +51,7 @@ class Part:
 
     def to(self, device: torch.device) -> "Part":
         """The same on `device`."""
-        return replace(self, rows_B=self.rows_B.to(device, non_blocking=True))
+        return replace(self, rows_B=send(self.rows_B, device))
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class SpreadStream(Stream):
     parts: tuple[Part, ...]
     bounds: Tensor
     """Where rows begin and the last one ends, int32."""
+    n_in_rows: int
+    """Tokens of rows, without those behind them."""
+    longest: int
+    """Tokens of the longest row."""
     places_N: Tensor | None = None
     tokens_M: Tensor | None = None
 
@@ -103,7 +108,15 @@ class SpreadStream(Stream):
             places[np.concatenate(of_rows)] = np.flatnonzero(own) + sum(map(len, tokens))
             tokens.append(numbers)
             parts.append(Part(torch.from_numpy(np.array(rows)), first, stop))
-        found = cls(counts, n_tokens, shape, tuple(parts), torch.from_numpy(bounds))
+        found = cls(
+            counts,
+            n_tokens,
+            shape,
+            tuple(parts),
+            torch.from_numpy(bounds),
+            n_in_rows=sum(counts),
+            longest=max(counts),
+        )
         if len(parts) == 1 and n_tokens == is_token_BL.size and is_token_BL.all():
             return found
         tokens_M = torch.from_numpy(np.concatenate(tokens))
@@ -111,7 +124,7 @@ class SpreadStream(Stream):
 
     def to(self, device: torch.device) -> "SpreadStream":
         """The same on `device`."""
-        bounds, parts = self.bounds.to(device, non_blocking=True), self.parts
+        bounds, parts = send(self.bounds, device), self.parts
         if len(parts) > 1:
             parts = tuple(part.to(device) for part in parts)
         if self.places_N is None or self.tokens_M is None:
@@ -120,8 +133,8 @@ class SpreadStream(Stream):
             self,
             parts=parts,
             bounds=bounds,
-            places_N=self.places_N.to(device, non_blocking=True),
-            tokens_M=self.tokens_M.to(device, non_blocking=True),
+            places_N=send(self.places_N, device),
+            tokens_M=send(self.tokens_M, device),
         )
 
     def spread(self, heads_1HND: Tensor) -> list[Tensor]:
@@ -193,16 +206,14 @@ class Rectangle:
 
     def is_open(self) -> Tensor:
         """Whether a query may look at a key: (B, L, K)."""
-        place, key = (
-            self.places_BL[:, :, None],
-            torch.arange(self.keys_BK.shape[1]).to(self.keys_BK),
-        )
+        place = self.places_BL[:, :, None]
+        key = torch.arange(self.keys_BK.shape[1], device=place.device)
         return (key <= place) & (place < self.ends_BK[:, None, :])
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same on `device`."""
         tensors = (self.queries_BL, self.keys_BK, self.places_BL, self.ends_BK)
-        return Rectangle(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return Rectangle(*(send(tensor, device) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -219,7 +230,7 @@ class BranchedStream(Stream):
     def to(self, device: torch.device) -> "BranchedStream":
         """The same on `device`."""
         rectangles = tuple(rectangle.to(device) for rectangle in self.rectangles)
-        places_N = self.places_N.to(device, non_blocking=True)
+        places_N = send(self.places_N, device)
         return replace(self, rectangles=rectangles, places_N=places_N)
 
     def attend(

@@ -54,9 +54,9 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     stream = flat.stream_of(query.shape[2])
-    n_tokens = sum(stream.counts)
+    n_tokens = stream.n_in_rows
     q, k, v = (heads[0, :, :n_tokens].transpose(0, 1) for heads in (query, key, value))
-    longest = max(stream.counts)
+    longest = stream.longest
     found: Any = varlen_attn(
         q,
         k,

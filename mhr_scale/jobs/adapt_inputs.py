@@ -20,6 +20,7 @@ from mhr_scale.jobs.job import Job, check_folders
 from mhr_scale.jobs.job_data import JobData, open_data
 from mhr_scale.jobs.scheduling import JobEstimate
 from mhr_scale.jobs.start import check_variant
+from mhr_scale.run import repositories
 from mhr_scale.scores.questions import LENGTHS, longest
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
@@ -47,9 +48,12 @@ class AdaptInputs:
     @property
     def contents(self) -> dict[str, str]:
         """What the jobs read, by content (`RunFolder.check_inputs`)."""
-        adapters = {f"adapter {path}": artefact.digest(self.sources[path]) for path in self.sources}
+        adapters = {
+            f"adapter {repositories.name_of(path)}": artefact.digest(source)
+            for path, source in self.sources.items()
+        }
         rows = {f"rows of {task}, seed {s}": data.digest for (task, s), data in self.data.items()}
-        return {**self.backbone.inputs, **adapters, **rows}
+        return {**self.backbone.inputs, **adapters, **repositories.commits(*self.sources), **rows}
 
     def steps(self, job: Job) -> int:
         """Optimizer steps of a job."""
@@ -167,14 +171,16 @@ def one_backbone(config: AdaptConfig, cards: Mapping[str, Card]) -> BackboneConf
             )
     (first, chosen), *others = backbones.items()
     for path, other in others:
+        are_told = None not in (other.revision, chosen.revision)  # older cards say none
         if (other.name, other.config, other.config_seed) != (
             chosen.name,
             chosen.config,
             chosen.config_seed,
-        ):
+        ) or (are_told and other.revision != chosen.revision):
+            known, found = (repositories.joined(b.name or "", b.revision) for b in (chosen, other))
             raise ConfigError(
-                f"variants: {first} was trained on {chosen.name or 'random weights'}, {path} on "
-                f"{other.name or 'other random weights'}; jobs of one run share a backbone: make "
+                f"variants: {first} was trained on {known or 'random weights'}, {path} on "
+                f"{found or 'other random weights'}; jobs of one run share a backbone: make "
                 "two runs, or set backbone_moved_to if it is the same one in two places"
             )
     chosen = config.backbone or chosen

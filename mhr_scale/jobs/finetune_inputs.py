@@ -24,6 +24,7 @@ from mhr_scale.errors import AdapterError, ConfigError, suggest
 from mhr_scale.exchange import stock
 from mhr_scale.families.family import Family
 from mhr_scale.jobs.job_data import JobData, open_data
+from mhr_scale.run import repositories
 from mhr_scale.tasks.suites import read_few_shot
 from mhr_scale.tasks.task import Intake
 
@@ -45,7 +46,8 @@ class FinetuneInputs:
 
 def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
     """Read and check the adapter, the backbone's configuration and the task."""
-    source, card, adapter = stock.open_lora(config.adapter, config.backbone.name)
+    named = repositories.joined(config.backbone.name or "", config.backbone.revision) or None
+    source, card, adapter = stock.open_lora(config.adapter, named)
     backbone = find_backbone(config, card)
     blueprint = read_blueprint(backbone)
     quantise.check(backbone, blueprint)
@@ -62,7 +64,8 @@ def open_inputs(config: FinetuneConfig) -> FinetuneInputs:
         intake=intake,
         contents={
             **inputs_of(blueprint, tokenizer),
-            f"adapter {source}": artefact.digest(adapter),
+            **repositories.commits(config.adapter),
+            f"adapter {repositories.name_of(config.adapter)}": artefact.digest(adapter),
             f"rows of {config.task}": data.digest,
         },
     )

@@ -8,6 +8,7 @@ from mhr_scale.engine.engine import Engine
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.jobs.adapt_inputs import AdaptInputs
 from mhr_scale.jobs.job import Job, as_folder
+from mhr_scale.run import repositories
 from mhr_scale.run.files import names_in
 from mhr_scale.run.run_folder import REJECTS, RunFolder, differences
 
@@ -95,6 +96,7 @@ def rank0_begin(
     folder.record_start(
         **placed.engine.facts,
         backbone=inputs.backbone.blueprint.facts,
+        adapters={path: repositories.last_found(path).facts for path in inputs.sources},
         stored_precision=inputs.precisions,
         packing=placed.lays_flat(config.waves.packing, "waves.packing"),
     )

@@ -17,7 +17,7 @@ RESULT = "result.json"
 #: Longest folder name, in characters; file systems take 255 bytes, some with an affix of their own.
 LONGEST = 200
 #: Names of files that stand beside folders of tasks (`export`).
-TAKEN = ("tasks.json", "export.yaml")
+TAKEN = ("tasks.json", "export.yaml", "export.json", "README.md")
 #: The fields of a result that tables and reports read.
 RESULT_FIELDS = {
     "task": str,

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from mhr_scale.adapters import Adapter
 from mhr_scale.config import OptimConfig
 from mhr_scale.errors import RunError
+from mhr_scale.families.sending import send, send_numbers
 from mhr_scale.training.optim import Adafactor, OptimizerState, at_once, check_states, make_groups
 
 #: The job dimension of a group's parameters, and of their state.
@@ -112,7 +113,7 @@ def set_job_rates(optimizer: Optimizer, rates: Mapping[str, Tensor]) -> None:
     for group in optimizer.param_groups:
         like, dim, rates_J = group["params"][0], JOB_DIMS[group["name"]], rates[group["name"]]
         assert rates_J.shape == (like.shape[dim],)
-        group["lr"] = _spread(rates_J.to(like, non_blocking=True), like, dim)
+        group["lr"] = _spread(send(rates_J.to(like.dtype), like.device), like, dim)
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def take_jobs(optimizer: Optimizer, jobs: Sequence[int], into: Optimizer) -> Non
     for group, target in zip(optimizer.param_groups, into.param_groups, strict=True):
         assert group["name"] == target["name"]
         for old, new in zip(group["params"], target["params"], strict=True):
-            index = torch.tensor(list(jobs), device=old.device)
+            index = send_numbers(jobs, old.device)
             for part, value in optimizer.state.get(old, {}).items():
                 if _has_jobs(value):
                     value = value.index_select(JOB_DIMS[group["name"]], index)

@@ -25,6 +25,7 @@ from mhr_scale.passes import scoring
 from mhr_scale.recipe.reading import load, overrides_of
 from mhr_scale.rows.batching import cut_batches
 from mhr_scale.rows.encode import Encoder
+from mhr_scale.run.repositories import last_found
 from mhr_scale.run.run_folder import RECIPE
 from mhr_scale.run.runlog import Progress
 from mhr_scale.tasks.suites import open_suite
@@ -85,7 +86,7 @@ def source_tasks(adapter: str, names: Sequence[str], settings: SoupConfig) -> di
 
 def find_recipe(adapter: str) -> Path:
     """The recipe of the run that trained private adapters; raises `RunError` if it is missing."""
-    file = Path(adapter) / RECIPE
+    file = last_found(adapter).path / RECIPE
     if not file.is_file():
         raise RunError(
             f"{file}: missing; a soup compares tasks by their training examples, so name the run "

@@ -11,6 +11,7 @@ from torch import Tensor
 from mhr_scale.config import ProtocolConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.families.sending import send_numbers
 from mhr_scale.passes import losses
 from mhr_scale.passes.losses import Loss
 
@@ -41,7 +42,7 @@ def forward(
         logits,
         packed.labels_BD,
         packed.choices_BD,
-        torch.tensor([row.label for row in packed.rows], device=logits.device),
+        send_numbers([row.label for row in packed.rows], logits.device),
         packed.sources,
         n_choices=packed.n_choices,
         length_norm=protocol.length_norm,

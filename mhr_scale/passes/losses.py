@@ -40,17 +40,39 @@ def token_losses(
     large, a step's largest tensors are these logits. They are kept as they are, for backward too,
     and had in float32 some rows at a time: the numbers are those of torch's function over all.
     """
-    labels_N, rows_N = labels_BD.flatten(), None
-    if isinstance(sources, Targets):
-        labels_N, rows_N = labels_N[sources.places_N], sources.sources_N
-    elif sources is not None:
-        first_B1 = torch.arange(len(sources), device=sources.device)[:, None]
-        rows_N = (sources + first_B1 * logits.shape[1]).flatten()
+    labels_N, rows_N = _targets(logits, labels_BD, sources)
     losses_N: Tensor = _TokenLosses.apply(logits.flatten(0, -2), labels_N, rows_N, label_smoothing)
+    return _spread(losses_N, labels_BD, sources)
+
+
+def are_likeliest(
+    logits: Tensor, labels_BD: Tensor, sources: Tensor | Targets | None = None
+) -> Tensor:
+    """Whether each label is the one with the largest logit (B, D); of no meaning where padded."""
+    labels_N, rows_N = _targets(logits, labels_BD, sources)
+    best_N = logits.flatten(0, -2).argmax(-1)
+    return _spread((best_N if rows_N is None else best_N[rows_N]) == labels_N, labels_BD, sources)
+
+
+def _targets(
+    logits: Tensor, labels_BD: Tensor, sources: Tensor | Targets | None
+) -> tuple[Tensor, Tensor | None]:
+    """The labels one behind another, and the rows of the logits that they are of (None: so)."""
+    labels_N = labels_BD.flatten()
     if isinstance(sources, Targets):
-        padded = losses_N.new_zeros(labels_BD.numel())
-        losses_N = padded.index_copy(0, sources.places_N, losses_N)
-    return losses_N.view_as(labels_BD)
+        return labels_N[sources.places_N], sources.sources_N
+    if sources is None:
+        return labels_N, None
+    first_B1 = torch.arange(len(sources), device=sources.device)[:, None]
+    return labels_N, (sources + first_B1 * logits.shape[1]).flatten()
+
+
+def _spread(values_N: Tensor, labels_BD: Tensor, sources: Tensor | Targets | None) -> Tensor:
+    """Values of the labels where these lie, 0 where padded."""
+    if isinstance(sources, Targets):
+        padded = values_N.new_zeros(labels_BD.numel())
+        values_N = padded.index_copy(0, sources.places_N, values_N)
+    return values_N.view_as(labels_BD)
 
 
 class _TokenLosses(torch.autograd.Function):

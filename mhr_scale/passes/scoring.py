@@ -83,16 +83,11 @@ def rank_choices(
     inside the caller's `adapter.off()`. Raises `DivergenceError` if a score is not finite.
     """
     nll_BD, packed = choice_losses(placed, adapter, batch, is_flat=is_flat, is_shared=is_shared)
-    # the only device sync; sums on the host do not depend on the order of threads
-    parts = zip(packed.rows, packed.starts, nll_BD.cpu().numpy(), strict=True)
     scores = []
-    for row in batch:
-        values: list[float] = []
-        while len(values) < len(row.answers):
-            part, starts, nll_D = next(parts)
-            sums = np.add.reduceat(nll_D[: part.n_answer_tokens], starts)
-            lengths = np.array([len(choice) for choice in part.answers], dtype=np.float32)
-            values += (sums / lengths**length_norm).tolist()
+    # the only device sync; sums on the host do not depend on the order of threads
+    for row, sums in zip(batch, _by_choice(batch, packed, nll_BD, np.add), strict=True):
+        lengths = np.array([len(choice) for choice in row.answers], dtype=np.float32)
+        values: list[float] = (sums / lengths**length_norm).tolist()
         if not np.isfinite(values).all():
             is_exact = placed.model.get_input_embeddings().weight.dtype == torch.float32
             way_out = "train the adapter with a lower optim.lr, or check the backbone's weights"
@@ -102,6 +97,32 @@ def rank_choices(
             )
         scores.append(values)
     return scores
+
+
+def judge_choices(
+    placed: PlacedBackbone,
+    adapter: Adapter | None,
+    batch: Batch,
+    *,
+    is_flat: bool = False,
+    is_shared: bool = False,
+) -> list[list[tuple[float, bool]]]:
+    """Every choice's summed log-likelihood, and whether each of its tokens is the likeliest."""
+
+    def read(logits: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+        return (
+            losses.token_losses(logits, packed.labels_BD, packed.sources),
+            losses.are_likeliest(logits, packed.labels_BD, packed.sources),
+        )
+
+    options = {"is_flat": is_flat, "is_shared": is_shared}
+    (nll_BD, hits_BD), packed = _read_choices(placed, adapter, batch, read, **options)
+    sums = _by_choice(batch, packed, nll_BD, np.add)
+    hits = _by_choice(batch, packed, hits_BD, np.logical_and)
+    return [
+        list(zip((-row_sums).tolist(), row_hits.tolist(), strict=True))
+        for row_sums, row_hits in zip(sums, hits, strict=True)
+    ]
 
 
 def choice_losses(
@@ -118,6 +139,23 @@ def choice_losses(
     choice. A row of very many tokens to choose from is several of them (`split`). With `is_shared`
     rows are laid flat, and what prompts of a task begin with alike is computed once.
     """
+
+    def read(logits: Tensor, packed: Packed) -> Tensor:
+        return losses.token_losses(logits, packed.labels_BD, packed.sources)
+
+    return _read_choices(placed, adapter, batch, read, is_flat=is_flat, is_shared=is_shared)
+
+
+def _read_choices(
+    placed: PlacedBackbone,
+    adapter: Adapter | None,
+    batch: Batch,
+    read: Callable[[Tensor, Packed], T],
+    *,
+    is_flat: bool,
+    is_shared: bool,
+) -> tuple[T, Packed]:
+    """What is read of the logits of packed rows, and those."""
     for row in batch:
         if not row.answers:
             raise DataError(f"row {row.number}: no choices to rank")
@@ -127,9 +165,20 @@ def choice_losses(
         packed = placed.pack([part for row in batch for part in split(row)], is_flat=is_flat)
     slots = packed.in_use() if adapter is None else filled(adapter, packed)
     with _evaluation(placed.model, slots):
-        logits = placed.predictions(packed)
-        nll_BD = losses.token_losses(logits, packed.labels_BD, packed.sources)
-    return nll_BD, packed
+        return read(placed.predictions(packed), packed), packed
+
+
+def _by_choice(
+    batch: Batch, packed: Packed, values_BD: Tensor, operation: np.ufunc
+) -> Iterator[Any]:
+    """For each row of a batch, its choices' values, those of their tokens put together (C,)."""
+    parts = zip(packed.rows, packed.starts, values_BD.cpu().numpy(), strict=True)
+    for row in batch:
+        pieces: list[Any] = []
+        while sum(map(len, pieces)) < len(row.answers):
+            part, starts, values_D = next(parts)
+            pieces.append(operation.reduceat(values_D[: part.n_answer_tokens], starts))
+        yield np.concatenate(pieces)
 
 
 def split(row: EncodedRow) -> list[EncodedRow]:
@@ -159,22 +208,28 @@ def generate_answers(
     beams: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The best answer to each row, greedy or by beam search, as text without special tokens.
+    """The best answer to each row, greedy or by beam search, as text without special tokens."""
+    options = {"num_beams": beams, "do_sample": False, "max_new_tokens": max_new_tokens}
+    ids = generate_ids(placed, adapter, batch, **options)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def generate_ids(
+    placed: PlacedBackbone, adapter: Adapter | None, batch: Batch, **options: Any
+) -> list[list[int]]:
+    """What the model writes to each row, as token ids; `options` are those of `generate`.
 
     Under ZeRO-3, where every step gathers weights, ranks take as many steps as the slowest one.
     """
-    tasks = [row.task for row in batch]
+    tasks, beams = [row.task for row in batch], options.get("num_beams", 1)
     slots = nullcontext() if adapter is None else adapter.slots(tasks, rows_per_example=beams)
     with _evaluation(placed.model, slots):
-        ids = placed.family.generate(
+        return placed.family.generate(
             placed.model,
             batch,
             device=placed.device,
-            num_beams=beams,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
             use_cache=True,
             synced_gpus=placed.engine.is_sharded,
+            **options,
         )
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text.strip() for text in texts]

@@ -8,6 +8,7 @@ import torch
 from mhr_scale.adapters import Adapter
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.families.packed import EncodedRow, Packed
+from mhr_scale.families.sending import send_numbers
 from mhr_scale.passes import losses
 from mhr_scale.passes.filled import filled
 from mhr_scale.rows.batching import cut_batches, deal
@@ -61,7 +62,7 @@ def reduce_losses(
         with filled(adapter, packed):
             loss = forward(placed, packed)
         if is_counted:
-            index = torch.tensor(packed.tasks, device=device)
+            index = send_numbers(packed.tasks, device)
             sums[0].index_add_(0, index, loss.sum.double())
             sums[1].index_add_(0, index, loss.count.double())
     placed.engine.reduce_sum(sums)

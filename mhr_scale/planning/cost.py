@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from mhr_scale.planning.hardware import LAUNCH_SECONDS, PROCESS_GIB, Machines
+from mhr_scale.planning.hardware import PROCESS_GIB, Machines
 from mhr_scale.planning.placements import GATHERS, Load, Placement
 from mhr_scale.planning.tracing import Trace, combine
 
@@ -235,7 +235,7 @@ class Case:
         return Seconds(
             compute=compute,
             memory=memory + self.readings * 2.0 * load.unpacked / rate,
-            launches=sum(trace.passes.values()) * LAUNCH_SECONDS,
+            launches=sum(trace.passes.values()) * machines.launch_seconds,
             links=self.gathers * load.over_links / machines.link_rate,
             network=self.gathers * load.over_network / machines.gather_rate,
             host_link=self.gathers * load.from_host / machines.host_rate,
@@ -259,7 +259,7 @@ class Case:
             share = (machines.ranks - 1) / machines.ranks
             reduced = 2.0 * share * trace.held.get("gradients", 0.0)
         update = sum(n * moved for (_, moved), n in trace.update.items()) / machines.memory_rate
-        update = max(update, sum(trace.update.values()) * LAUNCH_SECONDS)
+        update = max(update, sum(trace.update.values()) * machines.launch_seconds)
         step = passes * seconds.busy + update + reduced / machines.gather_rate
         moved = {
             "card_memory": passes * sum(n * moved for (_, moved), n in trace.passes.items()),

@@ -8,12 +8,13 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
 from mhr_scale.config import HardwareConfig
 from mhr_scale.errors import ConfigError, did_you_mean
+from mhr_scale.planning.measured import read_measured
 
 PRODUCT_SHARE = 0.65
 MEMORY_SHARE = 0.8
@@ -77,6 +78,9 @@ class Machines:
     host_rate: float
     nvme_rate: float
     disk_rate: float
+    launch_seconds: float = LAUNCH_SECONDS
+    measured: str = ""
+    """Which rates are measured, and where; empty: none."""
 
     @property
     def on_gpu(self) -> bool:
@@ -144,7 +148,7 @@ def find_machines(config: HardwareConfig) -> Machines:
     peaks = {"bf16": device.bf16_tflops, "fp32": device.fp32_tflops}
     if config.tflops is not None:
         peaks = dict.fromkeys(peaks, config.tflops)
-    return Machines(
+    found = Machines(
         name=name,
         ranks=ranks,
         nodes=config.nodes,
@@ -159,6 +163,31 @@ def find_machines(config: HardwareConfig) -> Machines:
         nvme_rate=config.nvme_gb_s * 1e9,
         disk_rate=config.disk_gb_s * 1e9,
     )
+    return found if config.measured is None else _with_measured(found, config.measured)
+
+
+def _with_measured(machines: Machines, file: str) -> Machines:
+    """The machines with the rates of a file; raises `ConfigError` if they are of another card."""
+    rates = read_measured(file)
+    if not _is_called(machines.name, rates.card):
+        raise ConfigError(
+            f"hardware.measured: {file} is of a {rates.card}, and the plan for {machines.name}; "
+            "name its card in hardware.gpu, or leave it out"
+        )
+    return replace(
+        machines,
+        bf16_flops=rates.products,
+        memory_rate=rates.memory,
+        host_rate=rates.host,
+        launch_seconds=rates.launch,
+        measured=rates.what,
+    )
+
+
+def _is_called(name: str, device: str) -> bool:
+    """Whether a driver's name of a card can be of the one that the table calls so."""
+    plain = device.replace(" ", "-").upper()
+    return name.rsplit("-", 1)[0] in plain or name in plain
 
 
 def _look_up(name: str) -> Device:
@@ -178,9 +207,8 @@ def _detect() -> tuple[str, int, float | None]:
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CPU, 1, None
     count, gpu = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-    plain = gpu.name.replace(" ", "-").upper()
     gib = gpu.total_memory / 2**30
-    fitting = [name for name in CARDS if name.rsplit("-", 1)[0] in plain or name in plain]
+    fitting = [name for name in CARDS if _is_called(name, gpu.name)]
     if not fitting:
         raise ConfigError(
             f"hardware.gpu: {gpu.name} is not in the table ({', '.join(CARDS)}); name a similar "

@@ -277,6 +277,8 @@ def _cases(
         placements = [place for place in listed if _can_hold(place, blueprint)]
     else:
         placements = listed
+    if frozen.compile:
+        placements = [place for place in placements if place.can_be_compiled]
     wanted = frozen.quantise if blueprint.quantise == "none" else blueprint.quantise
     recomputes = RECOMPUTES if trains else ("none",)
     n_traces = 2 * len({placement.dtype for placement in placements}) * len(recomputes)

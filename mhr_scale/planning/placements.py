@@ -76,6 +76,11 @@ class Placement:
         return settings
 
     @property
+    def can_be_compiled(self) -> bool:
+        """Whether `backbone.compile` is for it: whole weights in every rank."""
+        return not self.is_sharded and self.quantise == "none"
+
+    @property
     def is_resident(self) -> bool:
         """Whether the GPUs hold all weights together."""
         return self.offload == "none"

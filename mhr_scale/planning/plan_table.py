@@ -7,7 +7,6 @@ from mhr_scale.planning.cost import GIB, Estimate
 from mhr_scale.planning.hardware import (
     CONTEXT_GIB,
     FRAGMENTED,
-    LAUNCH_SECONDS,
     MEMORY_SHARE,
     PRODUCT_SHARE,
 )
@@ -153,13 +152,18 @@ def assumptions(plan: Plan) -> list[str]:
         f"{_figure(machines.host_rate / 1e9)} GB/s",
         "gathers, copies and products overlap; the longest of them is the time of a pass",
         "int8 and nf4 are counted as bf16 whose weights are unpacked for every product",
+        "kernels and bytes are counted as without backbone.compile, which joins some; under it "
+        "only replicated whole weights are considered",
     ]
     if machines.on_gpu:
+        of_peaks = (
+            f"of the makers' peaks products reach {PRODUCT_SHARE:.0%}, memory {MEMORY_SHARE:.0%}"
+        )
         lines.insert(
             1,
-            f"{CONTEXT_GIB} GiB and {FRAGMENTED:.0%} of a card are not the run's; of the makers' "
-            f"peaks products reach {PRODUCT_SHARE:.0%}, memory {MEMORY_SHARE:.0%}; a kernel costs "
-            f"{LAUNCH_SECONDS * 1e6:.0f} us to start",
+            f"{CONTEXT_GIB} GiB and {FRAGMENTED:.0%} of a card are not the run's; "
+            f"{machines.measured or of_peaks}; a kernel costs "
+            f"{_figure(machines.launch_seconds * 1e6)} us to start",
         )
     else:
         lines += [

@@ -14,6 +14,7 @@ from mhr_scale.recipe.settings import as_written
 from mhr_scale.run.files import read_object, write_json, write_text
 from mhr_scale.run.folders import nearest_folder
 from mhr_scale.run.ownership import LOCK, owned
+from mhr_scale.run.repositories import COMMIT_OF, name_of
 from mhr_scale.run.runlog import log, record_provenance
 
 T = TypeVar("T")
@@ -135,7 +136,7 @@ class RunFolder(Generic[T]):
         """Raise `RunError` if what a begun run has read is not what it would read now.
 
         `inputs` say what a run reads and what tells its content, both as text. Names that the run
-        has not read before may be new.
+        has not read before may be new, and another commit of the hub may hold the same content.
         """
         before = self._read_inputs() if is_begun else {}
         if before is None:
@@ -145,16 +146,24 @@ class RunFolder(Generic[T]):
                 self.path,
             )
             return
-        changed = [
-            f"{name} was {before[name]}, is {inputs[name]}"
-            for name in sorted(before.keys() & inputs.keys())
+        names = sorted(before.keys() & inputs.keys())
+        changed = {
+            name: f"{name} was {before[name]}, is {inputs[name]}"
+            for name in names
             if before[name] != inputs[name]
-        ]
-        if changed:
-            raise RunError(
-                f"{self.path}: holds {holds} made from other content ({_listed(changed)}); use "
-                "another run.folder, or put back what it was made from"
-            )
+        }
+        if not changed:
+            return
+        told = _listed([*changed.values()])
+        if all(name.startswith(COMMIT_OF) for name in changed):
+            log.info("%s: %s, of the same content", self.path, told)
+            return
+        has_moved = any(name.startswith(COMMIT_OF) for name in changed)
+        way_out = "name the commit that it was" if has_moved else "put back what it was made from"
+        raise RunError(
+            f"{self.path}: holds {holds} made from other content ({told}); use another run.folder, "
+            f"or {way_out}"
+        )
 
     def keep_inputs(self, inputs: Mapping[str, str], *, is_begun: bool) -> None:
         """Write down what the run reads, beside what it has read before if it `is_begun`."""
@@ -196,13 +205,24 @@ def check_writable(path: Path) -> None:
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, str]]:
-    """The settings in which two recipes differ: dotted names, each with a description."""
+    """The settings in which two recipes differ: dotted names, each with a description.
+
+    Revisions on the hub do not count: what was read is compared by content (`check_inputs`).
+    """
     old, new = (dotted(yaml.safe_load(to_yaml(recipe))) for recipe in (before, now))
     return [
         (key, f"{key} was {as_written(old.get(key))}, is {as_written(new.get(key))}")
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if _without_revision(key, old) != _without_revision(key, new)
     ]
+
+
+def _without_revision(key: str, settings: Mapping[str, Any]) -> Any:
+    """A setting; of a place on the hub its name alone, for what it holds is compared by content."""
+    value = settings.get(key)
+    if key.rpartition(".")[2] == "revision":
+        return None
+    return name_of(value) if isinstance(value, str) else value
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -333,4 +333,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip_norm: 
     factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+            gradient = parameter.grad
+            (gradient._values() if gradient.is_sparse else gradient).mul_(factor)

@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step is fetch, forward and backward, reduce, check, update.
+"""The training loop: one optimizer step is fetch, forward and backward, reduce, update, check.
 
 Every rank holds the full adapter and makes the same update. Gradients of summed losses are reduced
 over ranks once per step, as one flat buffer together with the loss and its count, and then divided
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.analysis.monitor import Monitor
@@ -22,6 +22,7 @@ from mhr_scale.config import PretrainConfig
 from mhr_scale.engine.opened import PlacedBackbone
 from mhr_scale.errors import DivergenceError, RunError
 from mhr_scale.families.packed import Packed
+from mhr_scale.families.sending import send_numbers
 from mhr_scale.passes import validation
 from mhr_scale.passes.filled import filled
 from mhr_scale.rows.batching import StepBatches, number_rows
@@ -32,6 +33,10 @@ from mhr_scale.run.writer import Writer
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim, saved_steps
 from mhr_scale.training.optim import OptimizerState
+
+#: Counts cross ranks as two float32 numbers each, multiples of this and the rest: exact up to
+#: 2**36, over 4096 ranks.
+LOW = 2**12
 
 
 @dataclass(slots=True)
@@ -117,14 +122,17 @@ class Trainer:
         config = self.config
         rates = optim.set_rates(self.optimizer, optim.rate_factor(config.schedule, self.step))
         sums = self.accumulate(micro_batches)
-        values = self.reduce_gradients(sums)
-        norm = self._clip_and_check(values, sums)
+        facts = self.reduce_gradients(sums)
+        norm = optim.gradient_norm(self.adapter.parameters())
+        if config.optim.clip_norm is not None:
+            optim.clip_gradients(self.adapter.parameters(), norm, config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        values = self._read(facts, norm, sums)
         self.step += 1
         self.writer.check()
         seconds = time.monotonic() - start_time
-        line = {"step": self.step, **values, "grad_norm": norm, "seconds": seconds}
+        line = {"step": self.step, **values, "seconds": seconds}
         line |= {f"lr_{name}": rate for name, rate in rates.items()}
         line["tokens_per_second"] = values["tokens"] / seconds
         if self.step % config.run.log_every == 0 or self.step == config.schedule.steps:
@@ -172,11 +180,11 @@ class Trainer:
         self.engine.check_same_modules()
         return sums
 
-    def reduce_gradients(self, sums: StepSums) -> dict[str, float]:
+    def reduce_gradients(self, sums: StepSums) -> Tensor:
         """Sum gradients and counts over ranks in one buffer; divide by the global count.
 
         Whether a rank was asked to stop travels with them, so all ranks know it after this step.
-        Returns the step's loss, examples, tokens and share of padding. Collective.
+        Returns the sums of the step, on the device, for `_read`. Collective.
         """
         adapter, engine = self.adapter, self.engine
         dense = [p for p in adapter.inventory.parameters() if p.requires_grad]
@@ -190,43 +198,46 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         total = torch.stack([row_losses.sum() for _, row_losses in sums.row_losses]).sum()
+        is_by_token = self.config.loss.normalise == "tokens"
         counts = (
-            *(sums.loss_tokens, sums.examples, sums.tokens),
-            *(sums.positions, sums.padding),
+            *(sums.loss_tokens if is_by_token else sums.examples, sums.examples, sums.tokens),
+            *(sums.positions, sums.padding, int(stopping.is_asked())),
         )
-        facts = torch.cat([total.reshape(1), total.new_tensor(counts)])  # counts below 2**24
-        facts = torch.cat([facts, facts.new_tensor([float(stopping.is_asked())])])
-        rows = _dense_rows(logits, tasks) if tasks and logits is not None else None
+        parts = [part for count in counts for part in divmod(count, LOW)]
+        facts = torch.cat([total.reshape(1), send_numbers(parts, total.device, dtype=total.dtype)])
+        rows = adapter.gradient_rows(tasks) if tasks else None
         buffers = [p.grad.reshape(-1) for p in dense if p.grad is not None]
         buffers += [rows.reshape(-1)] if rows is not None else []
         if engine.world_size > 1:
             flat = engine.reduce_sum(torch.cat([*buffers, facts]))
             _unpack(flat, [*buffers, facts])
-        loss, loss_tokens, examples, tokens, positions, padding, asked = facts.tolist()
-        self._is_stop_agreed = asked > 0
-        count = loss_tokens if self.config.loss.normalise == "tokens" else examples
+        count = facts[1] * LOW + facts[2]
         for buffer in buffers:
             buffer.div_(count)
-        if rows is not None and logits is not None:
-            index = torch.tensor([tasks], device=rows.device)
-            logits.grad = torch.sparse_coo_tensor(
-                index, rows, logits.shape, is_coalesced=True, check_invariants=False
-            )
+        if rows is not None:
+            adapter.set_gradient_rows(tasks, rows)
+        return facts
+
+    def _read(self, facts: Tensor, norm: Tensor, sums: StepSums) -> dict[str, float]:
+        """The step's loss, examples, tokens, share of padding and gradient norm.
+
+        Here, once a step, the host waits for the device. Stops the run if the loss or a gradient
+        was not a number: the update is made then, and lost with the run. Collective.
+        """
+        loss, *parts, grad_norm = torch.cat([facts, norm.reshape(1)]).tolist()
+        counts = [high * LOW + low for high, low in zip(parts[::2], parts[1::2], strict=True)]
+        count, examples, tokens, positions, padding, asked = counts
+        self._is_stop_agreed = asked > 0
+        loss = loss / count
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise DivergenceError(self._describe_divergence(loss, sums))
         return {
-            "loss": loss / count,
+            "loss": loss,
             "examples": examples,
             "tokens": tokens,
             "padding_share": padding / positions,
+            "grad_norm": grad_norm,
         }
-
-    def _clip_and_check(self, values: Mapping[str, float], sums: StepSums) -> float:
-        """Clip by the global norm; stop the run if the loss or a gradient is not a number."""
-        norm = optim.gradient_norm(self.adapter.parameters())
-        if not math.isfinite(values["loss"]) or not math.isfinite(norm.item()):
-            raise DivergenceError(self._describe_divergence(values["loss"], sums))
-        if self.config.optim.clip_norm is not None:
-            optim.clip_gradients(self.adapter.parameters(), norm, self.config.optim.clip_norm)
-        return norm.item()
 
     def _describe_divergence(self, loss: float, sums: StepSums) -> str:
         """Name the step and the tasks whose rows have no finite loss. Collective."""
@@ -369,16 +380,6 @@ class Trainer:
     def _tasks_of_step(self) -> list[int]:
         """Tasks of the global batch, which every rank knows without communication."""
         return sorted({sample.task for sample in self.batches.samples(self.step)})
-
-
-def _dense_rows(logits: nn.Parameter, tasks: list[int]) -> Tensor:
-    """Gradient rows of `tasks` (ascending) as one dense tensor, zeros where this rank has none."""
-    rows = logits.new_zeros(len(tasks), *logits.shape[1:])
-    if logits.grad is not None:
-        gradient = logits.grad.coalesce()
-        positions = [tasks.index(task) for task in gradient.indices()[0].tolist()]
-        rows[torch.tensor(positions, device=rows.device)] = gradient.values()
-    return rows
 
 
 def _unpack(flat: Tensor, buffers: list[Tensor]) -> None:

@@ -23,6 +23,7 @@ from mhr_scale.errors import AdapterError, ConfigError, did_you_mean
 from mhr_scale.jobs.start import source_numbers, variant_numbers
 from mhr_scale.recipe.reading import load
 from mhr_scale.rows.tokens import TokenSet, open_tokens
+from mhr_scale.run import repositories
 from mhr_scale.run.files import write_json
 from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log, rank
@@ -57,7 +58,8 @@ def analyse_adapter(config: AnalyseConfig) -> Path:
     if sources is not None:
         align(config, folder, card, adapter, sources)
     elif rank() == 0:
-        facts = {"world_size": 1, "placement": "none"}
+        found = repositories.last_found(config.adapter)
+        facts = {"world_size": 1, "placement": "none", "adapter": found.facts}
         rank0_report(config, folder, adapter, None, rows=0, facts=facts)
     return folder.path
 
@@ -72,7 +74,7 @@ def find_sources(config: AnalyseConfig, adapter: Adapter) -> AlignmentData | Non
     except AdapterError as error:
         log.info("no alignment: %s", error)
         return None
-    recipe = read_source_recipe(Path(config.adapter))
+    recipe = read_source_recipe(repositories.last_found(config.adapter).path)
     tasks = config.tasks or (recipe.tasks if recipe else None)
     if tasks is None:
         log.info(
@@ -150,6 +152,7 @@ def align(
         if engine.rank == 0:
             facts = {
                 **engine.facts,
+                "adapter": repositories.last_found(config.adapter).facts,
                 "backbone": opened.facts,
                 "data": {"tokens": tokens.fingerprint},
             }

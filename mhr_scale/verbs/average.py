@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter, artefact
+from mhr_scale.adapters.artefact import Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.config import AverageConfig, PretrainConfig, ScheduleConfig
 from mhr_scale.errors import RunError, some
 from mhr_scale.recipe.reading import load, overrides_of
+from mhr_scale.run import repositories
 from mhr_scale.run.run_folder import RECIPE, RunFolder, owned_folder
 from mhr_scale.run.runlog import log, rank
 from mhr_scale.run.streams import write_result
@@ -42,12 +44,13 @@ def average_run(config: AverageConfig) -> Path:
     card, source = artefact.read(config.source)
     run = RunFolder(config.run.folder, AverageConfig, free=FREE, recipe="average.yaml")
     folder = run.path
-    is_begun, inputs = (folder / "averaged").exists(), {"source": artefact.digest(source)}
+    is_begun = (folder / "averaged").exists()
+    inputs = {"source": artefact.digest(source), **repositories.commits(config.source)}
     if config.steps[-1] == 0 or not (folder / RECIPE).exists():  # else the training checks it
         run.check(config, is_begun=is_begun, holds="averages", way_out="use another run.folder")
     run.check_inputs(inputs, is_begun=is_begun, holds="averages")
     if config.steps[-1]:
-        continue_training(config, source)
+        continue_training(config, card, source)
     if rank() == 0:
         run.keep_recipe(config)
         run.keep_inputs(inputs, is_begun=True)
@@ -56,7 +59,7 @@ def average_run(config: AverageConfig) -> Path:
                 source if steps == 0 else artefact.load(saved_steps.step_folder(folder, steps))
             )
             facts: dict[str, Any] = {
-                "averaged_from": str(config.source),
+                "averaged_from": repositories.pinned(config.source),
                 "extra_steps": steps,
                 "trainable": config.trainable,
             }
@@ -73,12 +76,13 @@ def average_run(config: AverageConfig) -> Path:
     return folder / "adapter"
 
 
-def continue_training(config: AverageConfig, source: Adapter) -> None:
+def continue_training(config: AverageConfig, card: Card, source: Adapter) -> None:
     """Train the mean, or the inventory under uniform routing, on the source run's own mixture.
 
-    Collective. Resumes from the last saved step, as `pretrain` does.
+    Collective. Resumes from the last saved step, as `pretrain` does. A backbone of the hub is the
+    source run's commit of it.
     """
-    recipe_file = Path(config.source) / RECIPE
+    recipe_file = repositories.last_found(config.source).path / RECIPE
     if not recipe_file.is_file():
         raise RunError(
             f"{recipe_file}: missing; extra steps go on with the source run's own tasks, so name "
@@ -88,14 +92,16 @@ def continue_training(config: AverageConfig, source: Adapter) -> None:
     extra = config.steps[-1]
     moved = overrides_of("tasks", config.tasks)
     if config.backbone_moved_to is not None:
-        moved += overrides_of("backbone", {"name": config.backbone_moved_to})
+        moved += overrides_of("backbone", {"name": config.backbone_moved_to, "revision": None})
+    elif "commit" in card.backbone:
+        moved += overrides_of("backbone", {"revision": card.backbone["commit"]})
     recipe = replace(
         load(PretrainConfig, recipe_file, moved),
         adapter=begun.config,
         schedule=ScheduleConfig(steps=extra, warmup_fraction=config.warmup_fraction),
         run=config.run,
     )
-    start = Start(adapter=begun, place=config.source)
+    start = Start(adapter=begun, place=str(repositories.pinned(config.source)))
     save_steps = tuple(steps for steps in config.steps if steps)
     with opened_training(recipe, start=start, save_steps=save_steps) as trainer:
         check_same_tasks(config, source, [card.name for card in trainer.tokens.cards])

@@ -101,6 +101,10 @@ VERBS = {
         line="write one HTML file about runs of any kind, with pictures and tables",
         function="report:report",
     ),
+    "harness": Verb(
+        line="run lm-evaluation-harness, which then knows the model mhr_scale",
+        function="harness:run_harness",
+    ),
     "recipes": Verb(
         line="list the recipes that come with the package, or copy one",
         function="recipes:recipes",

@@ -14,6 +14,7 @@ from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import CARD, Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
+from mhr_scale.adapters.places import find_place
 from mhr_scale.adapters.wrapping import adapters_off
 from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter
 from mhr_scale.config import BackboneConfig, EvaluateConfig
@@ -23,7 +24,7 @@ from mhr_scale.families.packed import EncodedRow
 from mhr_scale.jobs.soup import TaskEmbedder, gather_similar
 from mhr_scale.jobs.start import stack
 from mhr_scale.passes import scoring
-from mhr_scale.run import stopping
+from mhr_scale.run import repositories, stopping
 from mhr_scale.run.files import append_text, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import RECIPE, REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Progress, log, rank
@@ -96,9 +97,10 @@ def every_average(config: EvaluateConfig) -> list[EvaluateConfig]:
 
     Raises `AdapterError` for a number of steps that the run of `average` does not have.
     """
-    run, folder = Path(str(config.adapter)), Path(config.run.folder)
+    found, folder = find_place(str(config.adapter)), Path(config.run.folder)
+    run = found.path
     made = {
-        int(file.parent.name): str(file.parent)
+        int(file.parent.name): found.name_inside(file.parent)
         for file in sorted(run.glob(f"averaged/*/{CARD}"))
         if file.parent.name.isdecimal()
     }
@@ -127,7 +129,9 @@ def open_subject(config: EvaluateConfig) -> Subject:
     is_begun = (folder.path / summary.SCORES).exists()
     folder.check(config, is_begun=is_begun, holds="scores", way_out="use another run.folder")
     card, adapter, backbone = open_adapter_of(config)
-    inputs = {} if adapter is None else {f"adapter {config.adapter}": artefact.digest(adapter)}
+    inputs = repositories.commits(config.adapter)
+    if adapter is not None:
+        inputs[f"adapter {repositories.name_of(str(config.adapter))}"] = artefact.digest(adapter)
     return Subject(
         config=config,
         folder=folder,
@@ -215,6 +219,7 @@ def score_subject(
         folder.record_start(
             **engine.facts,
             backbone=opened.facts,
+            adapter=config.adapter and repositories.last_found(config.adapter).facts,
             stored_precision=precision,
             packing=placed.lays_flat(config.scoring.packing, "scoring.packing"),
         )

@@ -1,7 +1,8 @@
 """The verb `export`: an adapter in, a folder that stock PEFT or transformers loads out.
 
-The written folder is loaded again and its logits are compared before it is moved into place. The
-verb also imports: any adapter that can be read can be written as this package's own artefact.
+The written folder is loaded again and its logits are compared before it is moved into place; then
+it may be pushed to the hub. The verb also imports: any adapter that can be read can be written as
+this package's own artefact.
 """
 
 from dataclasses import dataclass, replace
@@ -12,13 +13,14 @@ from typing import Any
 from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
-from mhr_scale.adapters.sites import family_of_sites
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit, open_adapter
 from mhr_scale.backbone.shards import Weight, check_free_space
 from mhr_scale.config import BackboneConfig, ExportConfig
-from mhr_scale.errors import AdapterError
+from mhr_scale.errors import AdapterError, RunError
+from mhr_scale.exchange.export_record import RECIPE, Record, read_record, renew_card, write_record
+from mhr_scale.exchange.model_card import Exported, load_lines, write_card
 from mhr_scale.exchange.reloading import (
     N_ROWS,
     ExportedAdapter,
@@ -31,11 +33,12 @@ from mhr_scale.exchange.reloading import (
 )
 from mhr_scale.jobs.job import as_folder, check_folders
 from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run import repositories
 from mhr_scale.run.files import as_size, write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.run.streams import write_result
-from mhr_scale.verbs.serving import serve
+from mhr_scale.verbs import serving
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,23 +54,54 @@ class ExportInputs:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the folder that `config` asks for, and return it.
+    """Write the folder that `config` asks for, push it where that is asked for, and return it.
 
-    Only rank 0 works; other processes of a launcher return at once. A failed export leaves nothing.
+    Only rank 0 works; other processes of a launcher return at once. A failed export leaves nothing,
+    a failed push the folder: the same command then pushes alone.
     """
     target = Path(config.folder)
     if rank():
         return target
+    place = repositories.target(config.hub) if config.hub is not None else None
+    record = read_record(config)
     if config.format == "serving":
-        return serve(config)
-    check_target(target)
-    inputs = open_inputs(config)
-    parts = choose(config, inputs)
-    with moved_into_place(target) as folder:
-        write(config, inputs, parts, folder)
-        verdict = check(config, inputs, parts, folder) if config.check else "not checked"
-    write_result(closing(config, inputs, parts, verdict=verdict) + "\n")
+        words = serving.serve(config) if record is None else serving.renew(config, record)
+    elif record is None:
+        check_target(target)
+        inputs = open_inputs(config)
+        parts = choose(config, inputs)
+        with moved_into_place(target) as folder:
+            write(config, inputs, parts, folder)
+            verdict = check(config, inputs, parts, folder) if config.check else "not checked"
+        words = closing(config, inputs, parts, verdict=verdict)
+    else:
+        words = renew(config, record)
+    write_result(words + "\n")
+    if place is not None:
+        message = config.hub_message or f"{words.splitlines()[0]}"
+        commit = repositories.push(target, place, private=config.hub_private, message=message)
+        write_result(f"pushed to {place}: commit {commit}\n")
     return target
+
+
+def renew(config: ExportConfig, record: Record) -> str:
+    """Bring the model card of an exported folder up to date; returns what there is to say of it.
+
+    Raises `RunError` if the adapter that it was exported from is another one now.
+    """
+    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
+    if artefact.digest(stored) != record.content:
+        raise RunError(
+            f"folder: {config.folder} was exported from {record.adapter}, and {config.adapter} "
+            "holds another adapter now; name another folder"
+        )
+    inputs = ExportInputs(
+        card=card, stored=stored, settings=None, blueprint=None, weights=[], facts=record.backbone
+    )
+    parts = choose(config, inputs)
+    told = tell(config, inputs, parts)
+    renew_card(Path(config.folder), record, write_card(told))
+    return f"{config.adapter}: {told.words} is in {config.folder} ({config.format}) already"
 
 
 # -- before anything is written --------------------------------------------------------------------
@@ -82,7 +116,9 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
     card, stored = open_adapter(config.adapter, config.backbone_moved_to)
     facts = dict(card.backbone)
     if config.backbone_moved_to is not None:
-        facts["name"] = config.backbone_moved_to
+        name, revision = repositories.split(config.backbone_moved_to)
+        facts = {key: value for key, value in facts.items() if key not in ("commit", "folder")}
+        facts |= {"name": name, "revision": revision}
     trained = card.origin.get("backbone")
     if trained and config.format != "merged":
         raise AdapterError(
@@ -100,11 +136,12 @@ def open_inputs(config: ExportConfig) -> ExportInputs:
                 "text model, and transformers calls its linears otherwise there; convert the "
                 "backbone (mhr_scale convert) and set backbone_moved_to to that folder"
             )
-        facts |= blueprint.facts
+        asked = {"revision": facts["revision"]} if "commit" in facts else {}
+        facts |= {**blueprint.facts, **asked}  # which was opened at that commit
     if config.format == "merged":
         assert blueprint is not None
         if trained:
-            file = artefact.find(config.adapter) / trained
+            file = artefact.find(repositories.last_found(config.adapter).path) / trained
             file = file if file.is_file() else file.parent.parent / trained
             blueprint = merging.with_weights(blueprint, file)
         weights = merging.plan_weights(blueprint, config.dtype)
@@ -190,7 +227,7 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
 def write(
     config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], folder: Path
 ) -> None:
-    """Write every part below `folder`, and the recipe beside them."""
+    """Write every part below `folder`, and the recipe, the model card and the record beside."""
     is_many = parts[0].what == "all_tasks"
     progress = Progress(len(parts), start=0, what="export", unit="task") if is_many else None
     for part in parts:
@@ -202,9 +239,15 @@ def write(
             progress.advance(part.folder)
     if progress:
         progress.close()
-        names = {part.folder: inputs.stored.task_names[part.task_ids[0]] for part in parts}
-        write_json(folder / "tasks.json", names)
-    write_text(folder / "export.yaml", to_yaml(config))
+        write_json(folder / "tasks.json", folders_of(inputs, parts))
+    write_text(folder / RECIPE, to_yaml(config))
+    write_record(
+        folder,
+        adapter=str(repositories.pinned(config.adapter)),
+        content=artefact.digest(inputs.stored),
+        backbone=inputs.facts,
+        card=write_card(tell(config, inputs, parts)),
+    )
 
 
 def write_part(
@@ -213,7 +256,10 @@ def write_part(
     """Write one adapter in the format asked for."""
     adapter, name = part.make(), base_name(inputs.facts)
     if config.format == "native":
-        origin = {"exported_from": config.adapter, "what": part.what}
+        origin = {
+            "exported_from": str(repositories.pinned(config.adapter)),
+            "what": part.what,
+        }
         if "dtype" in inputs.card.origin:
             origin["dtype"] = inputs.card.precision
         artefact.save(adapter, folder, step=inputs.card.step, backbone=inputs.facts, origin=origin)
@@ -239,9 +285,14 @@ def write_part(
 
 
 def base_name(facts: dict[str, Any]) -> str | None:
-    """The backbone as other programs find it: hub id or folder; None for random weights."""
-    name = facts.get("name")
-    return str(hub.BUILTIN.get(name, name)) if name else None
+    """The backbone as other programs find it: hub id or folder; None for random weights.
+
+    Of the hub with the commit, or the revision where that is all that is known.
+    """
+    if not facts.get("name"):
+        return None
+    name, revision = str(facts["name"]), facts.get("commit") or facts.get("revision")
+    return str(hub.BUILTIN.get(name, repositories.joined(name, revision)))
 
 
 # -- checks and messages ---------------------------------------------------------------------------
@@ -265,7 +316,8 @@ def check(
     compared, worst, rounding = [parts[n] for n in spread(len(parts))], 0.0, 0.0
     try:
         if is_peft and config.format == "native" and parts[0].what == "whole":  # an import
-            originals = [logits.peft(Path(config.adapter), parts[0].task_ids)]
+            source = repositories.last_found(config.adapter).path
+            originals = [logits.peft(source, parts[0].task_ids)]
         else:
             originals = expected_logits(logits, compared)
         for part, expected in zip(compared, originals, strict=True):
@@ -292,27 +344,8 @@ def check(
     return text
 
 
-def closing(
-    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], *, verdict: str
-) -> str:
-    """The closing message: what was written, how well it agrees, and the lines that load it."""
-    base = base_name(inputs.facts) or "FOLDER OF THE BACKBONE"
-    place = str(Path(config.folder) / parts[0].folder)
-    auto_class = family_of_sites(inputs.stored.sites).auto_class
-    load = f"model = {auto_class}.from_pretrained"
-    lines = {
-        "merged": [f"from transformers import {auto_class}", f'{load}("{place}")'],
-        "native": ["from mhr_scale import load_adapter", f'adapter = load_adapter("{place}")'],
-    }.get(
-        config.format,
-        [
-            f"from peft import PeftModel; from transformers import {auto_class}",
-            f'{load}("{base}")',
-            f'model = PeftModel.from_pretrained(model, "{place}")',
-        ],
-    )
-    if config.format == "peft_poly":
-        lines.append("model(..., task_ids=...): places in task_names of mhr_scale.json")
+def tell(config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter]) -> Exported:
+    """What there is to say of an export."""
     names = {
         "whole": "the adapter as it is",
         "average": "the average",
@@ -320,6 +353,30 @@ def closing(
         "all_tasks": f"{len(parts)} tasks, a folder each",
         "soup": f"the soup of {', '.join(config.tasks)}",
     }
-    what = names[parts[0].what]
-    text = f"{config.adapter}: {what} -> {config.folder} ({config.format})\n  {verdict}\n  load:"
-    return "\n    ".join([text, *lines])
+    return Exported(
+        config=config,
+        card=inputs.card,
+        stored=inputs.stored,
+        adapter=parts[0].make(),
+        folders=folders_of(inputs, parts),
+        words=names[parts[0].what],
+        base=base_name(inputs.facts),
+        facts=inputs.facts,
+    )
+
+
+def folders_of(inputs: ExportInputs, parts: list[ExportedAdapter]) -> dict[str, str]:
+    """Tasks by the folders of their adapters; none where there is one adapter."""
+    if parts[0].what != "all_tasks":
+        return {}
+    return {part.folder: inputs.stored.task_names[part.task_ids[0]] for part in parts}
+
+
+def closing(
+    config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter], *, verdict: str
+) -> str:
+    """The closing message: what was written, how well it agrees, and the lines that load it."""
+    told = tell(config, inputs, parts)
+    place = str(Path(config.folder) / parts[0].folder)
+    text = f"{config.adapter}: {told.words} -> {config.folder} ({config.format})\n  {verdict}"
+    return "\n    ".join([f"{text}\n  load:", *load_lines(told, place)])

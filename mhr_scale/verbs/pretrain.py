@@ -6,6 +6,7 @@ from mhr_scale.adapters.layouts import Layout
 from mhr_scale.backbone.of_adapter import open_adapter
 from mhr_scale.config import PretrainConfig, precision_of
 from mhr_scale.errors import AdapterError
+from mhr_scale.run.repositories import pinned
 from mhr_scale.run.run_folder import owned_folder
 from mhr_scale.run.runlog import log, read_metric
 from mhr_scale.run.streams import write_result
@@ -44,7 +45,7 @@ def start_of(config: PretrainConfig) -> Start | None:
     named, own = card.backbone.get("name"), config.backbone.name
     if named and own and named != own:
         log.warning("%s: was trained on %s, and goes on here on %s", config.source, named, own)
-    return Start(adapter=adapter, place=config.source, step=card.step)
+    return Start(adapter=adapter, place=str(pinned(config.source)), step=card.step)
 
 
 def announce(trainer: Trainer) -> None:

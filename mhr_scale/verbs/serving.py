@@ -14,20 +14,24 @@ from mhr_scale.adapters.config import ALL_BLOCKS
 from mhr_scale.backbone.blueprint import Blueprint, make_model
 from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of
 from mhr_scale.config import BackboneConfig, ExportConfig
-from mhr_scale.errors import AdapterError, counted
+from mhr_scale.errors import AdapterError, RunError, counted
+from mhr_scale.exchange.export_record import RECIPE, Record, renew_card, write_record
 from mhr_scale.exchange.reloading import LogitsCheck, ServedAdapter, check_mixed, spread
-from mhr_scale.exchange.serving import LORAS, MANIFEST, README, SCRIPT, Served, Serving, ends_of
+from mhr_scale.exchange.serving import LORAS, MANIFEST, SCRIPT, Served, Serving, ends_of
 from mhr_scale.jobs.job import as_folder
 from mhr_scale.jobs.served_loras import Linears, Lora, list_loras, sources_of
 from mhr_scale.recipe.reading import to_yaml
+from mhr_scale.run import repositories
 from mhr_scale.run.files import as_size, hash_file, read_object, write_json, write_text
 from mhr_scale.run.folders import check_room, check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log
-from mhr_scale.run.streams import write_result
 
 
-def serve(config: ExportConfig) -> Path:
-    """Write the folder that servers start from, and return it. A failure leaves nothing."""
+def serve(config: ExportConfig) -> str:
+    """Write the folder that servers start from; returns what there is to say of it.
+
+    A failure leaves nothing.
+    """
     target = Path(config.folder)
     check_target(target)
     loras = list_loras(config)
@@ -40,8 +44,23 @@ def serve(config: ExportConfig) -> Path:
         verdict = "not checked"
         if config.check:
             verdict = check(config, loras, serving, folder, blueprint=blueprint, linears=linears)
-    write_result(closing(config, serving, verdict=verdict) + "\n")
-    return target
+    return closing(config, serving, verdict=verdict)
+
+
+def renew(config: ExportConfig, record: Record) -> str:
+    """Bring the page of an exported folder up to date; returns what there is to say of it."""
+    folder = Path(config.folder)
+    manifest = read_object(folder / MANIFEST, RunError)
+    serving = Serving(
+        base=manifest["base_model"],
+        revision=manifest["revision"],
+        targets=manifest["target_modules"],
+        loras=[Served(**lora) for lora in manifest["loras"]],
+        max_loras=config.max_loras,
+        licence=licence_of(config),
+    )
+    renew_card(folder, record, serving.readme(folder))
+    return f"{config.adapter}: what was exported is in {folder} ({config.format}) already"
 
 
 # -- over what -------------------------------------------------------------------------------------
@@ -68,6 +87,12 @@ def one_backbone(config: ExportConfig, loras: Sequence[Lora]) -> Blueprint:
         raise AdapterError(
             f"{sources[0].path}: its backbone has random weights, which no server finds; save it "
             "as a folder and set backbone_moved_to"
+        )
+    place = repositories.parse(settings[0].name)
+    if place is not None and place.folder and not repositories.is_here(settings[0].name):
+        raise AdapterError(
+            f"{sources[0].path}: its backbone {settings[0].name} is a folder in a repository of "
+            "the hub, which servers do not open; fetch it and set backbone_moved_to"
         )
     blueprint = blueprint_of(sources[0].path, settings[0])
     if blueprint.arrangement.is_part:
@@ -115,8 +140,11 @@ def write(
     linears: Mapping[str, Linears],
 ) -> Serving:
     """Write every LoRA once, and the manifest, the script, the page and the recipe beside them."""
-    name, revision = str(blueprint.facts["name"]), blueprint.facts.get("revision")
-    base = str(Path(name).absolute()) if Path(name).is_dir() else name
+    facts = blueprint.facts
+    base, revision = str(facts["name"]), facts.get("commit") or facts.get("revision")
+    if repositories.is_here(base):
+        base, revision = str(Path(base).expanduser().absolute()), None
+    model = repositories.joined(base, revision)
     served: list[Served] = []
     known: dict[tuple[str, str], str] = {}
     progress = Progress(len(loras), start=0, what="export", unit="LoRA")
@@ -124,7 +152,7 @@ def write(
         on = linears[lora.source.path]
         padded = lora.padded(on, lora.original())
         place = f"{LORAS}/{as_folder(lora.name)}"
-        written = peft_folders.write_peft_lora(padded, folder / place, base_model=base)
+        written = peft_folders.write_peft_lora(padded, folder / place, base_model=model)
         settings = read_object(written / peft_files.CONFIG, AdapterError)
         write_json(written / peft_files.CONFIG, {**settings, "target_modules": on.ends})
         digest, same = (
@@ -149,13 +177,34 @@ def write(
     progress.close()
     targets = sorted({end for on in linears.values() for end in on.ends})
     serving = Serving(
-        base=base, revision=revision, targets=targets, loras=served, max_loras=config.max_loras
+        base=base,
+        revision=revision,
+        targets=targets,
+        loras=served,
+        max_loras=config.max_loras,
+        licence=licence_of(config),
     )
     write_json(folder / MANIFEST, serving.manifest())
     write_text(folder / SCRIPT, serving.script())
-    write_text(folder / README, serving.readme(Path(config.folder)))
-    write_text(folder / "export.yaml", to_yaml(config))
+    write_text(folder / RECIPE, to_yaml(config))
+    write_record(
+        folder,
+        adapter=str(repositories.pinned(config.adapter)),
+        content=hash_file(folder / MANIFEST),
+        backbone=facts,
+        card=serving.readme(Path(config.folder)),
+    )
     return serving
+
+
+def licence_of(config: ExportConfig) -> dict[str, str]:
+    """The licence by the hub's names of its fields."""
+    fields = {
+        "license": config.licence,
+        "license_name": config.licence_name,
+        "license_link": config.licence_link,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 # -- checks and messages ---------------------------------------------------------------------------

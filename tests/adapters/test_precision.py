@@ -4,7 +4,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import TASKS, attach_copy, gradients, logits, make_adapted, make_batch, make_t5
+from tiny import (
+    TASKS,
+    attach_copy,
+    gradients,
+    logits,
+    make_adapted,
+    make_batch,
+    make_linear,
+    make_t5,
+)
 
 from mhr_scale.adapters import AdapterConfig, attach
 from mhr_scale.adapters.products import Cut, scale
@@ -155,3 +164,20 @@ def test_modules_may_add_to_a_scaled_output_in_place(n_slots):
     found.sum().backward()
     assert torch.equal(y.grad, torch.full_like(y, 3.0))
     assert torch.equal(l_UO.grad, torch.full_like(l_UO, 12.0 if n_slots is None else 6.0))
+
+
+def test_gradients_of_rows_that_share_a_slot_are_summed_in_float32():
+    """300 rows of which each gives 1: in bfloat16 the sum would stay at 256."""
+    config = AdapterConfig(private=True, n_skills=1)
+    adapter = make_linear(config, n_in=4, n_out=3, dtype=torch.float32)
+    linear = adapter.linears[0]
+    linear.base.to(torch.bfloat16)
+    for side in "AB":
+        adapter.inventory.stacked(adapter.inventory.stacks[0], side).data.fill_(1.0)
+    task_ids = [*(0,) * 150, 1, *(0,) * 150]
+    x_BLI = torch.full((len(task_ids), 1, 4), 0.25, dtype=torch.bfloat16)
+    with adapter.slots(task_ids) as slots:
+        slots.backward(linear(x_BLI).sum())
+    gradient = next(p for name, p in adapter.named_parameters() if name.startswith("inventory.B"))
+    found = gradient.grad.select(1, 0).unique().tolist()
+    assert found == [300.0 * config.scale]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from device_waits import READS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
@@ -144,7 +145,7 @@ class Recorder(TorchDispatchMode):
     """Every operation dispatched inside the block, and the shapes of its results."""
 
     #: Operations whose result the host has to wait for.
-    SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select")
+    SYNCS = READS
     #: Operations that neither launch a kernel nor move a byte, beside views.
     FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
     DRAWS = ("rand", "randn", "randint", "uniform_", "normal_", "bernoulli", "bernoulli_")

@@ -13,7 +13,7 @@ the processor, ratios medians over turns. A small Llama of random weights, and t
 folders. The harness is an extra; to have it, in an environment of its own:
 
     python -m venv --system-site-packages VENV
-    VENV/bin/pip install ".[harness]" -c constraints.txt
+    VENV/bin/pip install ".[lm-eval]" -c constraints.txt
 
 Then two to four choices behind 40 tokens, behind an instruction of 80 tokens and demonstrations of
 200 that all 32 rows of a task have; and of MHR_SHARED/data/superni_sample, with the models of the

@@ -1,10 +1,15 @@
 """What a pass of `step_time.py` keeps and dispatches: live bytes, bytes saved, kernels, waits."""
 
+import sys
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from device_waits import READS
 from few_shot_counts import FREE
 from step_time_ways import Setting, Way
 from torch import Tensor
@@ -12,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
-#: Operations whose result the host has to wait for.
-WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select")
 
 
 class Live(TorchDispatchMode):
@@ -35,7 +38,7 @@ class Live(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         self.operations += 1
         self.kernels += not (operation.is_view or name in FREE)
-        self.waits += name in WAITS
+        self.waits += name in READS
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not leaf.is_sparse:
                 self._note(leaf.untyped_storage())

@@ -46,6 +46,7 @@ PARTS = {
     "models": Part("part_models", 0.8, "families in every form of a step, ranking, generation"),
     "runs": Part("part_runs", 1.6, "toy runs on CPU and device, resumed, deterministic, ZeRO-3"),
     "uses": Part("part_uses", 0.6, "8 and 4 bits, few-shot waves, PEFT folders, a real backbone"),
+    "waits": Part("part_waits", 0.3, "waits of the host in a step, kernels of an adapted linear"),
     "t5": Part(
         "part_t5", 2.6, "steps at the shapes of T5-XXL, against the frozen one and PEFT", True
     ),

@@ -128,8 +128,8 @@ def test_formats_that_hold_it_get_the_whole_adapter(form: str, runs: Path, tmp_p
 
 def test_the_recipe_lies_beside_what_it_made(runs: Path, tmp_path: Path) -> None:
     folder = run_export(str(runs / "LoRA"), tmp_path / "out")
-    expected = [peft_folders.CONFIG, peft_folders.TENSORS, "export.yaml", peft_folders.NOTE]
-    assert files(folder) == expected
+    stored = [peft_folders.CONFIG, peft_folders.TENSORS, peft_folders.NOTE]
+    assert files(folder) == sorted([*stored, "README.md", "export.json", "export.yaml"])
 
 
 def test_a_peft_folder_names_a_backbone_that_stock_libraries_find(

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import peft
 import pytest
 import torch
@@ -22,7 +23,7 @@ from mhr_scale.adapters.collapse import average
 from mhr_scale.adapters.padding import pad
 from mhr_scale.config import ExportConfig
 from mhr_scale.errors import AdapterError, ConfigError, RunError
-from mhr_scale.exchange.serving import Served, Serving, ends_of, served_rank
+from mhr_scale.exchange.serving import ends_of, served_rank
 from mhr_scale.jobs.job import Job, write_result
 from mhr_scale.run.files import hash_file
 
@@ -276,20 +277,34 @@ def test_the_page_and_the_last_words_say_how_servers_start(
         assert f"lorax-launcher --model-id {runs.base} --max-active-adapters 1" in text
         assert request in text
     assert page.startswith('---\nlibrary_name: "peft"\n')  # a folder is no model of the hub
-    assert files(out) == ["README.md", "export.yaml", "loras", "manifest.json", "vllm.sh"]
+    assert files(out) == [
+        *("README.md", "export.json", "export.yaml", "loras", "manifest.json", "vllm.sh")
+    ]
 
 
-def test_a_backbone_of_the_hub_is_served_at_its_revision() -> None:
-    lora = Served(
-        **{"name": "a", "folder": "loras/a", "adapter": "runs/x", "task": "a", "job": None},
-        **{"trained_rank": 1, "rank": 8, "alpha": 8.0, "sha256": ""},
-    )
-    serving = Serving(base="me/it", revision="ab1", targets=["q"], loras=[lora], max_loras=None)
-    assert serving.vllm()[0] == "vllm serve me/it --revision ab1 \\"
-    assert serving.lorax(Path("x"))[0].startswith("lorax-launcher --model-id me/it --revision ab1 ")
-    page = serving.readme(Path("x"))
-    assert "Revision of the backbone: `ab1`." in page
-    assert page.startswith('---\nbase_model: "me/it"\n')
+def test_a_backbone_of_the_hub_is_served_at_its_commit_and_all_can_be_pushed(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, settings = tmp_path / "out", {"format": "serving", "hub": "o/loras", "check": False}
+    with hub_server.serving() as hub, hub_server.hub_at(hub.url, tmp_path / "cache"):
+        commit = hub.add("o/base", runs.base)
+        facts = {"name": "o/base", "revision": "main"}
+        run = runs.save(tmp_path / "run", make(runs.model, "LoRA"), backbone=facts)
+        run_export(run, out, **settings)
+        first = dict(hub.repositories["o/loras"].branches)
+        run_export(run, out, **settings, licence="mit")
+        second = hub.repositories["o/loras"]
+    assert (read(out)["base_model"], read(out)["revision"]) == ("o/base", commit)
+    config = json.loads((out / "loras" / "run" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("o/base", commit)
+    assert f"vllm serve o/base --revision {commit} " in (out / "vllm.sh").read_text()
+    assert f"lorax-launcher --model-id o/base --revision {commit} " in capsys.readouterr().out
+    pushed = second.commits[second.branches["main"]]
+    assert second.branches != first
+    assert pushed["manifest.json"] == (out / "manifest.json").read_bytes()
+    assert "loras/run/adapter_model.safetensors" in pushed
+    assert pushed["README.md"].startswith(b'---\nbase_model: "o/base"\nlibrary_name: "peft"\n')
+    assert b'\nlicense: "mit"\n' in pushed["README.md"]
 
 
 def test_jobs_are_chosen_by_pattern_and_tasks_by_name(runs: Runs, tmp_path: Path) -> None:
