@@ -331,9 +331,6 @@ def test_a_lora_that_a_bit_was_changed_of_is_found(
     assert files(tmp_path) == []
 
 
-# --- what is refused
-
-
 def test_a_disk_without_room_is_told_before_anything_is_written(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
