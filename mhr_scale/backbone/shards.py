@@ -7,7 +7,6 @@ offsets of every tensor), and the tensors' bytes one after the other without a g
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhr_scale.errors import RunError
-from mhr_scale.run.files import as_size, named, write_json
+from mhr_scale.run.files import named, write_json
+from mhr_scale.run.folders import check_room
 
 #: Data types by their names in a header.
 DTYPES = {
@@ -84,13 +83,7 @@ def write_index(folder: Path, weights: Sequence[Weight], places: Mapping[str, st
 
 def check_free_space(folder: Path, weights: Sequence[Weight], *, what: str) -> None:
     """Raise `RunError` if the disk below `folder` has no room for the weights."""
-    needed = sum(weight.n_bytes for weight in weights)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RunError(
-            f"folder: {what} takes {as_size(needed)} and {folder} has {as_size(free)} left; name a "
-            "folder on another disk"
-        )
+    check_room(folder, sum(weight.n_bytes for weight in weights), what=what)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ EXPRESSIBLE = {
     "peft_poly": (None, "whole"),
     "merged": SINGLES,
     "native": (*SINGLES, "all_tasks"),
+    "serving": (None, "all_tasks"),
 }
 
 
@@ -30,10 +31,21 @@ class ExportConfig:
     task: str | None = None
     """The training task, for `what: task`."""
     tasks: tuple[str, ...] = ()
-    """The training tasks whose private adapters are averaged, for `what: soup`."""
-    format: Literal["peft", "peft_poly", "merged", "native"] = "peft"
+    """The training tasks whose private adapters are averaged, for `what: soup`. serving: the tasks
+    that are served; empty: all."""
+    also: tuple[str, ...] = ()
+    """serving: further adapters and run folders of `adapt`, over the same backbone."""
+    jobs: tuple[str, ...] = ()
+    """serving: which finished jobs of run folders of `adapt`, by the ends of their names
+    TASK/SEED/VARIANT (`MHR`, `0/MHR`), where `*` stands for anything (`TASK/*/MHR`); empty: all."""
+    format: Literal["peft", "peft_poly", "merged", "native", "serving"] = "peft"
     """peft: a LoRA or IA3 folder; peft_poly: inventory and routing; merged: the backbone with the
-    adapter added into its weights; native: this package's own artefact."""
+    adapter added into its weights; native: this package's own artefact; serving: a LoRA for each
+    task and each few-shot job in one folder, for vLLM and LoRAX (`adapter` may be a run folder of
+    `adapt`)."""
+    max_loras: int | None = None
+    """serving: how many different LoRAs a batch may mix, in the commands that start the servers;
+    null: all, 16 at most."""
     folder: str
     """Where to write: a folder that is absent or empty; with `hub` also one that this recipe has
     written before, which is then pushed as it is."""
@@ -65,8 +77,11 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if (self.what == "task") != (self.task is not None):
             raise ConfigError("task: name the training task for what: task, and only for it")
-        if (self.what == "soup") != bool(self.tasks):
-            raise ConfigError("tasks: name training tasks for what: soup, and only for it")
+        is_serving = self.format == "serving"
+        if (self.what == "soup") != bool(self.tasks) and not (is_serving and self.what != "soup"):
+            raise ConfigError(
+                "tasks: name training tasks for what: soup, and only for it and format: serving"
+            )
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks: {list(self.tasks)} names a task twice")
         if self.what not in EXPRESSIBLE[self.format]:
@@ -76,6 +91,10 @@ class ExportConfig:
             )
         if self.dtype is not None and self.format != "merged":
             raise ConfigError("dtype: adapters are written in float32; only format merged reads it")
+        if not is_serving and (self.also or self.jobs or self.max_loras is not None):
+            raise ConfigError("also, jobs, max_loras: only format: serving reads them")
+        if self.max_loras is not None and self.max_loras < 1:
+            raise ConfigError(f"max_loras: {self.max_loras} is not at least 1")
         if (self.licence == "other") != bool(self.licence_name):
             raise ConfigError("licence_name: name the licence for licence: other, and only for it")
         if self.licence_link is not None and self.licence_name is None:

@@ -60,6 +60,20 @@ class ExportedAdapter:
         return self.task_ids if self.what == "whole" else (0,) * N_ROWS
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAdapter:
+    """A LoRA folder, and the task of an adapter that it has to agree with.
+
+    `open` reads that adapter, which `source` tells from others; `make` gives of it what is written.
+    """
+
+    folder: Path
+    source: str
+    open: Callable[[], Adapter]
+    task_id: int
+    make: Callable[[Adapter], Adapter]
+
+
 class LogitsCheck:
     """One backbone that adapters are put into in turn, and the rows whose logits are compared.
 
@@ -134,6 +148,33 @@ class LogitsCheck:
         finally:
             stock.unload()
 
+    def mixed(self, folders: Sequence[Path]) -> Tensor:
+        """Logits of one batch under stock PEFT in which every row has a LoRA folder of its own.
+
+        Raises `AdapterError` if PEFT does not load one, or cannot run them with this backbone.
+        """
+        import_bitsandbytes()  # before PEFT does, which prints remarks
+        from peft import PeftModel
+
+        names = {folder: f"lora_{number}" for number, folder in enumerate(dict.fromkeys(folders))}
+        stock: Any = None
+        try:
+            with quiet():
+                for folder, name in names.items():
+                    if stock is None:
+                        stock = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
+                    else:
+                        stock.load_adapter(folder, adapter_name=name)
+                extra = {"adapter_names": [names[folder] for folder in folders]}
+                return self._logits(stock.eval(), self._weights, extra=extra)
+        except Exception as error:
+            raise AdapterError(
+                f"stock PEFT does not run its LoRAs in one batch: {first_line(error)}"
+            ) from error
+        finally:
+            if stock is not None:
+                stock.unload()
+
     def merged(self, adapter: Adapter, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
         """Logits with a single adapter merged into the weights, before and after rounding them."""
         summed = merging_of(adapter, self._blueprint)
@@ -177,7 +218,7 @@ class LogitsCheck:
 
     @torch.no_grad()
     def _logits(
-        self, model: Any, weights: Weights, *, times: int = 1, extra: Mapping[str, Tensor] = {}
+        self, model: Any, weights: Weights, *, times: int = 1, extra: Mapping[str, Any] = {}
     ) -> Tensor:
         """Logits of the rows, so many times one after the other."""
         packed = self._family.pack(self._rows * times, self._blueprint.model_config, pad_multiple=1)
@@ -207,6 +248,31 @@ def check_peft(
     if not exported.make().config.is_routed:
         _check_tensors(peft_folders.open_adapter(folder)[1], exported.make())
     return difference
+
+
+def check_mixed(check: LogitsCheck, served: Sequence[ServedAdapter]) -> float:
+    """The difference of the logits of one batch whose rows have the LoRAs in turn, in stock PEFT.
+
+    `served` are at most as many as the batch has rows; each row is compared with its original's.
+    Raises `AdapterError` if the difference is too large, or if a LoRA is not stored bit for bit.
+    """
+    rows = [served[number % len(served)] for number in range(N_ROWS)]
+    expected: dict[int, Tensor] = {}
+    noises: list[Callable[[], float]] = []
+    for source in dict.fromkeys(one.source for one in served):
+        original = next(one.open() for one in served if one.source == source)
+        mine = [number for number, one in enumerate(rows) if one.source == source]
+        ids = tuple((one if one.source == source else rows[mine[0]]).task_id for one in rows)
+        logits = check.native(original, ids)
+        expected |= {number: logits[number] for number in mine}
+        noises.append(partial(check.noise, original, ids, logits))
+        for one in served:
+            if one.source == source:
+                _check_tensors(peft_folders.open_adapter(one.folder)[1], one.make(original))
+    originals = torch.stack([expected[number] for number in range(N_ROWS)])
+    mixed = check.mixed([one.folder for one in rows])
+    what = "what stock PEFT loads"
+    return _check(mixed, originals, what=what, noise=lambda: max(noise() for noise in noises))
 
 
 def check_native(

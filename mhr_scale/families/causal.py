@@ -45,6 +45,7 @@ class Causal(Discovered):
     """All causal language models of transformers whose blocks are attention and feed-forwards."""
 
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    has_servers: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token",)
     cut_side: ClassVar[Literal["left", "right"]] = "left"

@@ -106,6 +106,8 @@ class Family(ABC):
 
     peft_task_type: ClassVar[str]
     """What PEFT calls the form."""
+    has_servers: ClassVar[bool] = False
+    """Whether servers of many LoRAs (vLLM, LoRAX) take those of this form."""
     auto_class: ClassVar[str]
     """transformers' class that loads a model of this form by its configuration."""
     peft_feed_forward: ClassVar[tuple[str, ...]] = ()

@@ -5,5 +5,5 @@ and best checkpoint. A wave is a group of jobs that step together: an adapter wh
 jobs, so that each batch row uses its job's slot.
 
 Other rooms import: adapt_inputs, finetune_inputs, folder, job, open_waves, runner, scheduling,
-soup, start, wave.
+served_loras, soup, start, wave.
 """

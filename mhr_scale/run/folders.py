@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mhr_scale.errors import RunError, first_line
-from mhr_scale.run.files import flush, hash_file, names_in, write_json
+from mhr_scale.run.files import as_size, flush, hash_file, names_in, write_json
 from mhr_scale.run.ownership import LOCK, owned
 
 DONE = "DONE"
@@ -123,6 +123,16 @@ def check_target(target: Path) -> None:
 def nearest_folder(target: Path) -> Path:
     """The nearest path above `target` that exists."""
     return next(path for path in target.absolute().parents if path.exists())
+
+
+def check_room(folder: Path, n_bytes: int, *, what: str) -> None:
+    """Raise `RunError` if the disk below `folder`, which exists, has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise RunError(
+            f"folder: {what} takes {as_size(n_bytes)} and {folder} has {as_size(free)} left; name "
+            "a folder on another disk"
+        )
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from mhr_scale.run.files import as_size, write_json, write_text
 from mhr_scale.run.folders import check_target, moved_into_place, nearest_folder
 from mhr_scale.run.runlog import Progress, log, rank
 from mhr_scale.run.streams import write_result
+from mhr_scale.verbs import serving
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,9 @@ def export(config: ExportConfig) -> Path:
         return target
     place = repositories.target(config.hub) if config.hub is not None else None
     record = read_record(config)
-    if record is None:
+    if config.format == "serving":
+        words = serving.serve(config) if record is None else serving.renew(config, record)
+    elif record is None:
         check_target(target)
         inputs = open_inputs(config)
         parts = choose(config, inputs)

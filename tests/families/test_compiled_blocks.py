@@ -108,7 +108,6 @@ def n_graphs() -> int:
         ("gemma2", IA3, False, "eager"),
         ("gpt2", MHR, False, "eager"),
         ("t5 v1.1", POLY, False, "eager"),
-        ("t5 v1.1", MHR, True, "eager"),
     ],
 )
 def test_a_graph_computes_what_its_block_does(
