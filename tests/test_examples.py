@@ -88,12 +88,14 @@ def test_the_commands_of_an_example_leave_what_they_should(name: str, folder: Pa
 
 
 @pytest.mark.slow
-def test_own_tasks_become_adapters_that_peft_serves(folder: Path) -> None:
+def test_own_tasks_become_adapters_that_are_served(folder: Path) -> None:
     assert [line["step"] for line in read_metrics(folder / "runs" / "my_tasks")] == [1, 2]
     summary = json.loads((folder / "runs" / "my_scores" / "summary.json").read_text())
-    assert summary["tasks"].keys() == {"capital", "plural", "sentiment"}
-    names = {path.name for path in (folder / "exports" / "my_tasks").iterdir() if path.is_dir()}
-    assert names == {"capital", "plural", "sentiment"}
+    tasks = {"capital", "plural", "sentiment"}
+    assert summary["tasks"].keys() == tasks
+    served = folder / "exports" / "my_tasks"
+    assert (served / "vllm.sh").is_file()
+    assert {file.parent.name for file in served.glob("loras/*/adapter_config.json")} == tasks
 
 
 @pytest.mark.slow
