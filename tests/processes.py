@@ -83,11 +83,13 @@ def succeed(
     script: str,
     *arguments: str,
     ranks: int = 0,
+    folder: Path = ROOT,
     accelerator: str = "cpu",
     timeout: float = 240.0,
 ) -> str:
     """Run a script that must end well; returns what it printed."""
-    result = run(script, *arguments, ranks=ranks, accelerator=accelerator, timeout=timeout)
+    options: dict[str, Any] = {"ranks": ranks, "folder": folder, "accelerator": accelerator}
+    result = run(script, *arguments, timeout=timeout, **options)
     assert result.returncode == 0, f"exit code {result.returncode}:\n{result.stdout[-6000:]}"
     return result.stdout
 
@@ -97,18 +99,20 @@ def succeed_together(
     folder: Path,
     *,
     ranks: int = 0,
+    inside: Path = ROOT,
     accelerator: str = "cpu",
     timeout: float = 480.0,
 ) -> str:
     """Run commands one after the other in one launch, each a script and its arguments.
 
     Starting a launch takes longer than most of what is tested. Returns what they printed; `folder`
-    is for the list of them.
+    is for the list of them, `inside` the working directory.
     """
     file = folder / f"commands_of_{ranks}.json"
     file.write_text(json.dumps([(free_port(), command) for command in commands]))
-    script = "tests/distributed/programs/several.py"
-    return succeed(script, str(file), ranks=ranks, accelerator=accelerator, timeout=timeout)
+    script = str(ROOT / "tests" / "distributed" / "programs" / "several.py")
+    options: dict[str, Any] = {"ranks": ranks, "folder": inside, "accelerator": accelerator}
+    return succeed(script, str(file), timeout=timeout, **options)
 
 
 def run_code(code: str, *arguments: str, folder: Path) -> str:

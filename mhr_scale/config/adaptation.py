@@ -5,7 +5,14 @@ from typing import Literal
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.model import BackboneConfig, SoupConfig
-from mhr_scale.config.training import BatchConfig, Cut, OptimConfig, check_timeout
+from mhr_scale.config.training import (
+    BatchConfig,
+    Cut,
+    OptimConfig,
+    TrackerName,
+    check_timeout,
+    check_trackers,
+)
 from mhr_scale.config.verbs import ScoringConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part, recipe
@@ -161,11 +168,15 @@ class AdaptRunConfig:
     deterministic: bool = False
     """Whether operations run in deterministic forms only: on GPUs the same command then gives the
     same bits, more slowly; on CPUs it does anyway."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Services that get the lines of every job's metrics.jsonl too, as a run of its own in one
+    group: tensorboard (in the jobs' folders), wandb, trackio, mlflow."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every: {self.log_every} is not at least 1")
         check_timeout(self.timeout_seconds)
+        check_trackers(self.trackers)
 
 
 @recipe

@@ -84,7 +84,8 @@ class FinetuneRunConfig:
     """Whether operations run in deterministic forms only: on GPUs the same command then gives the
     same bits, more slowly; on CPUs it does anyway."""
     trackers: tuple[TrackerName, ...] = ()
-    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
+    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb,
+    trackio, mlflow (in the run folder without MLFLOW_TRACKING_URI)."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:

@@ -5,8 +5,8 @@ from typing import Literal
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.part import part
 
-#: Services that can get the lines of metrics.jsonl; each needs the package extra of its name.
-TrackerName = Literal["tensorboard", "wandb"]
+#: Services that can get the lines of metrics.jsonl; the package extra `trackers` installs them.
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 #: Where an input that is too long loses tokens.
 Cut = Literal["left", "right", "middle"]
@@ -215,7 +215,8 @@ class RunConfig:
     """Folder that keeps tokenised tasks between runs; null: tokenise at every start, once a
     machine."""
     trackers: tuple[TrackerName, ...] = ()
-    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb."""
+    """Services that get the lines of metrics.jsonl too: tensorboard (in the run folder), wandb,
+    trackio, mlflow (in the run folder without MLFLOW_TRACKING_URI)."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from mhr_scale.rows.batching import Batch
 from mhr_scale.run import stopping
 from mhr_scale.run.files import to_json_lines, write_text
 from mhr_scale.run.runlog import Metrics, Progress, log
+from mhr_scale.run.trackers import Curves
+from mhr_scale.run.tracking import Tracking
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import Question, answerers, judge, keeps_texts
@@ -50,6 +53,7 @@ class Runner:
         self.folder = Path(config.run.folder)
         self.lockstep = Lockstep(placed.engine, self._run_dummy)
         self.writer = Writer()
+        self.tracking = Tracking(config.run.trackers)
         self.lost: list[str] = []
         self.progress = Progress(total_steps, start=0, what="adapt", unit="job-step")
 
@@ -58,17 +62,22 @@ class Runner:
     def run(self, wave: Wave, facts: Callable[[Job], Mapping[str, Any]]) -> None:
         """Train a wave until its last job is finished; `facts` are added to each job's result."""
         wave.adapter.bind(self.placed.adapted)
-        logs = {}
-        for member in wave.members:
-            folder = member.job.folder(self.folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            logs[member.job] = Metrics(folder / "metrics.jsonl", resume_step=wave.step or -1)
-        with stopping.held(), self.writer:
+        with stopping.held(), self.writer, ExitStack() as tracked:
+            jobs = [member.job for member in wave.members]
+            logs = {job: self._open_log(job, wave, tracked) for job in jobs}
             try:
                 self._train(wave, facts, logs)
             except stopping.Stopped:
                 self._save_now(wave, logs)
                 raise
+
+    def _open_log(self, job: Job, wave: Wave, tracked: ExitStack) -> Metrics:
+        """The record of a job, whose trackers close with the wave."""
+        folder, resume_step = job.folder(self.folder), wave.step or -1
+        folder.mkdir(parents=True, exist_ok=True)
+        curves = Curves(folder=folder, resume_step=resume_step, job=job.name, run=self.folder)
+        track = tracked.enter_context(self.tracking.opened(curves))
+        return Metrics(folder / "metrics.jsonl", resume_step=resume_step, also=track)
 
     def _train(
         self,

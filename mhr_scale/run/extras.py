@@ -8,7 +8,15 @@ import importlib.util
 from mhr_scale.errors import ConfigError
 
 #: The extra that installs a module, as `[project.optional-dependencies]` has it.
-EXTRAS = {"tensorboard": "trackers", "wandb": "trackers", "lm_eval": "lm-eval"}
+EXTRAS = {
+    "tensorboard": "trackers",
+    "wandb": "trackers",
+    "trackio": "trackers",
+    "mlflow": "trackers",
+    "sqlalchemy": "trackers",
+    "alembic": "trackers",
+    "lm_eval": "lm-eval",
+}
 
 
 def check(module: str, *, what: str) -> None:

@@ -97,8 +97,9 @@ def read_metric(path: Path, name: str) -> list[Any]:
 class Metrics:
     """`metrics.jsonl`: one JSON object per logged step, in the order of the steps.
 
-    A resumed run first drops the lines after the step it resumes from, so that no step is missing
-    or repeated. `also` is called with every line that is written (a tracker).
+    A resumed run first drops the lines after the step it resumes from, and does not repeat one of
+    that step, so that nothing is missing or there twice. `also` is called with every line that is
+    written (a tracker).
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Metrics:
     ) -> None:
         self.path = path
         self._also = also
+        self._known: set[str] = set()
         if path.exists():
             kept = []
             for number, line, values in metric_lines(path):
@@ -117,11 +119,16 @@ class Metrics:
                     log.warning("%s:%d: torn line dropped", path, number)
                 elif values["step"] <= resume_step:
                     kept.append(line + "\n")
+                    if values["step"] == resume_step:
+                        self._known.add(line + "\n")
             write_text(path, "".join(kept))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
-        append_text(self.path, json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        if line in self._known:
+            return
+        append_text(self.path, line)
         if self._also is not None:
             self._also(values)
 

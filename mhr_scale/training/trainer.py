@@ -27,8 +27,10 @@ from mhr_scale.passes import validation
 from mhr_scale.passes.filled import filled
 from mhr_scale.rows.batching import StepBatches, number_rows
 from mhr_scale.rows.tokens import TokenSet
-from mhr_scale.run import stopping, tracking
+from mhr_scale.run import stopping
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log
+from mhr_scale.run.trackers import Curves
+from mhr_scale.run.tracking import Tracking
 from mhr_scale.run.writer import Writer
 from mhr_scale.seeds import seed_from
 from mhr_scale.training import checkpoint, optim, saved_steps
@@ -95,8 +97,8 @@ class Trainer:
         """
         config = self.config
         start = -1 if self.resume_step is None else self.step
-        trackers = config.run.trackers if self.engine.rank == 0 else ()
-        tracked = tracking.opened(trackers, self.folder, resume_step=start)
+        tracking = Tracking(config.run.trackers if self.engine.rank == 0 else ())
+        tracked = tracking.opened(Curves(folder=self.folder, resume_step=start))
         with stopping.held(), self.writer, tracked as track:
             if self.engine.rank == 0:
                 path = self.folder / "metrics.jsonl"

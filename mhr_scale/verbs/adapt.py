@@ -20,6 +20,7 @@ from mhr_scale.jobs.open_waves import facts_of, gather_soups, open_wave
 from mhr_scale.jobs.runner import Runner
 from mhr_scale.jobs.scheduling import assign_waves, plan_waves
 from mhr_scale.planning.wave_size import gather_wave_size
+from mhr_scale.run import tracking
 from mhr_scale.run.files import write_json
 from mhr_scale.run.run_folder import RunFolder, owned_folder
 from mhr_scale.run.runlog import log
@@ -40,6 +41,7 @@ def adapt(config: AdaptConfig) -> Path:
 def run_all(config: AdaptConfig) -> Path:
     """Run all jobs that are not finished, in a folder that this launch owns. Collective."""
     folder = open_folder(config)
+    tracking.check(config.run.trackers)
     inputs = open_jobs(config)
     contents = inputs.contents
     check_inputs(folder, contents)

@@ -43,6 +43,8 @@ from mhr_scale.run.files import as_size, to_json_lines, write_json, write_text
 from mhr_scale.run.run_folder import REJECTS, RunFolder, owned_folder
 from mhr_scale.run.runlog import Metrics, Progress, RecentSteps, log, world_size
 from mhr_scale.run.streams import write_result
+from mhr_scale.run.trackers import Curves
+from mhr_scale.run.tracking import Tracking
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge, keeps_texts
@@ -194,7 +196,8 @@ def train(
     schedule = ScheduleConfig(
         steps=protocol.steps, warmup_fraction=protocol.warmup_fraction, decay=protocol.decay
     )
-    tracked = tracking.opened(run.trackers, folder, resume_step=start)
+    curves = Curves(folder=folder, resume_step=start)
+    tracked = Tracking(run.trackers).opened(curves)
     progress, recent = Progress(protocol.steps, start=start, what="finetune"), RecentSteps()
     loaded.placed.model.train()
     with Writer() as writer, tracked as track:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from processes import read_metrics, run, succeed, succeed_together
 from safetensors.torch import load_file
+from tracked import expected, tensorboard_steps
 
 from mhr_scale.tasks import toy
 
@@ -85,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"waves.size={size}",
             f"run.ds_config={placement}",
             f"run.deterministic={str(name in DETERMINISTIC).lower()}",
+            f"run.trackers={'[tensorboard]' if ranks else '[]'}",
         )
         words = settings(source, folder / name)
         commands[ranks].append(("launch/adapt.py", *words, *options))
@@ -126,6 +128,13 @@ def check_same(folder: Path, alone: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "alone"])
 def test_jobs_in_waves_equal_separate_runs(folder: Path, name: str) -> None:
     check_same(folder / name, folder / "alone")
+
+
+@pytest.mark.parametrize("name", [name for name, (ranks, _, _) in RUNS.items() if ranks])
+def test_of_several_ranks_one_tracks_a_job(folder: Path, name: str) -> None:
+    for job in jobs(folder / name).values():
+        assert len(list((job / "tensorboard").iterdir())) == 1
+        assert tensorboard_steps(job) == expected(job)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

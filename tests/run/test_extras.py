@@ -17,7 +17,9 @@ def test_every_module_of_the_table_is_a_requirement_of_its_extra() -> None:
     for module, extra in extras.EXTRAS.items():
         made.setdefault(extra, set()).add(module)
     listed = {
-        extra: {re.split(r"[^\w-]", need)[0].replace("-", "_") for need in needs}
+        extra: {
+            re.split(r"[^\w-]", need)[0].removesuffix("-skinny").replace("-", "_") for need in needs
+        }
         for extra, needs in PROJECT["optional-dependencies"].items()
         if extra != "dev"
     }

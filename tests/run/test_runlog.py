@@ -57,6 +57,16 @@ def test_every_line_is_an_object_of_its_own(path):
     ]
 
 
+def test_a_line_of_the_step_resumed_from_is_there_once(path):
+    line, sent = {"step": 2, "score": 50.0}, []
+    for resume_step in (-1, 2, 2):
+        metrics = Metrics(path, resume_step=resume_step, also=sent.append)
+        metrics.write(line)
+        metrics.write({"step": 2 + len(sent), "score": 50.0})
+    assert steps_of(path) == [2, 5]
+    assert sent.count(line) == 1
+
+
 def test_a_line_can_be_read_as_soon_as_it_is_written(path):
     Metrics(path, resume_step=0).write({"step": 1})
     assert steps_of(path) == [1]

@@ -1,11 +1,12 @@
 """Trackers get what metrics.jsonl gets, and stop no run."""
 
+import fcntl
 import importlib.util
 import logging
-import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,23 @@ from typing import Any
 
 import pytest
 from processes import ROOT, read_metrics
+from tracked import (
+    expected,
+    mlflow_shown,
+    put_in_place,
+    tensorboard_steps,
+    trackio_shown,
+    wandb_history,
+    wandb_records,
+)
 
-from mhr_scale.config import FinetuneRunConfig, PretrainConfig, RunConfig
+from mhr_scale.config import AdaptRunConfig, FinetuneRunConfig, PretrainConfig, RunConfig
 from mhr_scale.errors import ConfigError
 from mhr_scale.recipe.reading import load
-from mhr_scale.run import tracking
+from mhr_scale.run import trackers, tracking
 from mhr_scale.run.runlog import Metrics
+from mhr_scale.run.trackers import Curves, kept_id, mlflow_name
+from mhr_scale.run.tracking import Tracking
 from mhr_scale.verbs.pretrain import pretrain
 
 SHORT = (
@@ -34,57 +46,13 @@ SHORT = (
 BOTH = "run.trackers=[tensorboard, wandb]"
 
 
+def wandb_id(folder: Path) -> str:
+    return kept_id(folder, "wandb", lambda: str(folder))
+
+
 def recipe(folder: Path, *overrides: str) -> PretrainConfig:
     words = [*SHORT, f"run.folder={folder}", *overrides]
     return load(PretrainConfig, ROOT / "launch" / "recipes" / "toy.yaml", words)
-
-
-def tensorboard_steps(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    shown.Reload()
-    names = shown.Tags()["scalars"]
-    return {name: [(one.step, one.value) for one in shown.Scalars(name)] for name in names}
-
-
-def wandb_records(file: Path) -> list[Any]:
-    """The records of an offline run: blocks of 32 KiB, each record with checksum, length, type."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, whole, found = file.read_bytes(), 7, b"", []
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:  # the rest of a block is padding
-            place += 32768 - place % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(whole)
-            found.append(record)
-            whole = b""
-    return found
-
-
-def wandb_history(file: Path) -> list[dict[str, str]]:
-    rows = (record.history for record in wandb_records(file) if record.HasField("history"))
-    return [
-        {"/".join(item.nested_key) or item.key: item.value_json for item in row.item}
-        for row in rows
-    ]
-
-
-def expected(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The numbers of metrics.jsonl by name."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in read_metrics(folder):
-        for name, value in tracking.numbers_of(line).items():
-            if name != "step":
-                found.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-5)))
-    return found
 
 
 # -- a run -----------------------------------------------------------------------------------------
@@ -125,7 +93,7 @@ def test_wandb_gets_every_line_under_one_id(resumed: Path) -> None:
     runs = [
         record.run for file in files for record in wandb_records(file) if record.HasField("run")
     ]
-    assert {run.run_id for run in runs} == {tracking.wandb_id(resumed)}
+    assert {run.run_id for run in runs} == {wandb_id(resumed)}
     assert {run.display_name for run in runs} == {"toy"}
 
 
@@ -133,17 +101,109 @@ def test_without_trackers_nothing_of_theirs_is_imported() -> None:
     code = (
         "import sys, mhr_scale.training.opening, mhr_scale.verbs.finetune; "
         "from mhr_scale.run import tracking; tracking.check(()); "
-        "context = tracking.opened((), None, resume_step=-1); assert context.__enter__() is None; "
-        "assert not {'tensorboard', 'wandb'} & set(sys.modules)"
+        "context = tracking.Tracking(()).opened(None); assert context.__enter__() is None; "
+        "assert not {'tensorboard', 'wandb', 'trackio', 'mlflow'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+# -- jobs side by side, in trackers that append what they are sent ---------------------------------
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Both keep what they are sent on this machine, in the run folder and in this one."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        patch.delenv(name, raising=False)
+    for name, value in trackers.MLFLOW_PATIENCE.items():
+        patch.setenv(name, value)  # so that they are as before afterwards
+    yield tmp_path_factory.mktemp("local")
+    patch.undo()
+
+
+JOBS = ("copy it/0/MHR", "sort/0/MHR")
+
+
+def start_jobs(run: Path, kind: str, *, resume_step: int, steps: Iterable[int]) -> None:
+    """A start of two jobs that step together, each with a line for a step and one for its score."""
+    tracking, whole = Tracking((kind,)), []
+    with ExitStack() as opened:
+        for job in JOBS:
+            folder = run / "jobs" / job
+            folder.mkdir(parents=True, exist_ok=True)
+            curves = Curves(folder=folder, resume_step=resume_step, job=job, run=run)
+            track = opened.enter_context(tracking.opened(curves))
+            assert track is not None
+            whole.append(Metrics(folder / "metrics.jsonl", resume_step=resume_step, also=track))
+        if resume_step > 0:  # a score that the earlier start had no time for
+            for metrics in whole:
+                metrics.write({"step": resume_step, "score": 50.0})
+        for step in steps:
+            for number, metrics in enumerate(whole):
+                metrics.write({"step": step, "loss": step + number / 2, "of": {"a/b(c)": 1.0}})
+                if step % 2 == 0:
+                    metrics.write({"step": step, "score": 10.0 * step})
+
+
+@pytest.mark.parametrize("is_real", [True, False], ids=["real", "stand-in"])
+@pytest.mark.parametrize("kind", ["trackio", "mlflow"])
+def test_jobs_that_go_on_twice_send_every_number_once(
+    kind: str,
+    is_real: bool,
+    local: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put_in_place(monkeypatch, kind, is_real=is_real)
+    run = local / f"{kind}_{is_real}" / "adapted"
+    start_jobs(run, kind, resume_step=-1, steps=range(1, 8))
+    start_jobs(run, kind, resume_step=3, steps=range(4, 6))  # and dies before it saves
+    start_jobs(run, kind, resume_step=3, steps=range(4, 10))
+    for job in JOBS:
+        folder = run / "jobs" / job
+        made = expected(folder)
+        if kind == "mlflow":
+            made = {mlflow_name(name): curve for name, curve in made.items()}
+            shown = mlflow_shown(folder, run, made)
+        else:
+            shown = trackio_shown(folder, run.parent.name)
+        assert {name: sorted(curve) for name, curve in shown.items()} == made
+        assert [step for step, _ in made["score"]] == [2, 3, 4, 6, 8]
+    assert "run.trackers" not in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+def test_one_rank_at_a_time_makes_the_tables_of_mlflow(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch, "mlflow", is_real=False)
+    client: Any = importlib.import_module("mlflow").MlflowClient
+    opened, was_held = client.__init__, []
+
+    def watched(self: Any, tracking_uri: str) -> None:
+        with (tmp_path / "mlflow" / "making").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                was_held.append(False)
+            except BlockingIOError:
+                was_held.append(True)
+        opened(self, tracking_uri)
+
+    monkeypatch.setattr(client, "__init__", watched)
+    with Tracking(("mlflow",)).opened(Curves(folder=tmp_path, resume_step=-1)) as track:
+        assert track is not None
+    assert was_held == [True]
+
+
 # -- at the door -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", list(trackers.KINDS))
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)])
 def test_a_missing_package_is_told_before_anything_is_written(
     name: str, found: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,12 +218,24 @@ def test_a_missing_package_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_packages_of_a_local_database_are_asked_for_where_there_is_no_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = SimpleNamespace(origin="somewhere")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "alembic" else there)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="'alembic' is not installed"):
+        tracking.check(("mlflow",))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    tracking.check(("mlflow",))
+
+
 def test_a_tracker_that_is_unknown_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.trackers"):
-        recipe(tmp_path, "run.trackers=[mlflow]")
+    with pytest.raises(ConfigError, match=r"run\.trackers.* 'mlfow' .*did you mean 'mlflow'"):
+        recipe(tmp_path, "run.trackers=[mlfow]")
 
 
-@pytest.mark.parametrize("schema", [RunConfig, FinetuneRunConfig])
+@pytest.mark.parametrize("schema", [RunConfig, FinetuneRunConfig, AdaptRunConfig])
 def test_a_tracker_that_stands_twice_is_refused(schema: Any) -> None:
     with pytest.raises(ConfigError, match="'wandb' stands twice"):
         schema(folder="x", trackers=("wandb", "wandb"))
@@ -182,7 +254,7 @@ def test_trackers_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
 class Failing:
     """A tracker that breaks at one of its calls."""
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    def __init__(self, curves: Curves) -> None:
         self.calls: list[str] = []
         self.call("open")
 
@@ -204,11 +276,11 @@ class Failing:
 def test_a_tracker_that_fails_is_told_once_and_the_record_is_whole(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(tracking.KINDS, "wandb", Failing)
+    monkeypatch.setitem(trackers.KINDS, "wandb", Failing)
     monkeypatch.setattr(Failing, "at", at)
     with (
         caplog.at_level(logging.WARNING, "mhr_scale"),
-        tracking.opened(("wandb",), tmp_path, resume_step=-1) as track,
+        Tracking(("wandb",)).opened(Curves(folder=tmp_path, resume_step=-1)) as track,
     ):
         metrics = Metrics(tmp_path / "metrics.jsonl", resume_step=-1, also=track)
         for step in range(3):
@@ -220,19 +292,42 @@ def test_a_tracker_that_fails_is_told_once_and_the_record_is_whole(
     ]
 
 
+def test_a_tracker_that_failed_for_a_job_is_left_out_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Failing] = []
+
+    def make(curves: Curves) -> Failing:
+        made.append(Failing(curves))
+        return made[-1]
+
+    monkeypatch.setitem(trackers.KINDS, "wandb", make)
+    monkeypatch.setattr(Failing, "at", "log")
+    tracking, curves = Tracking(("wandb",)), Curves(folder=tmp_path, resume_step=-1)
+    with tracking.opened(curves) as one, tracking.opened(curves) as other:
+        assert one is not None
+        assert other is not None
+        for take in (one, other):
+            take({"step": 1})
+    with tracking.opened(curves) as later:
+        assert later is None
+    assert [failing.calls for failing in made] == [["open", "log"], ["open"]]
+    assert len(caplog.records) == 1
+
+
 def test_a_run_that_fails_closes_its_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Failing] = []
 
-    def make(folder: Path, *, resume_step: int) -> Failing:
-        made.append(Failing(folder, resume_step=resume_step))
+    def make(curves: Curves) -> Failing:
+        made.append(Failing(curves))
         return made[-1]
 
-    monkeypatch.setitem(tracking.KINDS, "wandb", make)
+    monkeypatch.setitem(trackers.KINDS, "wandb", make)
     with (
         pytest.raises(RuntimeError, match="the run"),
-        tracking.opened(("wandb",), tmp_path, resume_step=-1),
+        Tracking(("wandb",)).opened(Curves(folder=tmp_path, resume_step=-1)),
     ):
         raise RuntimeError("the run")
     assert made[0].calls == ["open", "close"]
@@ -246,9 +341,19 @@ def test_objects_inside_a_line_become_paths() -> None:
     assert tracking.numbers_of(line) == {"step": 1, "a/b": 2.0, "a/c/d": 3}
 
 
+def test_names_become_such_as_mlflow_takes() -> None:
+    given = ("loss", "by_task/it's (a) task", "a//../b.", "x" * 300)
+    assert [mlflow_name(name) for name in given] == [
+        "loss",
+        "by_task/it_s _a_ task",
+        "a/_/_/b",
+        "x" * 250,
+    ]
+
+
 def test_the_id_of_a_run_folder_moves_with_it(tmp_path: Path) -> None:
-    first = tracking.wandb_id(tmp_path / "one")
-    assert first == tracking.wandb_id(tmp_path / "one")
+    first = wandb_id(tmp_path / "one")
+    assert first == wandb_id(tmp_path / "one")
     (tmp_path / "one").rename(tmp_path / "two")
-    assert first == tracking.wandb_id(tmp_path / "two")
-    assert first != tracking.wandb_id(tmp_path / "three")
+    assert first == wandb_id(tmp_path / "two")
+    assert first != wandb_id(tmp_path / "three")

@@ -106,7 +106,8 @@ def test_no_module_imports_at_its_door_what_only_some_of_its_uses_need() -> None
         "for found in pkgutil.walk_packages(mhr_scale.__path__, 'mhr_scale.'):\n"
         "    if not found.name.endswith('__main__'): importlib.import_module(found.name)\n"
         "later = {'deepspeed', 'datasets', 'peft', 'bitsandbytes', 'evaluate', 'sentencepiece',"
-        " 'accelerate', 'rouge_score', 'tensorboard', 'wandb', 'lm_eval'}\n"
+        " 'accelerate', 'rouge_score', 'tensorboard', 'wandb', 'trackio', 'mlflow',"
+        " 'lm_eval'}\n"
         "assert 'mhr_scale.verbs.pretrain' in sys.modules\n"
         "assert not later & set(sys.modules), later & set(sys.modules)\n"
     )
