@@ -7,7 +7,6 @@ call here. Callers submit values that are not modified afterwards.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-
 _in_flight: set[Future[object]] = set()
 
 
