@@ -28,6 +28,7 @@ from mhr_scale.errors import ExitCode
 from mhr_scale.run import failures
 from mhr_scale.run.failures import Explained
 from mhr_scale.run.runlog import log
+from mhr_scale.run.writer import is_writing
 
 BEAT_SECONDS = 1.0
 #: How long the main thread may take to find out by itself: as long as a rank without an error of
@@ -76,7 +77,12 @@ class Heartbeat:
 
     def _run(self) -> None:
         explained = self._watch()
-        if explained is not None and not self._has_left.wait(PATIENCE_SECONDS):
+        if explained is None:
+            return
+        is_leaving = self._has_left.wait(PATIENCE_SECONDS)
+        while not is_leaving and is_writing():  # a slow disk is no reason to lose a save
+            is_leaving = self._has_left.wait(BEAT_SECONDS)
+        if not is_leaving:
             self._end(explained)
 
     def _watch(self) -> Explained | None:

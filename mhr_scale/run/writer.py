@@ -7,6 +7,13 @@ call here. Callers submit values that are not modified afterwards.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+_in_flight: set[Future[object]] = set()
+
+
+def is_writing() -> bool:
+    """Whether a save of this process is being written."""
+    return bool(_in_flight)
+
 
 class Writer:
     """Runs one write at a time in the background."""
@@ -19,6 +26,8 @@ class Writer:
         """Start a write once the previous one is done; raises the error of the previous one."""
         self.wait()
         self._running = self._threads.submit(write)
+        _in_flight.add(self._running)
+        self._running.add_done_callback(_in_flight.discard)
 
     def check(self) -> None:
         """Raise the error of a finished write, if any; does not wait."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -16,6 +17,7 @@ from processes import ROOT, free_port
 from mhr_scale.engine import heartbeat
 from mhr_scale.engine.heartbeat import DeviceWatch, Heartbeat
 from mhr_scale.errors import ExitCode
+from mhr_scale.run.writer import Writer
 
 N_RANKS = 3
 LONG = timedelta(seconds=60)
@@ -76,6 +78,20 @@ def test_a_rank_whose_main_thread_finds_out_by_itself_is_left_to_it(ends, monkey
         ranks[rank].leave(is_failing=True)
     finish(ranks)
     assert ends == {}
+
+
+def test_a_save_in_flight_is_waited_for(ends):
+    ranks, written = make(), threading.Event()
+    writer = Writer()
+    writer.submit(lambda: written.wait(10.0))
+    ranks[1].leave(is_failing=True)
+    ranks[0]._thread.join(1.0)  # twenty times its patience
+    assert ranks[0]._thread.is_alive()
+    assert ends == {}
+    written.set()
+    writer.wait()
+    finish(ranks)
+    assert ends.keys() == {0, 2}
 
 
 def test_a_device_that_gets_nowhere_ends_its_rank_and_then_the_others(ends):
