@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhr_scale.adapters import routing
 from mhr_scale.adapters.inventory import Stack
+from mhr_scale.adapters.library import check_fixed
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.errors import AdapterError
 
@@ -18,6 +19,7 @@ def average(adapter: Adapter) -> Adapter:
     The result is one ordinary LoRA (or (IA)3 vector) of the same rank (docs/method.md 3, 6).
     Of private inventories it is the mean over the tasks too.
     """
+    check_fixed(adapter)
     if adapter.config.private:
         adapter = _mean_over_tasks(adapter, range(len(adapter.task_names)))
     config = adapter.config
@@ -30,6 +32,7 @@ def soup(adapter: Adapter, tasks: Sequence[str], *, name: str = "soup") -> Adapt
 
     Raises `AdapterError` if a task is unknown or pairs are not private to tasks.
     """
+    check_fixed(adapter)
     if not adapter.config.private or adapter.config.is_routed:
         raise AdapterError(
             f"a soup is made of private adapters (adapter.private, one skill); this is "
@@ -44,6 +47,7 @@ def collapse(adapter: Adapter, task: str) -> Adapter:
 
     Raises `AdapterError` if the task is unknown or the adapter has no per-task routing to fix.
     """
+    check_fixed(adapter)
     (number,) = adapter.check_task_ids([task])
     config = adapter.config
     if config.private:

@@ -10,12 +10,13 @@ together they project x down once and sum its gradient in place. Rows point at s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mhr_scale.adapters import opaque, products
+from mhr_scale.adapters.by_token import TokenSlots
 from mhr_scale.adapters.products import Cut
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
@@ -71,6 +72,10 @@ def _ways(rows: RowMap, x: Tensor, *, n_columns: int = 0) -> tuple[Any, dict[str
     return products, {"by": rows.by_slot(x, n_columns=n_columns)}
 
 
+#: What a linear, or siblings, hold in a step.
+AnySlots: TypeAlias = LowRankSlots | ScalingSlots | TokenSlots
+
+
 class _Adapted(nn.Module):
     """Base of `AdaptedLinear` and `Siblings`: a module that holds the slots of one step.
 
@@ -78,7 +83,7 @@ class _Adapted(nn.Module):
     of that block a forward pass is an error, unless the adapter is off.
     """
 
-    slots: LowRankSlots | ScalingSlots | None
+    slots: AnySlots | None
 
     def __init__(self, name: str) -> None:
         super().__init__()

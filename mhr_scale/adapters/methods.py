@@ -10,6 +10,7 @@ Shape letters: B batch rows, U slots, T tasks, G routing groups, Q splits, S ski
 | Random | the rows while training, then 1 | inventory mixed by a random mask, then the mean |
 | uniform | 1 | mean of the inventory |
 | private | the distinct tasks | an inventory per task, mixed as above |
+| Arrow | 1 | the LoRAs of all tasks side by side, which each token weighs |
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhr_scale.adapters import routing
+from mhr_scale.adapters.arrow import Arrow
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.inventory import Inventory, Stack
 from mhr_scale.adapters.linear import AdaptedLinear
@@ -69,6 +71,8 @@ class Adapter(nn.Module):
         #: Tasks of the rows that a sparse gradient of routing has: the host never asks the device.
         self.gradient_tasks: tuple[int, ...] = ()
         self.is_wave = is_wave
+        #: How tokens choose among the tasks' LoRAs (`library.route_by_token`), if they do.
+        self.by_token: Arrow | None = None
         self.linears: list[AdaptedLinear] = []
         self._adapted: AdaptedModel | None = None
         self._users: Users | None = None
@@ -110,9 +114,9 @@ class Adapter(nn.Module):
         seeds = self._row_seeds(len(ids), seeds)
         config = self.config
         per_row = seeds is not None and config.is_routed and self.policy.draws
-        shared = not (config.has_logits or config.private or per_row)
+        by_task = config.has_logits or config.private or per_row
         distinct = tuple(dict.fromkeys(ids))
-        if shared:
+        if self.by_token is not None or not by_task:
             slot_of_row = (0,) * len(ids)
         elif per_row:
             slot_of_row = tuple(range(len(ids)))
@@ -125,6 +129,9 @@ class Adapter(nn.Module):
             streams=_check_streams(tokens, len(ids)),
             is_exact=self.is_wave,
         )
+        if self.by_token is not None:
+            mix = partial(self.mix, None, tuple(range(len(self.task_names))))
+            return self.by_token.slots(self.users(), rows, dtype=self.compute_dtype(), mix=mix)
         leaf = None
         dtype, device = self.compute_dtype(), next(self.inventory.parameters()).device
         with torch.autocast(device.type, enabled=False):

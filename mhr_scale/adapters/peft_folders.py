@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mhr_scale.adapters import artefact
 from mhr_scale.adapters.layouts import Layout
+from mhr_scale.adapters.library import check_fixed
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.adapters.peft_files import (
     CONFIG,
@@ -148,6 +149,7 @@ def write_peft_poly(adapter: Adapter, folder: Path | str, *, base_model: str | N
 
 def _check_single(adapter: Adapter, folder: Path | str, *, kind: str) -> None:
     """Raise `AdapterError` unless the adapter is one pair, or one vector, per linear."""
+    check_fixed(adapter)
     config = adapter.config
     target = {"lora": "a PEFT LoRA", "ia3": "a PEFT IA3"}[kind]
     if config.private or config.is_routed:

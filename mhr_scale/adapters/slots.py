@@ -20,7 +20,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mhr_scale.adapters.linear import AdaptedLinear, LowRankSlots, ScalingSlots, Siblings
+from mhr_scale.adapters.linear import (
+    AdaptedLinear,
+    AnySlots,
+    LowRankSlots,
+    ScalingSlots,
+    Siblings,
+)
 from mhr_scale.adapters.products import Cut
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
@@ -91,11 +97,15 @@ class Slots(AbstractContextManager["Slots"]):
     def __enter__(self) -> "Slots":
         if any(user.slots is not None for group in self._users for user, _ in group.members):
             raise AdapterError("slots are in use already; leave the outer `with` block first")
+        self._fill()
+        return self
+
+    def _fill(self) -> None:
+        """Hand each linear, or group of siblings, its slots."""
         if self._kind == "ia3":
             self._fill_scaling(self._mixed)
         else:
             self._fill_low_rank(self._mixed)
-        return self
 
     def _fill_low_rank(self, mixed: Sequence[tuple[Tensor, ...]]) -> None:
         """Hand each linear, or group of siblings, its A and Bs."""
@@ -129,7 +139,7 @@ class Slots(AbstractContextManager["Slots"]):
         self._parts.append((side, leaves))
         return leaves
 
-    def _use(self, user: User, slots: LowRankSlots | ScalingSlots) -> None:
+    def _use(self, user: User, slots: AnySlots) -> None:
         user.slots = slots
         self._in_use.append(user)
 

@@ -1,15 +1,17 @@
 """An adapter and the backbone that it was trained on, and whether they fit; no weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mhr_scale.adapters import Adapter, find_sites, peft_folders
+from mhr_scale.adapters import CARD, Adapter, find_sites, peft_folders
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.library import join
+from mhr_scale.adapters.peft_files import CONFIG
 from mhr_scale.adapters.rebuilding import SET_BACKBONE, local_sizes
 from mhr_scale.adapters.sites import Site, check_splits
 from mhr_scale.backbone import quantise as quantisation
@@ -51,6 +53,38 @@ def open_adapter(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapt
     if card.precision != "float32":
         log.info("%s: stored in %s, held in float32", adapter, card.precision)
     return card, opened
+
+
+def open_library(adapter: str, moved_to: str | None = None) -> tuple[Card, Adapter]:
+    """Open an adapter, or a folder here whose folders are single LoRAs, as one with all of them.
+
+    Raises `AdapterError` if these are no LoRAs, or of different backbones or layouts.
+    """
+    path = Path(adapter)
+    folders = [file.parent for name in (CARD, CONFIG) for file in path.glob(f"*/{name}")]
+    own = (CARD, CONFIG, f"adapter/{CARD}", f"adapter/{CONFIG}")
+    if not folders or any((path / name).is_file() for name in own):
+        return open_adapter(adapter, moved_to)
+    opened = {str(folder): open_adapter(str(folder), moved_to) for folder in sorted(folders)}
+    named = {Path(folder).name: single for folder, (_, single) in opened.items()}
+    cards = [card for card, _ in opened.values()]
+    bases = {_base(card): folder for card, folder in zip(cards, opened, strict=True)}
+    if len(bases) > 1 and moved_to is None:
+        pairs = ", ".join(f"{Path(folder).name} of {base}" for base, folder in bases.items())
+        raise AdapterError(f"{adapter}: LoRAs of different backbones: {pairs}; {SAME}")
+    library = join(named, place=adapter)
+    return replace(cards[0], adapter=library.config, task_names=library.task_names), library
+
+
+#: The way out where one backbone has several names.
+SAME = "keep those of one backbone, or, if they are one, set backbone_moved_to"
+
+
+def _base(card: Card) -> str:
+    """The backbone that a card names, at its commit or revision if it says one."""
+    name, revision = card.backbone.get("name"), card.backbone.get("commit")
+    revision = revision or card.backbone.get("revision")
+    return f"{name or 'random weights'}{f'@{revision}' if revision else ''}"
 
 
 def _not_found(adapter: str, error: BackboneError) -> BackboneError:

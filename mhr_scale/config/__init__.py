@@ -28,7 +28,7 @@ from mhr_scale.config.finetune import (
     FinetuneRunConfig,
     FinetuneShotsConfig,
 )
-from mhr_scale.config.model import BackboneConfig, SoupConfig, precision_of
+from mhr_scale.config.model import ArrowConfig, BackboneConfig, SoupConfig, precision_of
 from mhr_scale.config.plan import HardwareConfig, PlanConfig, WorkloadConfig
 from mhr_scale.config.training import (
     BatchConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "AdapterConfig",
     "AlignmentConfig",
     "AnalyseConfig",
+    "ArrowConfig",
     "AverageConfig",
     "BackboneConfig",
     "BatchConfig",

@@ -1,4 +1,4 @@
-"""The frozen backbone, and soups of private adapters."""
+"""The frozen backbone, soups of private adapters, and tokens that choose among them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -96,6 +96,22 @@ class SoupConfig:
         for name in ("adapters", "examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"soup.{name}: {getattr(self, name)} is not at least 1")
+
+
+@part
+class ArrowConfig:
+    """How tokens choose among the LoRAs of a library (docs/method.md 18)."""
+
+    top_k: int = 4
+    """LoRAs that a token takes of all, those whose directions it lies along most."""
+    temperature: float = 1.0
+    """Of the softmax over their scores."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError(f"arrow.top_k: {self.top_k} is not at least 1")
+        if not self.temperature > 0.0:
+            raise ConfigError(f"arrow.temperature: {self.temperature} is not above 0")
 
 
 def precision_of(facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.config.analyse import MonitorConfig
-from mhr_scale.config.model import BackboneConfig, SoupConfig
+from mhr_scale.config.model import ArrowConfig, BackboneConfig, SoupConfig
 from mhr_scale.config.training import (
     BatchConfig,
     Cut,
@@ -152,15 +152,18 @@ class EvaluateConfig:
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
     """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
-    routing: Literal["own", "average", "soup", "off"] = "own"
+    routing: Literal["own", "average", "soup", "arrow", "off"] = "own"
     """own: each task under its own routing; average: all tasks under the averaged adapter; soup:
-    each task under the mean of similar training tasks' private adapters, found by its inputs; off:
-    the adapter's backbone without it."""
+    each task under the mean of similar training tasks' private adapters, found by its inputs;
+    arrow: every token under those LoRAs of a run with private ones, or of a folder of LoRAs, that
+    it lies along; off: the adapter's backbone without it."""
     extra_steps: Literal["all"] | tuple[int, ...] | None = None
     """Numbers of extra steps whose averages are scored, of a run of `average`, all or these, each
     into a folder of its own in `run.folder`, with the bare backbone beside them; null: the last."""
     soup: SoupConfig = field(default_factory=SoupConfig)
     """How similar tasks are found, for routing soup."""
+    arrow: ArrowConfig = field(default_factory=ArrowConfig)
+    """How many LoRAs a token takes, for routing arrow."""
     tasks: EvalTasksConfig
     """The tasks; their test rows count, or their held-out rows where there are none."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -177,6 +180,8 @@ class EvaluateConfig:
             raise ConfigError("backbone_quantise: of a bare backbone, set backbone.quantise")
         if self.routing == "soup" and self.adapter is None:
             raise ConfigError("routing: soup averages the private adapters of a run; name it")
+        if self.routing == "arrow" and self.adapter is None:
+            raise ConfigError("routing: arrow chooses among a library's LoRAs; name it as adapter")
         if self.routing == "off" and self.adapter is None:
             raise ConfigError("routing: off leaves out an adapter, and there is none; leave it out")
         if self.extra_steps is not None and (self.adapter is None or self.routing != "own"):

@@ -63,7 +63,7 @@ def scored_adapter(run: Run, runs: Sequence[Run]) -> ScoredAdapter:
         return _make(adapter, {"": own, "pretrain.": {"adapter": str(source)}}, average, steps)
     name = method_of(trained)
     name += "-mu" if (steps is not None or routing == "average") and name != "LoRA" else ""
-    name += " (soup)" if routing == "soup" else ""
+    name += f" ({routing})" if routing in ("soup", "arrow") else ""
     return _make(name, {"": own, "pretrain.": trained}, average, steps)
 
 

@@ -14,9 +14,10 @@ from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.artefact import CARD, Card
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import soup
+from mhr_scale.adapters.library import route_by_token
 from mhr_scale.adapters.places import find_place
 from mhr_scale.adapters.wrapping import adapters_off
-from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter
+from mhr_scale.backbone.of_adapter import backbone_of, check_fit, open_adapter, open_library
 from mhr_scale.config import BackboneConfig, EvaluateConfig
 from mhr_scale.engine.opened import OpenedBackbone, PlacedBackbone, open_backbone
 from mhr_scale.errors import AdapterError, RunError
@@ -289,7 +290,11 @@ def open_adapter_of(
     if config.adapter is None:
         assert config.backbone is not None
         return None, None, config.backbone
-    card, stored = open_adapter(config.adapter, config.backbone_moved_to)
+    is_library = config.routing == "arrow"
+    opening = open_library if is_library else open_adapter
+    card, stored = opening(config.adapter, config.backbone_moved_to)
+    if is_library:
+        route_by_token(stored, top_k=config.arrow.top_k, temperature=config.arrow.temperature)
     backbone = backbone_of(
         config.adapter,
         card,
@@ -337,7 +342,8 @@ def adapter_tasks(
                 f"{stored.config.method}; set routing: average"
             )
         return {task.name: number for number, task in enumerate(tasks)}
-    if stored is None or not (stored.config.has_logits or stored.config.private):
+    routes_tasks = stored is not None and (stored.config.has_logits or stored.config.private)
+    if stored is None or not routes_tasks or config.routing == "arrow":
         return dict.fromkeys((task.name for task in tasks), 0)
     unknown = [task.name for task in tasks if task.name not in stored.task_names]
     if unknown:

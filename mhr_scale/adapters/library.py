@@ -1,0 +1,72 @@
+"""A library of LoRAs: an adapter whose tasks have one each, or single LoRAs made one adapter."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from mhr_scale.adapters.arrow import Arrow
+from mhr_scale.adapters.methods import Adapter
+from mhr_scale.errors import AdapterError
+
+
+@torch.no_grad()
+def join(singles: Mapping[str, Adapter], *, place: str) -> Adapter:
+    """One adapter with these LoRAs as private ones, by the names of their tasks.
+
+    Smaller ranks are filled up with zeros, and scales go into B where they differ. Raises
+    `AdapterError` for what is no single LoRA, or sits on other linears than the first.
+    """
+    name, first = next(iter(singles.items()))
+    for other, single in singles.items():
+        config = single.config
+        if config.kind != "lora" or config.is_routed or config.private:
+            raise AdapterError(
+                f"{place}: {other} is {config.method}, and a library is of single LoRAs; export "
+                "its average or its tasks' LoRAs there"
+            )
+        if single.sites != first.sites:
+            raise AdapterError(
+                f"{place}: {other} is made for other linears ({len(single.sites)}) than {name} "
+                f"({len(first.sites)}): a library has one backbone and one layout"
+            )
+    rank = max(single.config.rank for single in singles.values())
+    scale = first.config.scale
+    config = replace(first.config, rank=rank, alpha=scale * rank, private=True)
+    library = Adapter(config, first.sites, task_names=list(singles))
+    for number, single in enumerate(singles.values()):
+        for stack in library.inventory.stacks:
+            a, b = (library.inventory.stacked(stack, side)[:, number] for side in "AB")
+            a.zero_()
+            a[..., : single.config.rank] = single.inventory.stacked(stack, "A")
+            own = single.inventory.stacked(stack, "B")
+            b[..., : single.config.rank, :] = own * (single.config.scale / scale)
+    return library
+
+
+def route_by_token(adapter: Adapter, *, top_k: int = 4, temperature: float = 1.0) -> Adapter:
+    """Let every token choose `top_k` of the adapter's private LoRAs; returns the adapter.
+
+    Raises `AdapterError` for an adapter that is no library of LoRAs, or has too few.
+    """
+    config, n_experts = adapter.config, len(adapter.task_names)
+    if config.kind != "lora" or config.is_routed or not config.private:
+        raise AdapterError(
+            f"Arrow routes between LoRAs, one for each task (adapter.private, one skill) or each "
+            f"folder; this is {config.method} of kind {config.kind} with {config.n_skills} skill(s)"
+        )
+    if not 1 <= top_k <= n_experts:
+        raise AdapterError(f"arrow.top_k: {top_k}, of {n_experts} LoRA(s); set 1 to {n_experts}")
+    if not temperature > 0.0:
+        raise AdapterError(f"arrow.temperature: {temperature} is not above 0")
+    adapter.by_token = Arrow(top_k=top_k, temperature=temperature)
+    return adapter
+
+
+def check_fixed(adapter: Adapter) -> None:
+    """Raise `AdapterError` if what an adapter computes depends on the token."""
+    if adapter.by_token is not None:
+        raise AdapterError(
+            "under Arrow every token has weights of its own, which no single LoRA expresses: take "
+            "the adapter without it, its average or the LoRAs of its tasks"
+        )
