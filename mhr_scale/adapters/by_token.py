@@ -1,10 +1,12 @@
 """Slots whose experts every token weighs for itself, by how far it lies along their directions.
 
-All experts stand side by side in A and in B; what a token has of each in the hidden columns tells
-its score, and is weighted by it before B. An expert's direction lies in the span of its A, v = A c,
-so that x . v = (x A) . c: the hidden columns are the only product that scores need.
+All experts stand side by side in A and in B. What a token has of each in the hidden columns tells
+its score; they are weighted before B, by a softmax over the best scores and by 0 elsewhere. An
+expert's direction lies in the span of its A, v = A c, so that x . v = (x A) . c: the hidden columns
+are the only product of x that scores need.
 
-Shape letters: M tokens, I in features, O out features, E experts, R rank, Y = E * R columns.
+Shape letters: M tokens, I in features, O out features, E experts, K of them, R rank,
+Y = E * R columns.
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhr_scale.adapters.row_map import RowMap
 from mhr_scale.errors import AdapterError
+from mhr_scale.families.fused import is_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,25 +63,32 @@ class TokenSlots:
 
     def _add(self, y: Tensor, h_MY: Tensor, own: Experts) -> Tensor:
         h_MER = h_MY.unflatten(-1, own.c_ER.shape)
-        scores_ME = (h_MER.float() * own.c_ER).sum(-1).abs()
-        w_ME = token_weights(scores_ME, top_k=self.top_k, temperature=self.temperature)
-        weighted_MY = (h_MER * w_ME[..., None].to(h_MER.dtype)).flatten(1)
+        rank = h_MER.shape[-1]
+        best = (h_MER.float() * own.c_ER).sum(-1).abs().topk(self.top_k, -1)
+        w_MK = torch.softmax(best.values / self.temperature, -1)
+        chosen_MKR = best.indices[..., None].expand(-1, -1, rank)
+        weighted_MKR = h_MER.gather(1, chosen_MKR) * w_MK[..., None].to(h_MER.dtype)
         y = y.contiguous()
-        y.view(-1, y.shape[-1]).addmm_(weighted_MY, own.b_YO)
+        y_MO = y.view(-1, y.shape[-1])
+        if is_on_cpu(y):  # a sum of few rows of B is faster than a product with all of them
+            columns_MKR = chosen_MKR * rank + torch.arange(rank)
+            y_MO += F.embedding_bag(
+                columns_MKR.flatten(1),
+                own.b_YO,
+                per_sample_weights=weighted_MKR.flatten(1),
+                mode="sum",
+            )
+        else:
+            wide_MER = torch.zeros_like(h_MER).scatter_(1, chosen_MKR, weighted_MKR)
+            y_MO.addmm_(wide_MER.flatten(1), own.b_YO)
         return y
 
 
+#: What training meets.
 NOT_TRAINED = (
     "weights of single tokens are not trained: call the model under torch.no_grad(), or leave out "
     "the routing by tokens"
 )
-
-
-def token_weights(scores_ME: Tensor, *, top_k: int, temperature: float) -> Tensor:
-    """Weights of the experts: a softmax over the `top_k` best scores, 0 for the others."""
-    best = scores_ME.topk(top_k, -1)
-    weights = torch.softmax(best.values / temperature, -1)
-    return torch.zeros_like(scores_ME).scatter_(-1, best.indices, weights)
 
 
 def first_directions(a_EIR: Tensor, b_ERO: Tensor) -> Tensor:
