@@ -57,10 +57,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         changes = (f"adapter={folder / 'averages'}", f"run.folder={folder / f'{name}_averages'}")
         return (*evaluated(name, placement, "accuracy"), *changes, "extra_steps=all")
 
+    library = "adapter={layout: attention, rank: 2, n_skills: 1, private: true}"
+    private = (*trained, f"run.folder={folder / 'private'}", library)
+
+    def arrow(name: str, placement: str, metric: str) -> tuple[str, ...]:
+        changes = (
+            f"adapter={folder / 'private'}",
+            f"run.folder={folder / f'{name}_arrow_{metric}'}",
+        )
+        return (*evaluated(name, placement, metric), *changes, "routing=arrow", "arrow.top_k=2")
+
     one = [evaluated("one", "null", metric) for metric in METRICS]
     two = [evaluated("two", "ds_configs/cpu.json", metric) for metric in METRICS]
     one += [averaged, every_average("one", "null")]
     two.append(every_average("two", "ds_configs/cpu.json"))
+    one += [private, *(arrow("one", "null", metric) for metric in METRICS)]
+    two += [arrow("two", "ds_configs/cpu.json", metric) for metric in METRICS]
     succeed_together([trained, *one], folder)
     succeed_together(two, folder, ranks=2)
     return folder / "one", folder / "two"
@@ -81,15 +93,18 @@ def test_two_ranks_write_the_lines_of_one_in_its_order(
     assert list(two) == list(one)
 
 
-@pytest.mark.parametrize("asked", ["accuracy", *(f"averages/{k}" for k in AVERAGES)])
+@pytest.mark.parametrize(
+    "asked", ["accuracy", "arrow_accuracy", *(f"averages/{k}" for k in AVERAGES)]
+)
 def test_choice_scores_are_equal(folders: tuple[Path, Path], asked: str) -> None:
     one, two = (scores(folder, asked) for folder in folders)
     for identity, line in one.items():
         assert two[identity]["choice_scores"] == pytest.approx(line["choice_scores"], rel=1e-5)
 
 
-def test_generated_answers_are_equal(folders: tuple[Path, Path]) -> None:
-    one, two = (scores(folder, "exact_match") for folder in folders)
+@pytest.mark.parametrize("asked", ["exact_match", "arrow_exact_match"])
+def test_generated_answers_are_equal(folders: tuple[Path, Path], asked: str) -> None:
+    one, two = (scores(folder, asked) for folder in folders)
     assert {i: line["prediction"] for i, line in two.items()} == {
         i: line["prediction"] for i, line in one.items()
     }
