@@ -45,15 +45,20 @@ def join(singles: Mapping[str, Adapter], *, place: str) -> Adapter:
 
 
 def route_by_token(adapter: Adapter, *, top_k: int = 4, temperature: float = 1.0) -> Adapter:
-    """Let every token choose `top_k` of the adapter's private LoRAs; returns the adapter.
+    """Let every token choose `top_k` of an adapter's LoRAs; returns the adapter that does.
 
-    Raises `AdapterError` for an adapter that is no library of LoRAs, or has too few.
+    They are its tasks' private ones, or the skills of an inventory without splits. Raises
+    `AdapterError` for an adapter that is no library of LoRAs, or has too few.
     """
+    config = adapter.config
+    if config.kind == "lora" and config.is_routed and config.n_splits == 1 and not config.private:
+        adapter = _skills_as_tasks(adapter)
     config, n_experts = adapter.config, len(adapter.task_names)
     if config.kind != "lora" or config.is_routed or not config.private:
         raise AdapterError(
-            f"Arrow routes between LoRAs, one for each task (adapter.private, one skill) or each "
-            f"folder; this is {config.method} of kind {config.kind} with {config.n_skills} skill(s)"
+            "Arrow routes between LoRAs: of tasks (adapter.private, one skill), skills without "
+            f"splits, or folders; this is {config.method} of kind {config.kind} with "
+            f"{config.n_skills} skill(s) and {config.n_splits} split(s)"
         )
     if not 1 <= top_k <= n_experts:
         raise AdapterError(f"arrow.top_k: {top_k}, of {n_experts} LoRA(s); set 1 to {n_experts}")
@@ -61,6 +66,19 @@ def route_by_token(adapter: Adapter, *, top_k: int = 4, temperature: float = 1.0
         raise AdapterError(f"arrow.temperature: {temperature} is not above 0")
     adapter.by_token = Arrow(top_k=top_k, temperature=temperature)
     return adapter
+
+
+@torch.no_grad()
+def _skills_as_tasks(adapter: Adapter) -> Adapter:
+    """The skills of an inventory without splits as private LoRAs."""
+    config = replace(adapter.config.single(), private=True)
+    names = [f"skill {number}" for number in range(adapter.config.n_skills)]
+    library = Adapter(config, adapter.sites, task_names=names)
+    for stack in library.inventory.stacks:
+        for side in library.inventory.sides:
+            skills = adapter.inventory.stacked(stack, side)[:, 0]
+            library.inventory.stacked(stack, side)[:, :, 0, 0] = skills
+    return library
 
 
 def check_fixed(adapter: Adapter) -> None:

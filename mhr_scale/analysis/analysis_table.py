@@ -40,6 +40,8 @@ def table(analysis: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
             f"  alignment     {alignment['mean']:.4f} over {len(alignment['tasks'])} tasks of "
             f"{alignment['rows']} rows"
         )
+    for number, names in analysis.get("clusters", {}).items():
+        lines.append(f"  cluster {number:<5} {', '.join(names)}")
     words = prose("".join(f"{line}\n" for line in lines))
     return f"{words}\n{_by_block(routing, inventory, alignment, blocks)}"
 

@@ -81,6 +81,8 @@ class AnalyseConfig:
     """Data type of the backbone, if not the one the adapter was trained with."""
     backbone_quantise: Literal["none", "int8", "nf4"] | None = None
     """Frozen linears in 8 or 4 bits or neither, if not as the adapter was trained."""
+    clusters: int | None = None
+    """Clusters of tasks, by the weights of private LoRAs, else by the routing; null: none."""
     run: PlainRunConfig
     """Where to write."""
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mhr_scale.errors import ConfigError
-from mhr_scale.recipe.part import recipe
+from mhr_scale.recipe.part import part, recipe
 
 #: The values of `what` that each format supports; None leaves the choice to the adapter.
 SINGLES = (None, "average", "task", "soup", "whole")
@@ -11,9 +11,28 @@ EXPRESSIBLE = {
     "peft": (*SINGLES, "all_tasks"),
     "peft_poly": (None, "whole"),
     "merged": SINGLES,
-    "native": (*SINGLES, "all_tasks"),
+    "native": (*SINGLES, "all_tasks", "clusters"),
     "serving": (None, "all_tasks"),
 }
+
+
+@part
+class ClustersConfig:
+    """Which tasks share a LoRA (docs/method.md 18)."""
+
+    number: int
+    """Clusters, of which each becomes a skill."""
+    seed: int = 0
+    """Seed of k-means, which begins several times."""
+    logit: float = 20.0
+    """Routing logit of a task for the skill it joined, and minus that for the others: 20 is that
+    skill alone; where `pretrain` is to train the routing from here, 3 still has a gradient."""
+
+    def __post_init__(self) -> None:
+        if self.number < 2:
+            raise ConfigError(f"clusters.number: {self.number} is not at least 2")
+        if not 0.0 < self.logit <= 60.0:
+            raise ConfigError(f"clusters.logit: {self.logit} is not in (0, 60]")
 
 
 @recipe
@@ -23,11 +42,12 @@ class ExportConfig:
     adapter: str
     """A run, adapter or job folder, a PEFT LoRA, IA3 or Poly folder, or a published checkpoint; or
     one of these on the hub: `owner/name@revision`, and a folder or file in it after a `:`."""
-    what: Literal["average", "task", "all_tasks", "soup", "whole"] | None = None
+    what: Literal["average", "task", "all_tasks", "soup", "clusters", "whole"] | None = None
     """average: the mean of the inventory; task: one training task under its routing; all_tasks: a
-    folder for each; soup: the mean of some private adapters; whole: the adapter as it is. null:
-    whole for the formats that hold it (native, peft_poly) and for a single adapter, the task of an
-    adapter that has only one (a finished job), else average."""
+    folder for each; soup: the mean of some private adapters; clusters: a skill for each cluster of
+    tasks whose private LoRAs are alike, and every task routed to its own; whole: the adapter as it
+    is. null: whole for the formats that hold it (native, peft_poly) and for a single adapter, the
+    task of an adapter that has only one (a finished job), else average."""
     task: str | None = None
     """The training task, for `what: task`."""
     tasks: tuple[str, ...] = ()
@@ -43,6 +63,8 @@ class ExportConfig:
     adapter added into its weights; native: this package's own artefact; serving: a LoRA for each
     task and each few-shot job in one folder, for vLLM and LoRAX (`adapter` may be a run folder of
     `adapt`)."""
+    clusters: ClustersConfig | None = None
+    """How tasks are clustered, for `what: clusters`."""
     max_loras: int | None = None
     """serving: how many different LoRAs a batch may mix, in the commands that start the servers;
     null: all, 16 at most."""
@@ -82,6 +104,8 @@ class ExportConfig:
             raise ConfigError(
                 "tasks: name training tasks for what: soup, and only for it and format: serving"
             )
+        if (self.what == "clusters") != (self.clusters is not None):
+            raise ConfigError("clusters: say how many for what: clusters, and only for it")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks: {list(self.tasks)} names a task twice")
         if self.what not in EXPRESSIBLE[self.format]:

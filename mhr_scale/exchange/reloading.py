@@ -57,7 +57,7 @@ class ExportedAdapter:
     @property
     def exported_ids(self) -> tuple[int, ...]:
         """The rows' tasks in the written adapter: those of the original if all of it is written."""
-        return self.task_ids if self.what == "whole" else (0,) * N_ROWS
+        return self.task_ids if self.what in ("whole", "clusters") else (0,) * N_ROWS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mhr_scale.adapters import Adapter
 from mhr_scale.adapters.artefact import Card
-from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment
+from mhr_scale.analysis import ANALYSIS, SCHEMA, alignment, clusters
 from mhr_scale.analysis.alignment import AlignedTask, Alignment
 from mhr_scale.analysis.analysis_table import table
 from mhr_scale.analysis.inventory_statistics import describe_inventory
@@ -200,6 +200,9 @@ def rank0_report(
 ) -> None:
     """Write the analysis and print it."""
     analysis = describe(config.adapter, adapter, measured, rows=rows)
+    if config.clusters is not None:
+        joined = clusters.cluster_tasks(adapter, config.clusters)
+        analysis["clusters"] = clusters.by_cluster(adapter.task_names, joined)
     file = folder.path / ANALYSIS
     file.unlink(missing_ok=True)  # an old analysis must not lie beside a new recipe
     folder.keep_recipe(config)

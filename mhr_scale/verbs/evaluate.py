@@ -294,7 +294,8 @@ def open_adapter_of(
     opening = open_library if is_library else open_adapter
     card, stored = opening(config.adapter, config.backbone_moved_to)
     if is_library:
-        route_by_token(stored, top_k=config.arrow.top_k, temperature=config.arrow.temperature)
+        arrow = config.arrow
+        stored = route_by_token(stored, top_k=arrow.top_k, temperature=arrow.temperature)
     backbone = backbone_of(
         config.adapter,
         card,

@@ -13,6 +13,7 @@ from typing import Any
 from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
+from mhr_scale.analysis import clusters
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit, open_adapter
@@ -217,6 +218,12 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
         numbers = spread(len(stored.task_names))
         rows = tuple(numbers[row % len(numbers)] for row in range(N_ROWS))
         return [ExportedAdapter(what="whole", make=lambda: stored, original=stored, task_ids=rows)]
+    if config.clusters is not None:
+        joined = clusters.cluster_tasks(stored, config.clusters.number, seed=config.clusters.seed)
+        skilled = clusters.to_skills(stored, joined, logit=config.clusters.logit)
+        ids = tuple(range(len(joined)))[:N_ROWS]
+        ids += (0,) * (N_ROWS - len(ids))
+        return [ExportedAdapter(what=what, make=lambda: skilled, original=skilled, task_ids=ids)]
     single = soup(stored, config.tasks) if what == "soup" else mean_of(stored)
     return [ExportedAdapter(what=what, make=lambda: single, original=single)]
 
@@ -240,6 +247,8 @@ def write(
     if progress:
         progress.close()
         write_json(folder / "tasks.json", folders_of(inputs, parts))
+    if parts[0].what == "clusters":
+        write_json(folder / "clusters.json", clusters.members(parts[0].make()))
     write_text(folder / RECIPE, to_yaml(config))
     write_record(
         folder,
@@ -351,6 +360,7 @@ def tell(config: ExportConfig, inputs: ExportInputs, parts: list[ExportedAdapter
         "average": "the average",
         "task": f"task {inputs.stored.task_names[parts[0].task_ids[0]]}",
         "all_tasks": f"{len(parts)} tasks, a folder each",
+        "clusters": f"a skill for each of {parts[0].make().config.n_skills} clusters of tasks",
         "soup": f"the soup of {', '.join(config.tasks)}",
     }
     return Exported(
