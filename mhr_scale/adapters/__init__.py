@@ -3,8 +3,8 @@
 Adapters need torch alone; reading and writing files also needs safetensors. Settings and policies
 need neither: a recipe is read before torch is imported.
 
-Other rooms import: artefact, collapse, config, layouts, linear, opaque, padding, peft_files,
-peft_folders, places, policies, rebuilding, routing, sites, slots, wrapping.
+Other rooms import: artefact, collapse, config, layouts, library, linear, opaque, padding,
+peft_files, peft_folders, places, policies, rebuilding, routing, sites, slots, wrapping.
 """
 
 from importlib import import_module

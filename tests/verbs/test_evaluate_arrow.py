@@ -5,21 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import make_source
 
 from mhr_scale.adapters import Adapter, artefact
 from mhr_scale.adapters.collapse import average, collapse
 from mhr_scale.adapters.peft_folders import write_peft_ia3, write_peft_lora
+from mhr_scale.analysis.clusters import members
 from mhr_scale.config import (
     ArrowConfig,
     EvaluateConfig,
+    ExportConfig,
     PlainRunConfig,
     ScoringConfig,
     ToyTasks,
 )
+from mhr_scale.config.export import ClustersConfig
 from mhr_scale.errors import AdapterError, ConfigError
 from mhr_scale.scores import summary
 from mhr_scale.verbs.evaluate import evaluate
+from mhr_scale.verbs.export import export
 
 SETTINGS = ("tasks.validation_examples=5", "tasks.instruction=full", "schedule.steps=8")
 LORAS = "adapter={layout: attention, rank: 2, n_skills: 1, private: true}"
@@ -108,6 +113,32 @@ def test_what_is_no_lora_of_the_library_is_refused(
         write_peft_ia3(vectors, odd, base_model="builtin:toy")
     with pytest.raises(AdapterError, match=message):
         scores(library, tmp_path / "run")
+
+
+def test_clusters_share_a_lora_that_is_trained_on_and_chosen_by_tokens(
+    private: Path, tmp_path: Path
+) -> None:
+    config = ExportConfig(
+        adapter=str(private),
+        what="clusters",
+        clusters=ClustersConfig(number=2),
+        format="native",
+        folder=str(tmp_path / "skills"),
+    )
+    export(config)
+    skills = "adapter={layout: attention, rank: 2, n_skills: 2, policy: fixed}"
+    trained = make_source(tmp_path / "toy", *SETTINGS, skills, f"source={tmp_path / 'skills'}")
+    before, after = artefact.load(tmp_path / "skills"), artefact.load(trained)
+    assert torch.equal(before.routing_logits, after.routing_logits)
+    for own in members(before).values():
+        first = artefact.named_tensors(collapse(after, own[0]))
+        for other in own[1:]:
+            of_other = artefact.named_tensors(collapse(after, other))
+            for name, tensor in first.items():
+                torch.testing.assert_close(of_other[name], tensor, rtol=1e-6, atol=1e-6)
+    moved = after.inventory.stacked(after.inventory.stacks[0], "B")
+    assert not torch.equal(moved, before.inventory.stacked(before.inventory.stacks[0], "B"))
+    assert len(scores(trained, tmp_path / "run")) > 0
 
 
 def test_a_library_has_so_many_loras_as_a_token_takes(private: Path, tmp_path: Path) -> None:
