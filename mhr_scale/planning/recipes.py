@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mhr_scale.adapters import Adapter
-from mhr_scale.backbone.of_adapter import backbone_of, open_adapter
+from mhr_scale.backbone.of_adapter import backbone_of, open_adapter, open_library
 from mhr_scale.config import (
     AdaptConfig,
     AdapterConfig,
@@ -54,17 +54,24 @@ def _source(workload: WorkloadConfig, error: UserError) -> PretrainConfig:
 def subject(
     config: EvaluateConfig, workload: WorkloadConfig
 ) -> tuple[BackboneConfig, AdapterConfig | None]:
-    """Backbone and adapter settings of an evaluation; without adapter the latter are None."""
+    """Backbone and adapter settings of an evaluation; without adapter the latter are None.
+
+    LoRAs that tokens choose among are counted as one of all their columns.
+    """
     if config.adapter is None:
         assert config.backbone is not None
         return config.backbone, None
+    is_library, n_experts = config.routing == "arrow", 1
     try:
-        card, stored = open_adapter(config.adapter, config.backbone_moved_to)
+        opening = open_library if is_library else open_adapter
+        card, stored = opening(config.adapter, config.backbone_moved_to)
         frozen = backbone_of(config.adapter, card, config.backbone_moved_to)
         settings = stored.config
+        n_experts = len(stored.task_names) if settings.private else settings.n_skills
     except UserError as error:
         source = _source(workload, error)
         frozen, settings = source.backbone, source.adapter
+        n_experts = n_tasks(source, workload)[0] if settings.private else settings.n_skills
     frozen = replace(
         frozen,
         dtype=config.backbone_dtype or frozen.dtype,
@@ -72,6 +79,8 @@ def subject(
     )
     if config.routing == "average":
         settings = replace(settings, n_skills=1, n_splits=1, policy="learned", private=False)
+    if is_library:
+        settings = replace(settings.single(), rank=settings.rank * n_experts)
     return frozen, None if config.routing == "off" else settings
 
 

@@ -1,6 +1,5 @@
 """Arrow: tokens that choose among LoRAs, beside a plain restatement and stock PEFT."""
 
-import copy
 import warnings
 from dataclasses import replace
 
@@ -17,8 +16,10 @@ from mhr_scale import attach, detach
 from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.collapse import average, collapse, soup
 from mhr_scale.adapters.library import route_by_token
+from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError
+from mhr_scale.families.fused import as_on_gpu
 from mhr_scale.families.table import find_family
 from mhr_scale.passes.filled import filled
 
@@ -89,6 +90,8 @@ def test_t5_computes_what_the_paper_says(settings) -> None:
     expected = restate(make_t5().eval(), adapter, **options)(**make_batch(4)).logits
     found = logits(model.eval(), route_by_token(adapter, **options), IDS)
     assert_close(found, expected.detach(), 1e-5)
+    with as_on_gpu():
+        assert_close(logits(model, adapter, IDS), expected.detach(), 1e-5)
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
@@ -151,11 +154,10 @@ def test_what_was_made_of_the_experts_is_kept_until_they_move() -> None:
     made = adapter.by_token._made
     logits(model, adapter, IDS)
     assert adapter.by_token._made is made
-    other = copy.deepcopy(make_t5())
     detach(model)
-    again = attach(other.eval(), PRIVATE, tasks=TASKS)
-    again.load_state_dict(adapter.state_dict())
-    assert_close(logits(other, route_by_token(again, top_k=2), IDS), first, 1e-6)
+    adapter.bind(wrap(model, adapter.sites))
+    assert torch.equal(logits(model, adapter, IDS), first)
+    assert adapter.by_token._made is not made
 
 
 def test_generation_reads_the_same_slots() -> None:
