@@ -13,7 +13,6 @@ from typing import Any
 from mhr_scale.adapters import Adapter, artefact, peft_folders
 from mhr_scale.adapters.collapse import average as mean_of
 from mhr_scale.adapters.collapse import collapse, soup
-from mhr_scale.analysis import clusters
 from mhr_scale.backbone import hub, merging
 from mhr_scale.backbone.blueprint import Blueprint
 from mhr_scale.backbone.of_adapter import backbone_of, blueprint_of, check_fit, open_adapter
@@ -219,6 +218,8 @@ def parts_of(what: str, config: ExportConfig, stored: Adapter) -> list[ExportedA
         rows = tuple(numbers[row % len(numbers)] for row in range(N_ROWS))
         return [ExportedAdapter(what="whole", make=lambda: stored, original=stored, task_ids=rows)]
     if config.clusters is not None:
+        from mhr_scale.analysis import clusters  # needs scipy, which no other export does
+
         joined = clusters.cluster_tasks(stored, config.clusters.number, seed=config.clusters.seed)
         skilled = clusters.to_skills(stored, joined, logit=config.clusters.logit)
         ids = tuple(range(len(joined)))[:N_ROWS]
@@ -248,7 +249,9 @@ def write(
         progress.close()
         write_json(folder / "tasks.json", folders_of(inputs, parts))
     if parts[0].what == "clusters":
-        write_json(folder / "clusters.json", clusters.members(parts[0].make()))
+        from mhr_scale.analysis.clusters import members
+
+        write_json(folder / "clusters.json", members(parts[0].make()))
     write_text(folder / RECIPE, to_yaml(config))
     write_record(
         folder,
