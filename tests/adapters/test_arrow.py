@@ -15,7 +15,7 @@ from torch import nn
 from mhr_scale import attach, detach
 from mhr_scale.adapters import peft_folders
 from mhr_scale.adapters.collapse import average, collapse, soup
-from mhr_scale.adapters.library import route_by_token
+from mhr_scale.adapters.library import join, route_by_token
 from mhr_scale.adapters.wrapping import wrap
 from mhr_scale.config import BackboneConfig
 from mhr_scale.errors import AdapterError
@@ -158,6 +158,18 @@ def test_what_was_made_of_the_experts_is_kept_until_they_move() -> None:
     adapter.bind(wrap(model, adapter.sites))
     assert torch.equal(logits(model, adapter, IDS), first)
     assert adapter.by_token._made is not made
+
+
+def test_loras_of_other_ranks_and_scales_compute_the_same_in_a_library() -> None:
+    configs = {"a": LORA, "b": replace(LORA, rank=1), "c": replace(LORA, rank=3, alpha=0.7)}
+    made = {name: make_adapted(config, dtype=torch.float32) for name, config in configs.items()}
+    model, _ = make_adapted(LORA, dtype=torch.float32)
+    detach(model)
+    library = join({name: adapter for name, (_, adapter) in made.items()}, place="here")
+    library.bind(wrap(model.eval(), library.sites))
+    for name, (alone, adapter) in made.items():
+        expected = logits(alone.eval(), adapter, IDS)
+        assert_close(logits(model, library, [name] * 4), expected, 1e-5)
 
 
 def test_generation_reads_the_same_slots() -> None:
