@@ -109,7 +109,7 @@ class Suite(ABC):
         return replace(task, chat=Chat(system=self.system) if self.chat else None)
 
     def folders(self) -> tuple[str, ...]:
-        """Names of the local folders that it may be read from: its `folder`, if it has one."""
+        """The local folders (or files) that it may be read from: its `folder`, if it has one."""
         folder = getattr(self, "folder", None)
         return () if folder is None else (folder,)
 
