@@ -66,7 +66,7 @@ class SelectionConfig:
     """test: the reported rows themselves (the reference on T0; optimistic); validation: the
     suite's validation rows; shots: those set aside; last: no selection; held_out: validation for
     tasks that have rows of it beside the reported ones, last for the others. Null: held_out for
-    your own tasks (jsonl), test for the others."""
+    your own tasks (jsonl) and CrossFit's, test for the others."""
     every_epochs: int = 50
     """Epochs between evaluations."""
     at_start: bool = True

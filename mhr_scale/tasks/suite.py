@@ -92,6 +92,8 @@ class Suite(ABC):
     """Whether it has tasks to evaluate and to adapt on."""
     lends_validation: ClassVar[bool] = False
     """Whether a few-shot task without test rows is tested on its validation rows."""
+    generates: ClassVar[bool] = False
+    """Whether all its tasks' own metrics are of generated text."""
     selects_on: ClassVar[Literal["test", "held_out"]] = "test"
     """The default of `selection.on` for its tasks."""
 

@@ -56,6 +56,7 @@ class CrossFitTasks(Suite):
     intake: IntakeConfig = field(default_factory=lambda: IntakeConfig(on_bad="error"))
     """Policy for unusable rows; of so few rows each counts, so that the first bad one stops."""
 
+    generates = True
     selects_on = "held_out"
 
     def __post_init__(self) -> None:
