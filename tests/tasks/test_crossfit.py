@@ -193,7 +193,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(suite):
 
 
 @pytest.mark.parametrize("fold", ["train", "dev"])
-def test_a_task_without_rows_is_refused(suite, tmp_path, fold):
+def test_a_task_without_rows_is_refused(suite, fold):
     file = rewrite(suite, f"boolq/boolq_4_21_{fold}.tsv", "\n")
     with pytest.raises(DataError, match=f"task boolq: no {fold} row under seed 21: {file} holds"):
         open_suite(suite)

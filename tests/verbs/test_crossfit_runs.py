@@ -91,7 +91,7 @@ def test_jobs_are_selected_on_dev_rows_and_scored_by_the_tasks_metrics(run):
             assert one["score"] == pytest.approx(sum(ems) / 3)
 
 
-def test_the_report_has_a_row_for_the_partition(run, monkeypatch):
+def test_the_report_has_a_row_for_the_partition(run):
     result = run / "jobs" / "freebase_qa"
     for variant, score in (("direct", 40.0), ("MHR", 50.0)):
         for seed in ("13", "21"):
