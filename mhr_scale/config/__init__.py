@@ -40,6 +40,7 @@ from mhr_scale.config.training import (
     ScheduleConfig,
 )
 from mhr_scale.config.verbs import AverageConfig, EvaluateConfig, PretrainConfig, ScoringConfig
+from mhr_scale.tasks.crossfit.tasks import CrossFitTasks
 from mhr_scale.tasks.jsonl import JsonlTasks
 from mhr_scale.tasks.mixture import MixtureConfig
 from mhr_scale.tasks.suite import ShotsConfig
@@ -61,6 +62,7 @@ __all__ = [
     "BackboneConfig",
     "BatchConfig",
     "ConvertConfig",
+    "CrossFitTasks",
     "Cut",
     "EvalTasksConfig",
     "EvaluateConfig",

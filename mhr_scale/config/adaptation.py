@@ -14,7 +14,7 @@ from mhr_scale.config.training import (
     check_trackers,
 )
 from mhr_scale.config.verbs import ScoringConfig
-from mhr_scale.errors import ConfigError
+from mhr_scale.errors import ConfigError, suggest
 from mhr_scale.recipe.part import part, recipe
 from mhr_scale.tasks.suite import ShotsConfig
 from mhr_scale.tasks.suites import EvalTasksConfig
@@ -66,7 +66,7 @@ class SelectionConfig:
     """test: the reported rows themselves (the reference on T0; optimistic); validation: the
     suite's validation rows; shots: those set aside; last: no selection; held_out: validation for
     tasks that have rows of it beside the reported ones, last for the others. Null: held_out for
-    your own tasks (jsonl), test for the others."""
+    your own tasks (jsonl) and CrossFit's, test for the others."""
     every_epochs: int = 50
     """Epochs between evaluations."""
     at_start: bool = True
@@ -185,6 +185,9 @@ class AdaptConfig:
 
     variants: dict[str, VariantConfig]
     """The ways to adapt, by their names in tables and folders."""
+    gain_over: str | None = None
+    """The variant that the others' average relative gain is measured against, such as one that
+    starts from nothing; null: no gain."""
     tasks: EvalTasksConfig
     """The tasks to adapt to."""
     shots: ShotsConfig = field(default_factory=ShotsConfig)
@@ -221,6 +224,11 @@ class AdaptConfig:
         for name in self.variants:
             if not name.isprintable():
                 raise ConfigError(f"variants: {name!a} has a character that cannot be printed")
+        if self.gain_over is not None and self.gain_over not in self.variants:
+            raise ConfigError(
+                f"gain_over: no variant '{self.gain_over}'"
+                f"{suggest(self.gain_over, sorted(self.variants))}; name one of the variants"
+            )
         if self.selection.on is None:
             chosen = replace(self.selection, on=self.tasks.selects_on)
             object.__setattr__(self, "selection", chosen)  # a default that hangs on the suite

@@ -159,10 +159,11 @@ class BatchConfig:
         """
         rows = world_size * self.micro_batch_size
         if self.batch_size % rows:
+            of_rank, rest = divmod(self.batch_size, world_size)
+            other = "" if rest else f" or a micro_batch_size that divides {of_rank}"
             raise ConfigError(
                 f"batch.batch_size: {self.batch_size} rows do not divide into micro batches of "
-                f"{self.micro_batch_size} on {world_size} rank(s); use a multiple of {rows} or a "
-                f"micro_batch_size that divides {self.batch_size / world_size:g}"
+                f"{self.micro_batch_size} on {world_size} rank(s); use a multiple of {rows}{other}"
             )
         return self.batch_size // rows
 

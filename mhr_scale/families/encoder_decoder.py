@@ -110,11 +110,13 @@ class EncoderDecoder(Family):
         return logits
 
     def input_mask(self, model: Any, packed: Packed) -> Tensor:
-        """The mask of the inputs as attention adds it: (B, 1, 1, L).
+        """The tokens of the inputs (B, L); of rows laid flat the mask that attention adds."""
+        is_token_BL = packed.inputs["attention_mask"]
+        return is_token_BL if packed.flat is None else self.added_mask(model, is_token_BL)
 
-        Of the tokens (B, L) transformers would read, and wait, whether it needs a mask at all.
-        """
-        return additive(packed.inputs["attention_mask"][:, None] > 0, self._dtype(model))
+    def added_mask(self, model: Any, is_token_BL: Tensor) -> Tensor:
+        """The mask (B, 1, 1, L) that attention adds where a row has no token."""
+        return additive(is_token_BL[:, None] > 0, self._dtype(model))
 
     def decoder_inputs(self, model: Any, packed: Packed) -> dict[str, Any]:
         """What lets each answer see itself alone: a mask, where there are several in a row.

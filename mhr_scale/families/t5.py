@@ -13,6 +13,7 @@ from mhr_scale.families.encoder_decoder import EncoderDecoder
 from mhr_scale.families.family import Blocks, Settings, last_part
 from mhr_scale.families.model_configs import config_class
 from mhr_scale.families.named import BlockPattern, Named, below
+from mhr_scale.families.packed import Packed
 from mhr_scale.families.stored_names import Arrangement, Stored
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
@@ -244,6 +245,13 @@ class T5(Named, EncoderDecoder):
     def embeddings(self, model: Any) -> list[nn.Module]:
         """Encoder and decoder have modules of their own for one tensor."""
         return [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens]
+
+    def input_mask(self, model: Any, packed: Packed) -> Tensor:
+        """The mask that attention adds: of tokens transformers would read whether one is needed.
+
+        On a GPU the host would wait for that.
+        """
+        return self.added_mask(model, packed.inputs["attention_mask"])
 
     def start_id(self, config: Any) -> int:
         """The decoder's start token."""

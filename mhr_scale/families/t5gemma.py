@@ -113,10 +113,6 @@ class T5Gemma(Discovered, EncoderDecoder):
         start: int = config.decoder_start_token_id
         return start
 
-    def input_mask(self, model: Any, packed: Packed) -> Tensor:
-        """The tokens (B, L): transformers makes masks by kind of layer, and waits for them."""
-        return packed.inputs["attention_mask"]
-
     def decoder_inputs(self, model: Any, packed: Packed) -> dict[str, Any]:
         """Masks by kind of layer, and positions from 0 for each answer."""
         choices_BD = packed.choices_BD

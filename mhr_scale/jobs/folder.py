@@ -23,6 +23,7 @@ FREE = (
     "backbone_moved_to",
     "scoring.texts",
     "variants.",
+    "gain_over",
 )
 
 

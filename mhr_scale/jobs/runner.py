@@ -31,6 +31,7 @@ from mhr_scale.run.tracking import Tracking
 from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import Question, answerers, judge, keeps_texts
+from mhr_scale.tasks import metrics
 from mhr_scale.training import saved_steps
 
 
@@ -188,7 +189,7 @@ class Runner:
             if lines is None:
                 lost.append(number)
                 continue
-            score = summary.mean_points(lines)
+            score = metrics.score_of(lines)
             logs[member.job].write({"step": wave.step, "score": score})
             if member.progress.take(wave.step, score):
                 self._keep(wave, number, lines if member.data.selects_on == "test" else [])
@@ -320,7 +321,7 @@ class Runner:
             member.job,
             self.folder,
             {
-                "score": summary.mean_points(lines),
+                "score": metrics.score_of(lines),
                 "metric": lines[0]["metric"],
                 "examples": len(lines),
                 "best_step": progress.best_step,

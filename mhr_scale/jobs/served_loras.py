@@ -98,7 +98,10 @@ def list_loras(config: ExportConfig) -> list[Lora]:
         source for path in (config.adapter, *config.also) for source in read_sources(path, config)
     ]
     if config.jobs and not any(source.job for source in sources):
-        raise AdapterError(f"jobs: {some(config.jobs)}, and no run folder of adapt is exported")
+        raise AdapterError(
+            f"jobs: {some(config.jobs)}, and no run folder of adapt is exported; give one in "
+            "`also`, or set jobs=[]"
+        )
     for source in sources:
         check_kind(source)
     known = {source.job.task for source in sources if source.job} | {

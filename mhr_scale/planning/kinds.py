@@ -125,7 +125,7 @@ def plan_evaluation(config: EvaluateConfig, workload: WorkloadConfig, machines: 
     options = config.scoring
     frozen, settings = subject(config, workload)
     blueprint = read_sizes(frozen)
-    generates = options.metric not in (None, "accuracy")
+    generates = config.tasks.generates if options.metric is None else options.metric != "accuracy"
     shape = Shape(
         rows=1,
         width=workload.input_tokens or options.max_input_tokens,

@@ -47,16 +47,18 @@ def read_measured(file: str) -> Measured:
     try:
         with open(file, encoding="utf-8") as opened:
             found = json.load(opened)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{place}: {first_line(error)}; name an accept.json") from error
+    except OSError as error:
+        raise ConfigError(f"{place}: {error.strerror}; name an accept.json") from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: it is no JSON ({first_line(error)}); {AGAIN}") from error
     try:
         machine, entries = found["machine"], found["entries"]
         values = {(entry["part"], entry["name"]): entry["values"] for entry in entries}
         card, date = str(machine["device"]), str(machine["date"])
     except (KeyError, TypeError) as error:
+        lacks = f" (it has no {error})" if isinstance(error, KeyError) else ""
         raise ConfigError(
-            f"{place}: it is no accept.json of this version ({type(error).__name__}: {error}); "
-            f"{AGAIN}"
+            f"{place}: it is no accept.json of this version{lacks}; {AGAIN}"
         ) from error
     if card == "CPU":
         raise ConfigError(f"{place}: measured on a CPU at toy size; {AGAIN} on a GPU")

@@ -18,6 +18,7 @@ from mhr_scale.errors import ConfigError, UserError
 from mhr_scale.jobs.adapt_inputs import one_backbone
 from mhr_scale.jobs.start import config_of
 from mhr_scale.recipe.reading import load
+from mhr_scale.tasks.crossfit.partitions import open_partition
 from mhr_scale.tasks.t0.mixtures import list_prompts
 
 #: Rows of the routing table if neither recipe nor command line says how many.
@@ -35,6 +36,9 @@ def n_tasks(config: PretrainConfig, workload: WorkloadConfig) -> tuple[int, str]
         prompts = list_prompts(tasks.mixture)
         units = {prompt.name if tasks.unit == "prompt" else prompt.dataset for prompt in prompts}
         return len(units), "T0's own table"
+    if tasks.suite == "crossfit":
+        partition = open_partition(tasks.partition)
+        return len(tasks.tasks or partition.tasks(tasks.fold)), partition.source
     if tasks.suite == "superni":
         listed = Path(tasks.folder) / "splits" / tasks.split / f"{tasks.fold}_tasks.txt"
         if listed.is_file():

@@ -105,10 +105,10 @@ def _recipes_near(path: Path) -> str:
     """What a recipe that is no file may have been meant to be."""
     folder = path if path.is_dir() else path.parent
     names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
-    if not names:
-        hint = did_you_mean(path.stem, shipped.names(shipped.RECIPES, ".yaml"))
-        return hint or "; give the path of a recipe, or the name of a shipped one, such as toy"
-    return did_you_mean(path.name, names) or f"; recipes in {folder}: {some(names)}"
+    hint = did_you_mean(path.name, names)
+    hint = hint or did_you_mean(path.stem, shipped.names(shipped.RECIPES, ".yaml"))
+    here = f"recipes in {folder}: {some(names)}; " if names else ""
+    return hint or f"; {here}give the path of a recipe, or a name that `mhr_scale recipes` lists"
 
 
 def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:

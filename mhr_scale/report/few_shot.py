@@ -8,10 +8,11 @@ from typing import Any
 from mhr_scale.errors import counted, some
 from mhr_scale.report.drawing import MOST_SERIES, count
 from mhr_scale.report.page import Block, Cell, Heading, Picture, Prose, Section, Table
+from mhr_scale.report.partitions import OfPartition, partition_of, partitions_table
 from mhr_scale.report.pictures import Series, Spot, pictured, trade_off
 from mhr_scale.report.runs import Run, part
 from mhr_scale.report.scored_adapters import split_seeds
-from mhr_scale.scores.comparison import compare, legend, marked
+from mhr_scale.scores.comparison import compare, has_gain, legend, marked
 
 #: Names of runs in a heading at most.
 MOST_LABELS = 4
@@ -26,15 +27,24 @@ def few_shot(runs: Sequence[Run]) -> Section | None:
         return None
     blocks: list[Block] = []
     groups = group_runs(with_results)
+    parted = [
+        OfPartition(name, compare(together(group), gain_over=gain_over(group)))
+        for group in groups
+        for name in [partition_of(group[0])]
+        if name is not None
+    ]
+    if parted:
+        blocks.append(partitions_table(parted))
     for group in groups:
         if len(groups) > 1 or len(group) > 1:
             labels = some([run.label for run in group], shown=MOST_LABELS)
             blocks.append(Heading(text=labels + (" together" if len(group) > 1 else "")))
-        blocks += of_results(together(group))
+        blocks += of_results(together(group), gain_over=gain_over(group))
         if share_variants(group):
             for run in group:
                 caption = f"{run.label} alone"
-                blocks.append(variants_table(compare(together([run])), caption, folded=True))
+                alone = compare(together([run]), gain_over=gain_over([run]))
+                blocks.append(variants_table(alone, caption, folded=True))
     return Section(id="few-shot", title="Few-shot adaptation", blocks=blocks)
 
 
@@ -80,6 +90,12 @@ def together(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def gain_over(runs: Sequence[Run]) -> str | None:
+    """The variant that gains are measured against, if the runs name one."""
+    named = {run.config.get("gain_over") for run in runs} - {None}
+    return named.pop() if len(named) == 1 else None
+
+
 def in_order(run: Run) -> list[dict[str, Any]]:
     """The results of a run, variants in the order of its recipe."""
     names = list(part(run.config, "variants"))
@@ -99,9 +115,9 @@ def share_variants(runs: Sequence[Run]) -> bool:
     return any(times > 1 for times in names.values())
 
 
-def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+def of_results(results: Sequence[Mapping[str, Any]], *, gain_over: str | None) -> list[Block]:
     """The table, the picture of costs and the scores by task of some jobs."""
-    compared = compare(results)
+    compared = compare(results, gain_over=gain_over)
     metrics = sorted(
         {metric for values in compared["variants"].values() for metric in values["metrics"]}
     )
@@ -120,6 +136,7 @@ def of_results(results: Sequence[Mapping[str, Any]]) -> list[Block]:
 def variants_table(compared: Mapping[str, Any], caption: str, *, folded: bool = False) -> Table:
     """One row for each variant, as in the paper's tables."""
     rows: list[list[Cell]] = []
+    gains = any(map(has_gain, compared["variants"].values()))
     for name, values in compared["variants"].items():
         seeds = values["seeds"]
         rows.append(
@@ -131,10 +148,11 @@ def variants_table(compared: Mapping[str, Any], caption: str, *, folded: bool = 
                 values["std_over_seeds"] if len(seeds) > 1 else None,
                 values.get("mean_of_medians"),
                 len(seeds),
+                *([values.get("relative_gain")] if gains else []),
             ]
         )
     columns = ["method", "multi-task parameters", "adaptation parameters", "mean"]
-    columns += ["std over seeds", "mean of medians", "seeds"]
+    columns += ["std over seeds", "mean of medians", "seeds", *(["gain"] if gains else [])]
     note = (
         "Mean over tasks, then mean and standard deviation (n - 1) over seeds; mean of medians: "
         "median over seeds per task, then mean over tasks."

@@ -18,6 +18,7 @@ from mhr_scale.run.files import read_json, read_object
 from mhr_scale.run.runlog import metric_lines
 from mhr_scale.scores import summary
 from mhr_scale.scores.comparison import as_one
+from mhr_scale.tasks.crossfit.metrics import is_mean
 from mhr_scale.training import saved_steps
 
 Kind = Literal[
@@ -259,9 +260,12 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 
 def standard_errors(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard error of each task's mean; an example under several prompts counts once."""
+    """Standard error of each task's mean; an example under several prompts counts once.
+
+    A score that is no mean over examples has none.
+    """
     examples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for score in scores:
+    for score in filter(lambda score: is_mean(score["metric"]), scores):
         examples[score["task"]][summary.raw_row(score)].append(score["points"])
     errors = {}
     for task, by_example in examples.items():

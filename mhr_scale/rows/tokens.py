@@ -184,7 +184,7 @@ def describe(suite: Suite, tokenizer: Any, batch: BatchConfig, family: Family) -
     """Everything the token ids depend on, as JSON values."""
     code = hashlib.sha256()
     tasks = Path(__file__).parents[1] / "tasks"
-    readers = [*tasks.glob("*.py"), *tasks.glob("t0/*.py"), *tasks.glob("t0/*.json")]
+    readers = [*tasks.rglob("*.py"), *tasks.glob("t0/*.json"), *tasks.glob("crossfit/*.json")]
     encoders = [Path(__file__).with_name(name) for name in ("encode.py", "chat.py")]
     for file in sorted([*readers, *encoders]):
         code.update(file.read_bytes())

@@ -19,11 +19,14 @@ EXTRAS = {
 }
 
 
-def check(module: str, *, what: str) -> None:
-    """Raise `ConfigError` if a module of an extra is not installed; `what` asked for it."""
+def check(module: str, *, what: str, way_out: str = "") -> None:
+    """Raise `ConfigError` if a module of an extra is not installed; `what` asked for it.
+
+    `way_out` is another than to install it.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a mere folder of that name has no origin
         raise ConfigError(
             f"{what}: '{module}' is not installed; "
-            f'pip install "mhr_scale[{EXTRAS[module]}]", or leave it out'
+            f'pip install "mhr_scale[{EXTRAS[module]}]"{way_out}'
         )

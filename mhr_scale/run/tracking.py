@@ -23,7 +23,7 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         local = MLFLOW_LOCAL if name == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ else ()
         for module in (name, *local):
-            extras.check(module, what="run.trackers")
+            extras.check(module, what="run.trackers", way_out=", or leave it out")
 
 
 class Tracking:

@@ -22,6 +22,7 @@ from mhr_scale.rows.batching import Batch, cut_batches
 from mhr_scale.rows.encode import Encoder
 from mhr_scale.run.runlog import log
 from mhr_scale.tasks import metrics
+from mhr_scale.tasks.crossfit.metrics import reference_problem
 from mhr_scale.tasks.loaded_metrics import TextMetric
 from mhr_scale.tasks.task import Example, Task
 
@@ -88,6 +89,11 @@ def ask(task: Task, config: ScoringConfig) -> list[Question]:
                     f"task {task.name}: example {example.id} has label {example.label} for "
                     f"{len(example.choices)} choices; hidden labels cannot be scored"
                 )
+        problem = reference_problem(metric, example.targets)
+        if problem is not None:
+            raise DataError(
+                f"task {task.name}: example {example.id}: {problem}; give the task another metric"
+            )
         questions.append(Question(f"{task.name}/{example.id}", task.name, metric, example, score))
     return questions
 

@@ -1,7 +1,8 @@
 """Summaries of scores: per task, per prompt, means over tasks, and over seeds.
 
 `scores.jsonl` is the only source: a summary can be computed again at any time. Every score is
-in points, 0 to 100.
+in points, 0 to 100, or from -100 where it is a correlation. The `mean` of a task is its score: of
+the metrics that only all answers together have, that one.
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 
 from mhr_scale.errors import RunError, one_line, some
 from mhr_scale.run.tables import render
+from mhr_scale.tasks.crossfit.metrics import is_mean
+from mhr_scale.tasks.metrics import score_of
 
 SCORES = "scores.jsonl"
 
@@ -54,17 +57,16 @@ def _check_score(score: Any) -> None:
         raise TypeError(f"choice_scores are {score['choice_scores']!r}, no list")
     if not math.isfinite(score["points"]):
         raise ValueError(f"points are {score['points']}")
+    if not is_mean(score["metric"]):
+        texts = [score["prediction"], *score["references"]]
+        if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{score['metric']} is of an answer and its references, no texts")
 
 
 def raw_row(score: Mapping[str, Any]) -> str:
     """What a score is of, the same one under all prompts of a row."""
     name = str(score.get("example", score["id"]))
     return name.removesuffix(f"/{score['prompt']}") if score["prompt"] else name
-
-
-def mean_points(scores: Sequence[Mapping[str, Any]]) -> float:
-    """Mean points of one or more scores."""
-    return sum(score["points"] for score in scores) / len(scores)
 
 
 def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -89,20 +91,20 @@ def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _of_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What one task's scores say; `chance` is what guessing gives, where all rows are ranked."""
-    by_prompt: dict[str, list[float]] = defaultdict(list)
+    by_prompt: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for score in scores:
-        by_prompt[score["prompt"]].append(score["points"])
-    prompts = {prompt: _mean(points) for prompt, points in sorted(by_prompt.items())}
+        by_prompt[score["prompt"]].append(score)
+    prompts = {prompt: score_of(lines) for prompt, lines in sorted(by_prompt.items())}
     summary: dict[str, Any] = {
         "metric": scores[0]["metric"],
         "examples": len({raw_row(score) for score in scores}),
-        "mean": mean_points(scores),
+        "mean": score_of(scores),
     }
     n_choices = [len(score["choice_scores"]) for score in scores if score.get("choice_scores")]
     if len(n_choices) == len(scores):
         summary["chance"] = 100.0 * sum(1.0 / count for count in n_choices) / len(scores)
     if len(prompts) > 1:
-        means = [mean for mean in prompts.values() if mean is not None]
+        means = list(prompts.values())
         summary |= {
             "prompts": prompts,
             "prompt_mean": _mean(means),

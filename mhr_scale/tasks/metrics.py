@@ -1,15 +1,17 @@
 """What an answer is worth, from 0 to 100: Rouge-L and exact match of texts, accuracy of ranks.
 
-Every function scores one example; the mean over examples is the caller's.
+Every function scores one example. The score of several is `score_of`: their mean, but for metrics
+that only all answers of a task have (`crossfit.metrics`).
 """
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from mhr_scale.run.runlog import log
+from mhr_scale.tasks.crossfit import metrics as crossfit
 from mhr_scale.tasks.loaded_metrics import PREFIX, MetricOptions, TextMetric, open_metric
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -44,6 +46,7 @@ def best_choice(scores: Sequence[float]) -> int:
 TEXT_METRICS: dict[str, TextMetric] = {
     "exact_match": exact_match,
     "rougeL": rouge_l,
+    **crossfit.TEXT_METRICS,
 }
 #: Metrics of ranked choices: scores (the smallest wins), the choices and label to points.
 RANK_METRICS: dict[str, Callable[[Sequence[float], Sequence[str], int], float]] = {
@@ -55,6 +58,14 @@ METRICS: dict[str, Callable[..., float]] = {**RANK_METRICS, **TEXT_METRICS}
 def text_metric(name: str, options: MetricOptions | None = None) -> TextMetric:
     """A metric of generated texts by its name; raises `DataError` for one that cannot be loaded."""
     return open_metric(name, options) if name.startswith(PREFIX) else TEXT_METRICS[name]
+
+
+def score_of(lines: Sequence[Mapping[str, Any]]) -> float:
+    """The score of one or more lines of scores.jsonl, which have one metric."""
+    whole = crossfit.WHOLE_METRICS.get(lines[0]["metric"])
+    if whole is None:
+        return sum(float(line["points"]) for line in lines) / len(lines)
+    return whole([line["prediction"] for line in lines], [line["references"] for line in lines])
 
 
 def _plain(text: str) -> str:

@@ -92,6 +92,8 @@ class Suite(ABC):
     """Whether it has tasks to evaluate and to adapt on."""
     lends_validation: ClassVar[bool] = False
     """Whether a few-shot task without test rows is tested on its validation rows."""
+    generates: ClassVar[bool] = False
+    """Whether all its tasks' own metrics are of generated text."""
     selects_on: ClassVar[Literal["test", "held_out"]] = "test"
     """The default of `selection.on` for its tasks."""
 
@@ -109,7 +111,7 @@ class Suite(ABC):
         return replace(task, chat=Chat(system=self.system) if self.chat else None)
 
     def folders(self) -> tuple[str, ...]:
-        """Names of the local folders that it may be read from: its `folder`, if it has one."""
+        """The local folders (or files) that it may be read from: its `folder`, if it has one."""
         folder = getattr(self, "folder", None)
         return () if folder is None else (folder,)
 

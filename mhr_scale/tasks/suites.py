@@ -4,6 +4,7 @@ What a seed changes in few-shot tasks, by suite:
 
     toy       which training rows are its shots, and their order; `fold: held_out` only
     superni   the shuffle that gives training and validation rows; `fold: test` only
+    crossfit  which files are read: those of the seed; `fold: test` (or `dev`) only
     jsonl     which training rows are its shots, and their order
     t0_eval   which rows of the train split are its shots (T-Few's files, or the same draw), the
               template of every shot in every epoch and that of every evaluation row
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhr_scale.errors import DataError
+from mhr_scale.tasks.crossfit.tasks import CrossFitTasks
 from mhr_scale.tasks.jsonl import JsonlTasks
 from mhr_scale.tasks.suite import FewShotTask, ShotsConfig, Suite
 from mhr_scale.tasks.superni import SuperNITasks
@@ -29,7 +31,14 @@ from mhr_scale.tasks.t0.mixtures import T0Tasks
 from mhr_scale.tasks.task import Intake, Task, check_not_empty
 from mhr_scale.tasks.toy import ToyTasks
 
-SUITES: tuple[type[Suite], ...] = (ToyTasks, SuperNITasks, JsonlTasks, T0Tasks, HeldOutTasks)
+SUITES: tuple[type[Suite], ...] = (
+    ToyTasks,
+    SuperNITasks,
+    CrossFitTasks,
+    JsonlTasks,
+    T0Tasks,
+    HeldOutTasks,
+)
 
 if TYPE_CHECKING:  # type checkers want a union written out; a recipe is checked against the table
     TasksConfig = Suite
@@ -109,5 +118,6 @@ def read_few_shot(
 
 def source_files(suite: Suite) -> list[Path]:
     """The local files a suite is read from, sorted; none where it is made or fetched."""
-    folders = [Path(name) for name in suite.folders() if Path(name).is_dir()]
-    return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    places = [Path(name) for name in suite.folders()]
+    found = {path for place in places for path in (place, *place.rglob("*")) if path.is_file()}
+    return sorted(found)

@@ -93,6 +93,8 @@ class SuperNITasks(Suite):
     intake: IntakeConfig = field(default_factory=IntakeConfig)
     """Policy for unusable rows."""
 
+    generates = True
+
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
         if not 0 <= self.positive_examples <= 2:

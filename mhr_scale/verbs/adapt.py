@@ -55,7 +55,7 @@ def run_all(config: AdaptConfig) -> Path:
         engine.wait_for_all()
         lost = sorted(itertools.chain(*engine.gather_objects(lost)))
         if engine.rank == 0:
-            report(inputs.jobs, selected_on, folder.path)
+            report(inputs.jobs, selected_on, folder.path, gain_over=config.gain_over)
         engine.gather_barrier()
     if lost:
         raise DivergenceError(
@@ -118,15 +118,19 @@ def run_jobs(
     return runner.lost
 
 
-def report(jobs: Sequence[Job], selected_on: Mapping[str, str], folder: Path) -> None:
+def report(
+    jobs: Sequence[Job], selected_on: Mapping[str, str], folder: Path, *, gain_over: str | None
+) -> None:
     """Write the summary of all finished jobs and print its tables.
 
-    `selected_on` is what the checkpoints of each task's jobs were selected on.
+    `selected_on` is what the checkpoints of each task's jobs were selected on, `gain_over` the
+    variant that gains are measured against.
     """
     results = read_results(jobs, folder)
     if not results:
         return
-    compared = comparison.compare(results, tasks={job.task for job in jobs})
+    tasks = {job.task for job in jobs}
+    compared = comparison.compare(results, tasks=tasks, gain_over=gain_over)
     write_json(folder / "summary.json", {**compared, "selected_on": selected_on})
     log.info("jobs in %s", folder / "jobs")
     write_result(comparison.table(compared))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from typing import NoReturn
 
 from mhr_scale.errors import ConfigError, did_you_mean
@@ -155,13 +156,18 @@ def about_command() -> str:
     lines = ["mhr_scale VERB ...", "deepspeed --num_gpus N --module mhr_scale VERB ...", ""]
     lines += [f"    {name:{width}}  {verb.line}" for name, verb in VERBS.items()]
     lines += ["", "mhr_scale VERB --help says what a verb reads: a recipe and its settings."]
+    lines += ["mhr_scale --version says which version this is."]
     return "\n".join(lines) + "\n"
 
 
 def _answer(words: Sequence[str]) -> None:
-    """Print the help page; raises `ConfigError` for words that name no verb."""
+    """Print the help page or the version; raises `ConfigError` for words that name no verb."""
     if not words:
         raise ConfigError(f"no verb given; one of {', '.join(VERBS)}; --help says what they do")
+    if words == ["--version"]:
+        if rank() == 0:
+            streams.write_result(f"mhr_scale {version('mhr_scale')}\n")
+        return
     if not {"--help", "-h"} & set(words):
         hint = did_you_mean(words[0], VERBS) or f"; one of {', '.join(VERBS)}"
         raise ConfigError(f"unknown verb '{words[0]}'{hint}")

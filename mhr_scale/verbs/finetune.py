@@ -49,6 +49,7 @@ from mhr_scale.run.writer import Writer
 from mhr_scale.scores import summary
 from mhr_scale.scores.questions import answerers, judge, keeps_texts
 from mhr_scale.seeds import seed_from
+from mhr_scale.tasks import metrics
 from mhr_scale.training import optim, saved_steps
 
 BEFORE = "scores_before.jsonl"
@@ -294,7 +295,7 @@ def evaluate(
     scores = summary.read_scores(file)
     if len(scores) != len(test.rows):
         raise RunError(f"{file}: not the scores of all its rows; delete it and run again")
-    return summary.mean_points(scores)
+    return metrics.score_of(scores)
 
 
 def close(

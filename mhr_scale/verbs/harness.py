@@ -22,7 +22,7 @@ def run_harness(words: Sequence[str]) -> str:
 
     Raises `ConfigError` without lm-evaluation-harness.
     """
-    extras.check("lm_eval", what="lm-evaluation-harness")
+    extras.check("lm_eval", what="mhr_scale harness")
     from lm_eval.__main__ import cli_evaluate
 
     from mhr_scale.exchange import harness  # noqa: F401 - puts the model into its table

@@ -117,7 +117,8 @@ def make_batch(n_rows: int, *, n_inputs: int = 7, n_targets: int = 5, seed: int 
 
 def batch_for(model: Any, n_rows: int, **options: Any) -> dict[str, Tensor]:
     """The same (`make_batch`) on the model's device."""
-    return {name: t.to(model.device) for name, t in make_batch(n_rows, **options).items()}
+    device = next(model.parameters()).device
+    return {name: t.to(device) for name, t in make_batch(n_rows, **options).items()}
 
 
 def gradients(

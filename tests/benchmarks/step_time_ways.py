@@ -245,7 +245,7 @@ def plain_products(
 @contextmanager
 def without_function() -> Iterator[None]:
     """Adapted linears as plain operations inside the block."""
-    with mock.patch.object(linear, "products", plain_products):
+    with mock.patch.object(linear.products, "products", plain_products):
         yield
 
 

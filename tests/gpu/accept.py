@@ -24,6 +24,8 @@ from pathlib import Path
 import psutil
 from board import Board, Entry, Scale, facts_of_machine, to_markdown
 
+from mhr_scale.errors import ConfigError
+
 HERE = Path(__file__).parent
 #: A part that has not ended this long after its time is killed.
 GRACE_SECONDS = 20.0
@@ -63,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.rehearse:
         known = [name for name, part in PARTS.items() if part.rehearsed]
         parts = {n: importlib.import_module(PARTS[n].module) for n in args.only or known}
-        return int(importlib.import_module("rehearse").rehearse_all(parts, args.rehearse))
+        try:
+            return int(importlib.import_module("rehearse").rehearse_all(parts, args.rehearse))
+        except ConfigError as error:
+            raise SystemExit(str(error)) from None
     scale = Scale.tiny() if args.tiny else Scale.full()
     folder = Path(args.folder or ("runs/gpu_tiny" if args.tiny else "runs/gpu"))
     board = Board.opened(folder, scale=scale, is_fresh=args.fresh)

@@ -89,7 +89,10 @@ class Board:
     def opened(cls, folder: Path, *, scale: Scale, is_fresh: bool = False) -> "Board":
         """The board of a folder: what is there goes on, unless it is of another commit or scale."""
         board = cls(folder, scale)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--folder {folder}: {error.strerror}") from None
         owner, now = folder / "of.json", {"commit": commit(), "tiny": scale.is_tiny}
         is_same = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == now
         if is_fresh or not is_same:

@@ -85,7 +85,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         on_h200(str(tmp_path / "none.json"))
     (tmp_path / "text.json").write_text("rates")
-    with pytest.raises(ConfigError, match=r"text\.json: Expecting value.*; name an accept.json"):
+    with pytest.raises(ConfigError, match=r"text\.json: it is no JSON .*; measure it again"):
         on_h200(str(tmp_path / "text.json"))
     with pytest.raises(ConfigError, match=r"hardware\.tflops: 3\.0, and hardware.measured says"):
         HardwareConfig(gpu="H200", measured="x", tflops=3.0)

@@ -175,7 +175,7 @@ def test_a_recipe_that_is_not_there_comes_with_those_that_are(tmp_path):
         ("tpy.yaml", "did you mean 'toy.yaml'?"),
         (".", f"recipes in {tmp_path}: other.yaml, toy.yaml"),
         ("none/toi.yaml", "did you mean 'toy'?"),
-        ("none/mine", "give the path of a recipe, or the name of a shipped one, such as toy"),
+        ("none/mine", "give the path of a recipe, or a name that `mhr_scale recipes` lists"),
     ):
         with pytest.raises(ConfigError, match=f"; {re.escape(expected)}$"):
             reading.load(PretrainConfig, tmp_path / path)

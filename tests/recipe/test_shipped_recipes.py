@@ -1,6 +1,7 @@
 """The recipes of decoder-only backbones: what they ask fits the backbones that they name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_what_is_trained_on_smollm2_is_evaluated_and_adapted_as_it_was_trained(r
         assert (later.tasks.chat, later.tasks.system) == (trained.tasks.chat, trained.tasks.system)
         assert later.scoring.cut == trained.batch.cut
     assert adapted.protocol.cut == trained.batch.cut
+
+
+@pytest.mark.parametrize("partition", ["", "_classification"])
+@pytest.mark.parametrize("backbone", ["t5_large", "qwen3_06b"])
+def test_what_is_trained_on_crossfit_is_adapted_on_the_same_partition(
+    backbone: str, partition: str
+) -> None:
+    name = f"crossfit_{backbone}{partition}"
+    trained = load(PretrainConfig, RECIPES / f"{name}.yaml")
+    adapted = load(AdaptConfig, RECIPES / f"{name}_few_shot.yaml")
+    assert str(trained.backbone.name) in KNOWN
+    assert (trained.tasks.fold, adapted.tasks.fold) == ("train", "test")
+    assert replace(adapted.tasks, fold="train") == trained.tasks
+    assert set(adapted.shots.seeds) == set(trained.tasks.seeds)
+    assert {v.adapter for v in adapted.variants.values()} == {None, trained.run.folder}
+    assert adapted.variants[adapted.gain_over].adapter is None
+    for later in (adapted.protocol, adapted.scoring):
+        assert (later.max_input_tokens, later.cut) == (512, trained.batch.cut)
 
 
 def test_the_shared_model_has_the_sizes_of_its_hub_id(shared: Path) -> None:

@@ -25,6 +25,7 @@ from mhr_scale.config import (
     BackboneConfig,
     BatchConfig,
     ConvertConfig,
+    CrossFitTasks,
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
@@ -127,6 +128,17 @@ def superni(originals: Originals) -> None:
         train_examples=2,
         validation_examples=2,
         positive_examples=2,
+    )
+    _tokenised(config)
+
+
+def crossfit(originals: Originals) -> None:
+    """CrossFit's training tasks, tokenised."""
+    config = CrossFitTasks(
+        suite="crossfit",
+        folder="crossfit/data",
+        partition="crossfit/partition.json",
+        seeds=(13, 21),
     )
     _tokenised(config)
 
@@ -244,6 +256,9 @@ KINDS: dict[str, Kind] = {
     "DeepSpeed file": Kind(original="placement", files=("ds.json",), door=placement),
     "JSONL rows": Kind(original="rows", files=("*/*.jsonl", "tasks.yaml"), door=rows),
     "SuperNI": Kind(original="superni", files=("tasks/*.json", "splits/*/*.txt"), door=superni),
+    "CrossFit": Kind(
+        original="crossfit", files=("data/*/*_train.tsv", "partition.json"), door=crossfit
+    ),
     "templates": Kind(original="templates", files=("pets/templates.yaml",), door=templates),
     "token cache": Kind(original="tokens", files=("**/*",), door=tokens),
     "adapter": Kind(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossfit_files import write_crossfit
 from processes import ROOT
 from small_runs import SHORT, TOY, VariantConfig, make_config, write_rows
 from toy_exports import BASE, make, save_run
@@ -189,6 +190,11 @@ def _superni(originals: Originals, folder: Path) -> None:
     (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join(names) + "\n")
 
 
+def _crossfit(originals: Originals, folder: Path) -> None:
+    """Four tasks in CrossFit's format, and a partition of them."""
+    write_crossfit(folder)
+
+
 def _templates(originals: Originals, folder: Path) -> None:
     (folder / "pets").mkdir(parents=True)
     (folder / "pets" / "templates.yaml").write_text(TEMPLATES)
@@ -324,6 +330,7 @@ MAKERS: dict[str, Callable[[Originals, Path], None]] = {
     **{f"{verb} recipe": _recipe(verb) for verb in ("pretrain", *RECIPES)},
     "rows": _rows,
     "superni": _superni,
+    "crossfit": _crossfit,
     "templates": _templates,
     "adapter": _adapter,
     "lora": _peft("lora"),

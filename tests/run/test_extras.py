@@ -32,7 +32,7 @@ def test_a_missing_package_is_one_line_with_the_way_to_have_it(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(ConfigError) as caught:
-        extras.check(module, what="run.x")
+        extras.check(module, what="run.x", way_out=", or leave it out")
     assert str(caught.value) == (
         f"run.x: '{module}' is not installed; "
         f'pip install "mhr_scale[{extras.EXTRAS[module]}]", or leave it out'

@@ -180,3 +180,29 @@ def test_mixed_precision_is_told_below_the_table():
     assert "MHR unknown, LoRA adapter stored in bfloat16" in table(compare(stored))
     same = table(compare([{**result, "precision": "float32"} for result in results()]))
     assert "precision" not in same
+
+
+# --- average relative gain
+
+
+def test_the_gain_is_relative_by_task_over_the_seeds_of_both():
+    scores = {**SCORES, "LoRA": {0: (50.0, 30.0), 1: (40.0, 20.0)}}
+    found = compare(results(scores), gain_over="LoRA")["variants"]
+    by_task = ((65.0 - 45.0) / 45.0, (40.0 - 25.0) / 25.0)
+    assert found["MHR"]["relative_gain"] == pytest.approx(100 * sum(by_task) / 2)
+    assert found["MHR"]["without_gain"] == []
+    assert "relative_gain" not in found["LoRA"]
+
+
+def test_a_task_that_scores_nothing_without_it_has_no_gain():
+    scores = {"MHR": {0: (60.0, 40.0)}, "direct": {0: (50.0, -3.0)}, "zero": {0: (0.0, 0.0)}}
+    found = compare(results(scores), gain_over="direct")
+    mhr = found["variants"]["MHR"]
+    assert (mhr["relative_gain"], mhr["without_gain"]) == (pytest.approx(20.0), ["wic"])
+    text = table(found)
+    assert "over direct, in per cent, without wic (not above 0 there)" in text
+    head, first, second, _ = lines(found)[:4]
+    assert (head[-1], first[-1], second[-1]) == ("gain", "+20.00", "-")
+    nothing = compare(results(scores), gain_over="zero")
+    assert nothing["variants"]["MHR"]["relative_gain"] is None
+    assert "gain" not in table(nothing)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,10 @@ def test_help_has_a_line_for_every_verb(call) -> None:
             0,
             [(name, verb.line) for name, verb in VERBS.items()],
         )
+
+
+def test_the_version_is_the_installed_one(call) -> None:
+    assert call("--version")[:2] == (0, f"mhr_scale {metadata.version('mhr_scale')}\n")
 
 
 def test_every_verb_has_a_help_page_that_says_how_to_call_it(call) -> None:

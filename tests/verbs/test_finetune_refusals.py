@@ -36,7 +36,7 @@ def test_an_artefact_of_ours_has_to_be_exported_first(tmp_path: Path) -> None:
     artefact.save(make_adapter(TOY), tmp_path / "run" / "adapter")
     message = refusal(toy(tmp_path / "run", tmp_path / "out"), AdapterError)
     assert str(tmp_path / "run") in message
-    assert "launch/export.py" in message
+    assert "mhr_scale export" in message
 
 
 def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path) -> None:

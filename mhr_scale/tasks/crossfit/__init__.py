@@ -1,0 +1,4 @@
+"""CrossFit: 160 few-shot tasks with seven metrics, and the partitions that part them.
+
+Other rooms import: metrics, partitions, tasks.
+"""
