@@ -173,7 +173,12 @@ def test_a_recipe_that_is_not_there_comes_with_those_that_are(tmp_path):
         (tmp_path / name).write_text("")
     for path, expected in (
         ("tpy.yaml", "did you mean 'toy.yaml'?"),
-        (".", f"recipes in {tmp_path}: other.yaml, toy.yaml"),
+        (
+            ".",
+            f"recipes in {tmp_path}: other.yaml, toy.yaml; give the path of a recipe, or a name "
+            "that `mhr_scale recipes` lists",
+        ),
+        ("toy_averag", "did you mean 'toy_average'?"),
         ("none/toi.yaml", "did you mean 'toy'?"),
         ("none/mine", "give the path of a recipe, or a name that `mhr_scale recipes` lists"),
     ):
