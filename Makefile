@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # what starts launchers and kills runs, and what compiles: half of the time
 HALF := tests/distributed tests/robustness tests/test_readme.py tests/test_wheel.py tests/gpu \
-	tests/exchange tests/families/test_compiled_blocks.py tests/verbs/test_compiled_runs.py
+	tests/exchange tests/reproduction tests/families/test_compiled_blocks.py tests/verbs/test_compiled_runs.py
 
 .PHONY: demo test lint install clean
 
