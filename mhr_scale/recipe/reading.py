@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,7 +32,7 @@ from mhr_scale.recipe.settings import (
 )
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
@@ -164,14 +164,22 @@ def _is_valid(schema: type[Any], tree: _Tree) -> bool:
 
 def _validate(schema: type[T], tree: _Tree) -> T:
     """Validate a tree against a dataclass, strictly (JSON's types, nothing coerced)."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
     try:
-        return TypeAdapter(schema).validate_json(json.dumps(tree.values), strict=True)
+        return _adapter(schema).validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         raise _first_fault(schema, tree, error) from error
+
+
+@cache
+def _adapter(schema: type[T]) -> "TypeAdapter[T]":
+    """What validates a schema; made once, which takes longer than to use it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def split_words(argv: Sequence[str], *options: str) -> tuple[set[str], list[str]]:
