@@ -169,13 +169,14 @@ def _validate(schema: type[T], tree: _Tree) -> T:
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
     try:
-        return _adapter(schema).validate_json(json.dumps(tree.values), strict=True)
+        found: T = _adapter(schema).validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         raise _first_fault(schema, tree, error) from error
+    return found
 
 
 @cache
-def _adapter(schema: type[T]) -> "TypeAdapter[T]":
+def _adapter(schema: Any) -> "TypeAdapter[Any]":
     """What validates a schema; made once, which takes longer than to use it."""
     from pydantic import TypeAdapter
 
