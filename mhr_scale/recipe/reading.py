@@ -169,7 +169,9 @@ def _validate(schema: type[T], tree: _Tree) -> T:
     _check_tags(schema, tree)
     _check_finite(tree, tree.values, ())
     try:
-        found: T = _adapter(schema).validate_json(json.dumps(tree.values), strict=True)
+        found: T = _adapter(typing.cast(Any, schema)).validate_json(
+            json.dumps(tree.values), strict=True
+        )
     except ValidationError as error:
         raise _first_fault(schema, tree, error) from error
     return found
