@@ -1,11 +1,14 @@
 """A library of LoRAs: an adapter whose tasks have one each, or single LoRAs made one adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from mhr_scale.adapters.arrow import Arrow
+from mhr_scale.adapters.config import AdapterConfig
 from mhr_scale.adapters.methods import Adapter
 from mhr_scale.errors import AdapterError
 
@@ -14,13 +17,13 @@ from mhr_scale.errors import AdapterError
 def join(singles: Mapping[str, Adapter], *, place: str) -> Adapter:
     """One adapter with these LoRAs as private ones, by the names of their tasks.
 
-    Smaller ranks are filled up with zeros, and scales go into B where they differ. Raises
+    Ranks and scales may differ (`at_one_rank`). Raises
     `AdapterError` for what is no single LoRA, or sits on other linears than the first.
     """
     name, first = next(iter(singles.items()))
     for other, single in singles.items():
         config = single.config
-        if config.kind != "lora" or config.is_routed or config.private:
+        if not is_single_lora(config):
             raise AdapterError(
                 f"{place}: {other} is {config.method}, and a library is of single LoRAs; export "
                 "its average or its tasks' LoRAs there"
@@ -30,17 +33,11 @@ def join(singles: Mapping[str, Adapter], *, place: str) -> Adapter:
                 f"{place}: {other} is made for other linears ({len(single.sites)}) than {name} "
                 f"({len(first.sites)}): a library has one backbone and one layout"
             )
-    rank = max(single.config.rank for single in singles.values())
-    scale = first.config.scale
-    config = replace(first.config, rank=rank, alpha=scale * rank, private=True)
-    library = Adapter(config, first.sites, task_names=list(singles))
-    for number, single in enumerate(singles.values()):
-        for stack in library.inventory.stacks:
-            a, b = (library.inventory.stacked(stack, side)[:, number] for side in "AB")
-            a.zero_()
-            a[..., : single.config.rank] = single.inventory.stacked(stack, "A")
-            own = single.inventory.stacked(stack, "B")
-            b[..., : single.config.rank, :] = own * (single.config.scale / scale)
+    config, loras = at_one_rank(list(singles.values()))
+    library = Adapter(replace(config, private=True), first.sites, task_names=list(singles))
+    for key, tensor_TQS in library.inventory.named_tensors():
+        for number, lora in enumerate(loras):
+            tensor_TQS[number].copy_(lora[key])
     return library
 
 
@@ -88,3 +85,30 @@ def check_fixed(adapter: Adapter) -> None:
             "under Arrow every token has weights of its own, which no single LoRA expresses: take "
             "the adapter without it, its average or the LoRAs of its tasks"
         )
+
+
+def is_single_lora(config: AdapterConfig) -> bool:
+    """Whether an adapter is one pair A, B per linear."""
+    return config.kind == "lora" and not (config.is_routed or config.private)
+
+
+def at_one_rank(singles: Sequence[Adapter]) -> tuple[AdapterConfig, list[dict[str, Tensor]]]:
+    """Single LoRAs on the same linears at their greatest rank, filled up with zeros, and one scale.
+
+    Returns the settings of the first with that rank and scale, and the tensors of each by the names
+    of its inventory. The scale is theirs, or 1 where they differ: then B has it.
+    """
+    rank = max(single.config.rank for single in singles)
+    scales = {single.config.scale for single in singles}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    tensors = []
+    for single in singles:
+        more, factor = rank - single.config.rank, single.config.scale / scale
+        tensors.append(
+            {
+                key: F.pad(tensor, (0, more) if key.endswith(".A") else (0, 0, 0, more))
+                * (1.0 if key.endswith(".A") else factor)
+                for key, tensor in single.inventory.named_tensors()
+            }
+        )
+    return replace(singles[0].config, rank=rank, alpha=scale * rank), tensors

@@ -215,10 +215,9 @@ def open_backbone(
 
 def _check_compile(config: BackboneConfig, blueprint: Blueprint, sharded_by: str | None) -> None:
     """Raise `BackboneError` if blocks are to be compiled, and cannot be."""
-    kind = quantise.kind_of(config, blueprint)
     if not config.compile:
         return
-    why = None
+    kind, why = quantise.kind_of(config, blueprint), None
     if not opaque.ARE_KNOWN:
         why = f"torch {torch.__version__} has no objects that graphs do not read; use 2.13"
     elif sharded_by is not None:

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhr_scale.adapters import Adapter, attach, peft_folders
 from mhr_scale.adapters.artefact import Card, check_backbone
 from mhr_scale.adapters.config import AdapterConfig
+from mhr_scale.adapters.library import at_one_rank, is_single_lora
 from mhr_scale.errors import AdapterError, ConfigError, suggest
 
 #: Folders of LoRAs by name.
@@ -101,7 +101,7 @@ def _read(folders: Folders, model: nn.Module) -> dict[str, tuple[Card, Adapter]]
     for name, folder in folders.items():
         card, adapter = peft_folders.open_adapter(folder, sizes=sizes)
         config = adapter.config
-        if config.kind != "lora" or config.is_routed or config.private:
+        if not is_single_lora(config):
             raise AdapterError(
                 f"{folder}: {config.method} is no single LoRA, which alone can be a skill; average "
                 "it, or collapse one of its tasks"
@@ -112,7 +112,7 @@ def _read(folders: Folders, model: nn.Module) -> dict[str, tuple[Card, Adapter]]
 
 def _align(adapters: Mapping[str, Adapter]) -> tuple[dict[str, dict[str, Tensor]], AdapterConfig]:
     """The tensors of each LoRA at one rank and scale, and the settings they have in common."""
-    first, config = next((name, adapter.config) for name, adapter in adapters.items())
+    first = next(iter(adapters))
     sites = adapters[first].sites
     for name, adapter in adapters.items():
         if adapter.sites != sites:
@@ -121,18 +121,8 @@ def _align(adapters: Mapping[str, Adapter]) -> tuple[dict[str, dict[str, Tensor]
                 f"LoRA '{name}' adapts other linears than '{first}', such as "
                 f"{odd[0] if odd else 'those of another width'}; skills are of the same ones"
             )
-    rank = max(adapter.config.rank for adapter in adapters.values())
-    scales = {adapter.config.scale for adapter in adapters.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    skills = {}
-    for name, adapter in adapters.items():
-        more, factor = rank - adapter.config.rank, adapter.config.scale / scale
-        skills[name] = {
-            key: F.pad(tensor, (0, more) if key.endswith(".A") else (0, 0, 0, more))
-            * (1.0 if key.endswith(".A") else factor)
-            for key, tensor in adapter.inventory.named_tensors()
-        }
-    return skills, replace(config, rank=rank, alpha=scale * rank)
+    config, skills = at_one_rank(list(adapters.values()))
+    return dict(zip(adapters, skills, strict=True)), config
 
 
 def _shares(start: Start, tasks: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:

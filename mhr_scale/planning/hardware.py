@@ -14,7 +14,7 @@ import psutil
 
 from mhr_scale.config import HardwareConfig
 from mhr_scale.errors import ConfigError, did_you_mean
-from mhr_scale.planning.measured import read_measured
+from mhr_scale.planning.measured import Measured, read_measured
 
 PRODUCT_SHARE = 0.65
 MEMORY_SHARE = 0.8
@@ -174,6 +174,11 @@ def _with_measured(machines: Machines, file: str) -> Machines:
             f"hardware.measured: {file} is of a {rates.card}, and the plan for {machines.name}; "
             "name its card in hardware.gpu, or leave it out"
         )
+    return with_rates(machines, rates)
+
+
+def with_rates(machines: Machines, rates: Measured) -> Machines:
+    """The machines with measured rates in place of the table's."""
     return replace(
         machines,
         bf16_flops=rates.products,

@@ -62,6 +62,13 @@ def read_measured(file: str) -> Measured:
         ) from error
     if card == "CPU":
         raise ConfigError(f"{place}: measured on a CPU at toy size; {AGAIN} on a GPU")
+    return measured_on(card, date, values, place=place)
+
+
+def measured_on(
+    card: str, date: str, values: Mapping[tuple[str, str], Any], *, place: str
+) -> Measured:
+    """The rates among the values of entries, by part and name; raises `ConfigError` as above."""
     return Measured(card=card, date=date, **{rate: _rate(rate, values, place) for rate in PLACES})
 
 

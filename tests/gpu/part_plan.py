@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import part_card
 import part_llama
 import part_t5
 import torch
@@ -21,6 +22,7 @@ from mhr_scale.config import BackboneConfig, HardwareConfig
 from mhr_scale.planning import hardware
 from mhr_scale.planning.cost import Case, Passes
 from mhr_scale.planning.hardware import Machines, find_machines
+from mhr_scale.planning.measured import measured_on
 from mhr_scale.planning.placements import Placement, load_of, weigh
 from mhr_scale.planning.steps import Shape, at_depth, fresh, trace_pretraining
 from mhr_scale.planning.tracing import Trace
@@ -40,6 +42,9 @@ def measure(board: Board, scale: Scale) -> None:
 
     If they have measured none, the first of T5's are measured here.
     """
+    board.part = "card"  # its rates, which another process has measured unless this part runs alone
+    part_card.measure(board, scale)
+    board.part = "plan"
     board.run("products of layers", lambda: products(scale))
     machines = machine(scale)
     board.run("rates", lambda: rates(board, machines))
@@ -68,14 +73,10 @@ def machine(scale: Scale) -> Machines:
 
 
 def with_measured_rates(machines: Machines, board: Board) -> Machines:
-    """The same with what products of layers and copies reach on this card."""
-    flops = board.values("plan", "products of layers").get("flops_per_s")
-    moved = board.values("card", "memory").get("bytes_per_s")
-    return replace(
-        machines,
-        bf16_flops=float(flops or machines.bf16_flops),
-        memory_rate=float(moved or machines.memory_rate),
-    )
+    """The same as `hardware.measured` makes them of this board's file."""
+    values = {key: entry.values for key, entry in board.entries.items()}
+    found = measured_on(machines.name, "", values, place=str(board.file))
+    return hardware.with_rates(machines, found)
 
 
 def rates(board: Board, machines: Machines) -> Found:
